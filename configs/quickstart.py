@@ -1,0 +1,58 @@
+"""Three stages on the text that comes with every installation, on a CPU in minutes.
+
+    python -m llm3 run --config=configs/quickstart.py --workdir=runs/quickstart
+
+General text: the documentation of Python's standard library. Domain: that of the numerical stack. Task: which part of
+that stack does a piece of documentation describe (its names masked out), from a few hundred labelled examples.
+`scratch` is the baseline: the same fine-tuning from the untrained model.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    """The experiment."""
+    c = ConfigDict()
+    c.seed = 0
+    c.model = dict(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=352, qk_norm=True, scan_unroll=4)
+    c.tokenizer = dict(vocab_size=4096)
+    c.sources = dict(
+        general=dict(path="builtin:python"),
+        domain=dict(path="builtin:numerical"),
+        task=dict(path="builtin:numerical_task", label="label"),
+    )
+    lm = dict(objective="causal", batch_size=16, sequence_length=256, save_every=50)
+    fit = dict(
+        kind="finetune",
+        data=dict(task=1.0),
+        objective="classify",
+        steps=60,
+        batch_size=16,
+        sequence_length=256,
+        optimizer=dict(learning_rate=1e-3, warmup_steps=10),
+    )
+    c.stages = dict(
+        pretrain=dict(
+            kind="pretrain",
+            data=dict(general=1.0),
+            steps=200,
+            optimizer=dict(learning_rate=3e-3, warmup_steps=20),
+            **lm,
+        ),
+        posttrain=dict(
+            kind="posttrain",
+            start="pretrain",
+            data=dict(domain=0.9, general=0.1),
+            steps=150,
+            optimizer=dict(learning_rate=1.5e-3, warmup_steps=10),
+            **lm,
+        ),
+        finetune=dict(start=dict(stage="posttrain", fresh=["head/.*"]), **fit),
+        scratch=dict(start="init", baseline=True, **fit),
+    )
+    c.evaluations = dict(
+        general=dict(kind="perplexity", source="general"),
+        domain=dict(kind="perplexity", source="domain"),
+        task=dict(kind="classification", source="task", split="test"),
+    )
+    return c

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs what is missing, then runs configs/quickstart.py: pretrain, posttrain, finetune, and the report.
+# The same line again resumes, or says that nothing is left to do.
+#
+#   launch/quickstart.sh [DIR] [arguments of `python -m llm3 run` ...]
+#
+#   DIR: where the run lives (default: runs/quickstart in the repository), e.g.
+#   launch/quickstart.sh /tmp/quickstart --config.stages.finetune.steps=50
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/env.sh
+. "$here/env.sh"
+
+dir=$root/runs/quickstart
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+    dir=$1
+    shift
+    [[ $dir = /* ]] || dir=$PWD/$dir
+fi
+
+"$root/launch/setup.sh"
+cd "$root"
+exec .venv/bin/python -m llm3 run --config=configs/quickstart.py --workdir="$dir" "$@"

@@ -1,0 +1,80 @@
+"""The command line: `python -m llm3 VERB --config=FILE --workdir=DIR [--config.field=value ...]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llm3.config import load
+from llm3.errors import UserError
+
+VERBS = {
+    "run": "train and evaluate the stages; the same line again resumes",
+    "eval": "evaluate the checkpoints of a run again",
+    "generate": "sample from a stage, or from every stage of a run",
+    "bench": "time the step of one stage",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all verbs."""
+    top = argparse.ArgumentParser(prog="llm3", description="Language models in three stages.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in VERBS.items():
+        epilog = "--config.FIELD=VALUE sets a field of the config"
+        add = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False, epilog=epilog).add_argument
+        add("--config", required=True, metavar="FILE", help="a config file, as in configs/")
+        default = "runs/bench" if verb == "bench" else None
+        add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
+        if verb in ("run", "eval"):
+            add("--stages", metavar="A,B", help="only these stages (default: all)")
+        if verb == "bench":
+            add("--stage", required=True, help="the stage whose step is timed")
+            add("--json", action="store_true", help="one line of JSON")
+        if verb == "generate":
+            add("--stage", help="one stage (default: every stage, one under another)")
+            add("--prompt", required=True)
+            add("--max_tokens", type=int, default=64)
+            add("--temperature", type=float, default=0.8, help="0: always the most likely token")
+            add("--top_k", type=int, default=0, help="0: all")
+            add("--top_p", type=float, default=1.0)
+            add("--seed", type=int, default=0)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; the exit status is 0, 2 for bad input, or 128 + the signal that stopped it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
+    args = parser().parse_args([each for each in arguments if not each.startswith("--config.")])
+    try:
+        return dispatch(args, load(args.config, overrides))
+    except UserError as error:
+        print(f"llm3: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def dispatch(args: argparse.Namespace, config) -> int:
+    """Call the verb. Imports come late, so that bad arguments are answered at once."""
+    names = args.stages.split(",") if getattr(args, "stages", None) else None
+    if args.verb == "run":
+        from llm3.run import run
+
+        return run(config, args.workdir, names)
+    if args.verb == "eval":
+        from llm3.run import evaluate
+
+        return evaluate(config, args.workdir, names)
+    if args.verb == "bench":
+        from llm3.bench import bench
+
+        return bench(config, args.workdir, args.stage, args.json)
+    from llm3.generate import generate
+
+    options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
+    return generate(config, args.workdir, args.stage, args.prompt, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""Checkpoints on Orbax: asynchronous saves that are never lost, restores that are never silently wrong.
+
+A checkpoint is a directory DIR/<step> with three parts: `params` (a nested dict), `opt` (the leaves of an optax state
+under their paths) and `meta` (JSON). `meta` holds a SHA-256 of every leaf and of itself, for Orbax loads a data file
+with overwritten bytes without a word. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and renames, so that DIR/<step>
+is always a finished save.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from llm3.errors import UserError, nearest
+from llm3.tree import combine_digests, flatten, leaf_digests, unflatten
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(UserError):
+    """A finished checkpoint that cannot be read, or holds other bytes than were saved."""
+
+
+class Restored(NamedTuple):
+    """What `load_newest` found; skipped: a line for each newer step that is damaged, and why."""
+
+    step: int
+    params: dict
+    opt: Any
+    meta: dict
+    skipped: list[str]
+
+
+class Checkpoints:
+    """The checkpoints of one stage in `directory`.
+
+    keep: how many of the latest steps stay. best: the name of a metric; the step where it is lowest stays as well.
+    read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
+        if keep < 1:
+            raise UserError(f"keep={keep}: expected at least 1 checkpoint")
+        self.directory = Path(directory).absolute()
+        self._keep, self._best, self._read_only = keep, best, read_only
+        self._writer: ocp.training.Checkpointer | None = None
+        self._pending: tuple[int, Any] | None = None  # the step that is being saved, and Orbax's response
+        self._damaged: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(self, step: int, params: dict, opt: Any, meta: dict, metrics: Mapping[str, float] | None = None) -> None:
+        """Save in the background; the caller may donate or change its arrays as soon as this returns.
+
+        params: nested dict of arrays. opt: any pytree of arrays. meta: JSON-able; gains `digests`, `params_digest`,
+        `opt_digests`, `shapes`, `meta_digest`. metrics: by name, for `best`.
+
+        Raises UserError for a leaf that is not finite, a step that is not above the latest one, and metrics without
+        `best`; RuntimeError if the previous save failed. Nothing is saved then.
+        """
+        if self._read_only:
+            raise RuntimeError(f"{self.directory} was opened read-only")
+        self.wait()
+        self._set_aside_damaged()
+        if (latest := self.latest()) is not None and step <= latest:
+            raise UserError(f"cannot save step {step}: {self.directory} already holds step {latest}")
+        if metrics is not None and self._best and self._best not in metrics:
+            raise UserError(f"the best checkpoint is chosen by {self._best!r}: {nearest(self._best, metrics)}")
+        parts = {"params": _arrays(flatten(params)), "opt": _arrays(_by_path(opt))}
+        for name, leaves in parts.items():
+            if wrong := _not_finite(leaves):
+                raise UserError(f"step {step} is not saved: {name} has values that are not finite in {_listed(wrong)}")
+        meta = _sealed(meta, parts)
+        response = self._open().save_checkpointables_async(
+            step,
+            # Orbax refuses an empty tree
+            {name: unflatten(leaves) for name, leaves in parts.items() if leaves} | {"meta": meta},
+            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
+        )
+        self._pending = (step, response)
+        if _register_at_exit is None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last save is finished. Raises RuntimeError if it failed."""
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+        except Exception as error:
+            writer, self._writer = self._writer, None  # Orbax would raise the same error at every later call
+            with contextlib.suppress(Exception):
+                writer.close()
+            where = f"{self.directory}: the checkpoint of step {step}"
+            raise RuntimeError(f"{where} was not written: {_why(error)}") from error
+
+    def close(self) -> None:
+        """Wait for the last save and release what Orbax holds. Raises RuntimeError if that save failed."""
+        self.wait()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(each.name) for each in self.directory.iterdir() if each.name.isdecimal() and each.is_dir())
+
+    def latest(self) -> int | None:
+        """The highest step, whichever file is the newest."""
+        return max(self.steps(), default=None)
+
+    def meta(self, step: int) -> dict:
+        """The metadata of a step. Raises UserError where there is no such step, and DamagedCheckpoint."""
+        if step not in (steps := self.steps()):
+            raise UserError(f"{self.directory} has no step {step}; it has {_listed(map(str, steps)) or 'none'}")
+        meta = self._read(step, "meta", None)
+        seal = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
+        if seal is None or seal != _json_digest(meta):
+            raise DamagedCheckpoint(f"{self.directory / str(step) / 'meta'} does not match its digest")
+        return meta
+
+    def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """{path: (shape, dtype)} of the parameters of a step, without reading them."""
+        return _shapes(self.meta(step), "params")
+
+    def load_params(self, step: int, abstract: dict | None = None) -> dict:
+        """The parameters of a step, each leaf checked against its digest before any cast.
+
+        abstract: nested dict of jax.ShapeDtypeStruct, whose dtype and sharding (None: the first device) the result has;
+        None: numpy arrays as saved. Raises UserError where paths or shapes differ, DamagedCheckpoint.
+        """
+        return unflatten(self._load(step, "params", None if abstract is None else flatten(abstract)))
+
+    def load_opt(self, step: int, abstract: Any) -> Any:
+        """The optimizer state of a step in the structure of `abstract`; the rest as in `load_params`."""
+        loaded = self._load(step, "opt", _by_path(abstract))
+        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in _by_path(abstract)])
+
+    def load_newest(self, abstract_params: dict | None, abstract_opt: Any) -> Restored | None:
+        """The highest step that is intact; None only where there is no checkpoint at all.
+
+        A damaged step stays where it is until the next save, which renames it to <step>.damaged. Raises UserError where
+        none can be read, and where an intact one has other paths or shapes.
+        """
+        skipped: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                params, opt = self.load_params(step, abstract_params), self.load_opt(step, abstract_opt)
+                return Restored(step, params, opt, self.meta(step), skipped)
+            except DamagedCheckpoint as error:
+                self._damaged.add(step)
+                skipped.append(f"step {step} is damaged and was skipped: {error}")
+        if skipped:
+            reasons = "\n".join(f"  {line}" for line in skipped)
+            raise UserError(
+                f"{self.directory}: none of its checkpoints can be read; move it away to start anew\n{reasons}"
+            )
+        return None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        if self._writer is None:
+            policies = ocp.training.preservation_policies
+            kept = [policies.LatestN(self._keep)]
+            if self._best:
+                rank = functools.partial(_rank, self._best)
+                kept.append(
+                    policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+                )
+            self._writer = ocp.training.Checkpointer(
+                self.directory,
+                context=_context(),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
+            if _register_at_exit is not None:
+                _register_at_exit(_finish_at_exit, self)
+        return self._writer
+
+    def _set_aside_damaged(self) -> None:
+        """Rename what `load_newest` skipped: its step will be saved again, and it must not count as one of the kept."""
+        for step in sorted(self._damaged):
+            path = self.directory / str(step)
+            names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
+            target = next(name for name in names if not name.exists())
+            if jax.process_index() == 0:
+                path.rename(target)
+            logger.warning("the damaged checkpoint %s is kept as %s", path, target.name)
+        if self._damaged and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        if self._damaged and self._writer is not None:
+            self._writer.reload()
+        self._damaged.clear()
+
+    def _read(self, step: int, part: str, target: Any) -> Any:
+        path = self.directory / str(step)
+        try:
+            with _context():
+                return ocp.load_checkpointables(path, {part: target})[part]
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # the machine's fault
+        except Exception as error:
+            raise DamagedCheckpoint(f"{path / part} cannot be read: {_why(error)}") from error
+
+    def _load(self, step: int, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
+        meta = self.meta(step)
+        saved = _shapes(meta, part)
+        if abstract is None:
+            target = {path: np.empty(shape, dtype) for path, (shape, dtype) in saved.items()}
+        else:
+            _same_shapes(f"{self.directory / str(step) / part}", abstract, saved)
+            target = {path: _target(leaf, saved[path][1]) for path, leaf in abstract.items()}
+        loaded = flatten(self._read(step, part, unflatten(target))) if target else {}
+        expected = meta["digests" if part == "params" else "opt_digests"]
+        found = _digests(loaded)
+        if wrong := [path for path in expected if found.get(path) != expected[path]]:
+            raise DamagedCheckpoint(f"{self.directory / str(step) / part}: {_listed(wrong)} does not match its digest")
+        if abstract is None:
+            return loaded
+        return {path: loaded[path].astype(leaf.dtype, copy=False) for path, leaf in abstract.items()}
+
+
+# The public `atexit` runs after concurrent.futures has shut down, and Orbax cannot finish a save then. Where Python has
+# no earlier hook, saves are awaited at once.
+_register_at_exit = getattr(threading, "_register_atexit", None)
+
+
+def _finish_at_exit(checkpoints: Checkpoints) -> None:
+    try:
+        checkpoints.close()
+    except Exception:
+        logger.exception("the last checkpoint was lost")
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.checkpointables.registry = ocp.handlers.local_registry().add(
+        ocp.handlers.JsonHandler, checkpointable_name="meta"
+    )
+    return context
+
+
+def _rank(name: str, metrics: Mapping[str, float]) -> float:
+    value = metrics.get(name, math.inf)
+    return math.inf if math.isnan(value) else value
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of any pytree, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def _arrays(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+@jax.jit
+def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+
+def _not_finite(leaves: dict[str, Any]) -> list[str]:
+    floating = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    on_device = {path: leaf for path, leaf in floating.items() if isinstance(leaf, jax.Array)}
+    good = jax.device_get(_finite(on_device))
+    good |= {path: np.isfinite(leaf).all() for path, leaf in floating.items() if path not in on_device}
+    return [path for path in floating if not good[path]]
+
+
+def _digests(leaves: dict[str, Any]) -> dict[str, str]:
+    """`leaf_digests` in parallel, also of arrays that are spread over processes."""
+
+    def host(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        each = pool.map(leaf_digests, ({path: host(leaf)} for path, leaf in leaves.items()))
+        return {path: digest for one in each for path, digest in one.items()}
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
+    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest."""
+    meta = json.loads(json.dumps(meta))
+    meta.pop("meta_digest", None)
+    meta["digests"], meta["opt_digests"] = (_digests(parts[name]) for name in ("params", "opt"))
+    meta["params_digest"] = combine_digests(meta["digests"])
+    meta["shapes"] = {
+        name: {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()}
+        for name, leaves in parts.items()
+    }
+    return meta | {"meta_digest": _json_digest(meta)}
+
+
+def _shapes(meta: dict, part: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {path: (tuple(shape), jnp.dtype(dtype)) for path, (shape, dtype) in meta["shapes"][part].items()}
+
+
+def _same_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) -> None:
+    wrong = [f"{path}: not in the checkpoint" for path in abstract if path not in saved]
+    wrong += [f"{path}: only in the checkpoint" for path in saved if path not in abstract]
+    wrong += [
+        f"{path}: {saved[path][0]} in the checkpoint, {tuple(leaf.shape)} expected"
+        for path, leaf in abstract.items()
+        if path in saved and saved[path][0] != tuple(leaf.shape)
+    ]
+    if wrong:
+        raise UserError("\n  ".join([f"{where} does not fit:", *wrong]))
+
+
+def _target(leaf: Any, dtype: np.dtype) -> Any:
+    """What Orbax is asked for: the saved dtype, so that digests can be compared, in the sharding of `leaf`."""
+    if isinstance(leaf, np.ndarray):
+        return np.empty(leaf.shape, dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _listed(names: Any, most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _why(error: BaseException) -> str:
+    """The innermost cause, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,18 @@
+"""The one form in which text reaches the step, whatever the stage and the objective."""
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """Windows of packed documents. All arrays are [batch, length] ([length] for one window).
+
+    tokens: int32. positions: int32, from 0 in each document. segments: int32, 1, 2, ... for the documents of a
+    window and 0 for padding. targets: int32, what is to be predicted at a position (a token, or a class).
+    weights: float32, how much the prediction at a position counts; 0 where there is nothing to predict.
+    """
+
+    tokens: Any
+    positions: Any
+    segments: Any
+    targets: Any
+    weights: Any

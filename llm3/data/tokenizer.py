@@ -1,0 +1,129 @@
+"""A lossless byte-level BPE tokenizer whose special tokens no text can spell."""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from llm3.errors import UserError
+
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # their ids are their places
+SMALLEST_VOCAB = len(SPECIALS) + 256
+
+
+class Tokenizer:
+    """Text to token ids and back: bytes in equal bytes out, and special tokens come from code only, never from text.
+
+    Safe to call from several threads at once.
+    """
+
+    pad_id, bos_id, eos_id, mask_id = range(len(SPECIALS))
+
+    def __init__(self, canonical_json: str):
+        """Take the JSON form of the `tokenizers` library. Raises ValueError if it is not such a tokenizer."""
+        self._json = canonical_json
+        try:
+            self._backend = tokenizers.Tokenizer.from_str(canonical_json)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"cannot be parsed: {error}") from error
+        self._check_layout()
+        self._backend.encode_special_tokens = True  # a text that spells "<|eos|>" is only text
+        self._backend.no_padding()
+        self._backend.no_truncation()
+
+    def _check_layout(self) -> None:
+        found = tuple(self._backend.id_to_token(i) for i in range(len(SPECIALS)))
+        if found != SPECIALS:
+            raise ValueError(f"its tokens 0 to 3 are {found}, not {SPECIALS}")
+        if not isinstance(self._backend.decoder, decoders.ByteLevel) or self._backend.normalizer is not None:
+            raise ValueError("it is not a byte-level tokenizer without a normalizer")
+        lacking = [byte for byte in pre_tokenizers.ByteLevel.alphabet() if self._backend.token_to_id(byte) is None]
+        if lacking:
+            raise ValueError(f"{len(lacking)} of the 256 bytes have no token")
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """The sha256 of the canonical JSON: equal for equal tokenizers, on any machine."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """The UTF-8 bytes that each token stands for: int32 [vocab_size], 0 for special tokens."""
+        tokens = (self._backend.id_to_token(i) for i in range(len(SPECIALS), self.vocab_size))
+        # The byte-level alphabet writes each byte as one character.
+        return np.array([0] * len(SPECIALS) + [len(token) for token in tokens], np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, with no special tokens."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, by all threads of the tokenizers library."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of tokens; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer to one JSON file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(self._json)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Read what `save` wrote. Raises UserError if the file is missing, damaged or another kind of tokenizer."""
+        try:
+            return cls(_canonical(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"tokenizer: {path} does not exist") from None
+        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+            raise UserError(f"tokenizer: {path} is not a tokenizer that llm3 wrote: {error}") from error
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE: the same tokenizer, hash and all, for the same texts in the same order.
+
+    A vocabulary that the texts cannot fill stays smaller. Raises UserError if vocab_size is below 260 (4 special
+    tokens and 256 bytes). Splits words as GPT-2 does (Radford et al. 2019, section 2.2).
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size}: expected at least {SMALLEST_VOCAB} (256 bytes, 4 specials)"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(iter(texts), trainer)
+    return Tokenizer(_canonical(backend.to_str()))
+
+
+def _canonical(text: str) -> str:
+    """One spelling for one tokenizer: the library writes the vocabulary in another order each time."""
+    return json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False, separators=(",", ":"))

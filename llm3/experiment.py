@@ -1,0 +1,112 @@
+"""A run with its texts read and its stages checked, before any device is touched."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm3 import evals, objectives
+from llm3.config import ModelConfig, RunConfig
+from llm3.data import tokenizer as tokenizers
+from llm3.data.library import Library, training_texts
+from llm3.data.mixture import Mixture
+from llm3.errors import UserError
+
+
+@dataclass
+class Experiment:
+    """What the verbs work on: the config, its texts and tokenizer, and what follows from them for each stage."""
+
+    config: RunConfig
+    workdir: Path
+    order: list[str]  # stages, parents first
+    tokenizer: tokenizers.Tokenizer
+    library: Library
+
+    @cached_property
+    def compute_dtype(self) -> str:
+        """bfloat16 where the devices are built for it, unless the config says otherwise."""
+        if self.config.model.compute_dtype != "auto":
+            return self.config.model.compute_dtype
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+    def seed(self, name: str) -> int:
+        """The seed of a stage (or of the untrained parameters, "init"), folded from the run's seed by name."""
+        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()[:4], "little") >> 1
+
+    def labels(self, name: str) -> list[str]:
+        """The classes of a stage's task head; empty without a head. Raises UserError where its sources disagree."""
+        stage = self.config.stages.get(name)
+        if stage is None or not objectives.load(stage.objective).NEEDS_HEAD:
+            return []
+        labels = {source: self.library.labels(source) for source in stage.data}
+        first = next(iter(labels.values()))
+        if any(each != first for each in labels.values()):
+            raise UserError(f"config.stages.{name}.data: the sources {', '.join(labels)} have different labels")
+        return first
+
+    def model(self, name: str) -> ModelConfig:
+        """The model of a stage (or of "init"): the config's, with the vocabulary, the classes and the dtype."""
+        return replace(
+            self.config.model,
+            vocab_size=self.tokenizer.vocab_size,
+            classes=len(self.labels(name)),
+            compute_dtype=self.compute_dtype,
+        )
+
+    def mixture(self, name: str) -> Mixture:
+        """The batches of a stage."""
+        stage = self.config.stages[name]
+        kind = objectives.load(stage.objective).WINDOWS
+        tables = {
+            source: self.library.windows(kind, source, "train", stage.sequence_length) for source in stage.data
+        }
+        return Mixture(tables, stage.data, stage.batch_size, self.seed(name))
+
+    def fingerprints(self, name: str) -> dict[str, str]:
+        """What the training data of a stage is, by content."""
+        return {source: self.library.cache(source, "train").fingerprint for source in self.config.stages[name].data}
+
+    def evaluation_windows(self, name: str) -> Any:
+        """The windows of an evaluation."""
+        evaluation = self.config.evaluations[name]
+        kind = evals.load(evaluation.kind).WINDOWS
+        return self.library.windows(kind, evaluation.source, evaluation.split, evaluation.sequence_length)
+
+
+def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
+    """Read, tokenize and cut all that the stages and evaluations need. Raises UserError before any device work."""
+    for name, evaluation in config.evaluations.items():
+        evals.load(evaluation.kind)
+        if evaluation.source not in config.sources:
+            raise UserError(f"config.evaluations.{name}.source={evaluation.source!r}: no such source in config.sources")
+    cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
+    tokenizer = load_tokenizer(config, workdir, cache_dir)
+    experiment = Experiment(config, workdir, order, tokenizer, Library(config.sources, tokenizer, cache_dir))
+    for name in order:
+        experiment.labels(name)
+        experiment.mixture(name)
+    for name in config.evaluations:
+        experiment.evaluation_windows(name)
+    return experiment
+
+
+def load_tokenizer(config: RunConfig, workdir: Path, cache_dir: Path) -> tokenizers.Tokenizer:
+    """The run's tokenizer: the one saved with it; else the one at `tokenizer.path`, or a new one; then it is saved."""
+    saved = workdir / "tokenizer.json"
+    if saved.is_file():
+        return tokenizers.Tokenizer.load(saved)
+    if config.tokenizer.path:
+        tokenizer = tokenizers.Tokenizer.load(Path(config.tokenizer.path))
+    else:
+        pretraining = [stage.data for stage in config.stages.values() if stage.kind == "pretrain"]
+        names = config.tokenizer.sources or sorted({source for data in pretraining for source in data})
+        if not names:
+            raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
+        texts = training_texts(config.sources, names, cache_dir)
+        tokenizer = tokenizers.train(texts, config.tokenizer.vocab_size)
+    tokenizer.save(saved)
+    return tokenizer

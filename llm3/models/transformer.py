@@ -1,0 +1,177 @@
+"""One transformer by config, decoder or encoder, used functionally.
+
+`abstract(config)` gives a graph definition and the shapes and logical axes of the parameters; inside a loss,
+`nnx.merge(graph, params)` gives the module. Layers are stacked on a leading axis and scanned, one scan for each
+*segment* (a run of layers). How the stack is cut is an execution detail: the canonical tree has one stack.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from llm3.config import ModelConfig
+from llm3.models.layers import Block, Norm, Projection, attention_mask, small_init
+from llm3.sharding import constrain, tree_shardings
+from llm3.tree import flatten, unflatten
+
+Segments = tuple[tuple[int, int], ...]
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states, and hidden states to logits of the next token or of classes."""
+
+    def __init__(self, config: ModelConfig, segments: Segments, rngs: nnx.Rngs):
+        c = self.config = config
+        small = small_init(c.d_model)
+        self.embed = nnx.Dict(
+            embedding=nnx.Param(small(rngs.params(), (c.vocab_size, c.d_model)), axes=("vocab", "embed"))
+        )
+        self.layers = nnx.Dict({f"{a}:{b}": _stack(c, b - a, rngs) for a, b in segments})
+        self.final_norm = Norm(c.d_model, "embed", kind=c.norm, epsilon=c.norm_epsilon)
+        model, vocab, classes = {"embed": c.d_model}, {"vocab": c.vocab_size}, {"classes": c.classes}
+        self.lm_head = None if c.tie_embeddings else Projection(model, vocab, init=small, rngs=rngs)
+        self.head = Projection(model, classes, init=small, bias=True, rngs=rngs) if c.classes else None
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: dict | None = None
+    ) -> tuple[jax.Array, dict | None]:
+        """Hidden states [B, T, D] after the last norm, and the cache with these tokens written to it.
+
+        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: as `make_cache` gives it.
+        """
+        keys, index = (positions, segments), None
+        if cache is not None:
+            index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
+            keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
+        mask = attention_mask(positions, segments, *keys, self.config.causal)
+        x = self.embed["embedding"][...].astype(self.config.compute_dtype)[tokens]
+        x = constrain(x, "batch", "length", None)
+        stored = []
+        for name, stack in self.layers.items():
+            first, last = map(int, name.split(":"))
+            part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
+            x, part = self._scan(stack, x, positions, mask, part, index)
+            stored.append(part)
+        if cache is not None:
+            layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
+            cache = {"layers": layers, "positions": keys[0], "segments": keys[1], "index": index + tokens.shape[1]}
+        return self.final_norm(x), cache
+
+    def _scan(self, stack, x, positions, mask, cache, index):
+        graph, params = nnx.split(stack)
+
+        def body(x, layer):
+            params, cache = layer
+            x, cache = nnx.merge(graph, params)(x, positions, mask, cache, index)
+            return constrain(x, "batch", "length", None), cache
+
+        if self.config.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        length = jax.tree.leaves(params)[0].shape[0]
+        return jax.lax.scan(body, x, (params, cache), unroll=min(self.config.scan_unroll, length))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""
+        if self.lm_head is None:
+            y = jnp.einsum("btd,vd->btv", hidden, self.embed["embedding"][...].astype(hidden.dtype))
+        else:
+            y = self.lm_head(hidden)
+        y, cap = y.astype(jnp.float32), self.config.logit_softcap
+        return cap * jnp.tanh(y / cap) if cap else y
+
+    def class_logits(self, hidden: jax.Array, segments: jax.Array) -> jax.Array:
+        """Float32 [B, T, C] from the task head: what each position says of its own document.
+
+        pool "last": from the hidden state at that position, so a document is read at its last token.
+        pool "mean": from the mean over the document, the same at all its positions.
+        """
+        if self.config.pool == "mean":
+            same = (segments[:, :, None] == segments[:, None, :]).astype(hidden.dtype)
+            hidden = jnp.einsum("bts,bsd->btd", same / same.sum(axis=-1, keepdims=True), hidden)
+        return self.head(hidden.astype(jnp.float32))
+
+
+def _stack(config: ModelConfig, count: int, rngs: nnx.Rngs) -> Block:
+    """`count` blocks with parameters stacked on a leading axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs)
+
+    return make(rngs)
+
+
+class Abstract(NamedTuple):
+    """A model without its numbers: the graph definition, and per leaf the shape and the logical axes."""
+
+    graph: nnx.GraphDef
+    shapes: dict
+    axes: dict
+
+
+def abstract(config: ModelConfig, segments: Segments | None = None) -> Abstract:
+    """The model cut into `segments` (default: one), without allocating anything."""
+    model = nnx.eval_shape(lambda: Transformer(config, segments or ((0, config.layers),), nnx.Rngs(0)))
+    graph, state = nnx.split(model, nnx.Param)
+    axes = {}
+    for path, variable in nnx.to_flat_state(state):
+        stacked = ("layers",) if path[0] == "layers" else ()
+        axes["/".join(path)] = stacked + variable.get_metadata("axes")
+    return Abstract(graph, nnx.to_pure_dict(state), unflatten(axes))
+
+
+def canonical(params: dict) -> dict:
+    """The same parameters with the segments of the stack joined: layers/<name> instead of layers/<a:b>/<name>."""
+    stacks = sorted(params["layers"].items(), key=lambda item: int(item[0].split(":")[0]))
+    flat = [flatten(stack) for _, stack in stacks]
+    joined = {
+        path: leaf if len(flat) == 1 else jnp.concatenate([each[path] for each in flat])
+        for path, leaf in flat[0].items()
+    }
+    return {**params, "layers": unflatten(joined)}
+
+
+def segmented(params: dict, segments: Segments) -> dict:
+    """The canonical parameters with the stack cut into segments: the inverse of `canonical`."""
+    flat = flatten(params["layers"])
+    cut = {
+        f"{a}:{b}": unflatten({path: leaf if len(segments) == 1 else leaf[a:b] for path, leaf in flat.items()})
+        for a, b in segments
+    }
+    return {**params, "layers": cut}
+
+
+def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | None = None) -> dict:
+    """Canonical float32 parameters (or `only` some leaves of them, by path; their values are the same).
+
+    They are created in place on the mesh, so that no device ever holds the whole model.
+    """
+    whole = abstract(config)
+
+    def chosen(tree: dict) -> dict:
+        return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
+
+    def create() -> dict:
+        model = Transformer(config, ((0, config.layers),), nnx.Rngs(seed))
+        return chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+
+    shardings = chosen(tree_shardings(mesh, whole.shapes, whole.axes))
+    return unflatten(jax.jit(create, out_shardings=shardings)())
+
+
+def make_cache(config: ModelConfig, batch: int, length: int) -> dict:
+    """An empty key-value cache for `length` tokens. Slots of segment 0 are empty; real tokens are of segment 1."""
+    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
+    layers = {name: jnp.zeros(shape, config.compute_dtype) for name in ("key", "value")}
+    slots = jnp.zeros((batch, length), jnp.int32)
+    return {"layers": layers, "positions": slots, "segments": slots, "index": jnp.zeros((), jnp.int32)}

@@ -1,0 +1,24 @@
+"""Autoregressive language modelling: the next token of the same document."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm3.data.batch import Batch
+from llm3.models.transformer import Transformer
+from llm3.objectives import Sums
+
+WINDOWS = "stream"
+NEEDS_HEAD = False
+
+
+def token_losses(model: Transformer, batch: Batch) -> jax.Array:
+    """Nats of each position's target: float32 [B, T], not weighted."""
+    hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+    return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
+
+
+def loss(model: Transformer, batch: Batch, key: jax.Array) -> Sums:
+    """The sum of the nats of the targets, weighted by token."""
+    del key  # nothing random
+    return Sums(jnp.sum(token_losses(model, batch) * batch.weights), jnp.sum(batch.weights), {})

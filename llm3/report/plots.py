@@ -1,0 +1,173 @@
+"""The plots of a report: PNG files, drawn without a display. Colours: Okabe and Ito's, told apart by all eyes."""
+
+import math
+from pathlib import Path
+
+from llm3.report.matrix import Figure, complete, figures, majority
+from llm3.report.table import METRIC_NAMES, PERCENTAGES
+from llm3.report.units import words
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B6B6B"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titlepad": 10,
+    "axes.labelcolor": "#333333",
+    "axes.labelsize": 10,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "font.family": "sans-serif",
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+}
+
+
+def smooth(values: list[float], window: int) -> list[float]:
+    """The mean over a centred window of `window` values, shorter at both ends."""
+    half = window // 2
+    parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
+    """One panel a stage: the training loss (nats a target) against the step, as logged and smoothed.
+
+    `histories` are the lines of `read_metrics` by stage; a line's `validation_loss`, if any, is marked. Lines without
+    a finite loss are left out, and so are stages without any.
+    """
+    series = {stage: _points(lines, "loss") for stage, lines in histories.items()}
+    series = {stage: points for stage, points in series.items() if points}
+    columns = 2 if len(series) == 4 else min(max(len(series), 1), 3)
+    lines = math.ceil(max(len(series), 1) / columns)
+    with _figure(path, lines, columns, size=(4 * columns, 2.8 * lines)) as grid:
+        for index, (axes, (stage, points)) in enumerate(zip(grid, series.items(), strict=False)):
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, ".", color=BLUE, alpha=0.35, markersize=6, markeredgewidth=0, label="train")
+            axes.plot(steps, smooth(losses, len(losses) // 10 + 1), color=BLUE, linewidth=1.8, label="train, smoothed")
+            if held_out := _points(histories[stage], "validation_loss"):
+                axes.plot(*zip(*held_out, strict=True), "D", color=ORANGE, markersize=5, label="validation")
+            axes.set_title(stage)
+            axes.set_xlabel("step")
+            axes.set_xlim(left=0)
+            if index % columns == 0:
+                axes.set_ylabel("loss (nats a target)")
+            if index == 0:
+                axes.legend(loc="upper right")
+        for axes in grid[len(series) :]:
+            axes.set_visible(False)
+
+
+def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:
+    """Bits per byte by stage, and each other figure by stage with its majority class; baselines stand apart, hollow.
+
+    One panel for all bits per byte, one for each further figure. A bar that would dwarf the others (the untrained
+    model's) leaves the panel at its top. Raises ValueError for a figure that is not finite.
+    """
+    rows, baselines = complete(rows, baselines)
+    found = figures([*rows, *baselines])
+    panels = [[figure for figure in found if figure.metric == "bits_per_byte"]]
+    panels += [[figure] for figure in found if figure.metric != "bits_per_byte"]
+    panels = [panel for panel in panels if panel]
+    columns = min(max(len(panels), 1), 3)
+    lines = math.ceil(max(len(panels), 1) / columns)
+    with _figure(path, lines, columns, size=(4 * columns, 3.2 * lines)) as grid:
+        for axes, panel in zip(grid, panels, strict=False):
+            _panel(axes, panel, rows, baselines)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+
+
+def _panel(axes, panel: list[Figure], rows: list[dict], baselines: list[dict]) -> None:
+    """The figures of one metric as a group of bars for each stage, with their values."""
+    stages, metric = [*rows, *baselines], panel[0].metric
+    share = metric in PERCENTAGES
+    values = [[row[figure.key] for row in stages] for figure in panel]
+    by_stage = [[value for value in stage if value is not None] for stage in zip(*values, strict=True)]
+    top = _top(by_stage, cut=metric == "bits_per_byte")
+    width = 0.8 / len(panel)
+    for index, (figure, line) in enumerate(zip(panel, values, strict=True)):
+        colour = COLOURS[index % len(COLOURS)]
+        label = words(figure.evaluation) if len(panel) > 1 else None
+        for place, value in enumerate(line):
+            if value is None:
+                continue
+            x, hollow = place + (index - (len(panel) - 1) / 2) * width, place >= len(rows)
+            fill = {"color": "white", "edgecolor": colour, "linewidth": 1.5} if hollow else {"color": colour}
+            axes.bar(x, value, 0.9 * width, **fill, label=label)
+            label = None
+            text = f"{100 * value:.1f}" if share else f"{value:.2f}"
+            height = min(value, 0.94 * top)
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 1} if value > top else None
+            axes.annotate(text, (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=8, bbox=paper)
+    chance = [majority(row, panel[0].evaluation) for row in stages] if metric == "accuracy" else []
+    if any(value is not None for value in chance):
+        level = next(value for value in chance if value is not None)
+        axes.axhline(level, color=GREY, linewidth=1.2, linestyle="--", label="majority class")
+        top = max(top, 1.3 * level)
+    name = METRIC_NAMES.get(metric, words(metric))
+    axes.set_title(
+        "bits per byte (less is better)" if metric == "bits_per_byte" else f"{words(panel[0].evaluation)}: {name}"
+    )
+    axes.set_ylabel(f"{name} (%)" if share else name)
+    if share:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        if top > 1:
+            axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.set_xticks(range(len(stages)), [row["stage"] for row in stages])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.6, len(stages) - 0.4)
+    axes.set_ylim(0, top)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right" if metric == "bits_per_byte" else "upper left")
+
+
+def _top(stages: list[list[float]], cut: bool) -> float:
+    """The upper end of an axis from 0, with room for a legend over the largest value.
+
+    With `cut`, a stage of more than twice the values of all others does not count.
+    """
+    peaks = sorted((max(values) for values in stages if values), reverse=True) or [1.0]
+    peak = peaks[1] if cut and len(peaks) > 1 and peaks[0] > 2 * peaks[1] else peaks[0]
+    return 1.3 * peak or 1.0
+
+
+def _points(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines whose value is a finite number."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+class _figure:
+    """A figure of `lines` x `columns` panels that is saved at `path` when the block ends; the block gets its axes."""
+
+    def __init__(self, path: Path | str, lines: int, columns: int, size: tuple[float, float]):
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure as Drawing
+
+        self._path = path
+        self._style = rc_context(STYLE)
+        self._style.__enter__()
+        self._drawing = Drawing(figsize=size, layout="constrained")
+        self._grid = self._drawing.subplots(lines, columns, squeeze=False)
+
+    def __enter__(self) -> list:
+        return list(self._grid.flat)
+
+    def __exit__(self, kind, *exception: object) -> None:
+        try:
+            if kind is None:
+                self._drawing.savefig(self._path)
+        finally:
+            self._style.__exit__(kind, *exception)

@@ -1,0 +1,60 @@
+"""Figures as people read them. None, a figure that does not apply, is a dash everywhere."""
+
+from typing import Any
+
+NOT_APPLICABLE = "-"
+
+
+def count(value: float | None) -> str:
+    """Three significant digits with k, M, G, T, P or E: 1234567 is 1.23M; below 1000 as it is."""
+    if value is None:
+        return NOT_APPLICABLE
+    for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * factor:
+            scaled = value / factor
+            digits = 2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0
+            return f"{scaled:.{digits}f}{letter}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Two units at most: 4.2s, 2m 05s, 3h 07m, 2d 04h."""
+    if seconds is None:
+        return NOT_APPLICABLE
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    for larger, smaller, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
+        if whole >= larger:
+            return f"{whole // larger}{names[0]} {whole % larger // smaller:02d}{names[1]}"
+    raise AssertionError(seconds)
+
+
+def gibibytes(value: float | None) -> str:
+    """Bytes in GiB, with two decimals and no unit."""
+    return NOT_APPLICABLE if value is None else f"{value / 2**30:.2f}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent, with one decimal: 0.781 is 78.1 %."""
+    return NOT_APPLICABLE if share is None else f"{100 * share:.1f} %"
+
+
+def fixed(value: float | None) -> str:
+    """Three decimals."""
+    return NOT_APPLICABLE if value is None else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    """Three decimals and always a sign."""
+    return NOT_APPLICABLE if value is None else f"{value:+.3f}"
+
+
+def words(name: str) -> str:
+    """A key as words: question_type is question type."""
+    return name.replace("_", " ")
+
+
+def plain(value: Any) -> Any:
+    """A scalar of numpy or jax as the Python number it holds; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value

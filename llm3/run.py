@@ -1,0 +1,88 @@
+"""The verb `run`: the stages one after another, each evaluated, with a report at the end."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from llm3 import stages
+from llm3.config import RunConfig
+from llm3.errors import UserError, nearest
+from llm3.experiment import prepare
+from llm3.generate import load_stage
+from llm3.handoff import INIT
+from llm3.loop import stop_on_signals
+from llm3.report import page, table
+from llm3.report.logs import read_metrics
+from llm3.session import ROW, Session
+from llm3.training import find_parent, run_stage
+from llm3.workdir import check_record, lock, read_json
+
+
+def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status."""
+    console = Console(highlight=False, soft_wrap=True)
+    order = chosen(config, names)
+    for name in order:
+        check_record(workdir, config, name)
+    if all((workdir / name / ROW).is_file() for name in [INIT, *order]) and (workdir / "report.md").is_file():
+        console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
+        return 0
+    with lock(workdir):
+        experiment = prepare(config, workdir, order)
+        to_train = [name for name in order if not (workdir / name / ROW).is_file()]
+        for name in to_train:
+            find_parent(experiment, name, to_train)
+        session = Session(experiment, console)
+        with jax.set_mesh(session.mesh), stop_on_signals() as request:
+            session.print_header()
+            session.evaluate_init()
+            for name in to_train:
+                if request.signal or not run_stage(session, name, request):
+                    console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
+                    return 128 + request.signal
+        report(config, workdir, session.facts(), console)
+    return 0
+
+
+def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
+    console = Console(highlight=False, soft_wrap=True)
+    order = [name for name in chosen(config, names) if (workdir / name / "checkpoints").is_dir()]
+    if not order:
+        raise UserError(f"{workdir} holds no trained stage of this config yet")
+    session = Session(prepare(config, workdir, order), console)
+    with jax.set_mesh(session.mesh):
+        rows = [session.evaluate(name, load_stage(workdir, name)[0]) for name in order]
+    table.print_table(rows, [], console)
+    return 0
+
+
+def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
+    """The stages to run, parents first. Raises UserError for one that the config does not have."""
+    order = stages.check(config)
+    for name in names or ():
+        if name not in order:
+            raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
+    return [name for name in order if not names or name in names]
+
+
+def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
+    """Print the matrix of all stages that are finished, and write it with report.md and the plots."""
+    rows, baselines, histories = [], [], {}
+    for name in [INIT, *stages.check(config)]:
+        row = read_json(workdir / name / ROW)
+        if row is None:
+            continue
+        baseline = name != INIT and config.stages[name].baseline
+        (baselines if baseline else rows).append(row)
+        if name != INIT:
+            histories[name] = read_metrics(workdir / name)
+    table.print_table(rows, baselines, console)
+    command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
+    page.write_report(
+        workdir, rows, baselines, histories, title=f"Run {workdir.name}", command=command, facts=facts
+    )
+    console.print(f"Report: {workdir / 'report.md'}")

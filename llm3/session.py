@@ -1,0 +1,115 @@
+"""One process on its devices: the mesh, and the evaluation of parameters into rows of the matrix."""
+
+import time
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from llm3 import __version__, evals
+from llm3.config import ModelConfig
+from llm3.data.mixture import finite_batches
+from llm3.experiment import Experiment
+from llm3.flops import peak_flops
+from llm3.handoff import INIT
+from llm3.models.transformer import abstract, init, segmented
+from llm3.sharding import check_batch, make_mesh, place_batch
+from llm3.tree import params_digest, size
+from llm3.workdir import read_json, write_json
+
+ROW = "evaluation.json"
+
+
+class Session:
+    """An experiment on a mesh. Enter `jax.set_mesh(session.mesh)` around its methods."""
+
+    def __init__(self, experiment: Experiment, console: Console):
+        self.experiment, self.config, self.workdir = experiment, experiment.config, experiment.workdir
+        self.console = console
+        self.mesh = make_mesh(vars(self.config.mesh))
+        for name, evaluation in self.config.evaluations.items():
+            check_batch(self.mesh, evaluation.batch_size, 1, f"config.evaluations.{name}")
+        for name in experiment.order:
+            stage = self.config.stages[name]
+            check_batch(self.mesh, stage.batch_size, stage.micro_batches, f"config.stages.{name}")
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak_flops = peak and peak * jax.device_count()
+        self._eval_steps: dict[tuple[str, ModelConfig], Any] = {}
+
+    def facts(self) -> dict[str, Any]:
+        """What this run runs on, for the header and the report."""
+        devices = jax.devices()
+        chosen = self.config.model.compute_dtype
+        why = "as the config says" if chosen != "auto" else f"auto on {jax.default_backend()}"
+        return {
+            "devices": f"{len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}",
+            "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
+            "versions": f"llm3 {__version__}, jax {jax.__version__}",
+            "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]})",
+        }
+
+    def print_header(self) -> None:
+        """Devices, dtype and why, versions."""
+        for name, fact in self.facts().items():
+            self.console.print(f"{name:<14}{fact}")
+
+    def row(self, name: str) -> dict | None:
+        """The row of a stage (or of "init") in the matrix, once it has been evaluated."""
+        return read_json(self.workdir / name / ROW)
+
+    def figures(self, params: dict, name: str) -> dict[str, float | None]:
+        """All evaluations of the canonical parameters of stage `name`; None where one does not apply."""
+        model, labels, result = self.experiment.model(name), self.experiment.labels(name), {}
+        for evaluation, config in self.config.evaluations.items():
+            peer = evals.load(config.kind)
+            if peer.NEEDS_HEAD and labels != self.experiment.library.labels(config.source):
+                continue
+            if (evaluation, model) not in self._eval_steps:
+                graph = abstract(model).graph
+                lengths = self.experiment.tokenizer.byte_lengths
+                self._eval_steps[evaluation, model] = evals.make_eval_step(peer, graph, lengths)
+            windows = self.experiment.evaluation_windows(evaluation)
+            batches = (place_batch(self.mesh, batch) for batch in finite_batches(windows, config.batch_size))
+            whole = segmented(params, ((0, model.layers),))
+            figures = evals.evaluate(peer, self._eval_steps[evaluation, model], whole, batches)
+            result |= {f"{evaluation}_{figure}": value for figure, value in figures.items()}
+        return result
+
+    def evaluate(self, name: str, params: dict) -> dict:
+        """The figures of a stage's canonical parameters as a row of the matrix, with their number and digest."""
+        self.console.print(f"{name}: evaluating")
+        started = time.perf_counter()
+        row = {"stage": name, **self.figures(params, name)}
+        return row | {
+            "majority_accuracy": row.get("task_majority_accuracy"),
+            "params": size(params),
+            "params_digest": params_digest(params),
+            "evaluation_seconds": time.perf_counter() - started,
+        }
+
+    def write_row(self, name: str, params: dict, cost: dict) -> None:
+        """Evaluate the parameters, and keep the row with what they cost."""
+        write_json(self.workdir / name / ROW, self.evaluate(name, params) | cost)
+
+    def evaluate_init(self) -> None:
+        """The untrained model's row."""
+        if not self.row(INIT):
+            params = init(self.experiment.model(INIT), self.experiment.seed(INIT), self.mesh)
+            self.write_row(INIT, params, {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0})
+
+    def flops_per_second(self) -> float:
+        """What to expect: 40 % of a known chip's peak, else half of what a matrix product reaches here now."""
+        return 0.4 * self.peak_flops if self.peak_flops else 0.5 * self._matmul_rate
+
+
+    @cached_property
+    def _matmul_rate(self) -> float:
+        size, product = 1024, jax.jit(jnp.dot)
+        x = jnp.ones((size, size), self.experiment.compute_dtype)
+        product(x, x).block_until_ready()
+        started = time.perf_counter()
+        for _ in range(5):
+            x = product(x, x).block_until_ready()
+        return jax.device_count() * 5 * 2 * size**3 / (time.perf_counter() - started)

@@ -1,0 +1,206 @@
+"""One stage from its start (resumed, handed over, or from nothing) to its last checkpoint and its row."""
+
+from typing import Any
+
+import jax
+
+from llm3 import __version__, evals, handoff, memory, stages
+from llm3.checkpoint import Checkpoints
+from llm3.config import as_dict
+from llm3.data.batch import Batch
+from llm3.errors import UserError
+from llm3.experiment import Experiment
+from llm3.handoff import INIT, Parent
+from llm3.loop import Cost, Meter, StopRequest, train
+from llm3.models.transformer import abstract, canonical, init
+from llm3.report.console import Progress
+from llm3.report.logs import MetricsWriter
+from llm3.report.units import count, duration
+from llm3.session import Session
+from llm3.sharding import named, place_batch
+from llm3.stages import parent_name
+from llm3.step import TrainState
+from llm3.tree import flatten, size, unflatten
+from llm3.workdir import stage_record, write_json
+
+
+def find_parent(experiment: Experiment, name: str, in_this_run: list[str]) -> Parent | None:
+    """The parent of a stage, found and accounted for leaf by leaf. Raises UserError.
+
+    None for a stage that starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to come, but
+    its shapes are known and checked.
+    """
+    where = f"config.stages.{name}.start"
+    start = handoff.read_start(experiment.config.stages[name].start, experiment.workdir, where)
+    if start is None or start.stage == INIT:
+        return None
+    parent = None
+    if start.run == experiment.workdir and start.stage in in_this_run:
+        leaves = _shapes(experiment, start.stage)
+    else:
+        parent = handoff.find_parent(start, where)
+        handoff.check_tokenizer(parent, experiment.tokenizer.hash, where)
+        leaves = parent.shapes()
+    account = handoff.account(_shapes(experiment, name), leaves, start, where)
+    if parent and "head/kernel" in account.loaded:
+        handoff.check_labels(parent, experiment.labels(name), where)
+    return parent
+
+
+def _shapes(experiment: Experiment, name: str) -> dict[str, tuple[int, ...]]:
+    shapes = canonical(abstract(experiment.model(name)).shapes)
+    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
+
+
+def run_stage(session: Session, name: str, request: StopRequest) -> bool:
+    """Train a stage to its end and evaluate it; False where a signal asked to stop (all is saved then)."""
+    experiment, stage = session.experiment, session.config.stages[name]
+    directory = session.workdir / name
+    parent = find_parent(experiment, name, [])
+    trainer = stages.build(
+        stage, experiment.model(name), session.mesh, seed=experiment.seed(name), where=f"config.stages.{name}"
+    )
+    memory.reset_peak()
+    write_json(directory / "config.json", stage_record(session.config, name))
+    better = -1 if stage.best and not _lower_is_better(session, stage.best) else 1
+    with Checkpoints(directory / "checkpoints", keep=stage.keep, best="best" if stage.best else None) as checkpoints:
+        state, cost, meta = start(session, name, parent, trainer, checkpoints)
+        first = int(state.step)
+        step = compile_step(session, name, trainer, cost)
+        mixture = experiment.mixture(name)
+
+        def on_save(done: int, state: TrainState) -> None:
+            params = trainer.params(state)
+            figures = session.figures(params, name) if stage.best else {}
+            if stage.best and stage.best not in figures:
+                raise UserError(f"config.stages.{name}.best={stage.best!r}: this stage measures {', '.join(figures)}")
+            cost.peak_bytes = max(memory.peak_bytes() or 0, cost.peak_bytes)
+            saved = meta | {"step": done, "finished": done == stage.steps, "cost": dict(vars(cost))}
+            scored = {"best": better * figures[stage.best]} if stage.best else None
+            checkpoints.save(done, params, state.opt, saved, scored)
+
+        with MetricsWriter(directory, first or None) as writer, Progress(stage.steps, first, name) as progress:
+
+            def on_log(done: int, line: dict) -> None:
+                line = {"learning_rate": float(trainer.optimizer.schedule(done - 1 - cost.skipped_steps))} | line
+                writer.write(done, line)
+                progress.log(done, line)
+                if line["skipped_steps"]:
+                    session.console.print(f"{name}: {line['skipped_steps']} steps up to {done} had no finite loss")
+
+            state, done = train(
+                state,
+                step,
+                lambda i: place_batch(session.mesh, mixture.batch(i)),
+                Meter(cost, trainer.flops_per_step, session.peak_flops),
+                start=first,
+                stop=stage.steps,
+                log_every=stage.log_every,
+                save_every=stage.save_every,
+                on_log=on_log,
+                on_save=on_save,
+                request=request,
+            )
+        checkpoints.wait()
+    if done < stage.steps:
+        return False
+    trainable = size(trainer.abstract_state.trainable)
+    session.write_row(
+        name,
+        trainer.params(state),
+        vars(cost) | {"trainable_params": trainable, "steps": stage.steps, "parent": parent_name(stage)},
+    )
+    return True
+
+
+def _lower_is_better(session: Session, figure: str) -> bool:
+    names = [name for name in session.config.evaluations if figure.startswith(f"{name}_")]
+    if not names:
+        raise UserError(f"best={figure!r}: expected EVALUATION_FIGURE, of {', '.join(session.config.evaluations)}")
+    name = max(names, key=len)
+    return figure.removeprefix(f"{name}_") in evals.load(session.config.evaluations[name].kind).LOWER_IS_BETTER
+
+
+def compile_step(session: Session, name: str, trainer: stages.Trainer, cost: Cost) -> Any:
+    """The compiled step; says what it will take."""
+    stage = session.config.stages[name]
+    compiled = trainer.train_step.lower(trainer.abstract_state, abstract_batch(session, name)).compile()
+    analysis = compiled.memory_analysis()
+    bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    trainable, frozen = size(trainer.abstract_state.trainable), size(trainer.abstract_state.frozen)
+    left = trainer.flops_per_step * stage.steps - cost.flops
+    session.console.print(
+        f"{name}: {count(trainable)} of {count(trainable + frozen)} parameters train, "
+        f"{count(stage.batch_size * stage.sequence_length)} tokens a step, {stage.steps} steps; "
+        f"about {bytes_ / 2**20:.0f} MiB a device and {duration(left / session.flops_per_second())}"
+    )
+    return compiled
+
+
+def abstract_batch(session: Session, name: str) -> Batch:
+    """The shapes of a stage's batch on the mesh."""
+    stage = session.config.stages[name]
+    sharding = named(session.mesh, "batch", "length")
+    example = session.experiment.mixture(name).batch(0, slice(0, 1))
+    shape = (stage.batch_size, stage.sequence_length)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding), example)
+
+
+def start(
+    session: Session, name: str, parent: Parent | None, trainer: stages.Trainer, checkpoints: Checkpoints
+) -> tuple[TrainState, Cost, dict]:
+    """Resume from the stage's own newest checkpoint; else start from the parent; else from nothing."""
+    base = base_meta(session, name, parent)
+    own = checkpoints.load_newest(trainer.abstract_params, trainer.abstract_state.opt)
+    if own is None:
+        params, said = first_params(session, name, parent, trainer)
+        return trainer.state(params), Cost(), base | said
+    step, params, opt, meta, skipped = own
+    for line in skipped:
+        session.console.print(f"{name}: {line}", style="bold red")
+    for key in ("tokenizer_hash", "data"):
+        if meta[key] != base[key]:
+            raise UserError(
+                f"{session.workdir / name} was trained on other data ({key}: {meta[key]} there, {base[key]} now): "
+                f"bring the data back, or use another --workdir"
+            )
+    session.console.print(f"{name}: resumes at step {step}")
+    return trainer.state(params, opt, step), Cost(**meta["cost"]), meta
+
+
+def first_params(session: Session, name: str, parent: Parent | None, trainer: stages.Trainer) -> tuple[dict, dict]:
+    """The canonical parameters that a stage starts with, and what the metadata says of them."""
+    seed = session.experiment.seed(INIT)
+    if parent is None:
+        return init(trainer.model, seed, session.mesh), {"fresh": sorted(flatten(trainer.abstract_params))}
+    params, account = handoff.load(parent, trainer.abstract_params, f"config.stages.{name}.start")
+    if account.fresh:
+        fresh = init(trainer.model, seed, session.mesh, only=account.fresh)
+        params = unflatten(flatten(params) | flatten(fresh))
+    said = {"fresh": list(account.fresh), "dropped": list(account.dropped)}
+    extra = "".join(f"; {key}: {', '.join(paths)}" for key, paths in said.items() if paths)
+    session.console.print(
+        f"{name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, "
+        f"{len(account.loaded)} leaves loaded{extra}"
+    )
+    return params, said
+
+
+def base_meta(session: Session, name: str, parent: Parent | None) -> dict:
+    """What every checkpoint of a stage says of where it comes from."""
+    experiment, stage = session.experiment, session.config.stages[name]
+    return {
+        "stage": name,
+        "kind": stage.kind,
+        "steps": stage.steps,
+        "seed": session.config.seed,
+        "parent": parent and parent.describe(),
+        "lineage": handoff.lineage(parent),
+        "reset": ["step", "optimizer", "schedule", "data"],
+        "tokenizer_hash": experiment.tokenizer.hash,
+        "data": experiment.fingerprints(name),
+        "labels": experiment.labels(name),
+        "model": as_dict(experiment.model(name)),
+        "config": stage_record(session.config, name),
+        "version": __version__,
+    }

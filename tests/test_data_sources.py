@@ -1,0 +1,157 @@
+"""Rows come out as text and label; what cannot be used is an error that names it."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from llm3.config import SourceConfig
+from llm3.data import sources
+from llm3.errors import UserError
+
+SHARED = Path(__file__).parents[2] / "shared"
+ROWS = [{"body": f"document {i % 40}", "kind": "ab"[i % 2], "year": 2000 + i % 3} for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rows.jsonl", ROWS)
+    return tmp_path
+
+
+def write(name, rows):
+    Path(name).write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+
+
+def load(split="train", path="json", data_files="rows.jsonl", text="body", **fields):
+    source = SourceConfig(path, data_files=data_files, text=text, **fields)
+    return sources.load(source, split, cache_dir=Path("cache"))
+
+
+def test_fields_are_renamed_to_text_and_label_relative_to_the_working_directory():
+    rows = load(label="kind")
+    assert rows.column_names == ["text", "label"]
+    assert rows["text"][:2] == ["document 0", "document 1"]
+    assert rows["label"][:3] == ["a", "b", "a"]
+    assert load().column_names == ["text"]
+
+
+def test_a_field_called_text_may_be_the_label():
+    write("swapped.jsonl", [{"text": "yes", "label": "a long document"}])
+    assert load(data_files="swapped.jsonl", text="label", label="text")[0] == {
+        "text": "a long document",
+        "label": "yes",
+    }
+
+
+def test_whole_numbers_and_class_numbers_become_label_names():
+    assert set(load(label="year")["label"]) == {"2000", "2001", "2002"}
+    features = datasets.Features({"body": datasets.Value("string"), "kind": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"body": ["x", "y"], "kind": [1, 0]}, features).to_parquet("rows.parquet")
+    assert load(path="parquet", data_files="rows.parquet", label="kind")["label"][:] == ["yes", "no"]
+
+
+def test_splits_come_from_the_files_and_names_of_the_source():
+    write("other.jsonl", ROWS[:7])
+    files = {"learn": "rows.jsonl", "dev": "other.jsonl", "test": ["other.jsonl", "rows.jsonl"]}
+    sizes = [
+        len(load(split, data_files=files, train="learn", validation="dev")) for split in ("train", "validation", "test")
+    ]
+    assert sizes == [200, 7, 207]
+
+
+def test_a_held_out_share_is_disjoint_by_content_complete_and_always_the_same():
+    write("many.jsonl", [{"body": f"document {i % 1000}"} for i in range(2000)])  # each text twice
+    options = dict(data_files="many.jsonl", validation="", validation_share=0.2)
+    train, validation = load(**options)["text"][:], load("validation", **options)["text"][:]
+    assert not set(train) & set(validation)
+    assert len(train) + len(validation) == 2000
+    assert len(validation) / 2000 == pytest.approx(0.2, abs=0.04)
+    assert load("validation", **options)["text"][:] == validation
+
+
+def test_without_a_validation_split_all_rows_train_and_validation_is_refused():
+    assert len(load(validation="")) == 200
+    with pytest.raises(UserError, match="validation_share=0"):
+        load("validation", validation="")
+
+
+def test_max_documents_keeps_that_many_of_each_split():
+    assert len(load(max_documents=9)) == 9
+    assert len(load(max_documents=1000)) == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(data_files="row.jsonl"), r"row\.jsonl does not exist: did you mean 'rows\.jsonl'"),
+        (dict(data_files="nowhere/rows.jsonl"), r"nor does its folder .*nowhere"),
+        (dict(data_files="*.csv"), r"no file matches \*\.csv"),
+        (dict(text="bod"), r"unknown field 'bod': did you mean 'body'\? valid: body, kind, year"),
+        (dict(label="kinds"), r"unknown field 'kinds': did you mean 'kind'"),
+        (dict(text="year"), r"field 'year' holds int64, expected strings"),
+        (dict(train="trian"), r"unknown split 'trian': .*train"),
+        (dict(split="validation"), r"unknown split 'validation': .*valid: train .*validation_share"),
+        (dict(split="dev"), r"split='dev'.*valid: test, train, validation"),
+        (dict(path="builtin:nothing"), r"nothing.*valid: numerical, numerical_task, python"),
+    ],
+)
+def test_a_wrong_name_is_an_error_with_the_nearest_right_ones(options, message):
+    with pytest.raises(UserError, match=message):
+        load(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("latin.txt", b"caf\xc3\xa9\ncaf\xe9\n", r"latin\.txt is not UTF-8: byte 0xe9 at offset 9"),
+        ("late.txt", b"a" * (1 << 20) + "é".encode() + b"\xff", "not UTF-8: byte 0xff at offset 1048578"),
+        ("split.txt", b"a" * ((1 << 20) - 1) + b"\xe2\x82(", "not UTF-8: byte 0xe2 at offset 1048575"),
+        ("cut.txt", "word é".encode()[:-1], "ends within a character, at offset 5"),
+    ],
+)
+def test_a_file_that_is_empty_or_not_utf8_is_named_with_the_offset(name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load(path="text", data_files=name, text="text")
+
+
+def test_a_character_across_two_reads_is_utf8():
+    Path("long.txt").write_text("a" * ((1 << 20) - 1) + "é", encoding="utf-8")
+    assert len(load(path="text", data_files="long.txt", text="text")) == 1
+
+
+def test_a_null_text_is_an_error_that_names_its_row():
+    write("null.jsonl", [*ROWS[:5], {"body": None, "kind": "a", "year": 1}])
+    with pytest.raises(UserError, match="field 'body' is missing or null in row 5"):
+        load(data_files="null.jsonl")
+
+
+def test_no_rows_and_damaged_json_are_errors():
+    Path("none.json").write_text("[]")
+    with pytest.raises(UserError, match="has no rows"):
+        load(data_files="none.json")
+    Path("damaged.jsonl").write_text('{"body": "x"\n{{')
+    with pytest.raises(UserError, match=r"damaged\.jsonl: cannot read split 'train': JSON"):
+        load(data_files="damaged.jsonl")
+
+
+def test_a_name_that_the_hub_does_not_answer_for_is_an_error(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"some/corpus: not found here.*no route to the hub"):
+        load(path="some/corpus", data_files=None)
+
+
+def test_the_shared_medical_questions_load_with_their_labels():
+    if not SHARED.exists():
+        pytest.skip("the folder of shared real text is absent")
+    files = {split: str(SHARED / f"data/medical/medquad/{split}.jsonl") for split in ("train", "validation")}
+    rows = load("validation", data_files=files, text="question", label="question_type")
+    assert len(rows) == 703
+    assert len(set(rows["label"])) > 5

@@ -1,0 +1,305 @@
+"""The report: figures as they were given, sentences that are true of them, and metrics that survive a kill."""
+
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from llm3.errors import UserError
+from llm3.report import units
+from llm3.report.console import Progress
+from llm3.report.logs import MetricsWriter, read_metrics
+from llm3.report.matrix import KEYS, read_matrix, write_matrix
+from llm3.report.page import page, write_report
+from llm3.report.plots import plot_losses, plot_matrix, smooth
+from llm3.report.table import markdown, print_table
+
+
+def row(stage, general=None, domain=None, accuracy=None, **more):
+    given = {
+        "stage": stage,
+        "general_bits_per_byte": general,
+        "domain_bits_per_byte": domain,
+        "task_accuracy": accuracy,
+        "task_macro_f1": accuracy and accuracy / 2,
+        "majority_accuracy": 0.31,
+        "task_items": 400,
+        "tokens": 1_234_567,
+        "flops": 3.4e12,
+        "seconds": 125.0,
+        "peak_bytes": 3 * 2**29,
+        "params": 3_400_000,
+        "trainable_params": 3_400_000,
+        "params_digest": "ab" * 32,
+    }
+    return {**given, **more}
+
+
+ROWS = [
+    row("init", 8.0, 8.0, tokens=0, flops=0, seconds=0.0, trainable_params=0),
+    row("pretrain", 2.4, 2.3),
+    row("posttrain", 2.5, 1.8),
+    row("finetune", 2.75, 2.05, 0.75, trainable_params=1_200_000),
+]
+BASELINES = [row("scratch", accuracy=0.5, tokens=600_000)]
+
+
+def printed(rows, baselines, **options):
+    console = Console(file=io.StringIO(), **options)
+    print_table(rows, baselines, console)
+    return console.file.getvalue()
+
+
+def sentences(rows, baselines=()):
+    return page(rows, list(baselines), title="T", command="run it", facts={"seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (999_600, "1.00M"), (12_345, "12.3k"), (123_456, "123k"), (3.4e12, "3.40T"), (None, "-")],
+)
+def test_counts_have_three_digits_and_a_letter(value, text):
+    assert units.count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0s"), (59.94, "59.9s"), (59.96, "1m 00s"), (125, "2m 05s"), (11_220, "3h 07m"), (187_300, "2d 04h")],
+)
+def test_durations_have_at_most_two_units(seconds, text):
+    assert units.duration(seconds) == text
+
+
+def test_the_matrix_has_every_key_and_null_where_nothing_applies(tmp_path):
+    write_matrix(tmp_path / "matrix.json", [{"stage": "only", "code_exact_match": 0.5}], [])
+    rows, baselines = read_matrix(tmp_path / "matrix.json")
+    assert [*rows[0]][: len(KEYS)] == list(KEYS)
+    assert rows[0]["code_exact_match"] == 0.5
+    assert rows[0]["tokens"] is None
+    assert baselines == []
+    assert [path.name for path in tmp_path.iterdir()] == ["matrix.json"]
+
+
+def test_forgetting_is_the_change_against_the_parent_row(tmp_path):
+    other = row("other", 2.2, 2.0, parent="pretrain")
+    write_matrix(tmp_path / "m.json", [*ROWS, other], [*BASELINES, row("late", 2.6, parent="posttrain")])
+    rows, (scratch, late) = read_matrix(tmp_path / "m.json")
+    changes = [row["general_bits_per_byte_change"] for row in rows]
+    assert changes == [None, *(pytest.approx(change) for change in (-5.6, 0.1, 0.25, -0.2))]
+    assert rows[2]["domain_bits_per_byte_change"] == pytest.approx(-0.5)
+    assert scratch["general_bits_per_byte_change"] is None
+    assert late["general_bits_per_byte_change"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, np.float32("nan")])
+def test_a_figure_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path, bad):
+    write_matrix(tmp_path / "m.json", ROWS, [])
+    with pytest.raises(ValueError, match="task_accuracy of posttrain"):
+        write_matrix(tmp_path / "m.json", [*ROWS[:2], row("posttrain", accuracy=bad)], [])
+    assert len(read_matrix(tmp_path / "m.json")[0]) == 4
+
+
+def test_scalars_of_numpy_are_written_as_numbers(tmp_path):
+    write_matrix(tmp_path / "m.json", [row("a", np.float32(2.5), tokens=np.int64(7))], [])
+    written = json.loads((tmp_path / "m.json").read_text())["rows"][0]
+    assert (written["general_bits_per_byte"], written["tokens"]) == (2.5, 7)
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_wrap": True}])
+def test_the_table_shows_figures_changes_costs_and_the_baseline_under_a_rule(options):
+    text = printed(ROWS, BASELINES, **options)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    posttrain = next(line for line in lines if line.startswith("posttrain"))
+    for figure in ("2.500 (+0.100)", "1.800 (-0.500)", "31.0 %", "1.23M", "3.40T", "2m 05s", "1.50"):
+        assert figure in posttrain
+    assert "1.20M of 3.40M" in text
+    assert set(lines[-2]) == {"─"}
+    assert lines[-1].startswith("scratch")
+
+
+def test_a_narrow_terminal_gets_two_tables_and_no_folded_figure():
+    text = printed(ROWS, BASELINES, width=80, force_terminal=True, color_system=None)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.count("posttrain") == 2
+    assert "2.500 (+0.100)" in text
+
+
+def test_columns_come_from_the_rows():
+    rows = [{"stage": "sft", "quiz_exact_match": 0.25, "code_bits_per_byte": 1.5, "quiz_items": 8, "notes": 3}]
+    head = markdown(rows, []).splitlines()[0]
+    assert "| stage | code bits/byte | quiz exact match | tokens |" in head
+    assert "general" not in head
+    assert "notes" not in head
+    assert "items" not in head
+
+
+def test_markdown_has_one_line_a_row_and_baselines_in_italics():
+    lines = markdown(ROWS, BASELINES).splitlines()
+    assert len(lines) == 2 + len(ROWS) + 1
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[-1].startswith("| *scratch* | - | - | *50.0 %* |")
+
+
+def test_sentences_say_what_was_gained_forgotten_and_paid():
+    text = sentences(ROWS, BASELINES)
+    assert "Domain: 2.300 → 1.800 bits per byte (-21.7 %)." in text
+    assert "Forgetting: general text costs 0.100 bits a byte more than after pretrain." in text
+    assert "1.23M tokens, 3.40T FLOPs, 2m 05s, 1.50 GiB at the peak, 1.20M of 3.40M parameters trained." in text
+    assert "75.0 % (standard error 2.2 points, 400 items) after finetune, against 31.0 % for the majority" in text
+    assert "a difference of +25.0 points (7.6 standard errors of the items, unpaired: outside" in text
+    assert "the baseline saw 600k tokens, finetune 1.23M." in text
+    assert text.count("Forgetting") == 2, "an untrained parent has nothing to forget"
+
+
+def test_sentences_stay_true_where_every_stage_made_things_worse():
+    worse = [row("init", 2.0, 2.0, 0.5, tokens=0), row("a", 3.0, 3.0, 0.4), row("b", 2.9, 2.8, 0.3)]
+    text = sentences(worse, [row("scratch", accuracy=0.32)])
+    assert "General: 2.000 → 3.000 bits per byte (+50.0 %)." in text
+    assert "Task: accuracy 50.0 % → 40.0 % (-10.0 points)." in text
+    assert "Forgetting: none; no text costs more bits than after a." in text
+    assert "30.0 % (standard error 2.3 points, 400 items) after b, against 31.0 % for the majority class." in text
+    assert "a difference of -2.0 points (0.6 standard errors of the items, unpaired: inside" in text
+
+
+@pytest.mark.parametrize(
+    "keys", [("task_items",), ("tokens", "flops", "seconds", "peak_bytes"), ("majority_accuracy",)]
+)
+def test_a_page_leaves_out_what_the_rows_do_not_know(keys):
+    bare = [{key: value for key, value in row.items() if key not in keys} for row in ROWS]
+    text = sentences(bare, BASELINES)
+    assert "None" not in text
+    assert "nan" not in text
+
+
+def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
+    histories = {"pretrain": [{"step": step, "loss": 5.0 / step} for step in range(1, 30)], "empty": []}
+    write_report(tmp_path / "r", ROWS, BASELINES, histories, title="T", command="run it", facts={"seed": 0})
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
+        "loss.png",
+        "matrix.json",
+        "matrix.png",
+        "report.md",
+    ]
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert text.startswith("# T\n")
+    assert "```bash\nrun it\n```\n\n- seed: 0\n" in text
+    for name in ("loss.png", "matrix.png"):
+        assert (tmp_path / "r" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_do_without_data_and_with_values_that_are_not_finite(tmp_path):
+    plot_losses(tmp_path / "none.png", {})
+    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0, "validation_loss": 2.0}]
+    plot_losses(tmp_path / "some.png", {"a": lines})
+    plot_matrix(tmp_path / "bare.png", [{"stage": "a"}], [])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_smoothing_is_a_centred_mean_of_the_same_length():
+    assert smooth([1.0, 2.0, 3.0, 10.0], 3) == [1.5, 2.0, 5.0, 6.5]
+    assert smooth([4.0], 1) == [4.0]
+
+
+def test_metrics_are_read_back_with_numbers_of_numpy_and_null_for_nan(tmp_path):
+    with MetricsWriter(tmp_path / "stage") as writer:
+        writer.write(10, {"loss": np.float32(2.5), "mfu": None, "gradient_norm": math.nan})
+        assert read_metrics(tmp_path / "stage") == [{"step": 10, "loss": 2.5, "mfu": None, "gradient_norm": None}]
+    assert read_metrics(tmp_path / "nothing") == []
+
+
+def test_resuming_repairs_a_torn_line_and_repeats_no_step(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (10, 20, 30):
+            writer.write(step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30]
+    with MetricsWriter(tmp_path, resume_step=20) as writer:
+        writer.write(30, {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+
+
+def test_a_new_start_leaves_no_metrics_of_an_older_run(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 1.0})
+    (events,) = tmp_path.glob("events.*")
+    events.rename(tmp_path / "events.out.tfevents.1")  # files are named by the second
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 10, "loss": 2.0}]
+    assert scalars(tmp_path) == [(10, "loss", 2.0)]
+
+
+def test_a_line_that_is_broken_in_the_middle_of_the_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: .*rubbish"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_the_same_scalars(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 2.5, "mfu": None})
+        writer.write(20, {"loss": 1.5})
+    assert scalars(tmp_path) == [(10, "loss", 2.5), (20, "loss", 1.5)]
+
+
+def scalars(directory):
+    """(step, name, value) from the records of the event files: 8 bytes of length, 4 of its checksum, data, 4 more."""
+    found = []
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+METRICS = {
+    "loss": 12.345678,
+    "learning_rate": 1e-3,
+    "gradient_norm": 1234.5,
+    "tokens_per_second": 12_345.6,
+    "mfu": 0.412,
+    "data_wait": 0.031,
+}
+
+
+def test_a_log_line_fits_120_columns_and_says_how_long_it_takes(capsys):
+    clock = itertools.count(0, 60)
+    with Progress(100_000, 0, "posttrain", clock=lambda: next(clock)) as progress:
+        progress.log(1, METRICS)  # a minute to compile and make the first step
+        progress.log(601, METRICS)  # then ten steps a second
+    slow, line = capsys.readouterr().out.splitlines()
+    figures = "loss 12.3457  lr 1.00e-03  grad 1.23e+03  12.3k tok/s  MFU 41.2 %  wait 3 %  ETA 2h 45m"
+    assert line == f"posttrain    601/100000  {figures}"
+    assert max(len(slow), len(line)) <= 120
+
+
+def test_a_log_line_leaves_out_what_is_not_known(capsys):
+    Progress(10, 0, "a").log(10, {"loss": 1.0, "mfu": None})
+    assert capsys.readouterr().out == "a         10/10  loss 1.0000\n"
+
+
+def test_a_terminal_gets_a_bar_with_the_latest_figures():
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with Progress(100, 50, "pretrain", console=console) as progress:
+        progress.log(60, {"loss": 1.25})
+    last = console.file.getvalue()
+    assert "60/100" in last
+    assert "loss 1.2500" in last
+
+
+def test_importing_the_report_loads_no_slow_library():
+    script = "import sys, llm3.report.page, llm3.report.logs, llm3.report.console; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"matplotlib", "rich", "tensorboardX", "jax", "numpy"} & set(loaded)
