@@ -26,7 +26,7 @@ def get_config():
         kind="finetune",
         data=dict(task=1.0),
         objective="classify",
-        steps=60,
+        steps=100,
         batch_size=16,
         sequence_length=256,
         optimizer=dict(learning_rate=1e-3, warmup_steps=10),
@@ -35,7 +35,7 @@ def get_config():
         pretrain=dict(
             kind="pretrain",
             data=dict(general=1.0),
-            steps=200,
+            steps=160,
             optimizer=dict(learning_rate=3e-3, warmup_steps=20),
             **lm,
         ),
@@ -43,7 +43,7 @@ def get_config():
             kind="posttrain",
             start="pretrain",
             data=dict(domain=0.9, general=0.1),
-            steps=150,
+            steps=200,
             optimizer=dict(learning_rate=1.5e-3, warmup_steps=10),
             **lm,
         ),
@@ -52,7 +52,7 @@ def get_config():
     )
     c.evaluations = dict(
         general=dict(kind="perplexity", source="general"),
-        domain=dict(kind="perplexity", source="domain"),
+        domain=dict(kind="perplexity", source="domain", max_documents=40),
         task=dict(kind="classification", source="task", split="test"),
     )
     return c

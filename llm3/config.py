@@ -6,6 +6,7 @@ Nothing here imports jax, so that a misspelt field is found before any device is
 
 import ast
 import dataclasses
+import re
 import runpy
 import types
 import typing
@@ -151,6 +152,13 @@ class EvaluationConfig:
     split: str = "validation"
     sequence_length: int = 256
     batch_size: int = 16
+    max_documents: int = 0  # a fixed pseudo-random sample of the split; 0: all
+
+    def __post_init__(self):
+        one_of("evaluations.*.split", self.split, ("train", "validation", "test"))
+        for name in ("sequence_length", "batch_size"):
+            at_least(f"evaluations.*.{name}", getattr(self, name), 1)
+        at_least("evaluations.*.max_documents", self.max_documents, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,4 +293,4 @@ def _read_section(kind: Any, value: Any, where: str) -> Any:
     try:
         return kind(**read)
     except UserError as error:
-        raise UserError(str(error).replace("stages.*", where).replace("config: config", "config")) from None
+        raise UserError(re.sub(r"config: \w+\.\*", where, str(error))) from None

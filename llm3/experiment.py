@@ -72,9 +72,8 @@ class Experiment:
 
     def evaluation_windows(self, name: str) -> Any:
         """The windows of an evaluation."""
-        evaluation = self.config.evaluations[name]
-        kind = evals.load(evaluation.kind).WINDOWS
-        return self.library.windows(kind, evaluation.source, evaluation.split, evaluation.sequence_length)
+        e = self.config.evaluations[name]
+        return self.library.windows(evals.load(e.kind).WINDOWS, e.source, e.split, e.sequence_length, e.max_documents)
 
 
 def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:

@@ -58,6 +58,15 @@ def test_training_twice_gives_the_same_tokenizer_and_another_text_another():
     assert tokenizer.train([*TEXTS, "zzz zzz zzz"], 330).hash != trained.hash
 
 
+def test_the_hash_does_not_depend_on_how_the_json_is_written(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"] = dict(reversed(content["model"]["vocab"].items()))
+    path.write_text(json.dumps(content, indent=2))
+    assert Tokenizer.load(path).hash == trained.hash
+
+
 def test_a_vocabulary_that_the_text_cannot_fill_stays_small():
     small = tokenizer.train(["ab ab ab"], 5000)
     assert 260 < small.vocab_size < 270

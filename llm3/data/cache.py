@@ -60,6 +60,19 @@ class TokenCache:
         """The tokens of one document, [bos] and [eos] included: a read-only view."""
         return self.stream[self.offsets[index] : self.offsets[index + 1]]
 
+    def first(self, documents: int) -> "TokenCache":
+        """The first documents only: a sample that does not change, since the order is fixed and pseudo-random."""
+        if documents >= self.documents:
+            return self
+        return dataclasses.replace(
+            self,
+            stream=self.stream[: self.offsets[documents]],
+            offsets=self.offsets[: documents + 1],
+            document_bytes=self.document_bytes[:documents],
+            labels=None if self.labels is None else self.labels[:documents],
+            fingerprint=f"{self.fingerprint}[:{documents}]",
+        )
+
 
 def build(
     dataset: datasets.Dataset,

@@ -36,9 +36,10 @@ class Library:
             raise UserError(f"source {name!r} has no labels: set sources.{name}.label to the field that holds them")
         return self.cache(name, "train").label_names
 
-    def windows(self, kind: str, name: str, split: str, length: int) -> Any:
-        """A table of windows: "stream", "pieces" or "examples"; see `llm3.data.packing`."""
-        return WINDOWS[kind](self.cache(name, split), length)
+    def windows(self, kind: str, name: str, split: str, length: int, max_documents: int = 0) -> Any:
+        """A table of windows: "stream", "pieces" or "examples"; see `llm3.data.packing`. max_documents 0: all."""
+        tokens = self.cache(name, split)
+        return WINDOWS[kind](tokens.first(max_documents) if max_documents else tokens, length)
 
 
 def training_texts(configs: dict[str, SourceConfig], names: list[str], cache_dir: Path):

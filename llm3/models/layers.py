@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm3.config import ModelConfig
+from llm3.models.products import attend, linear
 
 Axes = tuple[str | None, ...]
 
@@ -30,7 +31,7 @@ def residual_init(layers: int, d_model: int) -> Callable:
 
 
 class Projection(nnx.Module):
-    """A linear map from the last `len(inputs)` axes of x to `outputs`. kernel: float32 [*inputs, *outputs]."""
+    """A linear map from the axes of x after [B, T] to `outputs`. kernel: float32 [*inputs, *outputs]."""
 
     def __init__(
         self,
@@ -41,15 +42,14 @@ class Projection(nnx.Module):
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.contracted = len(inputs)
+        self.outputs = tuple(outputs.values())
         shape = (*inputs.values(), *outputs.values())
         self.kernel = nnx.Param(init(rngs.params(), shape), axes=(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n = self.contracted
-        last = tuple(range(x.ndim - n, x.ndim))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), ((last, tuple(range(n))), ((), ())))
+        kernel = self.kernel[...].reshape(-1, math.prod(self.outputs))
+        y = linear(x.reshape(*x.shape[:2], -1), kernel).reshape(*x.shape[:2], *self.outputs)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -120,7 +120,7 @@ class Attention(nnx.Module):
             write = jax.lax.dynamic_update_slice_in_dim
             key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
             cache = {"key": key, "value": value}
-        return self.out(jax.nn.dot_product_attention(query, key, value, mask=mask)), cache
+        return self.out(attend(query, key, value, mask)), cache
 
 
 class MLP(nnx.Module):

@@ -1,0 +1,26 @@
+"""Eight fake devices, before any test starts a backend."""
+
+import os
+
+import jax
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def mesh_of(count: int, **sizes: int):
+    """A mesh over the first `count` fake devices."""
+    from llm3.sharding import make_mesh
+
+    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes, jax.devices()[:count])
+
+
+@pytest.fixture
+def one_device():
+    return mesh_of(1)
+
+
+@pytest.fixture
+def eight_devices():
+    return mesh_of(8, data=2, fsdp=2, tensor=2)
