@@ -42,9 +42,7 @@ def bench(config: RunConfig, workdir: Path, name: str, as_json: bool) -> int:
 def measure(session: Session, name: str) -> dict:
     """The figures of a stage's step; seconds are wall time, bytes are the compiler's own count for one device."""
     experiment, stage = session.experiment, session.config.stages[name]
-    trainer = stages.build(
-        stage, experiment.model(name), session.mesh, seed=experiment.seed(name), where=f"config.stages.{name}"
-    )
+    trainer = session.trainer(name)
     before = time.perf_counter()
     compiled = trainer.train_step.lower(trainer.abstract_state, abstract_batch(session, name)).compile()
     compile_seconds = time.perf_counter() - before

@@ -94,7 +94,7 @@ class SourceConfig:
     train: str = "train"  # the split of the dataset that is used for training ...
     validation: str = "validation"  # ... and for validation; if empty, `validation_share` of train is held out
     validation_share: float = 0.0
-    max_documents: int = 0  # 0: all
+    max_documents: int = 0  # of the train split, a fixed pseudo-random sample; 0: all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,13 +214,22 @@ def _run_file(file: str) -> dict:
         siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
     try:
-        get_config = runpy.run_path(str(path))["get_config"]
-        config = get_config(argument) if argument else get_config()
-        return config.to_dict()
-    except KeyError as error:
-        raise UserError(f"--config={name}: it defines no get_config()") from error
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config and (get_config(argument) if argument else get_config())
     except Exception as error:
         raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
+    if get_config is None:
+        raise UserError(f"--config={name}: it defines no get_config()")
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"--config={name}: get_config() gave {type(config).__name__}, expected a ConfigDict")
+    return _copied(config.to_dict())
+
+
+def _copied(value: Any) -> Any:
+    """Plain values of which no two places share an object, so that an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _literal(text: str) -> Any:
@@ -228,7 +237,7 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 

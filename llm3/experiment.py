@@ -14,6 +14,7 @@ from llm3.data import tokenizer as tokenizers
 from llm3.data.library import Library, training_texts
 from llm3.data.mixture import Mixture
 from llm3.errors import UserError
+from llm3.workdir import TOKENIZER, tokenizer_sources
 
 
 @dataclass
@@ -61,9 +62,7 @@ class Experiment:
         """The batches of a stage."""
         stage = self.config.stages[name]
         kind = objectives.load(stage.objective).WINDOWS
-        tables = {
-            source: self.library.windows(kind, source, "train", stage.sequence_length) for source in stage.data
-        }
+        tables = {source: self.library.windows(kind, source, "train", stage.sequence_length) for source in stage.data}
         return Mixture(tables, stage.data, stage.batch_size, self.seed(name))
 
     def fingerprints(self, name: str) -> dict[str, str]:
@@ -77,35 +76,37 @@ class Experiment:
 
 
 def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
-    """Read, tokenize and cut all that the stages and evaluations need. Raises UserError before any device work."""
-    for name, evaluation in config.evaluations.items():
-        evals.load(evaluation.kind)
-        if evaluation.source not in config.sources:
-            raise UserError(f"config.evaluations.{name}.source={evaluation.source!r}: no such source in config.sources")
+    """Read, tokenize and cut all that the stages and evaluations need. Raises UserError before any device work.
+
+    Only the cache directory is written to.
+    """
     cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
     tokenizer = load_tokenizer(config, workdir, cache_dir)
     experiment = Experiment(config, workdir, order, tokenizer, Library(config.sources, tokenizer, cache_dir))
     for name in order:
         experiment.labels(name)
         experiment.mixture(name)
-    for name in config.evaluations:
+    for name, evaluation in config.evaluations.items():
+        if evals.load(evaluation.kind).NEEDS_HEAD:
+            experiment.library.labels(evaluation.source)
         experiment.evaluation_windows(name)
     return experiment
 
 
 def load_tokenizer(config: RunConfig, workdir: Path, cache_dir: Path) -> tokenizers.Tokenizer:
-    """The run's tokenizer: the one saved with it; else the one at `tokenizer.path`, or a new one; then it is saved."""
-    saved = workdir / "tokenizer.json"
+    """The run's tokenizer: the one saved with it, else the one at `tokenizer.path`, else a new one (in the cache)."""
+    saved = workdir / TOKENIZER
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
     if config.tokenizer.path:
-        tokenizer = tokenizers.Tokenizer.load(Path(config.tokenizer.path))
-    else:
-        pretraining = [stage.data for stage in config.stages.values() if stage.kind == "pretrain"]
-        names = config.tokenizer.sources or sorted({source for data in pretraining for source in data})
-        if not names:
-            raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
+        return tokenizers.Tokenizer.load(Path(config.tokenizer.path))
+    if not (names := tokenizer_sources(config)):
+        raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
+    content = hashlib.sha256(str(config.tokenizer.vocab_size).encode())
+    for text in training_texts(config.sources, names, cache_dir):
+        content.update(hashlib.sha256(text.encode()).digest())
+    cached = cache_dir / f"tokenizer-{content.hexdigest()[:16]}.json"
+    if not cached.is_file():
         texts = training_texts(config.sources, names, cache_dir)
-        tokenizer = tokenizers.train(texts, config.tokenizer.vocab_size)
-    tokenizer.save(saved)
-    return tokenizer
+        tokenizers.train(texts, config.tokenizer.vocab_size).save(cached)
+    return tokenizers.Tokenizer.load(cached)

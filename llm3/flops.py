@@ -35,7 +35,8 @@ def peak_flops(device_kind: str) -> float | None:
 def forward_flops(config: ModelConfig, batch: int, length: int, head: str) -> float:
     """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task"."""
     tokens = batch * length
-    return config.layers * (_matmul(config, tokens) + _scores(config, batch, length)) + _head(config, tokens, head)
+    layer = _matmul(config, tokens) + _scores(config, batch, length)
+    return config.layers * layer + _pool(config, batch, length, head) + _head(config, tokens, head)
 
 
 def step_flops(
@@ -50,7 +51,8 @@ def step_flops(
 
     `segments` and `trainable` are those of a Partition; without them everything trains. A matrix product costs once
     forward, once more backward for its input where anything below it trains, and once more for its weights where they
-    train. Remat adds the forward pass of the layers that have a backward pass ("dots": their scores only).
+    train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
+    last product ("dots": scores only).
     """
     tokens = batch * length
     trains = (lambda path: True) if trainable is None else trainable.__contains__
@@ -63,7 +65,7 @@ def step_flops(
     below = below or trains("final_norm/scale") or trains("final_norm/bias")
     lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"
     kernel = lm_kernel if head == "lm" else "head/kernel"
-    return total + _head(config, tokens, head) * (below + trains(kernel))
+    return total + _pool(config, batch, length, head) * below + _head(config, tokens, head) * (below + trains(kernel))
 
 
 def _layer_backward(
@@ -87,6 +89,9 @@ def _layer_backward(
     inner = query or key or value
     product = 2 * tokens * config.heads * config.head_dim * config.d_model
     total += product * (inner + trains(f"{prefix}attention/out/kernel"))
+    if config.remat == "dots":
+        output = trains(f"{prefix}attention/out/kernel")
+        total += half * ((inner or output) + (query or key or output))
     below = inner or any_of("attention/out")
     normed = below or any_of("mlp_norm")
     product = 2 * tokens * config.d_model * config.d_ff
@@ -95,9 +100,7 @@ def _layer_backward(
     total += product * (hidden + trains(f"{prefix}mlp/down/kernel"))
     below = hidden or any_of("mlp/down")
     if below and config.remat == "full":
-        total += _matmul(config, tokens) + _scores(config, batch, length)
-    elif below and config.remat == "dots":
-        total += _scores(config, batch, length)
+        total += _matmul(config, tokens) - product + _scores(config, batch, length)
     return total, below
 
 
@@ -110,6 +113,9 @@ def _scores(config: ModelConfig, batch: int, length: int) -> float:
     return 4 * batch * length * length * config.heads * config.head_dim
 
 
+def _pool(config: ModelConfig, batch: int, length: int, head: str) -> float:
+    return 2 * batch * length * length * config.d_model if head == "task" and config.pool == "mean" else 0
+
+
 def _head(config: ModelConfig, tokens: int, head: str) -> float:
     return 2 * tokens * config.d_model * (config.vocab_size if head == "lm" else config.classes)
-

@@ -1,6 +1,7 @@
 """The verb `generate`: sampling with a key-value cache."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -38,6 +39,22 @@ def next_token(
     return jax.random.categorical(key, logits)
 
 
+@cache
+def make_advance(config: ModelConfig, temperature: float, top_k: int, top_p: float) -> Callable:
+    """A jitted advance(params, cache, tokens [B, T], key) -> (cache, the next token [B]); the cache is donated."""
+    graph = abstract(config).graph
+
+    @partial(jax.jit, donate_argnums=1)
+    def advance(params: dict, cache: dict, tokens: jax.Array, key: jax.Array) -> tuple[dict, jax.Array]:
+        positions = cache["index"] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        model = nnx.merge(graph, params)
+        hidden, cache = model(tokens, positions, jnp.ones_like(tokens), cache)
+        logits = model.logits(hidden[:, -1:])[:, 0]
+        return cache, next_token(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    return advance
+
+
 def sample(
     params: dict,
     config: ModelConfig,
@@ -51,21 +68,13 @@ def sample(
     top_p: float = 1.0,
 ) -> list[int]:
     """Up to `max_tokens` tokens after the prompt, the `stop` token not included. params: canonical."""
-    graph = abstract(config).graph
-    choose = partial(next_token, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    @partial(jax.jit, donate_argnums=1)
-    def advance(params: dict, cache: dict, tokens: jax.Array, key: jax.Array) -> tuple[dict, jax.Array]:
-        positions = cache["index"] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        model = nnx.merge(graph, params)
-        hidden, cache = model(tokens, positions, jnp.ones_like(tokens), cache)
-        return cache, choose(model.logits(hidden[:, -1:])[:, 0], key)
-
+    advance = make_advance(config, temperature, top_k, top_p)
     params = segmented(params, ((0, config.layers),))
-    cache = make_cache(config, 1, len(prompt) + max_tokens)
+    # leaves of a new cache may share a buffer, and a buffer can be donated only once
+    kv = jax.tree.map(jnp.copy, make_cache(config, 1, len(prompt) + max_tokens))
     tokens, keys, result = jnp.array([prompt], jnp.int32), jax.random.key(seed), []
     for i in range(max_tokens):
-        cache, token = advance(params, cache, tokens, jax.random.fold_in(keys, i))
+        kv, token = advance(params, kv, tokens, jax.random.fold_in(keys, i))
         if int(token[0]) == stop:
             break
         result.append(int(token[0]))
@@ -88,6 +97,11 @@ def load_stage(workdir: Path, name: str) -> tuple[dict, ModelConfig, dict]:
 
 def generate(config: RunConfig, workdir: Path, stage: str | None, prompt: str, **options) -> int:
     """Print what a stage (default: every stage of the run, one under another) makes of a prompt."""
+    for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if options[option] < least:
+            raise UserError(f"--{option}={options[option]}: expected at least {least}")
+    if not 0 < options["top_p"] <= 1:
+        raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
     console = Console(highlight=False)
     names = [stage] if stage else [name for name in stages.check(config) if (workdir / name / "checkpoints").is_dir()]
     if not names:

@@ -14,6 +14,7 @@ from llm3.checkpoint import Checkpoints
 from llm3.errors import UserError, nearest
 from llm3.tree import flatten, unflatten
 
+CHECKPOINTS = "checkpoints"  # the folder of a stage that holds them
 INIT = "init"  # the name of the untrained model, as a parent of baselines
 
 
@@ -43,6 +44,11 @@ def read_start(value: Any, workdir: Path, where: str) -> Start | None:
             raise UserError(f"{where}.{name}: no such field; {nearest(name, Start._fields)}")
     if "stage" not in value:
         raise UserError(f"{where}: missing 'stage', the name of the stage to start from")
+    for name in ("run", "stage"):
+        if not isinstance(value.get(name, ""), str | None):
+            raise UserError(f"{where}.{name}={value[name]!r}: expected a str, got {type(value[name]).__name__}")
+    if value["stage"] == INIT and len(value) > 1:
+        raise UserError(f"{where}: the untrained model, '{INIT}', has no {', '.join(sorted(value.keys() - {'stage'}))}")
     step = value.get("step", "latest")
     if step != "latest" and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise UserError(f"{where}.step={step!r}: expected a step number or 'latest'")
@@ -51,6 +57,8 @@ def read_start(value: Any, workdir: Path, where: str) -> Start | None:
 
 
 def _rules(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, str | list | tuple):
+        raise UserError(f"{where}={value!r}: expected a regular expression, or a list of them")
     rules = (value,) if isinstance(value, str) else tuple(value)
     for rule in rules:
         try:
@@ -84,9 +92,9 @@ def find_parent(start: Start, where: str) -> Parent:
     if not start.run.is_dir():
         siblings = [str(each) for each in start.run.parent.glob("*")] if start.run.parent.is_dir() else []
         raise UserError(f"{where}: the run {start.run} does not exist; {nearest(str(start.run), siblings)}")
-    directory = start.run / start.stage / "checkpoints"
+    directory = start.run / start.stage / CHECKPOINTS
     if not directory.is_dir():
-        stages = [each.parent.name for each in start.run.glob("*/checkpoints")]
+        stages = [each.parent.name for each in start.run.glob(f"*/{CHECKPOINTS}")]
         raise UserError(
             f"{where}: {start.run} holds no checkpoints of a stage {start.stage!r}: train it first; "
             f"{nearest(start.stage, stages)}"
@@ -117,11 +125,11 @@ def check_tokenizer(parent: Parent, tokenizer_hash: str, where: str) -> None:
         )
 
 
-def check_labels(parent: Parent, labels: list[str], where: str) -> None:
-    """Raise UserError where a task head would be taken over for other classes."""
-    if parent.meta["labels"] != labels:
+def check_labels(known: list[str], labels: list[str], where: str) -> None:
+    """Raise UserError where a task head would be taken over for other classes than it knows."""
+    if known != labels:
         raise UserError(
-            f"{where}: the parent's task head knows the classes {parent.meta['labels']}, this stage {labels}: "
+            f"{where}: the parent's task head knows the classes {known}, this stage {labels}: "
             f"name the head in start.fresh=['head/.*']"
         )
 
@@ -134,9 +142,7 @@ class Account(NamedTuple):
     dropped: tuple[str, ...]
 
 
-def account(
-    model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str
-) -> Account:
+def account(model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str) -> Account:
     """Account for every leaf of the model and of the parent, given {path: shape} of each.
 
     A rule is a regular expression over a whole path. Raises UserError with the whole difference where a leaf is

@@ -80,7 +80,8 @@ def make(shapes: dict, rules: str | list[str], layers: int) -> Partition:
         if not used[i] and not any(match(path, layer) for path in paths for layer in _layers_of(path, layers)):
             raise UserError(f"train rule {rule!r} matches nothing; {nearest(_bare(rule), _names(paths))}")
     if not whole and not any(patterns):
-        raise UserError(f"train rules {rules} leave nothing to train; {nearest(_bare(rules[0]), _names(paths))}")
+        first = _bare(rules[0]) if rules else ""
+        raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, _names(paths))}")
     segments = _runs(patterns)
     stacked = {
         path.replace("layers/", f"layers/{first}:{last}/", 1) for first, last in segments for path in patterns[first]

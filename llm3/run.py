@@ -2,41 +2,46 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
 from llm3 import stages
-from llm3.config import RunConfig
+from llm3.config import RunConfig, as_dict
 from llm3.errors import UserError, nearest
 from llm3.experiment import prepare
 from llm3.generate import load_stage
-from llm3.handoff import INIT
+from llm3.handoff import CHECKPOINTS, INIT
 from llm3.loop import stop_on_signals
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
 from llm3.session import ROW, Session
-from llm3.training import find_parent, run_stage
-from llm3.workdir import check_record, lock, read_json
+from llm3.training import locate_parent, preflight, run_stage
+from llm3.workdir import RECORD, TOKENIZER, check_record, differences, lock, read_json, stage_record, write_json
 
 
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status."""
     console = Console(highlight=False, soft_wrap=True)
     order = chosen(config, names)
-    for name in order:
+    for name in [INIT, *order]:
         check_record(workdir, config, name)
-    if all((workdir / name / ROW).is_file() for name in [INIT, *order]) and (workdir / "report.md").is_file():
+    to_train = [name for name in order if not (workdir / name / ROW).is_file()]
+    for name in to_train:
+        locate_parent(config, workdir, name, to_train)
+    if not to_train and is_reported(workdir, [INIT, *order]):
         console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
         return 0
     with lock(workdir):
         experiment = prepare(config, workdir, order)
-        to_train = [name for name in order if not (workdir / name / ROW).is_file()]
-        for name in to_train:
-            find_parent(experiment, name, to_train)
         session = Session(experiment, console)
         with jax.set_mesh(session.mesh), stop_on_signals() as request:
+            for name in to_train:
+                preflight(session, name, to_train)
+            write_json(workdir / INIT / RECORD, stage_record(config, INIT))
+            experiment.tokenizer.save(workdir / TOKENIZER)
             session.print_header()
             session.evaluate_init()
             for name in to_train:
@@ -50,12 +55,17 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
 def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
     console = Console(highlight=False, soft_wrap=True)
-    order = [name for name in chosen(config, names) if (workdir / name / "checkpoints").is_dir()]
-    if not order:
+    order = [name for name in chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
+    if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
     session = Session(prepare(config, workdir, order), console)
+    loaded = {name: load_stage(workdir, name) for name in order}
+    for name, (_, model, _) in loaded.items():
+        now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype)
+        if lines := differences(as_dict(model), as_dict(now), "model"):
+            raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
     with jax.set_mesh(session.mesh):
-        rows = [session.evaluate(name, load_stage(workdir, name)[0]) for name in order]
+        rows = [session.evaluate(name, params) for name, (params, _, _) in loaded.items()]
     table.print_table(rows, [], console)
     return 0
 
@@ -67,6 +77,13 @@ def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
         if name not in order:
             raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
     return [name for name in order if not names or name in names]
+
+
+def is_reported(workdir: Path, names: list[str]) -> bool:
+    """Whether there is a report and it has these rows."""
+    matrix = read_json(workdir / "matrix.json") or {"rows": [], "baselines": []}
+    reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
+    return reported.issuperset(names) and (workdir / "report.md").is_file()
 
 
 def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
@@ -82,7 +99,5 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
             histories[name] = read_metrics(workdir / name)
     table.print_table(rows, baselines, console)
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
-    page.write_report(
-        workdir, rows, baselines, histories, title=f"Run {workdir.name}", command=command, facts=facts
-    )
+    page.write_report(workdir, rows, baselines, histories, title=f"Run {workdir.name}", command=command, facts=facts)
     console.print(f"Report: {workdir / 'report.md'}")

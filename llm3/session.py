@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from llm3 import __version__, evals
+from llm3 import __version__, evals, stages
 from llm3.config import ModelConfig
 from llm3.data.mixture import finite_batches
 from llm3.experiment import Experiment
@@ -36,7 +36,20 @@ class Session:
             check_batch(self.mesh, stage.batch_size, stage.micro_batches, f"config.stages.{name}")
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
+        self._trainers: dict[str, stages.Trainer] = {}
         self._eval_steps: dict[tuple[str, ModelConfig], Any] = {}
+
+    def trainer(self, name: str) -> stages.Trainer:
+        """The trainer of a stage. Raises UserError for what does not fit."""
+        if name not in self._trainers:
+            self._trainers[name] = stages.build(
+                self.config.stages[name],
+                self.experiment.model(name),
+                self.mesh,
+                seed=self.experiment.seed(name),
+                where=f"config.stages.{name}",
+            )
+        return self._trainers[name]
 
     def facts(self) -> dict[str, Any]:
         """What this run runs on, for the header and the report."""
@@ -83,7 +96,7 @@ class Session:
         started = time.perf_counter()
         row = {"stage": name, **self.figures(params, name)}
         return row | {
-            "majority_accuracy": row.get("task_majority_accuracy"),
+            "majority_accuracy": next((row[key] for key in row if key.endswith("_majority_accuracy")), None),
             "params": size(params),
             "params_digest": params_digest(params),
             "evaluation_seconds": time.perf_counter() - started,
@@ -102,7 +115,6 @@ class Session:
     def flops_per_second(self) -> float:
         """What to expect: 40 % of a known chip's peak, else half of what a matrix product reaches here now."""
         return 0.4 * self.peak_flops if self.peak_flops else 0.5 * self._matmul_rate
-
 
     @cached_property
     def _matmul_rate(self) -> float:

@@ -47,9 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
     """A mesh over `devices` (default: all of them). Raises UserError where the sizes do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(
-        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices
-    )
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """The three stages side by side: each one's laws, and the trainer that all of them share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm3 import objectives, optim
+from llm3 import evals, objectives, optim
 from llm3 import partition as partitions
 from llm3.config import ModelConfig, RunConfig, StageConfig
 from llm3.errors import UserError, nearest
@@ -57,13 +58,30 @@ def parent_name(stage: StageConfig) -> str | None:
     return stage.start
 
 
+def _known(field: str, name: str, options: Collection[str]) -> None:
+    if name not in options:
+        raise UserError(f"{field}={name!r}: {nearest(name, options)}")
+
+
 def check(config: RunConfig) -> list[str]:
     """Hold every stage to its laws; the names of the stages, parents first. Raises UserError."""
     stages, ordered = config.stages, []
+    if not stages:
+        raise UserError("config.stages is empty: expected {name: stage}")
+    for name, evaluation in config.evaluations.items():
+        where = f"config.evaluations.{name}"
+        _known(f"{where}.kind", evaluation.kind, evals.names())
+        _known(f"{where}.source", evaluation.source, config.sources)
     for name, stage in stages.items():
         where = f"config.stages.{name}"
         if name == INIT or "/" in name:
             raise UserError(f"{where}: {name!r} cannot be a stage's name")
+        _known(f"{where}.objective", stage.objective, objectives.names())
+        for source in stage.data:
+            _known(f"{where}.data", source, config.sources)
+        rules = [stage.train] if isinstance(stage.train, str) else stage.train
+        if not (isinstance(rules, list | tuple) and rules and all(isinstance(rule, str) for rule in rules)):
+            raise UserError(f"{where}.train={stage.train!r}: expected a rule, or a list of rules")
         LAWS[stage.kind](stage, where)
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
@@ -108,6 +126,15 @@ def with_sharding(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+@contextmanager
+def _inside(where: str) -> Iterator[None]:
+    """Say which stage a UserError is about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, where: str) -> Trainer:
     """The trainer of a stage on a mesh, without allocating anything. Raises UserError for what does not fit."""
     check_batch(mesh, stage.batch_size, stage.micro_batches, where)
@@ -115,11 +142,13 @@ def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, wher
     whole = abstract(model)
     shapes, axes = canonical(whole.shapes), canonical(whole.axes)
     shardings = tree_shardings(mesh, shapes, axes)
-    partition = partitions.make(shapes, stage.train, model.layers)
+    with _inside(f"{where}.train"):
+        partition = partitions.make(shapes, stage.train, model.layers)
     cut = abstract(model, partition.segments)
     trainable, frozen = partition.divide(cut.shapes)
     trainable_shardings, frozen_shardings = partition.divide(tree_shardings(mesh, cut.shapes, cut.axes))
-    optimizer = optim.make(trainable, steps=stage.steps, **vars(stage.optimizer))
+    with _inside(where):
+        optimizer = optim.make(trainable, steps=stage.steps, **vars(stage.optimizer))
     opt = jax.eval_shape(optimizer.transform.init, trainable)
     opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))
     abstract_state = TrainState(
@@ -129,9 +158,7 @@ def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, wher
         with_sharding(opt, opt_shardings),
     )
     state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    step = make_train_step(
-        cut.graph, objective.loss, optimizer.transform, seed=seed, micro_batches=stage.micro_batches
-    )
+    step = make_train_step(cut.graph, objective.loss, optimizer.transform, seed=seed, micro_batches=stage.micro_batches)
     head = "task" if objective.NEEDS_HEAD else "lm"
     return Trainer(
         model=model,

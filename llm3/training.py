@@ -1,16 +1,18 @@
 """One stage from its start (resumed, handed over, or from nothing) to its last checkpoint and its row."""
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from llm3 import __version__, evals, handoff, memory, stages
-from llm3.checkpoint import Checkpoints
-from llm3.config import as_dict
+from llm3.checkpoint import Checkpoints, DamagedCheckpoint
+from llm3.config import RunConfig, StageConfig, as_dict
 from llm3.data.batch import Batch
 from llm3.errors import UserError
 from llm3.experiment import Experiment
-from llm3.handoff import INIT, Parent
+from llm3.handoff import CHECKPOINTS, INIT, Parent, Start
 from llm3.loop import Cost, Meter, StopRequest, train
 from llm3.models.transformer import abstract, canonical, init
 from llm3.report.console import Progress
@@ -21,29 +23,82 @@ from llm3.sharding import named, place_batch
 from llm3.stages import parent_name
 from llm3.step import TrainState
 from llm3.tree import flatten, size, unflatten
-from llm3.workdir import stage_record, write_json
+from llm3.workdir import RECORD, stage_record, write_json
+
+
+def locate_parent(
+    config: RunConfig, workdir: Path, name: str, in_this_run: list[str]
+) -> tuple[Start | None, Parent | None]:
+    """Where a stage starts from, and the parent's checkpoint, None where it is yet to come. Raises UserError.
+
+    (None, None) for a stage that resumes or starts from nothing: a stage's own checkpoints beat `start`.
+    """
+    stage, where = config.stages[name], f"config.stages.{name}.start"
+    start = handoff.read_start(stage.start, workdir, where)
+    resumes = bool(Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps())
+    if resumes or start is None or start.stage == INIT:
+        return None, None
+    if start.run != workdir or start.stage not in in_this_run:
+        return start, handoff.find_parent(start, where)
+    if start.step != "latest":
+        kept = kept_steps(config.stages[start.stage])
+        if start.step not in kept and not config.stages[start.stage].best:
+            raise UserError(
+                f"{where}.step={start.step}: stage {start.stage!r} will keep the steps {', '.join(map(str, kept))} "
+                f"(its steps, save_every and keep)"
+            )
+    return start, None
+
+
+def kept_steps(stage: StageConfig) -> list[int]:
+    """The steps whose checkpoints are there once a stage is finished, beside the best one."""
+    saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), stage.steps})
+    return saved[-stage.keep :]
+
+
+def preflight(session: Session, name: str, in_this_run: list[str]) -> None:
+    """Everything about a stage that can be wrong, found before any stage trains. Raises UserError."""
+    experiment, stage = session.experiment, session.config.stages[name]
+    find_parent(experiment, name, in_this_run)
+    session.trainer(name)
+    if stage.best:
+        _lower_is_better(session, name)
+    checkpoints = Checkpoints(session.workdir / name / CHECKPOINTS, read_only=True)
+    for step in reversed(checkpoints.steps()):
+        with suppress(DamagedCheckpoint):
+            return check_same_data(session, name, checkpoints.meta(step))
+
+
+def check_same_data(session: Session, name: str, meta: dict) -> None:
+    """Raise UserError where a stage was begun with another tokenizer or on other texts."""
+    now = {"tokenizer_hash": session.experiment.tokenizer.hash, "data": session.experiment.fingerprints(name)}
+    for key, value in now.items():
+        if meta[key] != value:
+            raise UserError(
+                f"{session.workdir / name} was trained on other data ({key}: {meta[key]} there, {value} now): "
+                f"bring the data back, or use another --workdir"
+            )
 
 
 def find_parent(experiment: Experiment, name: str, in_this_run: list[str]) -> Parent | None:
     """The parent of a stage, found and accounted for leaf by leaf. Raises UserError.
 
-    None for a stage that starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to come, but
-    its shapes are known and checked.
+    None for a stage that resumes or starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to
+    come, but its shapes are known and checked.
     """
     where = f"config.stages.{name}.start"
-    start = handoff.read_start(experiment.config.stages[name].start, experiment.workdir, where)
-    if start is None or start.stage == INIT:
+    start, parent = locate_parent(experiment.config, experiment.workdir, name, in_this_run)
+    if start is None:
         return None
-    parent = None
-    if start.run == experiment.workdir and start.stage in in_this_run:
+    if parent is None:
         leaves = _shapes(experiment, start.stage)
     else:
-        parent = handoff.find_parent(start, where)
         handoff.check_tokenizer(parent, experiment.tokenizer.hash, where)
         leaves = parent.shapes()
     account = handoff.account(_shapes(experiment, name), leaves, start, where)
-    if parent and "head/kernel" in account.loaded:
-        handoff.check_labels(parent, experiment.labels(name), where)
+    if "head/kernel" in account.loaded:
+        known = parent.meta["labels"] if parent else experiment.labels(start.stage)
+        handoff.check_labels(known, experiment.labels(name), where)
     return parent
 
 
@@ -57,13 +112,11 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     experiment, stage = session.experiment, session.config.stages[name]
     directory = session.workdir / name
     parent = find_parent(experiment, name, [])
-    trainer = stages.build(
-        stage, experiment.model(name), session.mesh, seed=experiment.seed(name), where=f"config.stages.{name}"
-    )
+    trainer = session.trainer(name)
     memory.reset_peak()
-    write_json(directory / "config.json", stage_record(session.config, name))
-    better = -1 if stage.best and not _lower_is_better(session, stage.best) else 1
-    with Checkpoints(directory / "checkpoints", keep=stage.keep, best="best" if stage.best else None) as checkpoints:
+    write_json(directory / RECORD, stage_record(session.config, name))
+    better = -1 if stage.best and not _lower_is_better(session, name) else 1
+    with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best="best" if stage.best else None) as checkpoints:
         state, cost, meta = start(session, name, parent, trainer, checkpoints)
         first = int(state.step)
         step = compile_step(session, name, trainer, cost)
@@ -113,12 +166,16 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     return True
 
 
-def _lower_is_better(session: Session, figure: str) -> bool:
-    names = [name for name in session.config.evaluations if figure.startswith(f"{name}_")]
+def _lower_is_better(session: Session, name: str) -> bool:
+    figure, evaluations = session.config.stages[name].best, session.config.evaluations
+    names = [each for each in evaluations if figure.startswith(f"{each}_")]
     if not names:
-        raise UserError(f"best={figure!r}: expected EVALUATION_FIGURE, of {', '.join(session.config.evaluations)}")
-    name = max(names, key=len)
-    return figure.removeprefix(f"{name}_") in evals.load(session.config.evaluations[name].kind).LOWER_IS_BETTER
+        raise UserError(
+            f"config.stages.{name}.best={figure!r}: expected EVALUATION_FIGURE, as in domain_bits_per_byte; "
+            f"evaluations: {', '.join(evaluations) or '(none)'}"
+        )
+    evaluation = max(names, key=len)
+    return figure.removeprefix(f"{evaluation}_") in evals.load(evaluations[evaluation].kind).LOWER_IS_BETTER
 
 
 def compile_step(session: Session, name: str, trainer: stages.Trainer, cost: Cost) -> Any:
@@ -158,12 +215,7 @@ def start(
     step, params, opt, meta, skipped = own
     for line in skipped:
         session.console.print(f"{name}: {line}", style="bold red")
-    for key in ("tokenizer_hash", "data"):
-        if meta[key] != base[key]:
-            raise UserError(
-                f"{session.workdir / name} was trained on other data ({key}: {meta[key]} there, {base[key]} now): "
-                f"bring the data back, or use another --workdir"
-            )
+    check_same_data(session, name, meta)
     session.console.print(f"{name}: resumes at step {step}")
     return trainer.state(params, opt, step), Cost(**meta["cost"]), meta
 

@@ -11,6 +11,8 @@ from typing import Any
 from llm3.config import RunConfig, as_dict
 from llm3.errors import UserError
 
+TOKENIZER = "tokenizer.json"
+RECORD = "config.json"  # beside the files of a stage: what it was computed from
 # May differ between two starts of one run: they change what is shown and kept, or where it is computed.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
 
@@ -34,11 +36,22 @@ def read_json(path: Path) -> Any:
 
 
 def stage_record(config: RunConfig, name: str) -> dict:
-    """The part of the config that decides what a stage computes."""
+    """The part of the config that decides what a stage computes, or, for the name of none, what all of them share."""
     record = as_dict(config)
-    stage = {key: value for key, value in record["stages"][name].items() if key not in FREE_FIELDS}
-    shared = {key: record[key] for key in ("seed", "model", "tokenizer", "sources", "evaluations")}
-    return json.loads(json.dumps(shared | {"stage": stage}))
+    stage = record["stages"].get(name, {})
+    shared = {key: record[key] for key in ("seed", "model", "tokenizer", "evaluations")}
+    used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values()}
+    shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | set(stage.get("data", ())))}
+    own = {key: value for key, value in stage.items() if key not in FREE_FIELDS}
+    return json.loads(json.dumps(shared | ({"stage": own} if own else {})))
+
+
+def tokenizer_sources(config: RunConfig) -> list[str]:
+    """The sources that a new tokenizer is trained on: those the config names, else those of the pretrain stages."""
+    if config.tokenizer.path:
+        return []
+    pretraining = [stage.data for stage in config.stages.values() if stage.kind == "pretrain"]
+    return config.tokenizer.sources or sorted({source for data in pretraining for source in data})
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:
@@ -53,12 +66,12 @@ def differences(before: Any, now: Any, where: str = "") -> list[str]:
 
 def check_record(workdir: Path, config: RunConfig, name: str) -> None:
     """Raise UserError where the workdir holds this stage of another config."""
-    before = read_json(workdir / name / "config.json")
+    before = read_json(workdir / name / RECORD)
     if before is None:
         return
     if lines := differences(before, stage_record(config, name)):
         raise UserError(
-            f"{workdir} holds stage {name!r} of another config:\n" + "\n".join(lines) + "\n"
+            f"{workdir} holds {name!r} of another config:\n" + "\n".join(lines) + "\n"
             "Nothing was changed. Use another --workdir, or go back to the values there."
         )
 

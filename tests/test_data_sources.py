@@ -78,7 +78,7 @@ def test_without_a_validation_split_all_rows_train_and_validation_is_refused():
         load("validation", validation="")
 
 
-def test_max_documents_keeps_that_many_of_each_split():
+def test_max_documents_keeps_that_many_of_the_train_split():
     assert len(load(max_documents=9)) == 9
     assert len(load(max_documents=1000)) == 200
 

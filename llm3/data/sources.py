@@ -31,7 +31,7 @@ def load(source: SourceConfig, split: str, *, cache_dir: Path) -> datasets.Datas
     """The rows of one split ("train", "validation" or "test"): a column "text" (str), and "label" (str) if named.
 
     Without a validation split of its own, a source holds out `validation_share` of its train split, by a hash of the
-    text: equal texts never lie on both sides. `max_documents` keeps the rows with the smallest hashes of each split.
+    text: equal texts never lie on both sides. `max_documents` keeps the rows with the smallest hashes of the train split.
     Raises UserError for files, fields, splits and rows that cannot be used, and for what cannot be reached.
     """
     one_of("split", split, corpus.SPLITS)
@@ -41,7 +41,7 @@ def load(source: SourceConfig, split: str, *, cache_dir: Path) -> datasets.Datas
     dataset = _text_and_label(rows, source)
     if held_out:
         dataset = _held_out(dataset, source, split)
-    if 0 < source.max_documents < len(dataset):
+    if split == "train" and 0 < source.max_documents < len(dataset):
         smallest = np.argsort(_hashes(dataset), kind="stable")[: source.max_documents]
         dataset = dataset.select(np.sort(smallest))
     if not len(dataset):

@@ -101,9 +101,7 @@ class Attention(nnx.Module):
         self.query = Projection(model, heads, init=small, bias=c.attention_bias, rngs=rngs)
         self.key = Projection(model, kv, init=small, bias=c.attention_bias, rngs=rngs)
         self.value = Projection(model, kv, init=small, bias=c.attention_bias, rngs=rngs)
-        self.out = Projection(
-            heads, model, init=residual_init(c.layers, c.d_model), bias=c.attention_bias, rngs=rngs
-        )
+        self.out = Projection(heads, model, init=residual_init(c.layers, c.d_model), bias=c.attention_bias, rngs=rngs)
         norm = {"kind": c.norm, "epsilon": c.norm_epsilon}
         self.query_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
         self.key_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None

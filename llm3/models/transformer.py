@@ -74,10 +74,13 @@ class Transformer(nnx.Module):
             x, cache = nnx.merge(graph, params)(x, positions, mask, cache, index)
             return constrain(x, "batch", "length", None), cache
 
-        if self.config.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         length = jax.tree.leaves(params)[0].shape[0]
-        return jax.lax.scan(body, x, (params, cache), unroll=min(self.config.scan_unroll, length))
+        unroll = min(self.config.scan_unroll, length)
+        if self.config.remat != "none":
+            # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
+            policy, no_loop = REMAT_POLICIES[self.config.remat], unroll == length
+            body = jax.checkpoint(body, policy=policy, prevent_cse=no_loop)
+        return jax.lax.scan(body, x, (params, cache), unroll=unroll)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""

@@ -24,6 +24,4 @@ def loss(model: Transformer, batch: Batch, key: jax.Array) -> Sums:
     logits = class_logits(model, batch)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     correct = (jnp.argmax(logits, axis=-1) == batch.targets).astype(jnp.float32)
-    return Sums(
-        jnp.sum(nats * batch.weights), jnp.sum(batch.weights), {"accuracy": jnp.sum(correct * batch.weights)}
-    )
+    return Sums(jnp.sum(nats * batch.weights), jnp.sum(batch.weights), {"accuracy": jnp.sum(correct * batch.weights)})
