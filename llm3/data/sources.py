@@ -31,8 +31,8 @@ def load(source: SourceConfig, split: str, *, cache_dir: Path) -> datasets.Datas
     """The rows of one split ("train", "validation" or "test"): a column "text" (str), and "label" (str) if named.
 
     Without a validation split of its own, a source holds out `validation_share` of its train split, by a hash of the
-    text: equal texts never lie on both sides. `max_documents` keeps the rows with the smallest hashes of the train split.
-    Raises UserError for files, fields, splits and rows that cannot be used, and for what cannot be reached.
+    text: equal texts never lie on both sides. `max_documents` keeps the rows of the train split with the smallest
+    hashes. Raises UserError for files, fields, splits and rows that cannot be used, and for what cannot be reached.
     """
     one_of("split", split, corpus.SPLITS)
     held_out = split != "test" and not source.validation

@@ -164,12 +164,12 @@ def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | Non
     def chosen(tree: dict) -> dict:
         return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
 
-    def create() -> dict:
-        model = Transformer(config, ((0, config.layers),), nnx.Rngs(seed))
+    def create(key: jax.Array) -> dict:  # an argument: the compiler would fold random numbers from a constant
+        model = Transformer(config, ((0, config.layers),), nnx.Rngs(key))
         return chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
     shardings = chosen(tree_shardings(mesh, whole.shapes, whole.axes))
-    return unflatten(jax.jit(create, out_shardings=shardings)())
+    return unflatten(jax.jit(create, out_shardings=shardings)(jax.random.key(seed)))
 
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> dict:
