@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm3.config import load
+from llm3.config import RunConfig, load
 from llm3.errors import UserError
 
 VERBS = {
@@ -12,7 +12,11 @@ VERBS = {
     "eval": "evaluate the checkpoints of a run again",
     "generate": "sample from a stage, or from every stage of a run",
     "bench": "time the step of one stage",
+    "plan": "show what each stage trains and costs, before anything runs",
+    "lineage": "show where the stages of a run come from",
 }
+CONFIG_IS_OPTIONAL = ("generate", "lineage")  # the run's directory tells all
+WORKDIR_IS_OPTIONAL = ("bench", "plan")  # they write only a token cache
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,10 +26,11 @@ def parser() -> argparse.ArgumentParser:
     for verb, text in VERBS.items():
         epilog = "--config.FIELD=VALUE sets a field of the config"
         add = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False, epilog=epilog).add_argument
-        add("--config", required=True, metavar="FILE", help="a config file, as in configs/")
-        default = "runs/bench" if verb == "bench" else None
+        optional = verb in CONFIG_IS_OPTIONAL
+        add("--config", required=not optional, metavar="FILE", help="a config file, as in configs/")
+        default = "runs/bench" if verb in WORKDIR_IS_OPTIONAL else None
         add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
-        if verb in ("run", "eval"):
+        if verb in ("run", "eval", "plan"):
             add("--stages", metavar="A,B", help="only these stages (default: all)")
         if verb == "bench":
             add("--stage", required=True, help="the stage whose step is timed")
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
     args = parser().parse_args([each for each in arguments if not each.startswith("--config.")])
     try:
-        return dispatch(args, load(args.config, overrides))
+        return dispatch(args, load(args.config, overrides) if args.config else None)
     except UserError as error:
         print(f"llm3: {error}", file=sys.stderr)
         return 2
@@ -55,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def dispatch(args: argparse.Namespace, config) -> int:
+def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
     """Call the verb. Imports come late, so that bad arguments are answered at once."""
     names = args.stages.split(",") if getattr(args, "stages", None) else None
     if args.verb == "run":
@@ -70,10 +75,18 @@ def dispatch(args: argparse.Namespace, config) -> int:
         from llm3.bench import bench
 
         return bench(config, args.workdir, args.stage, args.json)
+    if args.verb == "plan":
+        from llm3.describe import plan
+
+        return plan(config, args.workdir, names)
+    if args.verb == "lineage":
+        from llm3.describe import lineage
+
+        return lineage(args.workdir)
     from llm3.generate import generate
 
     options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    return generate(config, args.workdir, args.stage, args.prompt, **options)
+    return generate(args.workdir, args.stage, args.prompt, **options)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
-from llm3 import stages
 from llm3.checkpoint import Checkpoints
-from llm3.config import ModelConfig, RunConfig
+from llm3.config import ModelConfig
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
+from llm3.handoff import CHECKPOINTS, trained_stages
 from llm3.models.transformer import abstract, make_cache, segmented
+from llm3.workdir import TOKENIZER
 
 
 def next_token(
@@ -84,10 +85,10 @@ def sample(
 
 def load_stage(workdir: Path, name: str) -> tuple[dict, ModelConfig, dict]:
     """The newest parameters of a stage of a run, its model and its metadata. Raises UserError."""
-    found = [each.parent.name for each in workdir.glob("*/checkpoints")]
+    found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
-    checkpoints = Checkpoints(workdir / name / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
     step = checkpoints.latest()
     if step is None:
         raise UserError(f"{workdir / name} has no complete checkpoint yet")
@@ -95,7 +96,7 @@ def load_stage(workdir: Path, name: str) -> tuple[dict, ModelConfig, dict]:
     return jax.tree.map(jnp.asarray, checkpoints.load_params(step)), ModelConfig(**meta["model"]), meta
 
 
-def generate(config: RunConfig, workdir: Path, stage: str | None, prompt: str, **options) -> int:
+def generate(workdir: Path, stage: str | None, prompt: str, **options) -> int:
     """Print what a stage (default: every stage of the run, one under another) makes of a prompt."""
     for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if options[option] < least:
@@ -103,10 +104,8 @@ def generate(config: RunConfig, workdir: Path, stage: str | None, prompt: str, *
     if not 0 < options["top_p"] <= 1:
         raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
     console = Console(highlight=False)
-    names = [stage] if stage else [name for name in stages.check(config) if (workdir / name / "checkpoints").is_dir()]
-    if not names:
-        raise UserError(f"{workdir} holds no trained stage of this config yet")
-    tokenizer = Tokenizer.load(workdir / "tokenizer.json")
+    names = [stage] if stage else trained_stages(workdir)
+    tokenizer = Tokenizer.load(workdir / TOKENIZER)
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for name in names:
         params, model, _ = load_stage(workdir, name)

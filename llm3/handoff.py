@@ -187,6 +187,19 @@ def load(parent: Parent, abstract_params: dict, where: str) -> tuple[dict, Accou
     return unflatten({path: params[path] for path in told.loaded}), told
 
 
+def trained_stages(workdir: Path) -> list[str]:
+    """The stages of a run that have a checkpoint: parents first, baselines last. Raises UserError without any."""
+    ranks = {}
+    for directory in workdir.glob(f"*/{CHECKPOINTS}"):
+        checkpoints = Checkpoints(directory, read_only=True)
+        if (step := checkpoints.latest()) is not None:
+            meta = checkpoints.meta(step)
+            ranks[meta["stage"]] = (meta["config"]["stage"]["baseline"], len(meta["lineage"]), meta["stage"])
+    if not ranks:
+        raise UserError(f"{workdir} holds no trained stage yet")
+    return sorted(ranks, key=ranks.__getitem__)
+
+
 def lineage(parent: Parent | None) -> list[dict]:
     """The chain of ancestors, the first pretraining step first, from the parent's metadata alone."""
     if parent is None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from llm3 import stages
 from llm3.config import RunConfig, as_dict
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError
 from llm3.experiment import prepare
 from llm3.generate import load_stage
 from llm3.handoff import CHECKPOINTS, INIT
@@ -25,7 +25,7 @@ from llm3.workdir import RECORD, TOKENIZER, check_record, differences, lock, rea
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status."""
     console = Console(highlight=False, soft_wrap=True)
-    order = chosen(config, names)
+    order = stages.chosen(config, names)
     for name in [INIT, *order]:
         check_record(workdir, config, name)
     to_train = [name for name in order if not (workdir / name / ROW).is_file()]
@@ -55,7 +55,7 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
 def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
     console = Console(highlight=False, soft_wrap=True)
-    order = [name for name in chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
+    order = [name for name in stages.chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
     session = Session(prepare(config, workdir, order), console)
@@ -68,15 +68,6 @@ def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
         rows = [session.evaluate(name, params) for name, (params, _, _) in loaded.items()]
     table.print_table(rows, [], console)
     return 0
-
-
-def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
-    """The stages to run, parents first. Raises UserError for one that the config does not have."""
-    order = stages.check(config)
-    for name in names or ():
-        if name not in order:
-            raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
-    return [name for name in order if not names or name in names]
 
 
 def is_reported(workdir: Path, names: list[str]) -> bool:

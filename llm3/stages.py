@@ -98,6 +98,15 @@ def check(config: RunConfig) -> list[str]:
     return ordered
 
 
+def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
+    """The stages to run, parents first. Raises UserError for one that the config does not have."""
+    order = check(config)
+    for name in names or ():
+        if name not in order:
+            raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
+    return [name for name in order if not names or name in names]
+
+
 class Trainer(NamedTuple):
     """All that a stage runs with. `train_step` is jitted, its state donated."""
 

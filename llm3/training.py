@@ -10,7 +10,7 @@ from llm3 import __version__, evals, handoff, memory, stages
 from llm3.checkpoint import Checkpoints, DamagedCheckpoint
 from llm3.config import RunConfig, StageConfig, as_dict
 from llm3.data.batch import Batch
-from llm3.errors import UserError
+from llm3.errors import UserError, nearest
 from llm3.experiment import Experiment
 from llm3.handoff import CHECKPOINTS, INIT, Parent, Start
 from llm3.loop import Cost, Meter, StopRequest, train
@@ -115,7 +115,6 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     trainer = session.trainer(name)
     memory.reset_peak()
     write_json(directory / RECORD, stage_record(session.config, name))
-    better = -1 if stage.best and not _lower_is_better(session, name) else 1
     with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best="best" if stage.best else None) as checkpoints:
         state, cost, meta = start(session, name, parent, trainer, checkpoints)
         first = int(state.step)
@@ -123,14 +122,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
         mixture = experiment.mixture(name)
 
         def on_save(done: int, state: TrainState) -> None:
-            params = trainer.params(state)
-            figures = session.figures(params, name) if stage.best else {}
-            if stage.best and stage.best not in figures:
-                raise UserError(f"config.stages.{name}.best={stage.best!r}: this stage measures {', '.join(figures)}")
-            cost.peak_bytes = max(memory.peak_bytes() or 0, cost.peak_bytes)
-            saved = meta | {"step": done, "finished": done == stage.steps, "cost": dict(vars(cost))}
-            scored = {"best": better * figures[stage.best]} if stage.best else None
-            checkpoints.save(done, params, state.opt, saved, scored)
+            save(session, name, trainer, checkpoints, meta, cost, done, state)
 
         with MetricsWriter(directory, first or None) as writer, Progress(stage.steps, first, name) as progress:
 
@@ -139,7 +131,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
                 writer.write(done, line)
                 progress.log(done, line)
                 if line["skipped_steps"]:
-                    session.console.print(f"{name}: {line['skipped_steps']} steps up to {done} had no finite loss")
+                    session.console.print(f"{name}: skipped {line['skipped_steps']} steps without a finite loss")
 
             state, done = train(
                 state,
@@ -164,6 +156,28 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
         vars(cost) | {"trainable_params": trainable, "steps": stage.steps, "parent": parent_name(stage)},
     )
     return True
+
+
+def save(
+    session: Session,
+    name: str,
+    trainer: stages.Trainer,
+    checkpoints: Checkpoints,
+    meta: dict,
+    cost: Cost,
+    done: int,
+    state: TrainState,
+) -> None:
+    """Begin to write a checkpoint of step `done`, with the stage's best figure where the config names one."""
+    stage, params, scored = session.config.stages[name], trainer.params(state), None
+    if stage.best:
+        figures = session.figures(params, name)
+        if stage.best not in figures:
+            raise UserError(f"config.stages.{name}.best={stage.best!r}: {nearest(stage.best, figures)}")
+        scored = {"best": figures[stage.best] if _lower_is_better(session, name) else -figures[stage.best]}
+    cost.peak_bytes = max(memory.peak_bytes() or 0, cost.peak_bytes)
+    saved = meta | {"step": done, "finished": done == stage.steps, "cost": dict(vars(cost))}
+    checkpoints.save(done, params, state.opt, saved, scored)
 
 
 def _lower_is_better(session: Session, name: str) -> bool:

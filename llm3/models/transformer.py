@@ -53,8 +53,9 @@ class Transformer(nnx.Module):
             index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
             keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
         mask = attention_mask(positions, segments, *keys, self.config.causal)
-        x = self.embed["embedding"][...].astype(self.config.compute_dtype)[tokens]
-        x = constrain(x, "batch", "length", None)
+        # gathered over fsdp first: rows of a table that is cut along d_model do not lie as the batch does
+        table = constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
+        x = constrain(table[tokens], "batch", "length", None)
         stored = []
         for name, stack in self.layers.items():
             first, last = map(int, name.split(":"))
