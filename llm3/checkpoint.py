@@ -8,25 +8,21 @@ is always a finished save.
 
 import contextlib
 import functools
-import hashlib
-import json
 import logging
 import math
-import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llm3.errors import UserError, nearest
-from llm3.tree import combine_digests, flatten, leaf_digests, unflatten
+from llm3.seal import check_shapes, digests_of, json_digest, not_finite, saved_shapes, sealed
+from llm3.tree import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +82,9 @@ class Checkpoints:
             raise UserError(f"the best checkpoint is chosen by {self._best!r}: {nearest(self._best, metrics)}")
         parts = {"params": _arrays(flatten(params)), "opt": _arrays(_by_path(opt))}
         for name, leaves in parts.items():
-            if wrong := _not_finite(leaves):
+            if wrong := not_finite(leaves):
                 raise UserError(f"step {step} is not saved: {name} has values that are not finite in {_listed(wrong)}")
-        meta = _sealed(meta, parts)
+        meta = sealed(meta, parts)
         response = self._open().save_checkpointables_async(
             step,
             # Orbax refuses an empty tree
@@ -136,13 +132,13 @@ class Checkpoints:
             raise UserError(f"{self.directory} has no step {step}; it has {_listed(map(str, steps)) or 'none'}")
         meta = self._read(step, "meta", None)
         seal = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
-        if seal is None or seal != _json_digest(meta):
+        if seal is None or seal != json_digest(meta):
             raise DamagedCheckpoint(f"{self.directory / str(step) / 'meta'} does not match its digest")
         return meta
 
     def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """{path: (shape, dtype)} of the parameters of a step, without reading them."""
-        return _shapes(self.meta(step), "params")
+        return saved_shapes(self.meta(step), "params")
 
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
         """The parameters of a step, each leaf checked against its digest before any cast.
@@ -225,15 +221,15 @@ class Checkpoints:
 
     def _load(self, step: int, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
         meta = self.meta(step)
-        saved = _shapes(meta, part)
+        saved = saved_shapes(meta, part)
         if abstract is None:
             target = {path: np.empty(shape, dtype) for path, (shape, dtype) in saved.items()}
         else:
-            _same_shapes(f"{self.directory / str(step) / part}", abstract, saved)
+            check_shapes(f"{self.directory / str(step) / part}", abstract, saved)
             target = {path: _target(leaf, saved[path][1]) for path, leaf in abstract.items()}
         loaded = flatten(self._read(step, part, unflatten(target))) if target else {}
         expected = meta["digests" if part == "params" else "opt_digests"]
-        found = _digests(loaded)
+        found = digests_of(loaded)
         if wrong := [path for path in expected if found.get(path) != expected[path]]:
             raise DamagedCheckpoint(f"{self.directory / str(step) / part}: {_listed(wrong)} does not match its digest")
         if abstract is None:
@@ -274,65 +270,6 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 def _arrays(leaves: dict[str, Any]) -> dict[str, Any]:
     return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
-
-
-@jax.jit
-def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
-
-
-def _not_finite(leaves: dict[str, Any]) -> list[str]:
-    floating = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-    on_device = {path: leaf for path, leaf in floating.items() if isinstance(leaf, jax.Array)}
-    good = jax.device_get(_finite(on_device))
-    good |= {path: np.isfinite(leaf).all() for path, leaf in floating.items() if path not in on_device}
-    return [path for path in floating if not good[path]]
-
-
-def _digests(leaves: dict[str, Any]) -> dict[str, str]:
-    """`leaf_digests` in parallel, also of arrays that are spread over processes."""
-
-    def host(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        each = pool.map(leaf_digests, ({path: host(leaf)} for path, leaf in leaves.items()))
-        return {path: digest for one in each for path, digest in one.items()}
-
-
-def _json_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
-    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest."""
-    meta = json.loads(json.dumps(meta))
-    meta.pop("meta_digest", None)
-    meta["digests"], meta["opt_digests"] = (_digests(parts[name]) for name in ("params", "opt"))
-    meta["params_digest"] = combine_digests(meta["digests"])
-    meta["shapes"] = {
-        name: {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()}
-        for name, leaves in parts.items()
-    }
-    return meta | {"meta_digest": _json_digest(meta)}
-
-
-def _shapes(meta: dict, part: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    return {path: (tuple(shape), jnp.dtype(dtype)) for path, (shape, dtype) in meta["shapes"][part].items()}
-
-
-def _same_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) -> None:
-    wrong = [f"{path}: not in the checkpoint" for path in abstract if path not in saved]
-    wrong += [f"{path}: only in the checkpoint" for path in saved if path not in abstract]
-    wrong += [
-        f"{path}: {saved[path][0]} in the checkpoint, {tuple(leaf.shape)} expected"
-        for path, leaf in abstract.items()
-        if path in saved and saved[path][0] != tuple(leaf.shape)
-    ]
-    if wrong:
-        raise UserError("\n  ".join([f"{where} does not fit:", *wrong]))
 
 
 def _target(leaf: Any, dtype: np.dtype) -> Any:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from llm3.config import SourceConfig
 from llm3.data import corpus, sources
-from llm3.data.corpus import CLASSES, SPLITS, Docstring
+from llm3.data.corpus import CLASSES, SPLITS
+from llm3.data.docstrings import PACKAGES, Docstring, file_docstrings
 from llm3.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("corpus")  # extracted once, not once a worker
@@ -139,7 +140,7 @@ def test_extraction_follows_source_order_and_reads_attached_docstrings(tmp_path)
         '"""Module."""\nif True:\n    class A:\n        """Class."""\n        def f(self):\n            """Method."""\n'
         'add_newdoc("package", "thing", ("attribute", """\n    Attached text.\n    """))\n'
     )
-    found = list(corpus._file_docstrings(tmp_path, "package"))
+    found = list(file_docstrings(tmp_path, "package"))
     assert [(name, text) for _, name, text in found] == [
         ("package.module", "Module."),
         ("package.module.A", "Class."),
@@ -173,6 +174,6 @@ def test_capping_keeps_the_same_examples_whatever_the_order():
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(corpus.PACKAGES, "numpy", "numpy-that-nobody-has")
+    monkeypatch.setitem(PACKAGES, "numpy", "numpy-that-nobody-has")
     with pytest.raises(UserError, match="numpy-that-nobody-has, which is not installed"):
         corpus.load("numerical", "train", tmp_path)

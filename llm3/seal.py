@@ -1,0 +1,78 @@
+"""What a checkpoint says of itself: digests and shapes of all leaves, and a digest over all of that."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm3.errors import UserError
+from llm3.tree import combine_digests, leaf_digests
+
+
+@jax.jit
+def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
+
+
+def not_finite(leaves: dict[str, Any]) -> list[str]:
+    """The paths of leaves that hold a NaN or an infinity."""
+    floating = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    on_device = {path: leaf for path, leaf in floating.items() if isinstance(leaf, jax.Array)}
+    good = jax.device_get(_finite(on_device))
+    good |= {path: np.isfinite(leaf).all() for path, leaf in floating.items() if path not in on_device}
+    return [path for path in floating if not good[path]]
+
+
+def digests_of(leaves: dict[str, Any]) -> dict[str, str]:
+    """`leaf_digests` in parallel, also of arrays that are spread over processes."""
+
+    def host(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        each = pool.map(leaf_digests, ({path: host(leaf)} for path, leaf in leaves.items()))
+        return {path: digest for one in each for path, digest in one.items()}
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
+    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest."""
+    meta = json.loads(json.dumps(meta))
+    meta.pop("meta_digest", None)
+    meta["digests"], meta["opt_digests"] = (digests_of(parts[name]) for name in ("params", "opt"))
+    meta["params_digest"] = combine_digests(meta["digests"])
+    meta["shapes"] = {
+        name: {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()}
+        for name, leaves in parts.items()
+    }
+    return meta | {"meta_digest": json_digest(meta)}
+
+
+def saved_shapes(meta: dict, part: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """{path: (shape, dtype)} of a part, "params" or "opt", from its metadata."""
+    return {path: (tuple(shape), jnp.dtype(dtype)) for path, (shape, dtype) in meta["shapes"][part].items()}
+
+
+def check_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) -> None:
+    """Raise UserError, with the whole difference, where a checkpoint does not have these leaves and shapes."""
+    wrong = [f"{path}: not in the checkpoint" for path in abstract if path not in saved]
+    wrong += [f"{path}: only in the checkpoint" for path in saved if path not in abstract]
+    wrong += [
+        f"{path}: {saved[path][0]} in the checkpoint, {tuple(leaf.shape)} expected"
+        for path, leaf in abstract.items()
+        if path in saved and saved[path][0] != tuple(leaf.shape)
+    ]
+    if wrong:
+        raise UserError("\n  ".join([f"{where} does not fit:", *wrong]))
