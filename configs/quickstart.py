@@ -4,6 +4,8 @@
 
 General text: the documentation of Python's standard library. Domain: that of the numerical stack. Task: which part of
 that stack does a piece of documentation describe (its names masked out), from about 2,000 labelled examples.
+Expect, after 4 to 5 minutes on 2 cores, about 1.7 bits per byte on the domain after post-training (2.9 before), and
+about 72 % on the task (10 % for the majority class, 64 % from scratch).
 `scratch` is the baseline: the same fine-tuning from the untrained model.
 """
 

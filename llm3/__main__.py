@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm3.config import RunConfig, load
+from llm3.config import RunConfig
+from llm3.configfile import load
 from llm3.errors import UserError
 
 VERBS = {
@@ -15,7 +16,6 @@ VERBS = {
     "plan": "show what each stage trains and costs, before anything runs",
     "lineage": "show where the stages of a run come from",
 }
-CONFIG_IS_OPTIONAL = ("generate", "lineage")  # the run's directory tells all
 WORKDIR_IS_OPTIONAL = ("bench", "plan")  # they write only a token cache
 
 
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
     for verb, text in VERBS.items():
         epilog = "--config.FIELD=VALUE sets a field of the config"
         add = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False, epilog=epilog).add_argument
-        optional = verb in CONFIG_IS_OPTIONAL
-        add("--config", required=not optional, metavar="FILE", help="a config file, as in configs/")
+        if verb != "lineage":
+            add("--config", required=verb != "generate", metavar="FILE", help="a config file, as in configs/")
         default = "runs/bench" if verb in WORKDIR_IS_OPTIONAL else None
         add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
         if verb in ("run", "eval", "plan"):
@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
     args = parser().parse_args([each for each in arguments if not each.startswith("--config.")])
     try:
-        return dispatch(args, load(args.config, overrides) if args.config else None)
+        if overrides and not getattr(args, "config", None):
+            raise UserError(f"--config.{overrides[0]}: there is no --config=FILE that it could change")
+        return dispatch(args, load(args.config, overrides) if getattr(args, "config", None) else None)
     except UserError as error:
         print(f"llm3: {error}", file=sys.stderr)
         return 2
@@ -86,7 +88,7 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
     from llm3.generate import generate
 
     options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    return generate(args.workdir, args.stage, args.prompt, **options)
+    return generate(config, args.workdir, args.stage, args.prompt, **options)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,10 @@
-"""Every knob of a run, typed, in one place; and the reading of config files and command-line overrides.
+"""Every knob of a run, typed, in one place; `llm3.configfile` reads them.
 
-A config file is Python: `get_config()` returns an `ml_collections.ConfigDict` whose fields are those of `RunConfig`.
 Nothing here imports jax, so that a misspelt field is found before any device is touched.
 """
 
-import ast
 import dataclasses
-import re
-import runpy
-import types
-import typing
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from llm3.errors import UserError, nearest
@@ -55,6 +48,10 @@ class ModelConfig:
             if self.d_model % self.heads:
                 raise UserError(f"model.heads={self.heads} does not divide model.d_model={self.d_model}")
             object.__setattr__(self, "head_dim", self.d_model // self.heads)
+        for name in ("kv_heads", "head_dim"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        if not self.norm_epsilon > 0:
+            raise UserError(f"config: model.norm_epsilon={self.norm_epsilon}: expected a number above 0")
         if self.heads % self.kv_heads:
             raise UserError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
         if self.head_dim % 2:
@@ -93,8 +90,27 @@ class SourceConfig:
     label: str = ""
     train: str = "train"  # the split of the dataset that is used for training ...
     validation: str = "validation"  # ... and for validation; if empty, `validation_share` of train is held out
+    test: str = "test"
     validation_share: float = 0.0
     max_documents: int = 0  # of the train split, a fixed pseudo-random sample; 0: all
+
+    def __post_init__(self):
+        files = self.data_files
+        for each in files.values() if isinstance(files, dict) and files else [files]:
+            names = each if isinstance(each, list) and each else [each]
+            if files is not None and not all(isinstance(name, str) and name for name in names):
+                raise UserError(
+                    f"config: sources.*.data_files={files!r}: "
+                    "expected a file name, a list of them, or {split: file name or list of them}"
+                )
+        if self.path in ("arrow", "csv", "json", "parquet", "text") and not (files or self.data_dir):
+            raise UserError(f"config: sources.*.data_files={files!r}: path={self.path!r} needs data_files or data_dir")
+        if not 0 <= self.validation_share < 1:
+            raise UserError(
+                f"config: sources.*.validation_share={self.validation_share!r}: expected a share from 0 up to, not "
+                "including, 1"
+            )
+        at_least("sources.*.max_documents", self.max_documents, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +190,11 @@ class RunConfig:
     seed: int = 0
     cache_dir: str = ""  # "": inside the workdir
 
+    def __post_init__(self):
+        for name in ("vocab_size", "classes"):
+            if getattr(self.model, name):
+                raise UserError(f"config.model.{name}: not to be set; it follows from the tokenizer and the labels")
+
 
 def one_of(field: str, value: Any, options: Iterable[Any]) -> None:
     """Raise a UserError unless `value` is one of `options`."""
@@ -187,119 +208,6 @@ def at_least(field: str, value: float, least: float) -> None:
         raise UserError(f"config: {field}={value!r}: expected at least {least}")
 
 
-def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config of `file` ("path.py" or "path.py:argument"), with overrides of the form "stages.finetune.steps=50".
-
-    Raises UserError for a file that does not load, an unknown field (with the nearest right names), a missing one, or
-    a wrong type.
-    """
-    values = _run_file(file)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{override}: expected --config.FIELD=VALUE")
-        _assign(RunConfig, values, name.split("."), _literal(text), "config")
-    return _read(RunConfig, values, "config")
-
-
 def as_dict(config: Any) -> dict:
     """A config as plain, JSON-able values."""
     return dataclasses.asdict(config)
-
-
-def _run_file(file: str) -> dict:
-    name, _, argument = file.partition(":")
-    path = Path(name)
-    if not path.is_file():
-        siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
-    try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        config = get_config and (get_config(argument) if argument else get_config())
-    except Exception as error:
-        raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
-    if get_config is None:
-        raise UserError(f"--config={name}: it defines no get_config()")
-    if not hasattr(config, "to_dict"):
-        raise UserError(f"--config={name}: get_config() gave {type(config).__name__}, expected a ConfigDict")
-    return _copied(config.to_dict())
-
-
-def _copied(value: Any) -> Any:
-    """Plain values of which no two places share an object, so that an override changes one place only."""
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        return text
-
-
-def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -> None:
-    """Set one field by its dotted name; the schema `kind` says which names there are."""
-    name, rest = parts[0], parts[1:]
-    if dataclasses.is_dataclass(kind):
-        fields = typing.get_type_hints(kind)
-        if name not in fields:
-            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
-        inner = fields[name]
-    else:
-        inner = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
-        if dataclasses.is_dataclass(inner) and name not in values:
-            raise UserError(f"{where}.{name}: no such entry; {nearest(name, values)}")
-    if not rest:
-        values[name] = value
-        return
-    if not isinstance(values.setdefault(name, {}), dict):
-        raise UserError(f"{where}.{name} is {values[name]!r} and has no field {rest[0]!r}")
-    _assign(inner, values[name], rest, value, f"{where}.{name}")
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a `kind`: a dataclass, dict[str, X], list[X], a union or a plain type. Raises UserError."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _read_section(kind, value, where)
-    if origin in (types.UnionType, typing.Union):
-        options = [each for each in args if each is not types.NoneType]
-        return None if value is None else _read(options[0], value, where)
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(args[1], each, f"{where}.{key}") for key, each in value.items()}
-    if origin is list and isinstance(value, list | tuple):
-        return [_read(args[0], each, f"{where}[{i}]") for i, each in enumerate(value)]
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    expected = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
-    raise UserError(f"{where}={value!r}: expected {expected}, got {type(value).__name__}")
-
-
-def _read_section(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}={value!r}: expected a section with fields, got {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in value:
-        if name not in fields:
-            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where}: missing {', '.join(missing)}")
-    read = {name: _read(hints[name], each, f"{where}.{name}") for name, each in value.items()}
-    try:
-        return kind(**read)
-    except UserError as error:
-        raise UserError(re.sub(r"config: \w+\.\*", where, str(error))) from None

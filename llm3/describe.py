@@ -32,7 +32,7 @@ def plan(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
         trainer = session.trainer(name)
         console.print(f"\n{name}: train={config.stages[name].train!r}")
         console.print(leaf_table(trainer))
-        for line in summary(session, name, trainer):
+        for line in [*summary(session, name, trainer), *(f"  {note}" for note in trainer.notes)]:
             console.print(line)
     return 0
 

@@ -1,7 +1,7 @@
 """A run with its texts read and its stages checked, before any device is touched."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class Experiment:
     order: list[str]  # stages, parents first
     tokenizer: tokenizers.Tokenizer
     library: Library
+    _mixtures: dict[str, Mixture] = field(default_factory=dict)
 
     @cached_property
     def compute_dtype(self) -> str:
@@ -60,10 +61,26 @@ class Experiment:
 
     def mixture(self, name: str) -> Mixture:
         """The batches of a stage."""
+        if name not in self._mixtures:
+            stage = self.config.stages[name]
+            self._mixtures[name] = Mixture(self.tables(name), stage.data, stage.batch_size, self.seed(name))
+        return self._mixtures[name]
+
+    def tables(self, name: str) -> dict[str, Any]:
+        """The windows of each source of a stage."""
         stage = self.config.stages[name]
         kind = objectives.load(stage.objective).WINDOWS
-        tables = {source: self.library.windows(kind, source, "train", stage.sequence_length) for source in stage.data}
-        return Mixture(tables, stage.data, stage.batch_size, self.seed(name))
+        return {source: self.library.windows(kind, source, "train", stage.sequence_length) for source in stage.data}
+
+    def data_facts(self, name: str) -> dict[str, list[str]]:
+        """In words, for each source of a stage: its size, what packing wastes and cuts, and how often it is seen."""
+        epochs, facts = self.mixture(name).epochs(self.config.stages[name].steps), {}
+        for source, table in self.tables(name).items():
+            cut = f", {table.truncated} of them cut to fit a window" if table.truncated else ""
+            documents = f"{self.library.cache(source, 'train').documents:,} documents{cut}"
+            facts[source] = [documents, f"{len(table):,} windows", f"{100 * table.waste:.1f} % padding"]
+            facts[source].append(f"{epochs[source]:.2g} epochs")
+        return facts
 
     def fingerprints(self, name: str) -> dict[str, str]:
         """What the training data of a stage is, by content."""

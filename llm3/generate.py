@@ -10,12 +10,12 @@ from flax import nnx
 from rich.console import Console
 
 from llm3.checkpoint import Checkpoints
-from llm3.config import ModelConfig
+from llm3.config import ModelConfig, RunConfig
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 from llm3.handoff import CHECKPOINTS, trained_stages
 from llm3.models.transformer import abstract, make_cache, segmented
-from llm3.workdir import TOKENIZER
+from llm3.workdir import TOKENIZER, check_record
 
 
 def next_token(
@@ -96,8 +96,11 @@ def load_stage(workdir: Path, name: str) -> tuple[dict, ModelConfig, dict]:
     return jax.tree.map(jnp.asarray, checkpoints.load_params(step)), ModelConfig(**meta["model"]), meta
 
 
-def generate(workdir: Path, stage: str | None, prompt: str, **options) -> int:
-    """Print what a stage (default: every stage of the run, one under another) makes of a prompt."""
+def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt: str, **options) -> int:
+    """Print what a stage (default: every stage of the run, one under another) makes of a prompt.
+
+    The run tells all; a config that is given must be the run's. Raises UserError.
+    """
     for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if options[option] < least:
             raise UserError(f"--{option}={options[option]}: expected at least {least}")
@@ -105,6 +108,8 @@ def generate(workdir: Path, stage: str | None, prompt: str, **options) -> int:
         raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
     console = Console(highlight=False)
     names = [stage] if stage else trained_stages(workdir)
+    for name in names if config else ():
+        check_record(workdir, config, name)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for name in names:

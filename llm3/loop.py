@@ -64,7 +64,8 @@ class Meter:
     def log_line(self) -> dict[str, float | None]:
         """Wait for the pending steps; their means, rates and shares, and the cost so far brought up to date.
 
-        loss and the objective's figures are weighted by the steps' weights; seconds are wall time.
+        loss and the objective's figures are weighted by the steps' weights, skipped steps left out; seconds are wall
+        time.
         """
         steps_metrics = jax.device_get(self.pending)
         rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
@@ -74,15 +75,14 @@ class Meter:
         self.cost.tokens += int(tokens)
         self.cost.seconds += seconds
         self.cost.flops += steps * self.flops_per_step
-        skipped = int(rows.pop("skipped").sum())
-        self.cost.skipped_steps += skipped
-        weight = rows.pop("weight")
-        norm = rows.pop("grad_norm")
-        scale = weight / weight.sum() if weight.sum() else np.full(steps, 1 / steps)
+        kept = rows.pop("skipped") == 0
+        self.cost.skipped_steps += int(np.sum(~kept))
+        weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
         rate = steps * self.flops_per_step / seconds
-        line = {name: float(np.sum(values * scale)) for name, values in rows.items()} | {
-            "gradient_norm": float(norm[-1]),
-            "skipped_steps": skipped,
+        mean = (lambda values: float(np.sum(values[kept] * weight) / weight.sum())) if any(kept) else lambda _: None
+        line = {name: mean(values) for name, values in rows.items()} | {
+            "gradient_norm": float(norm[-1]) if any(kept) else None,
+            "skipped_steps": int(np.sum(~kept)),
             "tokens_per_second": float(tokens / seconds),
             "flops_per_second": rate,
             "mfu": rate / self.peak_flops if self.peak_flops else None,

@@ -78,7 +78,8 @@ def make(shapes: dict, rules: str | list[str], layers: int) -> Partition:
     patterns = [frozenset(path for path in inner if trains(path, layer)) for layer in range(layers)]
     for i, (rule, match) in enumerate(zip(rules, matchers, strict=True)):
         if not used[i] and not any(match(path, layer) for path in paths for layer in _layers_of(path, layers)):
-            raise UserError(f"train rule {rule!r} matches nothing; {nearest(_bare(rule), _names(paths))}")
+            tied = " (this model's LM head is tied to embed/embedding)" if _bare(rule).startswith("lm_head") else ""
+            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), _names(paths))}")
     if not whole and not any(patterns):
         first = _bare(rules[0]) if rules else ""
         raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, _names(paths))}")

@@ -18,7 +18,7 @@ from llm3.loop import stop_on_signals
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
 from llm3.session import ROW, Session
-from llm3.training import locate_parent, preflight, run_stage
+from llm3.training import check_ancestry, locate_parent, preflight, run_stage
 from llm3.workdir import RECORD, TOKENIZER, check_record, differences, lock, read_json, stage_record, write_json
 
 
@@ -28,6 +28,7 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     order = stages.chosen(config, names)
     for name in [INIT, *order]:
         check_record(workdir, config, name)
+    check_ancestry(workdir, order)
     to_train = [name for name in order if not (workdir / name / ROW).is_file()]
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
@@ -48,6 +49,7 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
                 if request.signal or not run_stage(session, name, request):
                     console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
                     return 128 + request.signal
+        check_ancestry(workdir, order)
         report(config, workdir, session.facts(), console)
     return 0
 
@@ -59,13 +61,14 @@ def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
     session = Session(prepare(config, workdir, order), console)
-    loaded = {name: load_stage(workdir, name) for name in order}
-    for name, (_, model, _) in loaded.items():
-        now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype)
-        if lines := differences(as_dict(model), as_dict(now), "model"):
-            raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
+    rows = []
     with jax.set_mesh(session.mesh):
-        rows = [session.evaluate(name, params) for name, (params, _, _) in loaded.items()]
+        for name in order:
+            params, model, _ = load_stage(workdir, name)
+            now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype)
+            if lines := differences(as_dict(model), as_dict(now), "model"):
+                raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
+            rows.append(session.evaluate(name, params))
     table.print_table(rows, [], console)
     return 0
 

@@ -1,5 +1,6 @@
 """One process on its devices: the mesh, and the evaluation of parameters into rows of the matrix."""
 
+import math
 import time
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from llm3 import __version__, evals, stages
 from llm3.config import ModelConfig
 from llm3.data.mixture import finite_batches
+from llm3.errors import UserError
 from llm3.experiment import Experiment
 from llm3.flops import peak_flops
 from llm3.handoff import INIT
@@ -28,6 +30,8 @@ class Session:
     def __init__(self, experiment: Experiment, console: Console):
         self.experiment, self.config, self.workdir = experiment, experiment.config, experiment.workdir
         self.console = console
+        if jax.process_count() > 1:
+            raise UserError(f"{jax.process_count()} processes: llm3 runs in one process, on all of its devices, so far")
         self.mesh = make_mesh(vars(self.config.mesh))
         for name, evaluation in self.config.evaluations.items():
             check_batch(self.mesh, evaluation.batch_size, 1, f"config.evaluations.{name}")
@@ -60,8 +64,20 @@ class Session:
             "devices": f"{len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}",
             "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
+            "seed": self.config.seed,
+            "overlap": self.overlap(),
             "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]})",
         }
+
+    def overlap(self) -> str:
+        """How many documents of each evaluation are, word for word, in the training data of the stages; in words."""
+        training = sorted({source for name in self.experiment.order for source in self.config.stages[name].data})
+        found = []
+        for name, evaluation in self.config.evaluations.items():
+            count = self.experiment.library.overlap(evaluation.source, evaluation.split, training)
+            documents = self.experiment.library.cache(evaluation.source, evaluation.split).documents
+            found += [f"{count} of {documents} documents of {name} are in the training data"] if count else []
+        return "; ".join(found) or "no evaluation document is in the training data"
 
     def print_header(self) -> None:
         """Devices, dtype and why, versions."""
@@ -87,7 +103,10 @@ class Session:
             batches = (place_batch(self.mesh, batch) for batch in finite_batches(windows, config.batch_size))
             whole = segmented(params, ((0, model.layers),))
             figures = evals.evaluate(peer, self._eval_steps[evaluation, model], whole, batches)
-            result |= {f"{evaluation}_{figure}": value for figure, value in figures.items()}
+            for figure, value in figures.items():
+                if not math.isfinite(value):
+                    self.console.print(f"{name}: {evaluation}_{figure} is {value}", style="bold red")
+                result[f"{evaluation}_{figure}"] = value if math.isfinite(value) else None
         return result
 
     def evaluate(self, name: str, params: dict) -> dict:

@@ -18,13 +18,14 @@ from llm3.handoff import INIT
 from llm3.models.transformer import abstract, canonical
 from llm3.sharding import check_batch, named, tree_shardings
 from llm3.step import TrainState, make_train_step
+from llm3.tree import flatten
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
     """Builds general knowledge from unlabelled text, from nothing."""
     if stage.start is not None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
-    if objectives.load(stage.objective).NEEDS_HEAD:
+    if objectives.load(stage.objective).LABELLED:
         raise UserError(f"{where}.objective={stage.objective!r}: a pretrain stage learns from unlabelled text")
     if stage.train != "all":
         raise UserError(f"{where}.train={stage.train!r}: a pretrain stage trains 'all'")
@@ -40,7 +41,7 @@ def finetune(stage: StageConfig, where: str) -> None:
     """Fits one task with few labels, from a parent; as a baseline, from the untrained model."""
     if stage.start is None:
         raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
-    if not objectives.load(stage.objective).NEEDS_HEAD:
+    if not objectives.load(stage.objective).LABELLED:
         raise UserError(f"{where}.objective={stage.objective!r}: a finetune stage fits a labelled task (classify)")
 
 
@@ -61,6 +62,13 @@ def parent_name(stage: StageConfig) -> str | None:
 def _known(field: str, name: str, options: Collection[str]) -> None:
     if name not in options:
         raise UserError(f"{field}={name!r}: {nearest(name, options)}")
+
+
+def parent_label(stage: StageConfig) -> str:
+    """What a stage starts from, in a word: "init", a stage of the same run, or RUN/STAGE."""
+    if isinstance(stage.start, dict) and stage.start.get("run"):
+        return f"{stage.start['run']}/{stage.start['stage']}"
+    return parent_name(stage) or INIT
 
 
 def check(config: RunConfig) -> list[str]:
@@ -118,6 +126,7 @@ class Trainer(NamedTuple):
     abstract_params: dict  # canonical shapes with shardings
     abstract_state: TrainState
     flops_per_step: float
+    notes: list[str]  # what a user may not expect of what trains
 
     def state(self, params: dict, opt: Any = None, step: int = 0) -> TrainState:
         """The state at `step` from canonical parameters, with a fresh optimizer unless `opt` is given."""
@@ -142,6 +151,19 @@ def _inside(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def tied_notes(model: ModelConfig, partition: partitions.Partition, head: str) -> list[str]:
+    """That the LM head is the embedding, where some leaves are frozen and the two might be taken for separate."""
+    every = len(flatten(abstract(model, partition.segments).shapes))
+    if not model.tie_embeddings or head != "lm" or len(partition.trainable) == every:
+        return []
+    trains = "embed/embedding" in partition.trainable
+    return [
+        "embed/embedding trains, and with it the LM head, which is tied to it"
+        if trains
+        else "the LM head is frozen: it is tied to embed/embedding"
+    ]
 
 
 def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, where: str) -> Trainer:
@@ -180,4 +202,5 @@ def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, wher
         flops_per_step=step_flops(
             model, stage.batch_size, stage.sequence_length, head, partition.segments, partition.trainable
         ),
+        notes=tied_notes(model, partition, head),
     )

@@ -18,12 +18,12 @@ from llm3.models.transformer import abstract, canonical, init
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter
 from llm3.report.units import count, duration
-from llm3.session import Session
+from llm3.session import ROW, Session
 from llm3.sharding import named, place_batch
-from llm3.stages import parent_name
+from llm3.stages import parent_label
 from llm3.step import TrainState
 from llm3.tree import flatten, size, unflatten
-from llm3.workdir import RECORD, stage_record, write_json
+from llm3.workdir import RECORD, read_json, stage_record, write_json
 
 
 def locate_parent(
@@ -50,6 +50,25 @@ def locate_parent(
     return start, None
 
 
+def check_ancestry(workdir: Path, names: list[str]) -> None:
+    """Raise UserError where a stage was trained from other parameters than its parent in this run has now."""
+    for name in names:
+        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+        metas = []
+        for step in checkpoints.steps()[-1:]:
+            with suppress(DamagedCheckpoint):  # resuming falls back to an older one, and says so
+                metas.append(checkpoints.meta(step))
+        for parent in (meta["parent"] for meta in metas if meta["parent"]):
+            row = read_json(workdir / parent["stage"] / ROW)
+            own = Path(parent["run"]) == workdir.resolve()
+            if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
+                raise UserError(
+                    f"{workdir / name} was trained from other parameters of {parent['stage']!r} than there are now "
+                    f"({parent['params_digest'][:12]} then, {row['params_digest'][:12]} now): move {workdir / name} "
+                    f"away to train it anew, or use another --workdir"
+                )
+
+
 def kept_steps(stage: StageConfig) -> list[int]:
     """The steps whose checkpoints are there once a stage is finished, beside the best one."""
     saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), stage.steps})
@@ -60,9 +79,13 @@ def preflight(session: Session, name: str, in_this_run: list[str]) -> None:
     """Everything about a stage that can be wrong, found before any stage trains. Raises UserError."""
     experiment, stage = session.experiment, session.config.stages[name]
     find_parent(experiment, name, in_this_run)
-    session.trainer(name)
+    trainer = session.trainer(name)
+    try:
+        jax.eval_shape(trainer.train_step, trainer.abstract_state, abstract_batch(session, name))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.stages.{name}: its step cannot be built: {error}") from error
     if stage.best:
-        _lower_is_better(session, name)
+        best_sign(session, name)
     checkpoints = Checkpoints(session.workdir / name / CHECKPOINTS, read_only=True)
     for step in reversed(checkpoints.steps()):
         with suppress(DamagedCheckpoint):
@@ -110,12 +133,13 @@ def _shapes(experiment: Experiment, name: str) -> dict[str, tuple[int, ...]]:
 def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     """Train a stage to its end and evaluate it; False where a signal asked to stop (all is saved then)."""
     experiment, stage = session.experiment, session.config.stages[name]
+    check_ancestry(session.workdir, [name])
     directory = session.workdir / name
     parent = find_parent(experiment, name, [])
     trainer = session.trainer(name)
     memory.reset_peak()
     write_json(directory / RECORD, stage_record(session.config, name))
-    with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best="best" if stage.best else None) as checkpoints:
+    with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best=stage.best or None) as checkpoints:
         state, cost, meta = start(session, name, parent, trainer, checkpoints)
         first = int(state.step)
         step = compile_step(session, name, trainer, cost)
@@ -131,7 +155,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
                 writer.write(done, line)
                 progress.log(done, line)
                 if line["skipped_steps"]:
-                    session.console.print(f"{name}: skipped {line['skipped_steps']} steps without a finite loss")
+                    session.console.print(f"{name}: skipped {line['skipped_steps']} steps: no label, or no finite loss")
 
             state, done = train(
                 state,
@@ -153,7 +177,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     session.write_row(
         name,
         trainer.params(state),
-        vars(cost) | {"trainable_params": trainable, "steps": stage.steps, "parent": parent_name(stage)},
+        vars(cost) | {"trainable_params": trainable, "steps": stage.steps, "parent": parent_label(stage)},
     )
     return True
 
@@ -171,25 +195,22 @@ def save(
     """Begin to write a checkpoint of step `done`, with the stage's best figure where the config names one."""
     stage, params, scored = session.config.stages[name], trainer.params(state), None
     if stage.best:
-        figures = session.figures(params, name)
-        if stage.best not in figures:
-            raise UserError(f"config.stages.{name}.best={stage.best!r}: {nearest(stage.best, figures)}")
-        scored = {"best": figures[stage.best] if _lower_is_better(session, name) else -figures[stage.best]}
+        scored = {stage.best: best_sign(session, name) * session.figures(params, name)[stage.best]}
     cost.peak_bytes = max(memory.peak_bytes() or 0, cost.peak_bytes)
     saved = meta | {"step": done, "finished": done == stage.steps, "cost": dict(vars(cost))}
     checkpoints.save(done, params, state.opt, saved, scored)
 
 
-def _lower_is_better(session: Session, name: str) -> bool:
-    figure, evaluations = session.config.stages[name].best, session.config.evaluations
-    names = [each for each in evaluations if figure.startswith(f"{each}_")]
-    if not names:
-        raise UserError(
-            f"config.stages.{name}.best={figure!r}: expected EVALUATION_FIGURE, as in domain_bits_per_byte; "
-            f"evaluations: {', '.join(evaluations) or '(none)'}"
-        )
-    evaluation = max(names, key=len)
-    return figure.removeprefix(f"{evaluation}_") in evals.load(evaluations[evaluation].kind).LOWER_IS_BETTER
+def best_sign(session: Session, name: str) -> int:
+    """1 where less of the stage's `best` figure is better, else -1. Raises UserError for one that it does not have."""
+    sign = {}
+    for evaluation, config in session.config.evaluations.items():
+        peer = evals.load(config.kind)
+        if not peer.NEEDS_HEAD or session.experiment.labels(name):
+            sign |= {f"{evaluation}_{figure}": 1 if way == "lower" else -1 for figure, way in peer.BETTER.items()}
+    if (best := session.config.stages[name].best) not in sign:
+        raise UserError(f"config.stages.{name}.best={best!r}: no such figure of this stage; {nearest(best, sign)}")
+    return sign[best]
 
 
 def compile_step(session: Session, name: str, trainer: stages.Trainer, cost: Cost) -> Any:
@@ -205,6 +226,10 @@ def compile_step(session: Session, name: str, trainer: stages.Trainer, cost: Cos
         f"{count(stage.batch_size * stage.sequence_length)} tokens a step, {stage.steps} steps; "
         f"about {bytes_ / 2**20:.0f} MiB a device and {duration(left / session.flops_per_second())}"
     )
+    for source, facts in session.experiment.data_facts(name).items():
+        session.console.print(f"  {source}: " + ", ".join(facts))
+    for note in trainer.notes:
+        session.console.print(f"  {note}")
     return compiled
 
 
@@ -231,6 +256,8 @@ def start(
         session.console.print(f"{name}: {line}", style="bold red")
     check_same_data(session, name, meta)
     session.console.print(f"{name}: resumes at step {step}")
+    if (before := meta["model"]["compute_dtype"]) != trainer.model.compute_dtype:
+        session.console.print(f"{name}: computed in {before} so far, in {trainer.model.compute_dtype} from here on")
     return trainer.state(params, opt, step), Cost(**meta["cost"]), meta
 
 

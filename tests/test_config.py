@@ -7,6 +7,7 @@ import tiny_run as tiny
 from ml_collections import ConfigDict
 
 from llm3 import config as configs
+from llm3 import configfile
 from llm3.__main__ import main
 from llm3.errors import UserError
 
@@ -32,7 +33,7 @@ def refused(capsys, arguments: list[str]) -> str:
 
 
 def test_overrides_are_read_by_the_type_of_the_field(file):
-    config = configs.load(
+    config = configfile.load(
         file,
         [
             "stages.pretrain.steps=50",
@@ -60,12 +61,12 @@ def test_overrides_are_read_by_the_type_of_the_field(file):
 
 
 def test_a_config_survives_the_way_through_plain_values(file, tmp_path, monkeypatch):
-    config = configs.load(file)
+    config = configfile.load(file)
     copy = tmp_path / "copy.py"
     copy.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({configs.as_dict(config)!r})\n"
     )
-    assert configs.load(str(copy)) == config
+    assert configfile.load(str(copy)) == config
     assert isinstance(ConfigDict(configs.as_dict(config)).stages.pretrain.steps, int)
 
 
@@ -73,15 +74,15 @@ def test_a_config_file_takes_an_argument(tmp_path, file):
     other = tmp_path / "sized.py"
     text = pathlib.Path(file).read_text().replace("def get_config():", "def get_config(layers='2'):")
     other.write_text(text.replace("layers=2", "layers=int(layers)"))
-    assert configs.load(str(other)).model.layers == 2
-    assert configs.load(f"{other}:5").model.layers == 5
+    assert configfile.load(str(other)).model.layers == 2
+    assert configfile.load(f"{other}:5").model.layers == 5
 
 
 @pytest.mark.parametrize("shipped", sorted((tiny.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_obeys_the_laws_of_its_stages(shipped):
     from llm3 import stages
 
-    assert set(stages.check(configs.load(str(shipped))))
+    assert set(stages.check(configfile.load(str(shipped))))
 
 
 OVERRIDES = [
@@ -128,6 +129,13 @@ OVERRIDES = [
     ("stages.posttrain.train=[1]", ["config.stages.posttrain.train=[1]"]),
     ("stages.posttrain.train=top(9)", ["config.stages.posttrain.train", "2 layers"]),
     ("stages.finetune.best=accuracy", ["config.stages.finetune.best='accuracy'", "task"]),
+    ("stages.finetune.best=task_acuracy", ["config.stages.finetune.best='task_acuracy'", "'task_accuracy'"]),
+    ("stages.pretrain.best=task_accuracy", ["config.stages.pretrain.best='task_accuracy'", "no such figure"]),
+    ("stages.finetune.optimizer.options={'b1': 'x'}", ["config.stages.finetune", "its step cannot be built"]),
+    ("stages.posttrain.train=lm_head/.*", ["config.stages.posttrain.train", "tied to embed/embedding"]),
+    ("model.kv_heads=-1", ["model.kv_heads=-1", "at least 1"]),
+    ("model.norm_epsilon=0", ["model.norm_epsilon=0", "above 0"]),
+    ("model.vocab_size=99", ["config.model.vocab_size", "tokenizer"]),
     ("model.heads=3", ["model.heads=3", "d_model=16"]),
     ("model.norm=rms", ["model.norm='rms'", "'rmsnorm'"]),
     ("tokenizer.vocab_size=100", ["tokenizer.vocab_size=100", "260"]),

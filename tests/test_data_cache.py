@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import time
 
 import numpy as np
 import pytest
@@ -122,6 +124,26 @@ def test_an_interrupted_build_leaves_nothing_and_the_next_one_succeeds(tmp_path,
             build(TEXTS, tmp_path)
     assert not list(tmp_path.iterdir())
     assert sorted(contents(build(TEXTS, tmp_path))) == sorted(TEXTS)
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day_and_a_running_build_is_not(tmp_path):
+    now = time.time()
+    for name, directory_hours, stream_hours in (("dead", 30, 30), ("slow", 30, 1), ("new", 1, 1)):
+        directory = tmp_path / f"tokens-0123456789abcdef.{name}"
+        directory.mkdir()
+        (directory / "stream.bin").write_bytes(b"x")
+        for path, hours in ((directory / "stream.bin", stream_hours), (directory, directory_hours)):
+            os.utime(path, (now - 3600 * hours,) * 2)
+    build(TEXTS, tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".new", ".slow"]
+
+
+def test_documents_have_equal_hashes_where_their_texts_are_equal(tmp_path):
+    one, other = build(["same", "same", "", "mine"], tmp_path), build(["yours", "same", ""], tmp_path)
+    hashes = [dict(zip(contents(each), each.document_hashes().tolist(), strict=True)) for each in (one, other)]
+    assert hashes[0].items() & hashes[1].items() == {(text, hashes[0][text]) for text in ("same", "")}
+    assert len({*hashes[0].values(), *hashes[1].values()}) == 4
+    assert len(set(one.document_hashes().tolist())) == 3
 
 
 def test_a_cache_that_another_process_finished_first_is_used(tmp_path, monkeypatch):

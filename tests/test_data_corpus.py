@@ -150,6 +150,14 @@ def test_extraction_follows_source_order_and_reads_attached_docstrings(tmp_path)
     assert {docstring.module for docstring in found} == {"package.module"}
 
 
+def test_attached_docstrings_without_a_name_that_is_spelt_out_are_skipped(tmp_path):
+    (tmp_path / "module.py").write_text(
+        'add_newdoc(place, name, text)\nadd_newdoc(name, "Some text.")\nadd_newdoc("thing", "Attached text.")\n'
+    )
+    (found,) = file_docstrings(tmp_path, "package")
+    assert (found.name, found.text) == ("package.thing", "Attached text.")
+
+
 modules = st.sampled_from([f"{package}.part{i}" for package in ("numpy.lib", "jax", "json") for i in range(9)])
 
 

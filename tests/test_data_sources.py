@@ -13,6 +13,8 @@ from llm3.errors import UserError
 SHARED = Path(__file__).parents[2] / "shared"
 ROWS = [{"body": f"document {i % 40}", "kind": "ab"[i % 2], "year": 2000 + i % 3} for i in range(200)]
 
+WRONG_FILES = (5, "", [], {}, [5], [["rows.jsonl"]], {"train": 5}, {"train": []}, {"train": {"a": "rows.jsonl"}})
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
@@ -62,6 +64,11 @@ def test_splits_come_from_the_files_and_names_of_the_source():
     assert sizes == [200, 7, 207]
 
 
+def test_the_test_split_has_the_name_that_the_source_gives_it():
+    write("other.jsonl", ROWS[:7])
+    assert len(load("test", data_files={"train": "rows.jsonl", "eval": "other.jsonl"}, test="eval")) == 7
+
+
 def test_a_held_out_share_is_disjoint_by_content_complete_and_always_the_same():
     write("many.jsonl", [{"body": f"document {i % 997}"} for i in range(2000)])  # each text two or three times
     options = dict(data_files="many.jsonl", validation="", validation_share=0.2)
@@ -101,6 +108,28 @@ def test_max_documents_keeps_that_many_of_the_train_split():
 def test_a_wrong_name_is_an_error_with_the_nearest_right_ones(options, message):
     with pytest.raises(UserError, match=message):
         load(**options)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *((dict(data_files=wrong), r"sources\.\*\.data_files=.*expected a file name, a list") for wrong in WRONG_FILES),
+        (dict(), r"sources\.\*\.data_files=None: path='json' needs data_files or data_dir"),
+        (dict(path="text"), "path='text' needs data_files or data_dir"),
+        (dict(data_files="x", validation_share=1.0), r"sources\.\*\.validation_share=1\.0: expected a share"),
+        (dict(data_files="x", validation_share=-0.1), r"validation_share=-0\.1"),
+        (dict(data_files="x", max_documents=-1), r"sources\.\*\.max_documents=-1: expected at least 0"),
+    ],
+)
+def test_a_source_that_makes_no_sense_is_refused_by_its_field(fields, message):
+    with pytest.raises(UserError, match=message):
+        SourceConfig(**dict(path="json") | fields)
+
+
+def test_a_source_of_files_takes_names_lists_splits_or_a_folder():
+    for files in ("rows.jsonl", ["rows.jsonl"], {"train": "rows.jsonl"}, {"train": ["rows.jsonl"]}):
+        assert len(load(data_files=files)) == 200
+    assert SourceConfig("json", data_dir="folder").data_files is None
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import types
 import pytest
 import tiny_run as tiny
 
-from llm3 import config as configs
-from llm3 import handoff, training
+from llm3 import configfile, handoff, training
 from llm3.__main__ import main
 from llm3.errors import UserError
 
@@ -123,7 +122,7 @@ def test_generate_refuses_a_stage_that_is_not_there_and_options_out_of_range(cap
 
 
 def test_a_stage_with_checkpoints_of_its_own_does_not_look_for_its_parent(tmp_path, parent):
-    config = configs.load(parent.config, ["stages.posttrain.start={'run': '/gone', 'stage': 'pretrain'}"])
+    config = configfile.load(parent.config, ["stages.posttrain.start={'run': '/gone', 'stage': 'pretrain'}"])
     with pytest.raises(UserError, match="/gone does not exist"):
         training.locate_parent(config, tmp_path, "posttrain", [])
     (tmp_path / "posttrain" / "checkpoints" / "4").mkdir(parents=True)

@@ -67,7 +67,7 @@ def test_a_peer_has_what_its_folder_promises(folder, name):
     else:
         assert list(inspect.signature(peer.sums).parameters) == ["model", "batch", "byte_lengths"]
         assert list(inspect.signature(peer.figures).parameters) == ["totals"]
-        assert isinstance(peer.LOWER_IS_BETTER, frozenset)
+        assert peer.BETTER and set(peer.BETTER.values()) <= {"higher", "lower"}
 
 
 @each_peer
@@ -109,7 +109,7 @@ def test_figures_are_plain_numbers_and_ratios_of_sums(name):
     totals = {key: np.asarray(value, np.float64) for key, value in flat_sums(evals, name)(batch_for(peer, 4)).items()}
     figures, doubled = peer.figures(totals), peer.figures({key: 2 * value for key, value in totals.items()})
     assert all(type(value) in (float, int) and np.isfinite(value) for value in figures.values())
-    assert figures.keys() >= peer.LOWER_IS_BETTER
+    assert figures.keys() >= peer.BETTER.keys()
     ratios = {key: value for key, value in figures.items() if type(value) is float}
     assert ratios
     assert {key: doubled[key] for key in ratios} == pytest.approx(ratios)

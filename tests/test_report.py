@@ -154,7 +154,7 @@ def test_sentences_say_what_was_gained_forgotten_and_paid():
     assert "Forgetting: general text costs 0.100 bits a byte more than after pretrain." in text
     assert "1.23M tokens, 3.40T FLOPs, 2m 05s, 1.50 GiB at the peak, 1.20M of 3.40M parameters trained." in text
     assert "75.0 % (standard error 2.2 points, 400 items) after finetune, against 31.0 % for the majority" in text
-    assert "a difference of +25.0 points (7.6 standard errors of the items, unpaired: outside" in text
+    assert "a difference of +25.0 points (7.6 standard errors of the items, unpaired, one seed: outside" in text
     assert "the baseline saw 600k tokens, finetune 1.23M." in text
     assert text.count("Forgetting") == 2, "an untrained parent has nothing to forget"
 
@@ -166,7 +166,7 @@ def test_sentences_stay_true_where_every_stage_made_things_worse():
     assert "Task: accuracy 50.0 % → 40.0 % (-10.0 points)." in text
     assert "Forgetting: none; no text costs more bits than after a." in text
     assert "30.0 % (standard error 2.3 points, 400 items) after b, against 31.0 % for the majority class." in text
-    assert "a difference of -2.0 points (0.6 standard errors of the items, unpaired: inside" in text
+    assert "a difference of -2.0 points (0.6 standard errors of the items, unpaired, one seed: inside" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import types
 import pytest
 import tiny_run as tiny
 
+from llm3.__main__ import main
 from llm3.checkpoint import Checkpoints
 from llm3.report.matrix import KEYS
 from llm3.run import is_reported
@@ -178,6 +179,31 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     assert tiny.digests(parent) == {stage: expected[stage] for stage in ("init", "pretrain")}
     assert tiny.digests(child) == {stage: digest for stage, digest in expected.items() if stage != "pretrain"}
     assert newest(child, "finetune").meta(10)["lineage"][0]["run"] == str(parent)
+    # a parent outside of the run is no row of it: nothing is said of a change since "the row before"
+    row = tiny.rows(child)["posttrain"]
+    assert row["parent"] == f"{parent}/pretrain" and row["general_bits_per_byte_change"] is None
+    assert tiny.rows(whole.workdir)["posttrain"]["general_bits_per_byte_change"] is not None
+
+
+def test_a_stage_whose_parent_was_trained_anew_is_refused(whole, capsys):
+    row = whole.workdir / "pretrain" / "evaluation.json"
+    before = row.read_text()
+    row.write_text(before.replace(tiny.digests(whole.workdir)["pretrain"], "0" * 64))
+    try:
+        assert main([*whole.command]) == 2
+    finally:
+        row.write_text(before)
+    error = capsys.readouterr().err
+    assert "posttrain was trained from other parameters of 'pretrain'" in error and "000000000000 now" in error
+
+
+def test_a_report_that_was_cut_short_is_written_again(whole):
+    """matrix.json is written last: without it, the report is not taken for whole."""
+    matrix = whole.workdir / "matrix.json"
+    before = matrix.read_text()
+    matrix.unlink()
+    output = tiny.process(whole.base, whole.command).stdout
+    assert "Report:" in output and matrix.read_text() == before
 
 
 def test_eval_prints_the_figures_of_the_rows(whole, answers):

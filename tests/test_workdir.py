@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny_run as tiny
 
-from llm3 import config as configs
+from llm3 import configfile
 from llm3 import workdir as workdirs
 from llm3.__main__ import main
 from llm3.errors import UserError
@@ -21,7 +21,7 @@ def file(tmp_path_factory):
 @pytest.fixture
 def begun(tmp_path, file):
     """The directory of a run whose pretrain stage has begun."""
-    record = workdirs.stage_record(configs.load(file), "pretrain")
+    record = workdirs.stage_record(configfile.load(file), "pretrain")
     workdirs.write_json(tmp_path / "pretrain" / workdirs.RECORD, record)
     return tmp_path
 
@@ -45,7 +45,7 @@ def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, begun, 
 
 
 def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, tmp_path, file):
-    config = configs.load(file)
+    config = configfile.load(file)
     workdirs.write_json(tmp_path / "init" / workdirs.RECORD, workdirs.stage_record(config, "init"))
     changed = "--config.tokenizer.vocab_size=301"
     assert main(["run", f"--config={file}", f"--workdir={tmp_path}", "--stages=pretrain", changed]) == 2
@@ -64,10 +64,10 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
     ],
 )
 def test_what_does_not_change_a_stage_may_change_between_two_starts(begun, file, override):
-    config = configs.load(file, [override])
+    config = configfile.load(file, [override])
     if override.startswith("sources.task"):
-        config = configs.load(file, [override, "evaluations={}"])
-        record = workdirs.stage_record(configs.load(file, ["evaluations={}"]), "pretrain")
+        config = configfile.load(file, [override, "evaluations={}"])
+        record = workdirs.stage_record(configfile.load(file, ["evaluations={}"]), "pretrain")
         workdirs.write_json(begun / "pretrain" / workdirs.RECORD, record)
     workdirs.check_record(begun, config, "pretrain")
 

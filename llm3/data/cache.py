@@ -3,11 +3,13 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,7 @@ from llm3.errors import UserError, nearest
 FORMAT = 1  # part of the key: raise it when the files or their meaning change
 MANIFEST = "manifest.json"  # written last: a directory without it is half-built
 ROWS_AT_A_TIME = 1024
+ABANDONED_SECONDS = 24 * 3600  # a half-built directory that nobody wrote to for so long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,13 @@ class TokenCache:
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, [bos] and [eos] included: a read-only view."""
         return self.stream[self.offsets[index] : self.offsets[index + 1]]
+
+    def document_hashes(self) -> np.ndarray:
+        """64 bits of the blake2b of each document's tokens: uint64 [documents]. Equal texts have equal hashes."""
+        stream = memoryview(self.stream)
+        documents = (stream[start:stop] for start, stop in itertools.pairwise(self.offsets.tolist()))
+        digests = b"".join(hashlib.blake2b(document, digest_size=8).digest() for document in documents)
+        return np.frombuffer(digests, np.uint64)
 
     def first(self, documents: int) -> "TokenCache":
         """The first documents only: a sample that does not change, since the order is fixed and pseudo-random."""
@@ -101,6 +111,7 @@ def build(
             print(f"tokens: {target} is damaged ({error}); building it again", file=sys.stderr)
             shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + "."))
     try:
         _write(dataset, order, tokenizer, label_names, fingerprint, temporary, workers, progress)
@@ -109,6 +120,15 @@ def build(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _open(target, fingerprint)
+
+
+def _remove_abandoned(cache_dir: Path) -> None:
+    """Remove what killed processes left half-built."""
+    for directory in cache_dir.glob("tokens-*.*"):
+        with contextlib.suppress(OSError):  # another process may remove or rename it meanwhile
+            written = max(path.stat().st_mtime for path in (directory, *directory.iterdir()))
+            if time.time() - written > ABANDONED_SECONDS:
+                shutil.rmtree(directory)
 
 
 def _label_names(dataset: datasets.Dataset, labels: list[str] | None) -> list[str]:

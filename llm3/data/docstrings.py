@@ -100,16 +100,21 @@ def _tree_docstrings(node: ast.AST, module: str, name: str) -> Iterator[Docstrin
             case ast.If() | ast.Try() | ast.With():
                 yield from _tree_docstrings(child, module, name)
             case ast.Expr(value=ast.Call(func=ast.Name(id=function))) if function.startswith("add_newdoc"):
-                yield _added_docstring(child.value, module)
+                yield from _added_docstring(child.value, module)
 
 
-def _added_docstring(call: ast.Call, module: str) -> Docstring:
-    """What numpy and scipy attach to objects written in C: `add_newdoc("package", "object", "text")`, or nearly so."""
+def _added_docstring(call: ast.Call, module: str) -> Iterator[Docstring]:
+    """What numpy and scipy attach to objects written in C: `add_newdoc("package", "object", "text")`, or nearly so.
+
+    Nothing where the call does not spell out a name.
+    """
     strings = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     names = [string for string in strings if re.fullmatch(r"[\w.]+", string)]
+    if not names:
+        return
     library = module.partition(".")[0]
     package = [] if names[0].partition(".")[0] == library else [module.rpartition(".")[0]]
-    return Docstring(module, ".".join(package + names), _clean(max(strings, key=len)))
+    yield Docstring(module, ".".join(package + names), _clean(max(strings, key=len)))
 
 
 def _live_docstrings(module: types.ModuleType) -> Iterator[Docstring]:

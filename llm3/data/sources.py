@@ -36,7 +36,7 @@ def load(source: SourceConfig, split: str, *, cache_dir: Path) -> datasets.Datas
     """
     one_of("split", split, corpus.SPLITS)
     held_out = split != "test" and not source.validation
-    wanted = {"train": source.train, "validation": source.validation, "test": "test"}[split]
+    wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
     rows = _rows(source, source.train if held_out else wanted, Path(cache_dir))
     dataset = _text_and_label(rows, source)
     if held_out:
@@ -170,11 +170,11 @@ def _column(rows: datasets.Dataset, field: str) -> pa.ChunkedArray:
 
 
 def _held_out(dataset: datasets.Dataset, source: SourceConfig, split: str) -> datasets.Dataset:
-    if not 0 < source.validation_share < 1:
-        if split == "train" and not source.validation_share:
+    if not source.validation_share:
+        if split == "train":
             return dataset
         raise UserError(
-            f"source {_named(source)}: validation_share={source.validation_share}: without a validation split, "
+            f"source {_named(source)}: validation_share=0: without a validation split, "
             "expected a share between 0 and 1 of the train split"
         )
     is_validation = _hashes(dataset) < source.validation_share * 2.0**64

@@ -6,7 +6,8 @@ A peer has `WINDOWS`, how its documents are cut ("pieces" or "examples"; see `ll
     figures(totals) -> {name: float}                      from the sums over the whole set
 
 so that a figure is a ratio of global sums: it does not depend on batch size, packing, padding or device count.
-`NEEDS_HEAD` says whether it needs a task head, and `LOWER_IS_BETTER` is the set of figures for which less is better.
+`NEEDS_HEAD` says whether it needs a task head, and `BETTER` which figures a checkpoint can be the best by, and whether
+"higher" or "lower" is better.
 """
 
 import importlib

@@ -10,7 +10,7 @@ from llm3.objectives.classify import class_logits
 
 WINDOWS = "examples"
 NEEDS_HEAD = True
-LOWER_IS_BETTER = frozenset({"nll"})
+BETTER = {"accuracy": "higher", "macro_f1": "higher", "nll": "lower"}
 
 
 def sums(model: Transformer, batch: Batch, byte_lengths: np.ndarray) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ from llm3.objectives.causal import token_losses
 
 WINDOWS = "pieces"
 NEEDS_HEAD = False
-LOWER_IS_BETTER = frozenset({"bits_per_byte"})
+BETTER = {"bits_per_byte": "lower"}
 
 
 def sums(model: Transformer, batch: Batch, byte_lengths: np.ndarray) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """What a stage optimises. A peer is one file here, found by its name.
 
 A peer has `WINDOWS`, how its examples are cut ("stream": next-token windows over running text; "examples": whole
-documents with a label), `NEEDS_HEAD`, whether the model needs a task head for it, and
+documents with a label), `NEEDS_HEAD`, whether the model needs a task head for it, `LABELLED`,
+whether it learns from labels, and
 
     loss(model, batch, key) -> Sums
 

@@ -10,6 +10,7 @@ from llm3.objectives import Sums
 
 WINDOWS = "stream"
 NEEDS_HEAD = False
+LABELLED = False
 
 
 def token_losses(model: Transformer, batch: Batch) -> jax.Array:

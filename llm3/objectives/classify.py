@@ -10,6 +10,7 @@ from llm3.objectives import Sums
 
 WINDOWS = "examples"
 NEEDS_HEAD = True
+LABELLED = True
 
 
 def class_logits(model: Transformer, batch: Batch) -> jax.Array:

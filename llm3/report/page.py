@@ -1,6 +1,7 @@
 """The page of a run: what each stage gained and what it cost, in sentences that are computed from the rows."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def write_report(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_matrix(directory / "matrix.json", rows, baselines)
     plot_matrix(directory / "matrix.png", rows, baselines)
     plot_losses(directory / "loss.png", histories)
     text = page(rows, baselines, title=title, command=command, facts=facts)
-    (directory / "report.md").write_text(text, encoding="utf-8")
+    partial = directory / ".report.md.partial"
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, directory / "report.md")
+    write_matrix(directory / "matrix.json", rows, baselines)  # the last: it says that the report is whole
 
 
 def page(rows: list[dict], baselines: list[dict], *, title: str, command: str, facts: dict) -> str:
@@ -54,7 +57,9 @@ def page(rows: list[dict], baselines: list[dict], *, title: str, command: str, f
 
 LEGEND = (
     "Bits per byte: less is better; in brackets, the change since the stage's parent. Rows in italics are baselines, "
-    "outside the chain of stages. Tokens, FLOPs and time are those of the stage alone."
+    "outside the chain of stages. Tokens, FLOPs and time are those of the stage's steps alone, without compiling, "
+    "saving and evaluating. Peak memory is that of the process while the stage trained; on an accelerator, that of a "
+    "device since the process began."
 )
 
 
@@ -131,7 +136,9 @@ def versus(row: dict, other: dict, figure: Figure) -> str:
     if None not in errors and any(errors):
         ratio = abs(difference) / math.hypot(*errors)
         verdict = "outside" if ratio > 1.96 else "inside"
-        text += f" ({ratio:.1f} standard errors of the items, unpaired: {verdict} the 95 % interval of chance)"
+        text += (
+            f" ({ratio:.1f} standard errors of the items, unpaired, one seed: {verdict} the 95 % interval of chance)"
+        )
     if row["tokens"] is not None and other["tokens"] is not None:
         text += f"; the baseline saw {count(other['tokens'])} tokens, {row['stage']} {count(row['tokens'])}"
     return f"{text}."
