@@ -185,6 +185,17 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     assert tiny.rows(whole.workdir)["posttrain"]["general_bits_per_byte_change"] is not None
 
 
+def test_a_run_goes_on_with_the_same_examples_on_another_number_of_devices(whole):
+    workdir = whole.base / "moved"
+    command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain")
+    tiny.process(whole.base, command, point="SIGKILL@saved:pretrain:4", status=-9)
+    assert main([*command]) == 0  # one device until step 4, eight from there on
+    moved, stayed = tiny.metrics(workdir / "pretrain"), tiny.metrics(whole.workdir / "pretrain")
+    assert [line["step"] for line in moved] == [line["step"] for line in stayed]
+    for one, other in zip(moved, stayed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 def test_a_stage_whose_parent_was_trained_anew_is_refused(whole, capsys):
     row = whole.workdir / "pretrain" / "evaluation.json"
     before = row.read_text()
