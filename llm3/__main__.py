@@ -12,6 +12,7 @@ VERBS = {
     "run": "train and evaluate the stages; the same line again resumes",
     "eval": "evaluate the checkpoints of a run again",
     "generate": "sample from a stage, or from every stage of a run",
+    "export": "write a stage as a directory that transformers or PEFT loads",
     "bench": "time the step of one stage",
     "plan": "show what each stage trains and costs, before anything runs",
     "lineage": "show where the stages of a run come from",
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     for verb, text in VERBS.items():
         epilog = "--config.FIELD=VALUE sets a field of the config"
         add = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False, epilog=epilog).add_argument
-        if verb != "lineage":
+        if verb not in ("lineage", "export"):
             add("--config", required=verb != "generate", metavar="FILE", help="a config file, as in configs/")
         default = "runs/bench" if verb in WORKDIR_IS_OPTIONAL else None
         add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
         if verb == "bench":
             add("--stage", required=True, help="the stage whose step is timed")
             add("--json", action="store_true", help="one line of JSON")
+            add("--alone", action="store_true", help="without full training beside it, where that does not fit")
         if verb == "generate":
             add("--stage", help="one stage (default: every stage, one under another)")
             add("--prompt", required=True)
@@ -43,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
             add("--top_k", type=int, default=0, help="0: all")
             add("--top_p", type=float, default=1.0)
             add("--seed", type=int, default=0)
+        if verb == "export":
+            add("--stage", required=True)
+            add("--to", required=True, type=Path, metavar="DIR", help="a new directory")
+            add("--format", default="merged", help="merged (default), base: without adapters, or adapters: for PEFT")
+            add("--step", default="latest", help="of the checkpoint (default: the latest)")
+            add("--base", help="the model that the adapters name as theirs, for --format=adapters")
     return top
 
 
@@ -76,7 +84,7 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
     if args.verb == "bench":
         from llm3.bench import bench
 
-        return bench(config, args.workdir, args.stage, args.json)
+        return bench(config, args.workdir, args.stage, args.json, args.alone)
     if args.verb == "plan":
         from llm3.describe import plan
 
@@ -85,6 +93,10 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
         from llm3.describe import lineage
 
         return lineage(args.workdir)
+    if args.verb == "export":
+        from llm3.export import export
+
+        return export(args.workdir, args.stage, args.to, args.format, args.step, args.base)
     from llm3.generate import generate
 
     options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}

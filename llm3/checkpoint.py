@@ -1,38 +1,34 @@
-"""Checkpoints on Orbax: asynchronous saves that are never lost, restores that are never silently wrong.
+"""The checkpoints of a stage. Those of a stage with frozen leaves hold what trains, and rest on one complete base.
 
-A checkpoint is a directory DIR/<step> with three parts: `params` (a nested dict), `opt` (the leaves of an optax state
-under their paths) and `meta` (JSON). `meta` holds a SHA-256 of every leaf and of itself, for Orbax loads a data file
-with overwritten bytes without a word. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and renames, so that DIR/<step>
-is always a finished save.
+The base, STAGE/base/0, is written once, at the stage's start. A checkpoint that rests on it says so in its metadata:
+`base` is the `params_digest` of the base, and its own `params_digest` covers that. Readers do not see the difference.
 """
 
-import contextlib
-import functools
-import logging
-import math
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
-from llm3.errors import UserError, nearest
-from llm3.seal import check_shapes, digests_of, json_digest, not_finite, saved_shapes, sealed
-from llm3.tree import flatten, unflatten
+from llm3.errors import UserError
+from llm3.partial import check_pieces, overlay, pieces_like
+from llm3.seal import digests_of, saved_shapes
+from llm3.store import DamagedCheckpoint, Store, listed
+from llm3.tree import combine_digests, flatten, unflatten
 
-logger = logging.getLogger(__name__)
+BASE = "base"  # the folder of a stage that holds its base, and the key of its digest in the metadata
 
 
-class DamagedCheckpoint(UserError):
-    """A finished checkpoint that cannot be read, or holds other bytes than were saved."""
+class Wanted(NamedTuple):
+    """What a resuming stage needs at some step, as trees of jax.ShapeDtypeStruct."""
+
+    params: dict  # canonical
+    opt: Any
 
 
 class Restored(NamedTuple):
-    """What `load_newest` found; skipped: a line for each newer step that is damaged, and why."""
+    """What `load_newest` found; params: canonical; skipped: a line for each newer step that is damaged, and why."""
 
     step: int
     params: dict
@@ -41,128 +37,117 @@ class Restored(NamedTuple):
     skipped: list[str]
 
 
-class Checkpoints:
-    """The checkpoints of one stage in `directory`.
+class Checkpoints(Store):
+    """The checkpoints of one stage in `directory`, which stands beside its base.
 
     keep: how many of the latest steps stay. best: the name of a metric; the step where it is lowest stays as well.
     read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
-        if keep < 1:
-            raise UserError(f"keep={keep}: expected at least 1 checkpoint")
-        self.directory = Path(directory).absolute()
-        self._keep, self._best, self._read_only = keep, best, read_only
-        self._writer: ocp.training.Checkpointer | None = None
-        self._pending: tuple[int, Any] | None = None  # the step that is being saved, and Orbax's response
-        self._damaged: set[int] = set()
+        super().__init__(directory, keep=keep, best=best, read_only=read_only)
+        self._base = Store(self.directory.parent / BASE, keep=1, read_only=read_only)
+        self._base_digest: str | None = None  # of the base that `save_base` has found or written
 
-    def __enter__(self) -> "Checkpoints":
-        return self
+    def save_base(self, params: dict, meta: dict, trained: dict | None = None) -> None:
+        """See to it that there is a base for what is frozen; to be called whenever a stage starts or resumes.
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        params: the canonical parameters. trained: the segmented leaves that may differ from the base by now, for a
+        stage that resumes; default none. A base that holds all the rest of `params` stays as it is. Any other one (a
+        run died before its first checkpoint, or it is damaged) is replaced by `params`, in the background.
 
-    def save(self, step: int, params: dict, opt: Any, meta: dict, metrics: Mapping[str, float] | None = None) -> None:
-        """Save in the background; the caller may donate or change its arrays as soon as this returns.
-
-        params: nested dict of arrays. opt: any pytree of arrays. meta: JSON-able; gains `digests`, `params_digest`,
-        `opt_digests`, `shapes`, `meta_digest`. metrics: by name, for `best`.
-
-        Raises UserError for a leaf that is not finite, a step that is not above the latest one, and metrics without
-        `best`; RuntimeError if the previous save failed. Nothing is saved then.
+        Raises UserError where checkpoints rest on a base that is neither there nor equal to `params`.
         """
-        if self._read_only:
-            raise RuntimeError(f"{self.directory} was opened read-only")
-        self.wait()
-        self._set_aside_damaged()
-        if (latest := self.latest()) is not None and step <= latest:
-            raise UserError(f"cannot save step {step}: {self.directory} already holds step {latest}")
-        if metrics is not None and self._best and self._best not in metrics:
-            raise UserError(f"the best checkpoint is chosen by {self._best!r}: {nearest(self._best, metrics)}")
-        parts = {"params": _arrays(flatten(params)), "opt": _arrays(_by_path(opt))}
-        for name, leaves in parts.items():
-            if wrong := not_finite(leaves):
-                raise UserError(f"step {step} is not saved: {name} has values that are not finite in {_listed(wrong)}")
-        meta = sealed(meta, parts)
-        response = self._open().save_checkpointables_async(
-            step,
-            # Orbax refuses an empty tree
-            {name: unflatten(leaves) for name, leaves in parts.items() if leaves} | {"meta": meta},
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-        )
-        self._pending = (step, response)
-        if _register_at_exit is None:
+        expected = digests_of(flatten(params))
+        digest = self._matching_base(expected, flatten(trained or {}))
+        found = digest is not None
+        digest = digest or combine_digests(expected)
+        if others := [step for step, base in self._bases().items() if base != digest]:
+            raise UserError(
+                f"{self._base.directory} does not hold the frozen parameters of this stage, on which the checkpoints "
+                f"of step {listed(map(str, others))} in {self.directory} rest: bring it back, or move them away"
+            )
+        if not found:
+            if self._base.steps():
+                self._base.remove(0)
+            self._base.save(0, params, {}, meta)
+        self._base_digest = digest
+
+    def save(
+        self,
+        step: int,
+        params: dict,
+        opt: Any,
+        meta: dict,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Save in the background, as in `Store`; a complete checkpoint of canonical `params`, unless `partial`.
+
+        partial: `params` is the segmented tree of what trains; the rest is that of the base. Raises UserError as well
+        where a leaf does not fit the base, and where the base is not as `save_base` left it.
+        """
+        meta = {key: value for key, value in meta.items() if key != BASE}  # a resumed stage brings that of its start
+        if partial:
+            if self._base_digest is None:
+                raise RuntimeError("save_base comes before a save of what trains alone")
             self.wait()
+            base = self._base_of(f"step {step}", self._base_digest)
+            check_pieces(f"step {step}", flatten(params), saved_shapes(base, "params"))
+            meta[BASE] = self._base_digest
+        super().save(step, params, opt, meta, metrics)
 
     def wait(self) -> None:
-        """Return when the last save is finished. Raises RuntimeError if it failed."""
-        if self._pending is None:
-            return
-        (step, response), self._pending = self._pending, None
-        try:
-            response.result()
-        except Exception as error:
-            writer, self._writer = self._writer, None  # Orbax would raise the same error at every later call
-            with contextlib.suppress(Exception):
-                writer.close()
-            where = f"{self.directory}: the checkpoint of step {step}"
-            raise RuntimeError(f"{where} was not written: {_why(error)}") from error
+        """Return when the last save and that of the base are finished. Raises RuntimeError if one failed."""
+        self._base.wait()
+        super().wait()
 
     def close(self) -> None:
-        """Wait for the last save and release what Orbax holds. Raises RuntimeError if that save failed."""
-        self.wait()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def steps(self) -> list[int]:
-        """The steps of the finished checkpoints, ascending."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(each.name) for each in self.directory.iterdir() if each.name.isdecimal() and each.is_dir())
-
-    def latest(self) -> int | None:
-        """The highest step, whichever file is the newest."""
-        return max(self.steps(), default=None)
-
-    def meta(self, step: int) -> dict:
-        """The metadata of a step. Raises UserError where there is no such step, and DamagedCheckpoint."""
-        if step not in (steps := self.steps()):
-            raise UserError(f"{self.directory} has no step {step}; it has {_listed(map(str, steps)) or 'none'}")
-        meta = self._read(step, "meta", None)
-        seal = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
-        if seal is None or seal != json_digest(meta):
-            raise DamagedCheckpoint(f"{self.directory / str(step) / 'meta'} does not match its digest")
-        return meta
+        """Wait for the last saves and release what Orbax holds. Raises RuntimeError if one failed."""
+        try:
+            self._base.close()
+        finally:
+            super().close()
 
     def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """{path: (shape, dtype)} of the parameters of a step, without reading them."""
-        return saved_shapes(self.meta(step), "params")
+        """{canonical path: (shape, dtype)} of the parameters of a step, without reading them."""
+        meta = self.meta(step)
+        return saved_shapes(self._base_of(f"step {step}", meta[BASE]) if BASE in meta else meta, "params")
 
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
-        """The parameters of a step, each leaf checked against its digest before any cast.
+        """The canonical parameters of a step, as in `Store`, also where they rest on the base."""
+        meta = self.meta(step)
+        if BASE not in meta:
+            return super().load_params(step, abstract)
+        self._base_of(f"step {step}", meta[BASE])
+        base = flatten(self.base(abstract))
+        like = None if abstract is None else pieces_like(flatten(abstract), saved_shapes(meta, "params"))
+        return unflatten(overlay(base, flatten(self.load_trainable(step, like and unflatten(like)))))
 
-        abstract: nested dict of jax.ShapeDtypeStruct, whose dtype and sharding (None: the first device) the result has;
-        None: numpy arrays as saved. Raises UserError where paths or shapes differ, DamagedCheckpoint.
-        """
-        return unflatten(self._load(step, "params", None if abstract is None else flatten(abstract)))
+    def load_trainable(self, step: int, abstract: dict | None = None) -> dict:
+        """The segmented tree of what trained, as a checkpoint that rests on the base holds it; see `load_params`."""
+        if BASE not in self.meta(step):
+            raise UserError(f"{self.directory / str(step)} is complete: it does not say what trained")
+        return super().load_params(step, abstract)
 
-    def load_opt(self, step: int, abstract: Any) -> Any:
-        """The optimizer state of a step in the structure of `abstract`; the rest as in `load_params`."""
-        loaded = self._load(step, "opt", _by_path(abstract))
-        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in _by_path(abstract)])
+    def base(self, abstract: dict | None = None) -> dict:
+        """The canonical parameters of the base; the rest as in `load_params`."""
+        self._base.wait()
+        return self._base.load_params(0, abstract)
 
-    def load_newest(self, abstract_params: dict | None, abstract_opt: Any) -> Restored | None:
+    def load_newest(self, wanted: Callable[[int], Wanted]) -> Restored | None:
         """The highest step that is intact; None only where there is no checkpoint at all.
 
-        A damaged step stays where it is until the next save, which renames it to <step>.damaged. Raises UserError where
-        none can be read, and where an intact one has other paths or shapes.
+        wanted: what to load at a step. A damaged step stays where it is until the next save, which renames it to
+        <step>.damaged; all that rest on a damaged base are damaged. Raises UserError where none can be read, and where
+        an intact one has other paths or shapes.
         """
         skipped: list[str] = []
         for step in reversed(self.steps()):
             try:
-                params, opt = self.load_params(step, abstract_params), self.load_opt(step, abstract_opt)
+                like = wanted(step)
+                params, opt = self.load_params(step, like.params), self.load_opt(step, like.opt)
                 return Restored(step, params, opt, self.meta(step), skipped)
             except DamagedCheckpoint as error:
                 self._damaged.add(step)
@@ -174,119 +159,30 @@ class Checkpoints:
             )
         return None
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._writer is None:
-            policies = ocp.training.preservation_policies
-            kept = [policies.LatestN(self._keep)]
-            if self._best:
-                rank = functools.partial(_rank, self._best)
-                kept.append(
-                    policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-                )
-            self._writer = ocp.training.Checkpointer(
-                self.directory,
-                context=_context(),
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
-            )
-            if _register_at_exit is not None:
-                _register_at_exit(_finish_at_exit, self)
-        return self._writer
+    def _base_of(self, what: str, digest: str | None) -> dict:
+        """The metadata of the base, which must have this digest."""
+        path = self._base.directory / "0"
+        if 0 not in self._base.steps():
+            raise DamagedCheckpoint(f"{path}, on which {what} rests, is missing")
+        meta = self._base.meta(0)
+        if meta["params_digest"] != digest:
+            raise DamagedCheckpoint(f"{path} holds other parameters than those on which {what} rests")
+        return meta
 
-    def _set_aside_damaged(self) -> None:
-        """Rename what `load_newest` skipped: its step will be saved again, and it must not count as one of the kept."""
-        for step in sorted(self._damaged):
-            path = self.directory / str(step)
-            names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
-            target = next(name for name in names if not name.exists())
-            if jax.process_index() == 0:
-                path.rename(target)
-            logger.warning("the damaged checkpoint %s is kept as %s", path, target.name)
-        if self._damaged and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        if self._damaged and self._writer is not None:
-            self._writer.reload()
-        self._damaged.clear()
-
-    def _read(self, step: int, part: str, target: Any) -> Any:
-        path = self.directory / str(step)
+    def _matching_base(self, expected: dict[str, str], trained: dict[str, Any]) -> str | None:
+        """The digest of the base, if it is intact and has these digests once `trained` is laid over."""
         try:
-            with _context():
-                return ocp.load_checkpointables(path, {part: target})[part]
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # the machine's fault
-        except Exception as error:
-            raise DamagedCheckpoint(f"{path / part} cannot be read: {_why(error)}") from error
+            base, meta = flatten(self.base()), self._base.meta(0)
+            check_pieces("what trains", trained, saved_shapes(meta, "params"))
+        except UserError:
+            return None
+        host = {path: np.asarray(leaf) for path, leaf in trained.items()}
+        return meta["params_digest"] if digests_of(overlay(base, host)) == expected else None
 
-    def _load(self, step: int, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
-        meta = self.meta(step)
-        saved = saved_shapes(meta, part)
-        if abstract is None:
-            target = {path: np.empty(shape, dtype) for path, (shape, dtype) in saved.items()}
-        else:
-            check_shapes(f"{self.directory / str(step) / part}", abstract, saved)
-            target = {path: _target(leaf, saved[path][1]) for path, leaf in abstract.items()}
-        loaded = flatten(self._read(step, part, unflatten(target))) if target else {}
-        expected = meta["digests" if part == "params" else "opt_digests"]
-        found = digests_of(loaded)
-        if wrong := [path for path in expected if found.get(path) != expected[path]]:
-            raise DamagedCheckpoint(f"{self.directory / str(step) / part}: {_listed(wrong)} does not match its digest")
-        if abstract is None:
-            return loaded
-        return {path: loaded[path].astype(leaf.dtype, copy=False) for path, leaf in abstract.items()}
-
-
-# The public `atexit` runs after concurrent.futures has shut down, and Orbax cannot finish a save then. Where Python has
-# no earlier hook, saves are awaited at once.
-_register_at_exit = getattr(threading, "_register_atexit", None)
-
-
-def _finish_at_exit(checkpoints: Checkpoints) -> None:
-    try:
-        checkpoints.close()
-    except Exception:
-        logger.exception("the last checkpoint was lost")
-
-
-def _context() -> ocp.Context:
-    context = ocp.Context()
-    context.checkpointables.registry = ocp.handlers.local_registry().add(
-        ocp.handlers.JsonHandler, checkpointable_name="meta"
-    )
-    return context
-
-
-def _rank(name: str, metrics: Mapping[str, float]) -> float:
-    value = metrics.get(name, math.inf)
-    return math.inf if math.isnan(value) else value
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of any pytree, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-def _arrays(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
-
-
-def _target(leaf: Any, dtype: np.dtype) -> Any:
-    """What Orbax is asked for: the saved dtype, so that digests can be compared, in the sharding of `leaf`."""
-    if isinstance(leaf, np.ndarray):
-        return np.empty(leaf.shape, dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-
-def _listed(names: Any, most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _why(error: BaseException) -> str:
-    """The innermost cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    def _bases(self) -> dict[int, str]:
+        """{step: the base on which it rests}, without the steps that were found to be damaged."""
+        bases = {}
+        for step in self.steps():
+            with suppress(DamagedCheckpoint):
+                bases[step] = self.meta(step).get(BASE)
+        return {step: base for step, base in bases.items() if base and step not in self._damaged}

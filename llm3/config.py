@@ -9,10 +9,37 @@ from typing import Any
 
 from llm3.errors import UserError, nearest
 
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # the kernels of a layer, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter beside projections of every layer: y = x W + scale (dropout(x) A) B. See `models/lora.py`."""
+
+    rank: int = 8
+    alpha: float = 16.0  # scale: alpha / rank ...
+    rslora: bool = False  # ... or alpha / sqrt(rank)
+    dropout: float = 0.0  # of the adapter's input, while it trains
+    dora: bool = False  # with a trained magnitude of each column of the adapted kernel
+    targets: tuple[str, ...] = PROJECTIONS
+    active: bool = True  # False: it stays in the checkpoint beside the others, and is not computed
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        at_least("adapters.*.rank", self.rank, 1)
+        if not self.targets:
+            raise UserError(f"config: adapters.*.targets is empty: expected some of {', '.join(PROJECTIONS)}")
+        for target in self.targets:
+            one_of("adapters.*.targets", target, PROJECTIONS)
+        if not self.alpha > 0:
+            raise UserError(f"config: adapters.*.alpha={self.alpha!r}: expected a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"config: adapters.*.dropout={self.dropout!r}: expected a share from 0 up to 1, without 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One transformer family; `vocab_size`, `classes` and `compute_dtype` are filled in by the run."""
+    """One transformer family; the last fields, from `compute_dtype` on, are filled in by the run."""
 
     layers: int
     d_model: int
@@ -34,8 +61,11 @@ class ModelConfig:
     compute_dtype: str = "auto"
     vocab_size: int = 0
     classes: int = 0  # 0: no task head
+    adapters: Any = ()  # ((name, AdapterConfig), ...), of the stage
 
     def __post_init__(self):
+        read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
+        object.__setattr__(self, "adapters", tuple((name, read(each)) for name, each in self.adapters))
         one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
         one_of("model.pool", self.pool, ("last", "mean"))
         one_of("model.remat", self.remat, ("none", "full", "dots"))
@@ -56,6 +86,12 @@ class ModelConfig:
             raise UserError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
         if self.head_dim % 2:
             raise UserError(f"model.head_dim={self.head_dim} is odd; rotary positions need an even one")
+        for target in PROJECTIONS:
+            here = [each for _, each in self.adapters if each.active and target in each.targets]
+            if len(here) > 1 and any(each.dora for each in here):
+                raise UserError(
+                    f"config: adapters: {len(here)} are active on {target!r}, with DoRA there can be only one"
+                )
         if self.pool == "last" and not self.causal:
             raise UserError("model.pool='last' needs a causal model; a bidirectional one takes pool='mean'")
 
@@ -76,6 +112,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     sources: list[str] = dataclasses.field(default_factory=list)  # empty: those of the pretrain stages
     path: str = ""
+    add: list[str] = dataclasses.field(default_factory=list)  # new tokens, behind those of the tokenizer at `path`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +125,7 @@ class SourceConfig:
     data_dir: str | None = None
     text: str = "text"
     label: str = ""
+    local: str = ""  # where config.data_dir is set, its folder of SPLIT.jsonl that is read instead of `path`
     train: str = "train"  # the split of the dataset that is used for training ...
     validation: str = "validation"  # ... and for validation; if empty, `validation_share` of train is held out
     test: str = "test"
@@ -125,6 +163,10 @@ class OptimizerConfig:
     final_fraction: float = 0.1  # of the peak learning rate, at the last step
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # 0: none
+    layer_decay: float = 1.0  # of the learning rate, for each layer further from the top; 1: none
+    learning_rates: list[Any] = dataclasses.field(default_factory=list)  # [rule, factor of the rate], first match wins
+    l2_sp: float = 0.0  # strength of the pull toward the parent's weights; 0: none
+    ema: float = 0.0  # decay of a running mean of the weights, which is then the stage's result; 0: none
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -140,6 +182,10 @@ class StageConfig:
     start: Any = None  # a stage of this run, or dict(run=, stage=, step=, fresh=[...], drop=[...])
     objective: str = "causal"
     train: Any = "all"  # a rule, or a list of them
+    unfreeze: list[Any] = dataclasses.field(default_factory=list)  # [step, rule]: what trains as well from that step on
+    adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)
+    frozen: str = "float32"  # how what is frozen is stored: float32, compute (its dtype), int8 or nf4
+    seed: int | None = None  # of this stage's data order and fresh leaves; None: the run's
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     micro_batches: int = 1
     log_every: int = 10
@@ -150,6 +196,7 @@ class StageConfig:
 
     def __post_init__(self):
         one_of("stages.*.kind", self.kind, ("pretrain", "posttrain", "finetune"))
+        one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
         if not self.data:
@@ -189,11 +236,14 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
     cache_dir: str = ""  # "": inside the workdir
+    data_dir: str = ""  # where the local copies of sources lie; "": sources are read from their `path`
 
     def __post_init__(self):
-        for name in ("vocab_size", "classes"):
+        for name in ("vocab_size", "classes", "adapters"):
             if getattr(self.model, name):
-                raise UserError(f"config.model.{name}: not to be set; it follows from the tokenizer and the labels")
+                raise UserError(
+                    f"config.model.{name}: not to be set; it follows from the tokenizer, the labels and the stage"
+                )
 
 
 def one_of(field: str, value: Any, options: Iterable[Any]) -> None:

@@ -87,7 +87,7 @@ def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a `kind`: a dataclass, dict[str, X], list[X], a union or a plain type. Raises UserError."""
+    """`value` as a `kind`: a dataclass, dict[str, X], list[X], tuple[X, ...], union or plain type. Raises UserError."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
@@ -98,8 +98,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _read(options[0], value, where)
     if origin is dict and isinstance(value, dict):
         return {key: _read(args[1], each, f"{where}.{key}") for key, each in value.items()}
-    if origin is list and isinstance(value, list | tuple):
-        return [_read(args[0], each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(_read(args[0], each, f"{where}[{i}]") for i, each in enumerate(value))
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:

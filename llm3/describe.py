@@ -11,12 +11,11 @@ from llm3 import stages
 from llm3.checkpoint import Checkpoints
 from llm3.config import RunConfig
 from llm3.experiment import prepare
-from llm3.flops import forward_flops, step_flops
-from llm3.handoff import CHECKPOINTS, trained_stages
-from llm3.objectives import load
-from llm3.optim import state_bytes
+from llm3.handoff import CHECKPOINTS, changes, trained_stages
 from llm3.report.units import count, percent
+from llm3.savings import savings
 from llm3.session import Session
+from llm3.trainer import Trainer
 from llm3.tree import flatten, size
 
 
@@ -29,15 +28,18 @@ def plan(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     session = Session(prepare(config, workdir, order), console)
     for name in order:
-        trainer = session.trainer(name)
-        console.print(f"\n{name}: train={config.stages[name].train!r}")
-        console.print(leaf_table(trainer))
-        for line in [*summary(session, name, trainer), *(f"  {note}" for note in trainer.notes)]:
-            console.print(line)
+        stage = config.stages[name]
+        for trainer in session.phases(name):
+            added = [rule for step, rule in stage.unfreeze if step <= trainer.first]
+            later = f", and {added!r} from step {trainer.first}" if added else ""
+            console.print(f"\n{name}: train={stage.train!r}{later}")
+            console.print(leaf_table(trainer))
+            for line in [*summary(session, name, trainer), *(f"  {note}" for note in trainer.notes)]:
+                console.print(line)
     return 0
 
 
-def leaf_table(trainer: stages.Trainer) -> Table:
+def leaf_table(trainer: Trainer) -> Table:
     """One row a leaf of the canonical tree: its shape, parameters, bytes, and which of it trains."""
     table = Table("leaf", "shape", "trains", box=None, header_style="bold")
     for column in ("parameters", "trainable", "MiB"):
@@ -52,7 +54,7 @@ def leaf_table(trainer: stages.Trainer) -> Table:
     return table
 
 
-def training_layers(trainer: stages.Trainer, path: str) -> bool | list[int]:
+def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
     """Whether a canonical leaf trains: True or False, or the layers of it that do where only some of them do."""
     partition = trainer.partition
     if not path.startswith("layers/"):
@@ -66,22 +68,24 @@ def training_layers(trainer: stages.Trainer, path: str) -> bool | list[int]:
     return len(chosen) == trainer.model.layers or chosen
 
 
-def summary(session: Session, name: str, trainer: stages.Trainer) -> list[str]:
+def summary(session: Session, name: str, trainer: Trainer) -> list[str]:
     """Parameters, bytes for one device's worth of the whole state, and FLOPs a token, beside full training."""
-    stage, state = session.config.stages[name], trainer.abstract_state
-    head = "task" if load(stage.objective).NEEDS_HEAD else "lm"
-    tokens = stage.batch_size * stage.sequence_length
-    shape = (trainer.model, stage.batch_size, stage.sequence_length, head)
-    full, forward = step_flops(*shape), forward_flops(*shape)
-    trainable, every = size(state.trainable), size(state.trainable) + size(state.frozen)
-    mebibytes = [state_bytes(each) / 2**20 for each in (trainer.abstract_params, state.trainable, state.opt)]
+    stage, takes = session.config.stages[name], savings(session, name, trainer)
+    trainable, every = takes["trainable_params"], size(trainer.abstract_params)
+    tokens, steps = stage.batch_size * stage.sequence_length, trainer.stop - trainer.first
+
+    def mebibytes(key: str) -> str:
+        full = takes.get(f"full_{key}")
+        return f"{takes[key] / 2**20:.1f}" + (f" ({percent(takes[key] / full)} of full training's)" if full else "")
+
+    forward, backward = takes["forward_flops_per_token"], takes["backward_flops_per_token"]
+    of_full = percent((forward + backward) / takes["full_flops_per_token"])
     return [
         f"  parameters {count(every)}, trainable {count(trainable)} ({percent(trainable / every)})",
-        "  MiB: parameters {:.1f}, gradients {:.1f}, moments {:.1f}".format(*mebibytes),
-        f"  FLOPs a token: forward {count(forward / tokens)}, backward "
-        f"{count((trainer.flops_per_step - forward) / tokens)}; a step is {percent(trainer.flops_per_step / full)} "
-        f"of full training's",
-        f"  {count(tokens)} tokens a step, {stage.steps} steps, {count(trainer.flops_per_step * stage.steps)}FLOP",
+        f"  MiB: parameters {mebibytes('param_bytes')}, gradients {mebibytes('gradient_bytes')}, "
+        f"moments {mebibytes('moment_bytes')}",
+        f"  FLOPs a token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's",
+        f"  {count(tokens)} tokens a step, {steps} steps, {count(trainer.flops_per_step * steps)}FLOP",
     ]
 
 
@@ -96,9 +100,9 @@ def lineage(workdir: Path) -> int:
         console.print(f"\n{name}")
         for depth, link in enumerate([*meta["lineage"], own]):
             cost = link["cost"]
-            fresh = "" if not depth or not link.get("fresh") else f", fresh: {', '.join(link['fresh'])}"
+            differs = "".join(f", {line}" for line in changes(link)) if depth else ""
             console.print(
                 f"  {'  ' * depth}{link['run']}/{link['stage']} step {link['step']} ({link['kind']}, "
-                f"{count(cost['tokens'])} tokens, parameters {link['params_digest'][:12]}{fresh})"
+                f"{count(cost['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs})"
             )
     return 0

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from llm3 import evals, objectives
-from llm3.config import ModelConfig, RunConfig
+from llm3.config import ModelConfig, RunConfig, SourceConfig
 from llm3.data import tokenizer as tokenizers
 from llm3.data.library import Library, training_texts
 from llm3.data.mixture import Mixture
+from llm3.data.sources import resolved
 from llm3.errors import UserError
+from llm3.handoff import INIT
 from llm3.workdir import TOKENIZER, tokenizer_sources
 
 
@@ -36,8 +38,18 @@ class Experiment:
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
     def seed(self, name: str) -> int:
-        """The seed of a stage (or of the untrained parameters, "init"), folded from the run's seed by name."""
-        return int.from_bytes(hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()[:4], "little") >> 1
+        """The seed of a stage's data order and dropout (or of the untrained parameters, "init"), folded by name.
+
+        Stages with a seed of their own, of one kind, see the same batches in the same order: they can be paired.
+        """
+        stage = self.config.stages.get(name)
+        own = stage is not None and stage.seed is not None
+        return _folded(f"{stage.seed}/{stage.kind}" if own else f"{self.config.seed}/{name}")
+
+    def fresh_seed(self, name: str) -> int:
+        """The seed of the leaves that are new in a stage."""
+        stage = self.config.stages[name]
+        return self.seed(INIT) if stage.seed is None else _folded(f"{stage.seed}/{INIT}")
 
     def labels(self, name: str) -> list[str]:
         """The classes of a stage's task head; empty without a head. Raises UserError where its sources disagree."""
@@ -51,13 +63,21 @@ class Experiment:
         return first
 
     def model(self, name: str) -> ModelConfig:
-        """The model of a stage (or of "init"): the config's, with the vocabulary, the classes and the dtype."""
+        """The model of a stage (or of "init"): the config's, with the vocabulary, classes, dtype and adapters."""
+        stage = self.config.stages.get(name)
         return replace(
             self.config.model,
             vocab_size=self.tokenizer.vocab_size,
             classes=len(self.labels(name)),
             compute_dtype=self.compute_dtype,
+            adapters=tuple(stage.adapters.items()) if stage else (),
         )
+
+    @property
+    def extends(self) -> str | None:
+        """The hash of the tokenizer that `tokenizer.add` puts tokens behind."""
+        add = self.config.tokenizer.add
+        return self.tokenizer.without(add).hash if add else None
 
     def mixture(self, name: str) -> Mixture:
         """The batches of a stage."""
@@ -92,14 +112,19 @@ class Experiment:
         return self.library.windows(evals.load(e.kind).WINDOWS, e.source, e.split, e.sequence_length, e.max_documents)
 
 
+def _folded(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
+
+
 def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     """Read, tokenize and cut all that the stages and evaluations need. Raises UserError before any device work.
 
     Only the cache directory is written to.
     """
     cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
-    tokenizer = load_tokenizer(config, workdir, cache_dir)
-    experiment = Experiment(config, workdir, order, tokenizer, Library(config.sources, tokenizer, cache_dir))
+    local = {name: resolved(source, config.data_dir) for name, source in config.sources.items()}
+    tokenizer = load_tokenizer(config, local, workdir, cache_dir)
+    experiment = Experiment(config, workdir, order, tokenizer, Library(local, tokenizer, cache_dir))
     for name in order:
         experiment.labels(name)
         experiment.mixture(name)
@@ -110,20 +135,24 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     return experiment
 
 
-def load_tokenizer(config: RunConfig, workdir: Path, cache_dir: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(
+    config: RunConfig, sources: dict[str, SourceConfig], workdir: Path, cache_dir: Path
+) -> tokenizers.Tokenizer:
     """The run's tokenizer: the one saved with it, else the one at `tokenizer.path`, else a new one (in the cache)."""
-    saved = workdir / TOKENIZER
+    saved, add = workdir / TOKENIZER, config.tokenizer.add
+    if add and not config.tokenizer.path:
+        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer that they are added to")
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
     if config.tokenizer.path:
-        return tokenizers.Tokenizer.load(Path(config.tokenizer.path))
+        loaded = tokenizers.Tokenizer.load(Path(config.tokenizer.path))
+        return loaded.extended(add) if add else loaded
     if not (names := tokenizer_sources(config)):
         raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
     content = hashlib.sha256(str(config.tokenizer.vocab_size).encode())
-    for text in training_texts(config.sources, names, cache_dir):
+    for text in training_texts(sources, names, cache_dir):
         content.update(hashlib.sha256(text.encode()).digest())
     cached = cache_dir / f"tokenizer-{content.hexdigest()[:16]}.json"
     if not cached.is_file():
-        texts = training_texts(config.sources, names, cache_dir)
-        tokenizers.train(texts, config.tokenizer.vocab_size).save(cached)
+        tokenizers.train(training_texts(sources, names, cache_dir), config.tokenizer.vocab_size).save(cached)
     return tokenizers.Tokenizer.load(cached)

@@ -4,9 +4,10 @@ A multiply and an add count as two. Element-wise work (norms, softmax, rotations
 usual for model FLOPs (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from llm3.config import ModelConfig
+from llm3.models.products import query_blocks
 from llm3.models.transformer import Segments
 
 # Dense bfloat16 peak, FLOP/s for one device as jax counts devices, by the start of `device_kind`.
@@ -32,11 +33,23 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+class Shape(NamedTuple):
+    """What FLOPs depend on besides the model: the tokens of a step, and the head, "lm" or "task"."""
+
+    batch: int
+    length: int
+    head: str
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
 def forward_flops(config: ModelConfig, batch: int, length: int, head: str) -> float:
-    """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task"."""
-    tokens = batch * length
-    layer = _matmul(config, tokens) + _scores(config, batch, length)
-    return config.layers * layer + _pool(config, batch, length, head) + _head(config, tokens, head)
+    """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task", outside of gradients."""
+    shape = Shape(batch, length, head)
+    layer = _layer_forward(config, shape) - _skipped(config, shape)
+    return config.layers * layer + _pool(config, shape) + _head(config, shape)
 
 
 def step_flops(
@@ -46,76 +59,134 @@ def step_flops(
     head: str,
     segments: Segments | None = None,
     trainable: frozenset[str] | None = None,
-) -> float:
-    """FLOPs of one train step over [batch, length] tokens (all micro-batches together).
+) -> tuple[float, float]:
+    """FLOPs of one train step over [batch, length] tokens (all micro-batches together): forward, and backward.
 
     `segments` and `trainable` are those of a Partition; without them everything trains. A matrix product costs once
     forward, once more backward for its input where anything below it trains, and once more for its weights where they
     train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
-    last product ("dots": scores only).
+    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only.
     """
-    tokens = batch * length
-    trains = (lambda path: True) if trainable is None else trainable.__contains__
-    total = forward_flops(config, batch, length, head)
+    shape = Shape(batch, length, head)
+    trains = _Trains(trainable, "")
+    forward, backward = forward_flops(config, batch, length, head), 0.0
     below = trains("embed/embedding")  # does anything under this point need a gradient?
     for first, last in segments or ((0, config.layers),):
+        if below or trains.any_of(f"layers/{first}:{last}"):
+            forward += (last - first) * _skipped(config, shape)
         for _ in range(first, last):
-            cost, below = _layer_backward(config, batch, length, f"layers/{first}:{last}/", trains, below)
-            total += cost
-    below = below or trains("final_norm/scale") or trains("final_norm/bias")
+            cost, below = _layer_backward(config, shape, _Trains(trainable, f"layers/{first}:{last}/"), below)
+            backward += cost
+    below = below or trains.any_of("final_norm")
     lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"
     kernel = lm_kernel if head == "lm" else "head/kernel"
-    return total + _pool(config, batch, length, head) * below + _head(config, tokens, head) * (below + trains(kernel))
+    pooled = below or trains.any_of("head")  # the head comes before the pool
+    backward += _pool(config, shape) * pooled + _head(config, shape) * (below + trains(kernel))
+    return forward, backward
 
 
-def _layer_backward(
-    config: ModelConfig, batch: int, length: int, prefix: str, trains: Callable[[str], bool], below: bool
-) -> tuple[float, bool]:
+class _Trains(NamedTuple):
+    """Which leaves below a prefix train; `paths` None: all."""
+
+    paths: frozenset[str] | None
+    prefix: str
+
+    def __call__(self, name: str) -> bool:
+        return self.paths is None or self.prefix + name in self.paths
+
+    def any_of(self, *modules: str) -> bool:
+        return self.paths is None or any(
+            path.startswith(f"{self.prefix}{module}/") for path in self.paths for module in modules
+        )
+
+
+def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The inputs and outputs of each projection of a layer."""
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    d, f = config.d_model, config.d_ff
+    return {"query": (d, heads), "key": (d, kv), "value": (d, kv), "out": (heads, d)} | {
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
+
+
+def _layer_backward(config: ModelConfig, shape: Shape, trains: _Trains, below: bool) -> tuple[float, bool]:
     """FLOPs backward of one layer, and whether anything up to its output needs a gradient."""
-    tokens, total = batch * length, 0.0
+    total = 0.0
 
-    def any_of(*names: str) -> bool:
-        return any(trains(f"{prefix}{name}/{leaf}") for name in names for leaf in ("kernel", "bias", "scale"))
+    def through(module: str, name: str, below: bool) -> bool:
+        """Add a projection's backward pass; whether its output needs a gradient."""
+        nonlocal total
+        total += _projection_backward(config, shape, name, below, trains, f"{module}/{name}")
+        return below or trains.any_of(f"{module}/{name}")
 
-    normed = below or any_of("attention_norm")
-    for name, size in (("query", config.heads), ("key", config.kv_heads), ("value", config.kv_heads)):
-        product = 2 * tokens * config.d_model * size * config.head_dim
-        total += product * (normed + trains(f"{prefix}attention/{name}/kernel"))
-    query = normed or any_of("attention/query", "attention/query_norm")
-    key = normed or any_of("attention/key", "attention/key_norm")
-    value = normed or any_of("attention/value")
-    half = _scores(config, batch, length) / 2  # one of q k^T and p v
+    normed = below or trains.any_of("attention_norm")
+    query = through("attention", "query", normed) or trains.any_of("attention/query_norm")
+    key = through("attention", "key", normed) or trains.any_of("attention/key_norm")
+    value = through("attention", "value", normed)
+    half = _scores(config, shape) / 2  # one of q k^T and p v
     total += half * (query + key + (query or key) + value)
     inner = query or key or value
-    product = 2 * tokens * config.heads * config.head_dim * config.d_model
-    total += product * (inner + trains(f"{prefix}attention/out/kernel"))
+    below = through("attention", "out", inner)
     if config.remat == "dots":
-        output = trains(f"{prefix}attention/out/kernel")
-        total += half * ((inner or output) + (query or key or output))
-    below = inner or any_of("attention/out")
-    normed = below or any_of("mlp_norm")
-    product = 2 * tokens * config.d_model * config.d_ff
-    total += product * (2 * normed + trains(f"{prefix}mlp/gate/kernel") + trains(f"{prefix}mlp/up/kernel"))
-    hidden = normed or any_of("mlp/gate", "mlp/up")
-    total += product * (hidden + trains(f"{prefix}mlp/down/kernel"))
-    below = hidden or any_of("mlp/down")
+        total += half * ((inner or trains("attention/out/kernel")) + (query or key or trains("attention/out/kernel")))
+    normed = below or trains.any_of("mlp_norm")
+    gate, up = through("mlp", "gate", normed), through("mlp", "up", normed)
+    below = through("mlp", "down", gate or up)
     if below and config.remat == "full":
-        total += _matmul(config, tokens) - product + _scores(config, batch, length)
+        total += _layer_forward(config, shape) - _last_product(config, shape)
     return total, below
 
 
-def _matmul(config: ModelConfig, tokens: int) -> float:
-    heads = 2 * config.heads + 2 * config.kv_heads
-    return 2 * tokens * config.d_model * (heads * config.head_dim + 3 * config.d_ff)
+def _projection_backward(
+    config: ModelConfig, shape: Shape, name: str, below: bool, trains: _Trains, module: str
+) -> float:
+    inputs, outputs = _sizes(config)[name]
+    total = 2 * shape.tokens * inputs * outputs * (below + trains(f"{module}/kernel"))
+    for adapter, rank in _ranks(config, name):
+        a, b = trains(f"{module}/lora/{adapter}/a"), trains(f"{module}/lora/{adapter}/b")
+        total += 2 * shape.tokens * rank * (outputs * ((a or below) + b) + inputs * (a + below))
+    return total
 
 
-def _scores(config: ModelConfig, batch: int, length: int) -> float:
-    return 4 * batch * length * length * config.heads * config.head_dim
+def _ranks(config: ModelConfig, name: str) -> list[tuple[str, int]]:
+    """The adapters at work on a projection, with their ranks."""
+    return [(adapter, each.rank) for adapter, each in config.adapters if each.active and name in each.targets]
 
 
-def _pool(config: ModelConfig, batch: int, length: int, head: str) -> float:
-    return 2 * batch * length * length * config.d_model if head == "task" and config.pool == "mean" else 0
+def _layer_forward(config: ModelConfig, shape: Shape) -> float:
+    total = _scores(config, shape)
+    for name, (inputs, outputs) in _sizes(config).items():
+        rank = sum(rank for _, rank in _ranks(config, name))
+        total += 2 * shape.tokens * (inputs * outputs + rank * (inputs + outputs))
+        # DoRA's norms need A B itself
+        dora = [each for _, each in config.adapters if each.active and each.dora and name in each.targets]
+        total += sum(2 * inputs * each.rank * outputs for each in dora)
+    return total
 
 
-def _head(config: ModelConfig, tokens: int, head: str) -> float:
-    return 2 * tokens * config.d_model * (config.vocab_size if head == "lm" else config.classes)
+def _last_product(config: ModelConfig, shape: Shape) -> float:
+    """What a recomputed layer need not recompute: the products whose result is the layer's own output."""
+    rank = sum(rank for _, rank in _ranks(config, "down"))
+    return 2 * shape.tokens * config.d_model * (config.d_ff + rank)
+
+
+def _scores(config: ModelConfig, shape: Shape) -> float:
+    return 4 * shape.tokens * shape.length * config.heads * config.head_dim
+
+
+def _skipped(config: ModelConfig, shape: Shape) -> float:
+    """Of the scores of a layer, what the blocks of `attend` leave out where nothing is differentiated."""
+    blocks = query_blocks(shape.length) if config.causal else 1
+    return _scores(config, shape) * (blocks - 1) / (2 * blocks)
+
+
+def _pool(config: ModelConfig, shape: Shape) -> float:
+    if shape.head != "task" or config.pool != "mean":
+        return 0
+    return 2 * shape.tokens * shape.length * config.classes
+
+
+def _head(config: ModelConfig, shape: Shape) -> float:
+    return 2 * shape.tokens * config.d_model * (config.vocab_size if shape.head == "lm" else config.classes)

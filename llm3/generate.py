@@ -83,17 +83,19 @@ def sample(
     return result
 
 
-def load_stage(workdir: Path, name: str) -> tuple[dict, ModelConfig, dict]:
-    """The newest parameters of a stage of a run, its model and its metadata. Raises UserError."""
+def load_stage(workdir: Path, name: str, step: str = "latest") -> tuple[dict, ModelConfig, dict]:
+    """The canonical parameters of a stage of a run as numpy arrays, its model and its metadata. Raises UserError."""
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-    step = checkpoints.latest()
-    if step is None:
+    if (latest := checkpoints.latest()) is None:
         raise UserError(f"{workdir / name} has no complete checkpoint yet")
-    meta = checkpoints.meta(step)
-    return jax.tree.map(jnp.asarray, checkpoints.load_params(step)), ModelConfig(**meta["model"]), meta
+    if step != "latest" and not step.isdecimal():
+        raise UserError(f"--step={step}: expected a step number or 'latest'")
+    number = latest if step == "latest" else int(step)
+    meta = checkpoints.meta(number)
+    return checkpoints.load_params(number), ModelConfig(**meta["model"]), meta
 
 
 def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt: str, **options) -> int:
@@ -118,6 +120,6 @@ def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt:
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
         if not stage:
             console.rule(name, align="left")
-        made = sample(params, model, tokens, stop=tokenizer.eos_id, **options)
+        made = sample(jax.tree.map(jnp.asarray, params), model, tokens, stop=tokenizer.eos_id, **options)
         print(prompt + tokenizer.decode(made), flush=True)
     return 0

@@ -5,17 +5,27 @@ does not start; every leaf of the parent is loaded or declared dropped.
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from llm3 import vocabulary
+from llm3.best import best_step
 from llm3.checkpoint import Checkpoints
 from llm3.errors import UserError, nearest
+from llm3.seal import not_finite
 from llm3.tree import flatten, unflatten
 
 CHECKPOINTS = "checkpoints"  # the folder of a stage that holds them
 INIT = "init"  # the name of the untrained model, as a parent of baselines
+NAMED_STEPS = ("latest", "best")  # both of a finished stage
 
 
 class Start(NamedTuple):
@@ -23,7 +33,7 @@ class Start(NamedTuple):
 
     run: Path
     stage: str
-    step: int | str  # a number or "latest"
+    step: int | str  # a number, "latest" or "best"
     fresh: tuple[str, ...]
     drop: tuple[str, ...]
 
@@ -50,8 +60,8 @@ def read_start(value: Any, workdir: Path, where: str) -> Start | None:
     if value["stage"] == INIT and len(value) > 1:
         raise UserError(f"{where}: the untrained model, '{INIT}', has no {', '.join(sorted(value.keys() - {'stage'}))}")
     step = value.get("step", "latest")
-    if step != "latest" and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
-        raise UserError(f"{where}.step={step!r}: expected a step number or 'latest'")
+    if step not in NAMED_STEPS and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+        raise UserError(f"{where}.step={step!r}: expected a step number, or one of {', '.join(NAMED_STEPS)}")
     rules = {name: _rules(value.get(name, ()), f"{where}.{name}") for name in ("fresh", "drop")}
     return Start(Path(value["run"]) if value.get("run") else workdir, value["stage"], step, **rules)
 
@@ -75,20 +85,53 @@ class Parent(NamedTuple):
     checkpoints: Checkpoints
     step: int
     meta: dict
+    leaves: dict[str, tuple[tuple[int, ...], np.dtype]]  # {path: (shape, dtype)} of its parameters
+    added: int = 0  # the tokens that this run's vocabulary has behind the parent's
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of its parameters."""
-        return {path: tuple(shape) for path, (shape, _) in self.checkpoints.leaves(self.step).items()}
+        return {path: shape for path, (shape, _) in self.leaves.items()}
 
     def describe(self) -> dict:
         """Where it is and what it holds, for the metadata of its child."""
-        run = str(self.start.run.resolve())
-        digest = self.meta["params_digest"]
+        run, digest = str(self.start.run.resolve()), self.meta["params_digest"]
         return {"run": run, "stage": self.start.stage, "step": self.step, "params_digest": digest}
+
+    def check_dtypes(self, where: str) -> None:
+        """Raise UserError where a leaf does not hold floating-point numbers."""
+        at = self.checkpoints.directory / str(self.step)
+        for path, (_, dtype) in self.leaves.items():
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise UserError(f"{where}: {at}: {path} is {dtype}, expected float; start from another step or stage")
+
+    def verify(self, where: str) -> None:
+        """Read all of its parameters once, into host memory. Raises UserError where any byte is not what was saved."""
+        with _reading(self.checkpoints, self.step, where):
+            params = self.checkpoints.load_params(self.step)
+        self.check_finite(params, where)
+
+    def check_finite(self, params: dict, where: str) -> None:
+        """Raise UserError where a leaf of what was read holds a NaN or an infinity."""
+        if wrong := not_finite(flatten(params)):
+            at = self.checkpoints.directory / str(self.step)
+            raise UserError(f"{where}: {at}: {', '.join(wrong)} not finite (NaN or infinity); start from another step")
+
+
+@contextmanager
+def _reading(checkpoints: Checkpoints, step: int, where: str) -> Iterator[None]:
+    """Say of a checkpoint that cannot be read who asked for it, and what else there is."""
+    try:
+        yield
+    except UserError as error:
+        others = ", ".join(str(each) for each in checkpoints.steps() if each != step)
+        instead = f"start from another step (there: {others})" if others else "train the parent anew"
+        raise UserError(f"{where}: {error}: restore it from a copy, or {instead}") from error
 
 
 def find_parent(start: Start, where: str) -> Parent:
-    """The parent's checkpoint. Raises UserError where the run, the stage, a finished checkpoint or the step is not."""
+    """The parent's checkpoint. Raises UserError where the run, the stage, a finished checkpoint or the step is not,
+    and for a checkpoint whose metadata cannot be read or whose parameters are no floating-point numbers.
+    """
     if not start.run.is_dir():
         siblings = [str(each) for each in start.run.parent.glob("*")] if start.run.parent.is_dir() else []
         raise UserError(f"{where}: the run {start.run} does not exist; {nearest(str(start.run), siblings)}")
@@ -103,26 +146,38 @@ def find_parent(start: Start, where: str) -> Parent:
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{where}: {directory} holds no complete checkpoint: train {start.stage} first")
-    step = steps[-1] if start.step == "latest" else start.step
-    if step not in steps:
-        raise UserError(f"{where}.step={step}: {directory} holds the steps {', '.join(map(str, steps))}")
-    meta = checkpoints.meta(step)
-    if start.step == "latest" and not meta["finished"]:
+    if start.step not in (*NAMED_STEPS, *steps):
+        raise UserError(f"{where}.step={start.step}: {directory} holds the steps {', '.join(map(str, steps))}")
+    metas = {}
+    for step in steps if start.step == "best" else [steps[-1]] if start.step == "latest" else [start.step]:
+        with _reading(checkpoints, step, where):
+            metas[step] = checkpoints.meta(step)
+    if start.step in NAMED_STEPS and not metas[steps[-1]]["finished"]:
         raise UserError(
-            f"{where}: stage {start.stage} in {start.run} stopped at step {step} of {meta['steps']}: finish it, or "
-            f"name the step to start from (start=dict(stage={start.stage!r}, step={step}))"
+            f"{where}: stage {start.stage} in {start.run} stopped at step {steps[-1]} of {metas[steps[-1]]['steps']}: "
+            f"finish it, or name the step to start from (start=dict(stage={start.stage!r}, step={steps[-1]}))"
         )
-    return Parent(start, checkpoints, step, meta)
+    step = best_step(metas, start.stage, where) if start.step == "best" else max(metas)
+    with _reading(checkpoints, step, where):
+        parent = Parent(start, checkpoints, step, metas[step], checkpoints.leaves(step))
+    parent.check_dtypes(where)
+    return parent
 
 
-def check_tokenizer(parent: Parent, tokenizer_hash: str, where: str) -> None:
-    """Raise UserError where the parent was trained with another tokenizer."""
-    if parent.meta["tokenizer_hash"] != tokenizer_hash:
-        raise UserError(
-            f"{where}: the parent {parent.start.run / parent.start.stage} was trained with the tokenizer "
-            f"{parent.meta['tokenizer_hash'][:12]}, this run has {tokenizer_hash[:12]}: in a new --workdir, set "
-            f"tokenizer.path={str(parent.start.run / 'tokenizer.json')!r}"
-        )
+def check_tokenizer(parent: Parent, tokenizer_hash: str, where: str, extends: str | None = None) -> bool:
+    """Whether the parent knows only the vocabulary that this run's tokenizer extends; `added` is then to be set.
+
+    extends: the hash of the tokenizer that `tokenizer.add` puts tokens behind. Raises UserError where the parent was
+    trained with any other tokenizer.
+    """
+    theirs = parent.meta["tokenizer_hash"]
+    if theirs in (tokenizer_hash, extends):
+        return theirs != tokenizer_hash
+    ours = f"{tokenizer_hash[:12]}, which extends {extends[:12]}" if extends else tokenizer_hash[:12]
+    raise UserError(
+        f"{where}: the parent {parent.start.run / parent.start.stage} was trained with the tokenizer {theirs[:12]}, "
+        f"this run has {ours}: in a new --workdir, set tokenizer.path={str(parent.start.run / 'tokenizer.json')!r}"
+    )
 
 
 def check_labels(known: list[str], labels: list[str], where: str) -> None:
@@ -140,13 +195,34 @@ class Account(NamedTuple):
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
     dropped: tuple[str, ...]
+    extended: tuple[str, ...]  # of the loaded ones, those that new tokens were added to
+    cast: dict[str, str]  # of the loaded ones, those that had another dtype, and which
+
+    def said(self) -> dict:
+        """For the metadata of the child: what is not simply the parent's."""
+        return {key: list(getattr(self, key)) for key in ("fresh", "dropped", "extended")} | {"cast": self.cast}
+
+    def describe(self) -> str:
+        """In a line."""
+        return "; ".join([f"{len(self.loaded)} leaves loaded", *changes(self.said())])
 
 
-def account(model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str) -> Account:
+def changes(said: dict) -> list[str]:
+    """What is not simply the parent's, in words; `said` as a child's metadata and its lineage have it."""
+    number = Counter((said.get("cast") or {}).values())
+    cast = [f"{n} {'leaf' if n == 1 else 'leaves'} cast from {dtype}" for dtype, n in sorted(number.items())]
+    words = {"extended": "extended by the mean of the old tokens", "fresh": "fresh", "dropped": "dropped"}
+    return cast + [f"{text}: {', '.join(said[key])}" for key, text in words.items() if said.get(key)]
+
+
+def account(
+    model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str, added: int = 0
+) -> Account:
     """Account for every leaf of the model and of the parent, given {path: shape} of each.
 
-    A rule is a regular expression over a whole path. Raises UserError with the whole difference where a leaf is
-    missing, left over, or of another shape, and where a rule matches nothing.
+    A rule is a regular expression over a whole path. added: the new tokens behind the parent's vocabulary. Raises
+    UserError with the whole difference where a leaf is missing, left over, or of another shape, and where a rule
+    matches nothing.
     """
     fresh = {path for path in model if any(re.fullmatch(rule, path) for rule in start.fresh)}
     dropped = {path for path in parent if any(re.fullmatch(rule, path) for rule in start.drop)}
@@ -164,27 +240,41 @@ def account(model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]
         for path in sorted(kept - set(model))
     ]
     loaded = sorted((set(model) - fresh) & kept)
+    extended = [path for path in loaded if vocabulary.grows(path, parent[path], model[path], added)]
     problems += [
         f"  {path}: {model[path]} in this model, {parent[path]} in the parent"
         for path in loaded
-        if tuple(model[path]) != tuple(parent[path])
+        if tuple(model[path]) != tuple(parent[path]) and path not in extended
     ]
     if problems:
         raise UserError(f"{where}: {start.run}/{start.stage} does not fit this model:\n" + "\n".join(problems))
-    return Account(tuple(loaded), tuple(sorted(fresh)), tuple(sorted(dropped | (kept & fresh))))
+    return Account(
+        tuple(loaded), tuple(sorted(fresh)), tuple(sorted(dropped | (kept & fresh))), tuple(extended), cast={}
+    )
 
 
 def load(parent: Parent, abstract_params: dict, where: str) -> tuple[dict, Account]:
-    """The parent's leaves in the shapes' dtypes and shardings, verified by digest; fresh leaves are left out."""
-    model = flatten(abstract_params)
-    told = account({path: leaf.shape for path, leaf in model.items()}, parent.shapes(), parent.start, where)
-    kept = set(told.loaded)
-    whole = {
-        path: model[path] if path in kept else jax.ShapeDtypeStruct(shape, dtype)
-        for path, (shape, dtype) in parent.checkpoints.leaves(parent.step).items()
-    }
-    params = flatten(parent.checkpoints.load_params(parent.step, unflatten(whole)))
-    return unflatten({path: params[path] for path in told.loaded}), told
+    """The parent's leaves in the shapes' dtypes and shardings, verified by digest; fresh leaves are left out.
+
+    Leaves that new tokens extend are verified as the parent has them. Raises UserError.
+    """
+    model, saved = flatten(abstract_params), parent.leaves
+    shapes = {path: leaf.shape for path, leaf in model.items()}
+    told = account(shapes, parent.shapes(), parent.start, where, parent.added)
+    rest = next(iter(model.values())).sharding  # all on the same devices
+    rest = NamedSharding(rest.mesh, PartitionSpec()) if isinstance(rest, NamedSharding) else rest
+    whole = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=rest) for path, (shape, dtype) in saved.items()}
+    whole |= {path: model[path] for path in told.loaded}
+    whole |= {path: vocabulary.shrunk(path, model[path], *saved[path]) for path in told.extended}
+    with _reading(parent.checkpoints, parent.step, where):
+        if parent.checkpoints.meta(parent.step)["params_digest"] != parent.meta["params_digest"]:
+            raise UserError(f"{parent.checkpoints.directory / str(parent.step)} has changed since it was found")
+        params = flatten(parent.checkpoints.load_params(parent.step, unflatten(whole)))
+    params = {path: params[path] for path in told.loaded}
+    params |= {path: vocabulary.grown(path, params[path], model[path]) for path in told.extended}
+    parent.check_finite(params, where)
+    cast = {path: saved[path][1].name for path in told.loaded if saved[path][1] != model[path].dtype}
+    return unflatten(params), told._replace(cast=cast)
 
 
 def trained_stages(workdir: Path) -> list[str]:
@@ -204,6 +294,6 @@ def lineage(parent: Parent | None) -> list[dict]:
     """The chain of ancestors, the first pretraining step first, from the parent's metadata alone."""
     if parent is None:
         return []
-    keys = ("kind", "fresh", "dropped", "reset", "tokenizer_hash", "data", "cost", "version")
+    keys = ("kind", "fresh", "dropped", "extended", "cast", "reset", "tokenizer_hash", "data", "cost", "version")
     own = parent.describe() | {key: parent.meta.get(key) for key in keys}
     return [*parent.meta["lineage"], own]

@@ -7,6 +7,7 @@ A leaf that no rule matches is frozen. Rules match whole path components, never 
     top(2)                       the last two layers, the final norm and the heads
     layers(3, 5)                 these layers
     biases, norms, embeddings    leaves of that kind
+    lora, lora(medical)          all adapters, or the one of this name
     layers[-2:]/.*               a slice of the layers
     layers[3,5]/attention/.*     parts of some layers
     .*/bias                      ".*" stands for one or more components; any other component is a regular expression
@@ -25,6 +26,7 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
     "biases": (".*/bias",),
     "norms": ("final_norm/.*", "layers/[a-z]+_norm/.*", "layers/.*/[a-z]+_norm/.*"),
     "embeddings": ("embed/.*",),
+    "lora": (".*/lora/.*",),
 }
 
 
@@ -51,6 +53,11 @@ class Partition(NamedTuple):
         return canonical(merge(trainable, frozen))
 
 
+def canonical_path(path: str) -> str:
+    """The path of a segmented leaf in the canonical tree: layers/6:8/mlp/... is layers/mlp/..."""
+    return re.sub(r"^layers/\d+:\d+/", "layers/", path)
+
+
 def merge(trainable: dict, frozen: dict) -> dict:
     """The segmented tree of all leaves."""
     return unflatten(flatten(trainable) | flatten(frozen))
@@ -61,40 +68,69 @@ def make(shapes: dict, rules: str | list[str], layers: int) -> Partition:
 
     Raises UserError for a rule that cannot be read or matches nothing, and when nothing trains.
     """
-    rules = [rules] if isinstance(rules, str) else list(rules)
+    return phases(shapes, rules, [], layers)[0]
+
+
+def phases(
+    shapes: dict, rules: str | list[str], unfreeze: list[tuple[int, str | list[str]]], layers: int
+) -> dict[int, Partition]:
+    """{first step: partition} for what trains from the start, and what joins it at each step of `unfreeze`.
+
+    All of them are cut into the same segments, so that a leaf keeps its path and its moments. Gradual unfreezing:
+    Howard and Ruder 2018, ULMFiT, section 3.3. Raises UserError as `make` does, and for a step that adds nothing.
+    """
     paths = list(flatten(shapes))
-    matchers = [_matcher(rule, layers) for rule in rules]
-    used = [False] * len(rules)
-
-    def trains(path: str, layer: int | None) -> bool:
-        for i, (rule, match) in enumerate(zip(rules, matchers, strict=True)):
-            if match(path, layer):
-                used[i] = True
-                return not rule.strip().startswith("not ")
-        return False
-
-    whole = frozenset(path for path in paths if not path.startswith("layers/") and trains(path, None))
-    inner = [path for path in paths if path.startswith("layers/")]
-    patterns = [frozenset(path for path in inner if trains(path, layer)) for layer in range(layers)]
-    for i, (rule, match) in enumerate(zip(rules, matchers, strict=True)):
-        if not used[i] and not any(match(path, layer) for path in paths for layer in _layers_of(path, layers)):
-            tied = " (this model's LM head is tied to embed/embedding)" if _bare(rule).startswith("lm_head") else ""
-            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), _names(paths))}")
-    if not whole and not any(patterns):
-        first = _bare(rules[0]) if rules else ""
-        raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, _names(paths))}")
-    segments = _runs(patterns)
-    stacked = {
-        path.replace("layers/", f"layers/{first}:{last}/", 1) for first, last in segments for path in patterns[first]
+    chosen = {0: _selected(paths, rules, layers)}
+    for step, more in unfreeze:
+        before, added = list(chosen.values())[-1], _selected(paths, more, layers)
+        if added <= before:
+            raise UserError(f"unfreeze at step {step}: {more!r} adds nothing to what trains already")
+        chosen[step] = before | added
+    segments = _runs([[_of_layer(each, layer) for each in chosen.values()] for layer in range(layers)])
+    return {
+        step: Partition(segments, frozenset(_segment_path(path, layer, segments) for path, layer in each))
+        for step, each in chosen.items()
     }
-    return Partition(segments, whole | stacked)
+
+
+def _selected(paths: list[str], rules: str | list[str], layers: int) -> set[tuple[str, int | None]]:
+    """The (canonical path, layer or None) that `rules` choose. Raises UserError."""
+    rules = [rules] if isinstance(rules, str) else list(rules)
+    matchers = [matcher(rule, layers) for rule in rules]
+    matched: list[set] = [set() for _ in rules]
+    chosen = set()
+    for leaf in ((path, layer) for path in paths for layer in _layers_of(path, layers)):
+        hits = [i for i, match in enumerate(matchers) if match(*leaf)]
+        for i in hits:
+            matched[i].add(leaf)
+        if hits and not rules[hits[0]].strip().startswith("not "):
+            chosen.add(leaf)
+    for rule, leaves in zip(rules, matched, strict=True):
+        if not leaves:
+            tied = " (this model's LM head is tied to embed/embedding)" if _bare(rule).startswith("lm_head") else ""
+            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), names(paths))}")
+    if not chosen:
+        first = _bare(rules[0]) if rules else ""
+        raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, names(paths))}")
+    return chosen
+
+
+def _of_layer(chosen: set[tuple[str, int | None]], layer: int) -> frozenset[str]:
+    return frozenset(path for path, each in chosen if each == layer)
+
+
+def _segment_path(path: str, layer: int | None, segments: Segments) -> str:
+    if layer is None:
+        return path
+    first, last = next((a, b) for a, b in segments if a <= layer < b)
+    return path.replace("layers/", f"layers/{first}:{last}/", 1)
 
 
 def _layers_of(path: str, layers: int) -> list[int | None]:
     return list(range(layers)) if path.startswith("layers/") else [None]
 
 
-def _runs(patterns: list[frozenset[str]]) -> Segments:
+def _runs(patterns: list) -> Segments:
     starts = [i for i, pattern in enumerate(patterns) if i == 0 or pattern != patterns[i - 1]]
     return tuple(zip(starts, [*starts[1:], len(patterns)], strict=True))
 
@@ -103,12 +139,13 @@ def _bare(rule: str) -> str:
     return rule.strip().removeprefix("not ").strip()
 
 
-def _names(paths: list[str]) -> list[str]:
-    return [*SHORTHANDS, "top(N)", "layers(I,...)", *paths]
+def names(paths: list[str]) -> list[str]:
+    """What a rule may say, for error messages."""
+    return [*SHORTHANDS, "top(N)", "layers(I,...)", "lora(NAME)", *paths]
 
 
-def _matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
-    """A function (canonical path, layer index or None) -> bool for one rule."""
+def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
+    """A function (canonical path, layer index or None) -> bool for one rule. Raises UserError for a malformed one."""
     bare = _bare(rule)
     if top := re.fullmatch(r"top\(\s*(\d+)\s*\)", bare):
         count = int(top[1])
@@ -117,6 +154,8 @@ def _matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
         patterns = (f"layers[{layers - count}:]/.*", "final_norm/.*", "lm_head/.*", "head/.*")
     elif chosen := re.fullmatch(r"layers\(([-\d,\s]+)\)", bare):
         patterns = (f"layers[{chosen[1]}]/.*",)
+    elif adapter := re.fullmatch(r"lora\(\s*([\w-]+)\s*\)", bare):
+        patterns = (f".*/lora/{adapter[1]}/.*",)
     else:
         patterns = SHORTHANDS.get(bare, (bare,))
     parsed = [_parse(pattern, layers, rule) for pattern in patterns]

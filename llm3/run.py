@@ -6,20 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from llm3 import stages
-from llm3.config import RunConfig, as_dict
+from llm3.config import RunConfig, StageConfig, as_dict
 from llm3.errors import UserError
 from llm3.experiment import prepare
 from llm3.generate import load_stage
 from llm3.handoff import CHECKPOINTS, INIT
 from llm3.loop import stop_on_signals
+from llm3.parents import check_ancestry, locate_parent
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
-from llm3.session import ROW, Session
-from llm3.training import check_ancestry, locate_parent, preflight, run_stage
-from llm3.workdir import RECORD, TOKENIZER, check_record, differences, lock, read_json, stage_record, write_json
+from llm3.savings import with_full_step_seconds
+from llm3.session import Session
+from llm3.training import preflight, run_stage
+from llm3.workdir import RECORD, ROW, TOKENIZER, check_record, differences, lock, read_json, stage_record, write_json
 
 
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
@@ -68,7 +71,7 @@ def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
             now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype)
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
-            rows.append(session.evaluate(name, params))
+            rows.append(session.evaluate(name, jax.tree.map(jnp.asarray, params)))
     table.print_table(rows, [], console)
     return 0
 
@@ -78,6 +81,11 @@ def is_reported(workdir: Path, names: list[str]) -> bool:
     matrix = read_json(workdir / "matrix.json") or {"rows": [], "baselines": []}
     reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
     return reported.issuperset(names) and (workdir / "report.md").is_file()
+
+
+def step_shape(stage: StageConfig) -> tuple:
+    """What decides the size of a step besides what trains."""
+    return (stage.batch_size, stage.sequence_length, stage.objective, stage.micro_batches, stage.data)
 
 
 def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
@@ -91,6 +99,10 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
         (baselines if baseline else rows).append(row)
         if name != INIT:
             histories[name] = read_metrics(workdir / name)
+    shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
+    full = {name for name, stage in config.stages.items() if (stage.train, stage.unfreeze) == ("all", [])}
+    timed = with_full_step_seconds(rows + baselines, shapes, full)
+    rows, baselines = timed[: len(rows)], timed[len(rows) :]
     table.print_table(rows, baselines, console)
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
     page.write_report(workdir, rows, baselines, histories, title=f"Run {workdir.name}", command=command, facts=facts)

@@ -48,11 +48,14 @@ def json_digest(value: Any) -> str:
 
 
 def sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
-    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest."""
+    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest.
+
+    Where `meta["base"]` names the digest of other parameters that these are laid over, `params_digest` covers them too.
+    """
     meta = json.loads(json.dumps(meta))
     meta.pop("meta_digest", None)
     meta["digests"], meta["opt_digests"] = (digests_of(parts[name]) for name in ("params", "opt"))
-    meta["params_digest"] = combine_digests(meta["digests"])
+    meta["params_digest"] = combine_digests(meta["digests"] | ({"base": meta["base"]} if "base" in meta else {}))
     meta["shapes"] = {
         name: {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()}
         for name, leaves in parts.items()
@@ -63,6 +66,17 @@ def sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
 def saved_shapes(meta: dict, part: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{path: (shape, dtype)} of a part, "params" or "opt", from its metadata."""
     return {path: (tuple(shape), jnp.dtype(dtype)) for path, (shape, dtype) in meta["shapes"][part].items()}
+
+
+def other_arrays(arrays: dict[str, Any], saved: dict[str, tuple]) -> list[str]:
+    """What is wrong with the arrays found, by path, where {path: (shape, dtype)} was saved."""
+    found = {path: f"{array.dtype} {tuple(array.shape)}" for path, array in arrays.items()}
+    expected = {path: f"{dtype} {shape}" for path, (shape, dtype) in saved.items()}
+    return [
+        f"{path} is {found.get(path, 'missing')}, but {expected.get(path, 'nothing')} was saved"
+        for path in sorted(found.keys() | expected.keys())
+        if found.get(path) != expected.get(path)
+    ]
 
 
 def check_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) -> None:

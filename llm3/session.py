@@ -1,7 +1,9 @@
 """One process on its devices: the mesh, and the evaluation of parameters into rows of the matrix."""
 
 import math
+import re
 import time
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,19 +11,18 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from llm3 import __version__, evals, stages
-from llm3.config import ModelConfig
+from llm3 import __version__, evals
+from llm3.config import ModelConfig, StageConfig
 from llm3.data.mixture import finite_batches
 from llm3.errors import UserError
 from llm3.experiment import Experiment
 from llm3.flops import peak_flops
-from llm3.handoff import INIT
+from llm3.handoff import INIT, read_start
 from llm3.models.transformer import abstract, init, segmented
 from llm3.sharding import check_batch, make_mesh, place_batch
+from llm3.trainer import Trainer, build
 from llm3.tree import params_digest, size
-from llm3.workdir import read_json, write_json
-
-ROW = "evaluation.json"
+from llm3.workdir import ROW, read_json, write_json
 
 
 class Session:
@@ -40,20 +41,36 @@ class Session:
             check_batch(self.mesh, stage.batch_size, stage.micro_batches, f"config.stages.{name}")
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
-        self._trainers: dict[str, stages.Trainer] = {}
+        self._phases: dict[str, list[Trainer]] = {}
         self._eval_steps: dict[tuple[str, ModelConfig], Any] = {}
 
-    def trainer(self, name: str) -> stages.Trainer:
-        """The trainer of a stage. Raises UserError for what does not fit."""
-        if name not in self._trainers:
-            self._trainers[name] = stages.build(
-                self.config.stages[name],
-                self.experiment.model(name),
-                self.mesh,
-                seed=self.experiment.seed(name),
-                where=f"config.stages.{name}",
-            )
-        return self._trainers[name]
+    def phases(self, name: str) -> list[Trainer]:
+        """The trainers of a stage, one after another. Raises UserError for what does not fit."""
+        if name not in self._phases:
+            self._phases[name] = self.build(name, self.config.stages[name], self.experiment.model(name))
+        return self._phases[name]
+
+    def trainer(self, name: str) -> Trainer:
+        """The trainer that a stage begins with."""
+        return self.phases(name)[0]
+
+    def full_trainer(self, name: str) -> Trainer:
+        """What full fine-tuning of the same model on the same batches would be, to compare a stage with."""
+        stage = self.config.stages[name]
+        plain = replace(stage.optimizer, learning_rates=[])
+        full = replace(stage, train="all", unfreeze=[], adapters={}, frozen="float32", optimizer=plain)
+        return self.build(name, full, replace(self.experiment.model(name), adapters=()))[0]
+
+    def build(self, name: str, stage: StageConfig, model: ModelConfig) -> list[Trainer]:
+        """The trainers of a stage, or of a variant of it."""
+        where = f"config.stages.{name}"
+        start = read_start(stage.start, self.workdir, f"{where}.start")
+        from_nothing = start is None or start.stage == INIT
+
+        def fresh(path: str) -> bool:
+            return from_nothing or any(re.fullmatch(rule, path) for rule in start.fresh)
+
+        return build(stage, model, self.mesh, fresh=fresh, seed=self.experiment.seed(name), where=where)
 
     def facts(self) -> dict[str, Any]:
         """What this run runs on, for the header and the report."""

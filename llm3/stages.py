@@ -1,24 +1,12 @@
-"""The three stages side by side: each one's laws, and the trainer that all of them share."""
+"""The three stages side by side: each one's laws, and their order."""
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
-
-from llm3 import evals, objectives, optim
-from llm3 import partition as partitions
-from llm3.config import ModelConfig, RunConfig, StageConfig
+from llm3 import evals, objectives
+from llm3.config import RunConfig, StageConfig
 from llm3.errors import UserError, nearest
-from llm3.flops import step_flops
 from llm3.handoff import INIT
-from llm3.models.transformer import abstract, canonical
-from llm3.sharding import check_batch, named, tree_shardings
-from llm3.step import TrainState, make_train_step
-from llm3.tree import flatten
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
@@ -27,8 +15,9 @@ def pretrain(stage: StageConfig, where: str) -> None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
     if objectives.load(stage.objective).LABELLED:
         raise UserError(f"{where}.objective={stage.objective!r}: a pretrain stage learns from unlabelled text")
-    if stage.train != "all":
-        raise UserError(f"{where}.train={stage.train!r}: a pretrain stage trains 'all'")
+    if stage.train != "all" or stage.unfreeze or stage.adapters:
+        field = "train" if stage.train != "all" else "unfreeze" if stage.unfreeze else "adapters"
+        raise UserError(f"{where}.{field}={getattr(stage, field)!r}: a pretrain stage trains 'all' of the plain model")
 
 
 def posttrain(stage: StageConfig, where: str) -> None:
@@ -87,9 +76,7 @@ def check(config: RunConfig) -> list[str]:
         _known(f"{where}.objective", stage.objective, objectives.names())
         for source in stage.data:
             _known(f"{where}.data", source, config.sources)
-        rules = [stage.train] if isinstance(stage.train, str) else stage.train
-        if not (isinstance(rules, list | tuple) and rules and all(isinstance(rule, str) for rule in rules)):
-            raise UserError(f"{where}.train={stage.train!r}: expected a rule, or a list of rules")
+        check_rules(stage, where)
         LAWS[stage.kind](stage, where)
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
@@ -106,6 +93,26 @@ def check(config: RunConfig) -> list[str]:
     return ordered
 
 
+def check_rules(stage: StageConfig, where: str) -> None:
+    """Raise UserError unless `train` is a rule or a list of them, and `unfreeze` pairs of a step and such a value."""
+
+    def is_rule(value: Any) -> bool:
+        rules = [value] if isinstance(value, str) else value
+        return isinstance(rules, list | tuple) and bool(rules) and all(isinstance(rule, str) for rule in rules)
+
+    if not is_rule(stage.train):
+        raise UserError(f"{where}.train={stage.train!r}: expected a rule, or a list of rules")
+    steps = [0]
+    for pair in stage.unfreeze:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is int and is_rule(pair[1])):
+            raise UserError(f"{where}.unfreeze: {pair!r}: expected a pair [step, rule or list of rules]")
+        if not steps[-1] < pair[0] < stage.steps:
+            raise UserError(
+                f"{where}.unfreeze: step {pair[0]}: expected ascending steps after 0 and before the {stage.steps} steps"
+            )
+        steps.append(pair[0])
+
+
 def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
     """The stages to run, parents first. Raises UserError for one that the config does not have."""
     order = check(config)
@@ -113,94 +120,3 @@ def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
         if name not in order:
             raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
     return [name for name in order if not names or name in names]
-
-
-class Trainer(NamedTuple):
-    """All that a stage runs with. `train_step` is jitted, its state donated."""
-
-    model: ModelConfig
-    partition: partitions.Partition
-    optimizer: optim.Optimizer
-    train_step: Callable
-    init_opt: Callable[[dict], Any]
-    abstract_params: dict  # canonical shapes with shardings
-    abstract_state: TrainState
-    flops_per_step: float
-    notes: list[str]  # what a user may not expect of what trains
-
-    def state(self, params: dict, opt: Any = None, step: int = 0) -> TrainState:
-        """The state at `step` from canonical parameters, with a fresh optimizer unless `opt` is given."""
-        trainable, frozen = self.partition.split(params)
-        opt = self.init_opt(trainable) if opt is None else opt
-        return TrainState(jax.device_put(np.int32(step), self.abstract_state.step.sharding), trainable, frozen, opt)
-
-    def params(self, state: TrainState) -> dict:
-        """The canonical parameters of a state."""
-        return self.partition.join(state.trainable, state.frozen)
-
-
-def with_sharding(shapes: Any, shardings: Any) -> Any:
-    """Shapes that carry their shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-
-@contextmanager
-def _inside(where: str) -> Iterator[None]:
-    """Say which stage a UserError is about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def tied_notes(model: ModelConfig, partition: partitions.Partition, head: str) -> list[str]:
-    """That the LM head is the embedding, where some leaves are frozen and the two might be taken for separate."""
-    every = len(flatten(abstract(model, partition.segments).shapes))
-    if not model.tie_embeddings or head != "lm" or len(partition.trainable) == every:
-        return []
-    trains = "embed/embedding" in partition.trainable
-    return [
-        "embed/embedding trains, and with it the LM head, which is tied to it"
-        if trains
-        else "the LM head is frozen: it is tied to embed/embedding"
-    ]
-
-
-def build(stage: StageConfig, model: ModelConfig, mesh: Mesh, *, seed: int, where: str) -> Trainer:
-    """The trainer of a stage on a mesh, without allocating anything. Raises UserError for what does not fit."""
-    check_batch(mesh, stage.batch_size, stage.micro_batches, where)
-    objective = objectives.load(stage.objective)
-    whole = abstract(model)
-    shapes, axes = canonical(whole.shapes), canonical(whole.axes)
-    shardings = tree_shardings(mesh, shapes, axes)
-    with _inside(f"{where}.train"):
-        partition = partitions.make(shapes, stage.train, model.layers)
-    cut = abstract(model, partition.segments)
-    trainable, frozen = partition.divide(cut.shapes)
-    trainable_shardings, frozen_shardings = partition.divide(tree_shardings(mesh, cut.shapes, cut.axes))
-    with _inside(where):
-        optimizer = optim.make(trainable, steps=stage.steps, **vars(stage.optimizer))
-    opt = jax.eval_shape(optimizer.transform.init, trainable)
-    opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))
-    abstract_state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh)),
-        with_sharding(trainable, trainable_shardings),
-        with_sharding(frozen, frozen_shardings),
-        with_sharding(opt, opt_shardings),
-    )
-    state_shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
-    step = make_train_step(cut.graph, objective.loss, optimizer.transform, seed=seed, micro_batches=stage.micro_batches)
-    head = "task" if objective.NEEDS_HEAD else "lm"
-    return Trainer(
-        model=model,
-        partition=partition,
-        optimizer=optimizer,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, named(mesh))),
-        init_opt=jax.jit(optimizer.transform.init, out_shardings=opt_shardings),
-        abstract_params=with_sharding(shapes, shardings),
-        abstract_state=abstract_state,
-        flops_per_step=step_flops(
-            model, stage.batch_size, stage.sequence_length, head, partition.segments, partition.trainable
-        ),
-        notes=tied_notes(model, partition, head),
-    )

@@ -12,6 +12,7 @@ from llm3.config import RunConfig, as_dict
 from llm3.errors import UserError
 
 TOKENIZER = "tokenizer.json"
+ROW = "evaluation.json"  # beside the files of a stage: its row of the matrix, once it is finished
 RECORD = "config.json"  # beside the files of a stage: what it was computed from
 # May differ between two starts of one run: they change what is shown and kept, or where it is computed.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})

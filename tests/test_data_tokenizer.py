@@ -18,6 +18,25 @@ TEXTS = [
 ] * 5
 SPECIAL_IDS = {0, 1, 2, 3}
 trained = tokenizer.train(TEXTS, 330)
+# "naïve" and "Ġx" are made of characters that a byte-level vocabulary uses for single bytes
+ADDED = [
+    "acetaminophen",
+    "naïve",
+    "漢字漢",
+    " lead",
+    "trail\n",
+    "<x>",
+    "acetamin",
+    "Ġx",
+    "ion",
+    "\r\n\r\n",
+    "🙂🙂",
+    "\u0301é",
+]
+extended = trained.extended(ADDED)
+texts_with_added = st.lists(st.one_of(st.sampled_from(ADDED), st.text(max_size=8), st.sampled_from(" sX9é<"))).map(
+    "".join
+)
 
 
 @given(st.text())
@@ -105,3 +124,86 @@ def test_a_damaged_or_foreign_tokenizer_is_refused(damage, tmp_path):
     path.write_text(damage(path.read_text()))
     with pytest.raises(UserError, match="is not a tokenizer that llm3 wrote"):
         Tokenizer.load(path)
+
+
+@given(texts_with_added)
+@settings(max_examples=400, deadline=None)
+def test_any_text_around_added_tokens_survives_and_its_bytes_are_counted(text):
+    ids = extended.encode(text)
+    assert extended.decode(ids) == text
+    assert extended.byte_lengths[ids].sum() == len(text.encode())
+
+
+@given(st.lists(st.integers(0, trained.vocab_size - 1), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_any_ids_decode_as_the_tokenizers_library_decodes_them(ids):
+    assert trained.decode(ids) == trained._backend.decode(ids, skip_special_tokens=True)
+
+
+def test_added_tokens_have_the_next_ids_in_the_given_order_and_the_old_ones_keep_theirs():
+    assert extended.vocab_size == trained.vocab_size + len(ADDED)
+    for place, token in enumerate(ADDED):
+        assert extended.encode(token) == [trained.vocab_size + place]
+        assert extended.byte_lengths[trained.vocab_size + place] == len(token.encode())
+    np.testing.assert_array_equal(extended.byte_lengths[: trained.vocab_size], trained.byte_lengths)
+    untouched = "the quick brown fox <|eos|> x = [1, 2]"
+    assert extended.encode(untouched) == trained.encode(untouched)
+
+
+def test_a_word_is_found_as_a_whole_word_and_the_longest_of_several_is():
+    first, _, _, lead, *_, ion = range(trained.vocab_size, trained.vocab_size + ADDED.index("ion") + 1)
+    assert extended.encode("(acetaminophen)")[1:-1] == [first]
+    assert extended.encode("acetaminophen-acetaminophen").count(first) == 2
+    assert first not in extended.encode("acetaminophens") and ion not in extended.encode("lions, million, 3ion")
+    assert lead in extended.encode("mis leading")  # it does not begin with a letter
+    assert trained.vocab_size + ADDED.index("漢字漢") in extended.encode("此漢字漢此")
+
+
+def test_an_extended_tokenizer_is_another_one_and_can_be_saved_extended_again_and_taken_back(tmp_path):
+    extended.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    text = "naïve acetaminophen"
+    assert loaded.hash == extended.hash != trained.hash
+    assert loaded.encode(text) == extended.encode(text) and loaded.decode(loaded.encode(text)) == text
+    again = loaded.extended(["ibuprofen"])
+    assert again.encode("ibuprofen") == [extended.vocab_size]
+    assert again.without(["ibuprofen"]).hash == extended.hash
+    assert again.without([*ADDED, "ibuprofen"]).hash == trained.extended([]).hash == trained.hash
+    assert trained.extended(ADDED).hash == extended.hash != trained.extended(ADDED[::-1]).hash
+
+
+@pytest.mark.parametrize("tokens", [["aspirin"], [*ADDED, "aspirin"], [*ADDED[1:], ADDED[0]], ["<|mask|>", *ADDED]])
+def test_only_the_last_tokens_can_be_taken_back(tokens):
+    with pytest.raises(UserError, match=r"tokenizer\.add=.*the last tokens of the vocabulary are"):
+        extended.without(tokens)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["aspirin", ""], r"tokenizer\.add\[1\]='': expected at least one character"),
+        (["aspirin", "ibuprofen", "aspirin"], r"\[2\]='aspirin': named twice"),
+        (["<|eos|>"], r"'<\|eos\|>': already a special token \(id 2\)"),
+        (["e"], "'e': already a token of the vocabulary"),
+        ([" "], "' ': already a token of the vocabulary"),
+        ([" the"], "' the': already a token of the vocabulary"),  # as "Ġthe"
+        (["Ġthe"], "'Ġthe': already a token of the vocabulary"),  # the library would take it for " the"
+        (["a\ud800"], "not a valid Unicode text"),
+    ],
+)
+def test_a_token_that_cannot_be_added_is_refused(tokens, message):
+    with pytest.raises(UserError, match=message):
+        trained.extended(tokens)
+
+
+def test_a_token_that_is_there_already_by_an_extension_is_refused():
+    with pytest.raises(UserError, match=f"'naïve': already a token of the vocabulary .id {trained.vocab_size + 1}"):
+        extended.extended(["naïve"])
+
+
+def test_a_tokenizer_whose_added_tokens_swallow_spaces_is_refused(tmp_path):
+    content = json.loads(extended._json)
+    content["added_tokens"][-1]["lstrip"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="takes the spaces beside it with it"):
+        Tokenizer.load(tmp_path / "tokenizer.json")

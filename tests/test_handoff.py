@@ -1,132 +1,60 @@
-"""Hand-offs: every leaf is accounted for, and a parent that does not fit is refused before anything is touched."""
+"""Hand-offs: every leaf is accounted for, on any mesh, in any dtype, with a longer vocabulary, from the best step."""
 
-import json
-import types
+import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-import tiny_run as tiny
+import tiny
+from conftest import mesh_of
 
-from llm3 import configfile, handoff, training
-from llm3.__main__ import main
+from llm3 import handoff
+from llm3.best import best_step, scored
+from llm3.checkpoint import Checkpoints
 from llm3.errors import UserError
+from llm3.models.transformer import abstract, canonical
+from llm3.sharding import tree_shardings
+from llm3.tree import flatten, map_with_path, unflatten
+
+ADDED = 3  # 61 + 3 tokens can be cut in two, 61 cannot
+MODEL = tiny.model_config(tie_embeddings=False, d_model=16, heads=4, kv_heads=2)
+PARAMS = tiny.make_params(MODEL)
+MESHES = {"one device": {}, "eight devices": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory):
-    """A run whose pretrain and posttrain stages are finished and whose finetune stage died at step 8."""
-    base = tmp_path_factory.mktemp("handoff")
-    tiny.write_texts(base / "texts")
-    for file in sorted((base / "texts").glob("task-*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        lines = (json.dumps(row | {"label": f"other {row['label']}"}) + "\n" for row in rows)
-        file.with_name(file.name.replace("task", "other")).write_text("".join(lines))
-    other = f'{{each: f"{base}/texts/other-{{each}}.jsonl" for each in ("train", "validation", "test")}}'
-    extra = f'c.sources.other = dict(path="json", label="label", data_files={other})'
-    config, run = tiny.write_config(base / "config.py", base, extra), base / "run"
-    point = "SIGKILL@saved:finetune:8"
-    tiny.process(base, ("run", f"--config={config}", f"--workdir={run}"), point=point, status=-9)
-    return types.SimpleNamespace(config=str(config), run=run)
+def write_parent(run, params=PARAMS, step=10, **meta):
+    """A finished checkpoint RUN/parent/checkpoints/STEP."""
+    known = {"finished": True, "steps": step, "kind": "pretrain", "lineage": [], "tokenizer_hash": "old"}
+    with Checkpoints(run / "parent" / handoff.CHECKPOINTS, keep=9) as checkpoints:
+        checkpoints.save(step, params, {}, known | meta)
 
 
-def start(stage: str, **fields) -> str:
-    """An override of finetune's parent, RUN standing for the run's directory."""
-    return f"stages.finetune.start={ {'run': 'RUN', 'stage': stage, 'fresh': ['head/.*'], **fields} }"
+def start_of(run, step="latest", **rules) -> handoff.Start:
+    return handoff.read_start({"run": str(run), "stage": "parent", "step": step, **rules}, run, "start")
 
 
-AS_POSTTRAIN = (
-    "stages.finetune.kind=posttrain",
-    "stages.finetune.objective=causal",
-    "stages.finetune.data={'general': 1.0}",
-)
-WRONG = {
-    "unknown stage": ([start("postrain")], ["'postrain'", "did you mean 'posttrain'"]),
-    "run does not exist": ([start("posttrain", run="RUNS")], ["RUNS does not exist", "did you mean 'RUN'"]),
-    "step does not exist": ([start("posttrain", step=7)], ["step=7", "holds the steps 8, 10"]),
-    "unfinished parent": ([start("finetune", fresh=[])], ["finetune", "step 8 of 10", "finish it"]),
-    "another tokenizer": ([start("posttrain"), "tokenizer.vocab_size=290"], ["tokenizer", "RUN/tokenizer.json"]),
-    "another width": (
-        [start("posttrain"), "model.d_model=32"],
-        ["embed/embedding: (300, 32) in this model, (300, 16) in the parent", "layers/mlp/up/kernel"],
-    ),
-    "other layers": (
-        [start("posttrain"), "model.layers=3"],
-        ["layers/mlp_norm/scale: (3, 16) in this model, (2, 16) in the parent"],
-    ),
-    "another leaf": (
-        [start("posttrain"), "model.qk_norm=True"],
-        ["layers/attention/key_norm/scale (2, 8): not in the parent", "start.fresh"],
-    ),
-    "head not declared fresh": ([start("posttrain", fresh=[])], ["head/kernel (16, 2): not in the parent", "fresh"]),
-    "head left over": (
-        [start("finetune", step=8), *AS_POSTTRAIN],
-        ["start.fresh", "'head/.*' matches no leaf"],
-    ),
-    "head not declared dropped": (
-        [start("finetune", step=8, fresh=[]), *AS_POSTTRAIN],
-        ["head/kernel (16, 2): not in this model", "start.drop"],
-    ),
-    "fresh matches nothing": ([start("posttrain", fresh=["haed/.*"])], ["start.fresh", "'haed/.*' matches no leaf"]),
-    "drop matches nothing": ([start("posttrain", drop=["lm_head/.*"])], ["start.drop", "'lm_head/.*' matches no leaf"]),
-    "other classes": (
-        [start("finetune", step=8, fresh=[]), "stages.finetune.data={'other': 1.0}"],
-        ["['domain', 'general']", "['other domain', 'other general']", "start.fresh"],
-    ),
-}
+def find(run, step="latest", **rules) -> handoff.Parent:
+    return handoff.find_parent(start_of(run, step, **rules), "start")
 
 
-@pytest.mark.parametrize(("overrides", "parts"), WRONG.values(), ids=WRONG)
-def test_a_wrong_parent_is_refused_by_name_and_leaves_no_trace(capsys, tmp_path, parent, overrides, parts):
-    before = tiny.files(parent.run)
-    options = [f"--config.{each.replace('RUN', str(parent.run))}" for each in overrides]
-    command = ["run", f"--config={parent.config}", f"--workdir={tmp_path / 'child'}", "--stages=finetune"]
-    assert main([*command, *options]) == 2
-    error = capsys.readouterr().err.replace(str(parent.run), "RUN")
-    for part in ["config.stages.finetune.start", *parts]:
-        assert part in error
-    assert tiny.files(tmp_path) == {} and tiny.files(parent.run) == before
+def on_mesh(config, sizes, dtype=jnp.float32):
+    """The canonical shapes of a model with their shardings on a mesh of fake devices."""
+    whole = abstract(config)
+    shapes, axes = canonical(whole.shapes), canonical(whole.axes)
+    mesh = mesh_of(int(np.prod([*sizes.values()])), **sizes)
+    shardings = tree_shardings(mesh, shapes, axes)
+    return map_with_path(lambda _, x, to: jax.ShapeDtypeStruct(x.shape, dtype, sharding=to), shapes, shardings)
 
 
-def test_a_parent_in_the_same_run_that_is_not_trained_is_refused(capsys, tmp_path, parent):
-    command = ["run", f"--config={parent.config}", f"--workdir={tmp_path}", "--stages=posttrain"]
-    assert main(command) == 2
-    assert "holds no checkpoints of a stage 'pretrain': train it first" in capsys.readouterr().err
-    assert tiny.files(tmp_path) == {}
+def place(params, like):
+    return map_with_path(lambda _, leaf, to: jax.device_put(jnp.asarray(leaf, to.dtype), to.sharding), params, like)
 
 
-def test_classes_are_compared_also_with_a_parent_that_is_yet_to_be_trained(capsys, tmp_path, parent):
-    """A second fine-tuning stage, in the same run, that would take over the head of the first one."""
-    options = ["--config.stages.scratch.start=finetune", "--config.stages.scratch.data={'other': 1.0}"]
-    assert main(["run", f"--config={parent.config}", f"--workdir={tmp_path}", *options]) == 2
-    error = capsys.readouterr().err
-    assert "config.stages.scratch.start" in error and "['other domain', 'other general']" in error
-    assert tiny.files(tmp_path) == {}
-
-
-def test_eval_refuses_another_model_than_the_checkpoint_holds(capsys, parent):
-    command = ["eval", f"--config={parent.config}", f"--workdir={parent.run}", "--stages=pretrain"]
-    assert main([*command, "--config.model.d_ff=64"]) == 2
-    assert "model.d_ff: 32 there, 64 now" in capsys.readouterr().err
-
-
-def test_generate_refuses_a_stage_that_is_not_there_and_options_out_of_range(capsys, parent):
-    command = ["generate", f"--config={parent.config}", f"--workdir={parent.run}", "--prompt=a"]
-    for option, part in {
-        "--stage=postrain": "did you mean 'posttrain'",
-        "--top_p=0": "--top_p=0.0",
-        "--temperature=-1": "--temperature=-1.0: expected at least 0",
-        "--top_k=-1": "--top_k=-1",
-        "--max_tokens=0": "--max_tokens=0: expected at least 1",
-    }.items():
-        assert main([*command, option]) == 2
-        assert part in capsys.readouterr().err
-
-
-def test_a_stage_with_checkpoints_of_its_own_does_not_look_for_its_parent(tmp_path, parent):
-    config = configfile.load(parent.config, ["stages.posttrain.start={'run': '/gone', 'stage': 'pretrain'}"])
-    with pytest.raises(UserError, match="/gone does not exist"):
-        training.locate_parent(config, tmp_path, "posttrain", [])
-    (tmp_path / "posttrain" / "checkpoints" / "4").mkdir(parents=True)
-    assert training.locate_parent(config, tmp_path, "posttrain", []) == (None, None)
+def assert_same(found, expected):
+    assert flatten(found).keys() == flatten(expected).keys()
+    for path, leaf in flatten(found).items():
+        np.testing.assert_array_equal(leaf, flatten(expected)[path], err_msg=path)
 
 
 def test_every_leaf_is_loaded_fresh_or_dropped(tmp_path):
@@ -137,9 +65,194 @@ def test_every_leaf_is_loaded_fresh_or_dropped(tmp_path):
     assert told.loaded == ("embed/embedding",)
     assert told.fresh == ("head/bias", "head/kernel")
     assert told.dropped == ("head/bias", "head/kernel", "lm_head/kernel")
+    assert told.extended == ()
 
 
 def test_a_rule_matches_whole_paths(tmp_path):
     begin = handoff.Start(tmp_path, "parent", "latest", fresh=("head",), drop=())
     with pytest.raises(UserError, match="'head' matches no leaf"):
         handoff.account({"head/kernel": (2, 2)}, {}, begin, "start")
+
+
+@pytest.mark.parametrize(("written", "read"), [MESHES, [*MESHES][::-1]])
+def test_a_parent_loads_onto_another_mesh_bit_for_bit(tmp_path, written, read):
+    config = tiny.model_config(vocab_size=64, tie_embeddings=False)
+    params = tiny.make_params(config)
+    write_parent(tmp_path, place(params, on_mesh(config, MESHES[written])))
+    like = on_mesh(config, MESHES[read])
+    loaded, told = handoff.load(find(tmp_path), like, "start")
+    assert_same(loaded, params)
+    assert all(leaf.sharding == flatten(like)[path].sharding for path, leaf in flatten(loaded).items())
+    assert told.cast == {} and told.describe() == f"{len(flatten(params))} leaves loaded"
+
+
+@pytest.mark.parametrize(("written", "read"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_parent_of_another_dtype_is_cast_and_it_is_said(tmp_path, written, read):
+    some = {"layers/mlp/up/kernel", "final_norm/scale", "embed/embedding"}
+    params = map_with_path(lambda path, leaf: leaf.astype(jnp.dtype(written)) if path in some else leaf, PARAMS)
+    write_parent(tmp_path, params)
+    like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, read), PARAMS)
+    loaded, told = handoff.load(find(tmp_path), like, "start")
+    assert_same(loaded, map_with_path(lambda _, leaf: leaf.astype(read), params))
+    if written == "bfloat16":
+        assert told.cast == dict.fromkeys(sorted(some), "bfloat16") == told.said()["cast"]
+        assert told.describe() == f"{len(flatten(PARAMS))} leaves loaded; 3 leaves cast from bfloat16"
+    else:
+        assert told.cast.keys() == flatten(PARAMS).keys()
+
+
+def test_a_cast_that_overflows_is_refused(tmp_path):
+    write_parent(tmp_path, map_with_path(lambda path, leaf: leaf * (1e6 if "gate" in path else 1), PARAMS))
+    like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16), PARAMS)
+    with pytest.raises(UserError, match=r"start: .*10: layers/mlp/gate/kernel not finite"):
+        handoff.load(find(tmp_path), like, "start")
+
+
+def test_a_head_of_another_size_is_fresh_without_being_dropped_and_keeps_the_rest(tmp_path):
+    params = tiny.make_params(tiny.model_config(classes=2))
+    write_parent(tmp_path, params)
+    like = canonical(abstract(tiny.model_config(classes=5)).shapes)
+    loaded, told = handoff.load(find(tmp_path, fresh=["head/.*"]), like, "start")
+    assert told.fresh == told.dropped == ("head/bias", "head/kernel")
+    assert_same(loaded, {key: value for key, value in params.items() if key != "head"})
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_new_tokens_start_at_the_mean_of_the_old_ones_and_all_else_is_the_parents(tmp_path, sizes):
+    write_parent(tmp_path)
+    like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
+    loaded, told = handoff.load(find(tmp_path)._replace(added=ADDED), like, "start")
+    assert told.extended == ("embed/embedding", "lm_head/kernel") and set(told.extended) < set(told.loaded)
+    assert told.said()["extended"] == ["embed/embedding", "lm_head/kernel"]
+    assert "extended by the mean of the old tokens: embed/embedding, lm_head/kernel" in told.describe()
+    old = unflatten({path: leaf for path, leaf in flatten(loaded).items()})
+    old["embed"]["embedding"] = loaded["embed"]["embedding"][: tiny.VOCAB]
+    old["lm_head"]["kernel"] = loaded["lm_head"]["kernel"][:, : tiny.VOCAB]
+    assert_same(old, PARAMS)
+    means = PARAMS["embed"]["embedding"].astype(np.float64).mean(0), PARAMS["lm_head"]["kernel"].mean(1)
+    np.testing.assert_allclose(loaded["embed"]["embedding"][tiny.VOCAB :], [means[0]] * ADDED, atol=1e-6)
+    np.testing.assert_allclose(loaded["lm_head"]["kernel"][:, tiny.VOCAB :].T, [means[1]] * ADDED, atol=1e-6)
+    for path, leaf in flatten(loaded).items():
+        assert leaf.shape == flatten(like)[path].shape and leaf.sharding == flatten(like)[path].sharding
+
+
+def test_only_the_vocabulary_may_grow_and_only_by_the_tokens_that_are_added():
+    begin = handoff.Start("run", "parent", "latest", (), ())
+    before = {"embed/embedding": (9, 4), "lm_head/kernel": (4, 9), "head/kernel": (4, 9)}
+    grown = {"embed/embedding": (11, 4), "lm_head/kernel": (4, 11)}
+    assert handoff.account(before | grown, before, begin, "start", added=2).extended == tuple(grown)
+    wrong = [(path, shape, added) for path, shape in grown.items() for added in (0, 1, 3)]
+    wrong += [("head/kernel", (4, 11), 2), ("embed/embedding", (11, 6), 2), ("lm_head/kernel", (6, 9), 2)]
+    wrong += [("embed/embedding", (7, 4), 2), ("embed/embedding", (9, 6), 2)]
+    for path, shape, added in wrong:
+        with pytest.raises(UserError, match=f"{path}: .* in this model, .* in the parent"):
+            handoff.account(before | {path: shape}, before, begin, "start", added)
+
+
+def test_only_the_parent_whose_tokenizer_is_extended_lacks_the_new_tokens(tmp_path):
+    write_parent(tmp_path)
+    parent = find(tmp_path)
+    assert handoff.check_tokenizer(parent, "old", "start") is False
+    assert handoff.check_tokenizer(parent, "old", "start", extends="base") is False
+    assert handoff.check_tokenizer(parent, "new", "start", extends="old") is True
+    with pytest.raises(UserError, match=r"tokenizer old, this run has new, which extends base: .*tokenizer\.json"):
+        handoff.check_tokenizer(parent, "new", "start", extends="base")
+    with pytest.raises(UserError, match="tokenizer old, this run has new: in a new --workdir"):
+        handoff.check_tokenizer(parent, "new", "start")
+
+
+def test_the_best_step_has_the_lowest_figure_and_is_the_later_of_equals(tmp_path):
+    for step, value in {2: 1.5, 4: 0.5, 6: 0.5, 8: None, 10: 0.9}.items():
+        write_parent(tmp_path, step=step, **scored("domain_bits_per_byte", value))
+    assert find(tmp_path, "best").step == 6
+    assert find(tmp_path).step == 10 and find(tmp_path, 2).step == 2
+
+
+def test_only_figures_of_one_name_are_compared():
+    figures = {2: scored("old_accuracy", -9.0), 4: scored("loss", 3.0), 6: scored("loss", 4.0), 8: scored("", None)}
+    assert best_step(figures, "parent", "start") == 4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, None])
+def test_a_figure_that_is_not_finite_is_never_the_best(value):
+    assert scored("loss", value) == {"scored": None}
+    assert best_step({2: scored("loss", 3.0), 4: scored("loss", value)}, "parent", "start") == 2
+
+
+def test_the_best_of_a_parent_that_is_not_finished_is_not_known_yet(tmp_path):
+    write_parent(tmp_path, step=4, steps=10, finished=False, **scored("loss", 1.0))
+    with pytest.raises(UserError, match=r"stopped at step 4 of 10: finish it, or name the step"):
+        find(tmp_path, "best")
+    assert find(tmp_path, 4).step == 4
+
+
+def test_a_parent_that_vanishes_or_changes_after_it_was_found_is_refused_by_its_path(tmp_path):
+    like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    write_parent(tmp_path)
+    parent = find(tmp_path)
+    shutil.rmtree(tmp_path / "parent")
+    write_parent(tmp_path, tiny.make_params(MODEL, seed=1))
+    with pytest.raises(UserError, match=f"start: {tmp_path}/parent/checkpoints/10 has changed since it was found"):
+        handoff.load(parent, like, "start")
+    shutil.rmtree(tmp_path / "parent")
+    for read in (lambda: handoff.load(parent, like, "start"), lambda: parent.verify("start")):
+        with pytest.raises(UserError, match=f"start: {tmp_path}/parent/checkpoints has no step 10"):
+            read()
+
+
+def test_deleting_any_file_of_a_parent_is_found_or_changes_nothing(tmp_path):
+    """Orbax does not read all that it writes."""
+    write_parent(tmp_path / "whole")
+    whole = tmp_path / "whole" / "parent" / handoff.CHECKPOINTS / "10"
+    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
+    needed = set()
+    for place, file in enumerate(files):
+        run = tmp_path / str(place)
+        shutil.copytree(tmp_path / "whole", run)
+        (run / "parent" / handoff.CHECKPOINTS / "10" / file).unlink()
+        try:
+            found = find(run)
+            found.verify("start")
+            assert_same(found.checkpoints.load_params(10), PARAMS)
+        except UserError as error:
+            needed.add(str(file))
+            assert f"start: {run}/parent/checkpoints/10/{file.parts[0]}" in str(error)
+            assert "restore it from a copy, or train the parent anew" in str(error)
+    assert {"meta/data.json", "params/_METADATA", "params/manifest.ocdbt"} < needed
+
+
+def test_what_a_child_has_that_its_parent_had_not_goes_into_the_lineage_of_its_own_children(tmp_path):
+    told = {"fresh": ["head/bias"], "dropped": [], "extended": ["embed/embedding"], "cast": {"head/bias": "bfloat16"}}
+    grandparent = {"run": "gone", "stage": "pretrain", "step": 3, "params_digest": "0"}
+    write_parent(tmp_path, lineage=[grandparent], **told)
+    first, second = handoff.lineage(find(tmp_path))
+    assert first == grandparent and second["stage"] == "parent" and second["step"] == 10
+    assert {key: second[key] for key in told} == told
+    assert handoff.changes(second) == [
+        "1 leaf cast from bfloat16",
+        "extended by the mean of the old tokens: embed/embedding",
+        "fresh: head/bias",
+    ]
+    assert handoff.changes(first) == []
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_a_parent_that_rests_on_a_base_is_handed_over_whole(tmp_path, sizes):
+    """Only its embedding, its head and its last layer trained; the child drops the head and knows more tokens."""
+    config = tiny.model_config(tie_embeddings=False, classes=2)
+    base, trained = tiny.make_params(config), tiny.make_params(config, seed=1)
+    piece = {"mlp": {"up": {"kernel": trained["layers"]["mlp"]["up"]["kernel"][2:3]}}}
+    pieces = {"layers": {"2:3": piece}, "embed": trained["embed"], "head": trained["head"]}
+    meta = {"finished": True, "steps": 10, "kind": "finetune", "lineage": [], "tokenizer_hash": "old"}
+    with Checkpoints(tmp_path / "parent" / handoff.CHECKPOINTS) as checkpoints:
+        checkpoints.save_base(base, meta)
+        checkpoints.save(10, pieces, {}, meta, partial=True)
+    like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
+    parent = find(tmp_path, drop=["head/.*"])._replace(added=ADDED)
+    parent.verify("start")
+    loaded, told = handoff.load(parent, like, "start")
+    assert told.dropped == ("head/bias", "head/kernel")
+    np.testing.assert_array_equal(loaded["embed"]["embedding"][: tiny.VOCAB], trained["embed"]["embedding"])
+    up = np.concatenate([base["layers"]["mlp"]["up"]["kernel"][:2], trained["layers"]["mlp"]["up"]["kernel"][2:]])
+    np.testing.assert_array_equal(loaded["layers"]["mlp"]["up"]["kernel"], up)
+    np.testing.assert_array_equal(loaded["layers"]["mlp"]["gate"]["kernel"], base["layers"]["mlp"]["gate"]["kernel"])

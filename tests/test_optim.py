@@ -7,76 +7,11 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_optim import NAMES, D, H, K, L, adamw_in_float64, expected_rate, make, train, tree
 
-from llm3 import optim
+from llm3 import optim, rates
 from llm3.errors import UserError
-from llm3.tree import flatten, map_with_path, unflatten
-
-L, D, H, K, V = 3, 8, 2, 4, 16
-SETTINGS = {
-    "name": "adamw",
-    "learning_rate": 0.01,
-    "schedule": "cosine",
-    "steps": 10,
-    "warmup_steps": 2,
-    "decay_steps": 0,
-    "final_fraction": 0.1,
-    "weight_decay": 0.0,
-    "clip_norm": 0.0,
-    "options": {},
-}
-NAMES = ["adamw", "adafactor", "lion", "muon", "sgd"]
-
-
-def tree(seed: int, scale: float = 1.0, size: int = D, segment: str = "0:3/", layers: slice = slice(None)) -> dict:
-    """Random arrays under the canonical paths of a small transformer."""
-    random = np.random.default_rng(seed)
-    shapes = {
-        "embed/embedding": (V, size),
-        "final_norm/scale": (size,),
-        "head/bias": (5,),
-        "head/kernel": (size, 5),
-        f"layers/{segment}attention/out/kernel": (L, H, K, size),
-        f"layers/{segment}attention/query/bias": (L, H, K),
-        f"layers/{segment}attention/query/kernel": (L, size, H, K),
-        f"layers/{segment}mlp/up/kernel": (L, size, 2 * size),
-    }
-    leaves = {path: scale * random.standard_normal(shape) for path, shape in shapes.items()}
-    cut = {path: leaf[layers] if path.startswith("layers") else leaf for path, leaf in leaves.items()}
-    return unflatten({path: jnp.asarray(leaf, jnp.float32) for path, leaf in cut.items()})
-
-
-def make(params: dict, **changes) -> optim.Optimizer:
-    return optim.make(params, **(SETTINGS | changes))
-
-
-def train(optimizer: optim.Optimizer, params: dict, gradients: list[dict]) -> tuple[dict, object]:
-    @jax.jit
-    def step(gradient: dict, state: object, params: dict) -> tuple[dict, object]:
-        updates, state = optimizer.transform.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = jax.jit(optimizer.transform.init)(params)
-    for gradient in gradients:
-        params, state = step(gradient, state, params)
-    return params, state
-
-
-def expected_rate(name: str, step: int, peak: float, steps: int, warmup: int, decay: int, final: float) -> float:
-    """The learning rate of update `step`, piece by piece."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    last = steps - 1
-    top = max(warmup - 1, 0)
-    if name == "wsd":
-        top = max(top, last - (decay or max(1, steps // 10)))
-    if name == "constant" or step <= top or last <= top:
-        return peak
-    done = min((step - top) / (last - top), 1.0)
-    if name == "cosine":
-        return peak * (final + (1 - final) * (1 + np.cos(np.pi * done)) / 2)
-    return peak * (final + (1 - final) * (1 - done))
-
+from llm3.tree import flatten, map_with_path
 
 schedule_arguments = st.integers(1, 60).flatmap(
     lambda steps: st.tuples(
@@ -92,18 +27,18 @@ schedule_arguments = st.integers(1, 60).flatmap(
 @given(schedule_arguments)
 def test_a_schedule_is_its_closed_formula_and_rises_and_then_falls(arguments):
     name, steps, warmup, final = arguments
-    rate = optim.schedule(name, learning_rate=0.3, steps=steps, warmup_steps=warmup, final_fraction=final)
-    rates = np.asarray(rate(jnp.arange(63)))[: steps + 3]  # one shape, compiled once
+    rate = rates.schedule(name, learning_rate=0.3, steps=steps, warmup_steps=warmup, final_fraction=final)
+    reached = np.asarray(rate(jnp.arange(63)))[: steps + 3]  # one shape, compiled once
     expected = [expected_rate(name, step, 0.3, steps, warmup, 0, final) for step in range(steps + 3)]
-    np.testing.assert_allclose(rates, expected, rtol=2e-6, atol=2e-7)
-    assert (np.diff(rates[: max(warmup, 1)]) > 0).all()
-    assert (np.diff(rates[max(warmup - 1, 0) :]) <= 1e-7).all()
+    np.testing.assert_allclose(reached, expected, rtol=2e-6, atol=2e-7)
+    assert (np.diff(reached[: max(warmup, 1)]) > 0).all()
+    assert (np.diff(reached[max(warmup - 1, 0) :]) <= 1e-7).all()
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_the_first_update_moves_the_last_of_the_warm_up_has_the_peak_and_the_last_of_all_the_final_rate(name):
     decay = 20 if name == "wsd" else 0
-    rate = optim.schedule(name, learning_rate=3e-4, steps=100, warmup_steps=7, decay_steps=decay, final_fraction=0.05)
+    rate = rates.schedule(name, learning_rate=3e-4, steps=100, warmup_steps=7, decay_steps=decay, final_fraction=0.05)
     peak = np.float32(3e-4)
     assert rate(0) == pytest.approx(3e-4 / 7)
     assert rate(6) == peak
@@ -114,30 +49,12 @@ def test_the_first_update_moves_the_last_of_the_warm_up_has_the_peak_and_the_las
         assert rate(89) == pytest.approx(3e-4 * (1 - 0.95 / 2))
 
 
-def adamw_in_float64(params, gradients, rates, weight_decay, clip_norm, b1, b2, eps) -> dict[str, np.ndarray]:
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2) with clipping, leaf by leaf."""
-    values = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
-    first = {path: np.zeros_like(value) for path, value in values.items()}
-    second = {path: np.zeros_like(value) for path, value in values.items()}
-    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
-        flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(gradient).items()}
-        norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in flat.values()))
-        for path, value in values.items():
-            g = flat[path] * min(1.0, clip_norm / norm)
-            first[path] = b1 * first[path] + (1 - b1) * g
-            second[path] = b2 * second[path] + (1 - b2) * g**2
-            change = (first[path] / (1 - b1**t)) / (np.sqrt(second[path] / (1 - b2**t)) + eps)
-            decay = weight_decay if path.endswith(("/kernel", "/embedding")) else 0.0
-            values[path] = value - rate * (change + decay * value)
-    return values
-
-
 def test_adamw_with_clipping_decay_and_schedule_agrees_with_numpy_in_float64():
     params, gradients = tree(0), [tree(seed, scale=0.1 * seed) for seed in (1, 2, 3)]
     optimizer = make(params, weight_decay=0.3, clip_norm=2.0, options={"b2": 0.95, "eps": 1e-6})
     trained, _ = train(optimizer, params, gradients)
-    rates = [expected_rate("cosine", step, 0.01, 10, 2, 0, 0.1) for step in range(3)]
-    expected = adamw_in_float64(params, gradients, rates, 0.3, 2.0, 0.9, 0.95, 1e-6)
+    by_hand = [expected_rate("cosine", step, 0.01, 10, 2, 0, 0.1) for step in range(3)]
+    expected = adamw_in_float64(params, gradients, by_hand, 0.3, 2.0, 0.9, 0.95, 1e-6)
     for path, leaf in flatten(trained).items():
         np.testing.assert_allclose(leaf, expected[path], rtol=2e-6, atol=2e-6, err_msg=path)
 
@@ -244,6 +161,10 @@ def test_moments_take_the_sharding_of_their_parameter(name):
             assert placed.count(path) == moments[name], (path, leaf)
 
 
+def pairs(*each) -> dict:
+    return {"learning_rates": list(each)}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -261,6 +182,24 @@ def test_moments_take_the_sharding_of_their_parameter(name):
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"clip_norm": -0.1}, "clip_norm"),
         ({"steps": 0, "warmup_steps": 0}, "steps"),
+        ({"layer_decay": 0.0}, r"optimizer\.layer_decay=0\.0: .* above 0"),
+        ({"layer_decay": 1.01}, r"optimizer\.layer_decay=1\.01: .* at most 1"),
+        ({"l2_sp": -0.1}, r"optimizer\.l2_sp=-0\.1"),
+        ({"l2_sp": 0.1, "fresh": frozenset(flatten(tree(0)))}, r"optimizer\.l2_sp=0\.1: .* a parent"),
+        ({"ema": 1.0}, r"optimizer\.ema=1\.0: .* without 1"),
+        ({"ema": -0.1}, r"optimizer\.ema=-0\.1"),
+        ({"learning_rates": "biases"}, r"optimizer\.learning_rates='biases': .* pairs"),
+        (pairs("biases", 0.5), r"optimizer\.learning_rates\[0\]='biases': expected \[rule, factor\]"),
+        (pairs(["norms", 1], ["biases"]), r"optimizer\.learning_rates\[1\]=.*expected \[rule, factor\]"),
+        (pairs([0.5, "biases"]), r"expected \[rule, factor\]"),
+        (pairs(["biases", 0.0]), "factor above 0"),
+        (pairs(["biases", float("nan")]), "factor above 0"),
+        (pairs(["biases", "2"]), "factor above 0"),
+        (pairs(["biases", True]), "factor above 0"),
+        (pairs(["not biases", 0.5]), "'not' has no factor"),
+        (pairs(["layers[7]/.*", 0.5]), r"optimizer\.learning_rates\[0\]: .* layers 0 to 2"),
+        (pairs(["layers/mlp/up/(", 0.5]), r"optimizer\.learning_rates\[0\]: .* regular expression"),
+        (pairs(["biases", 2.0], ["head/kernal", 0.5]), "'head/kernal' matches nothing .* did you mean 'head/kernel'"),
     ],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(changes, says):

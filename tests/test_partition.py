@@ -191,3 +191,35 @@ def test_the_trainable_tree_holds_the_numbers_of_the_chosen_layers():
     assert list(flatten(trainable)) == ["layers/1:3/mlp/up/kernel"]
     np.testing.assert_array_equal(trainable["layers"]["1:3"]["mlp"]["up"]["kernel"], kernel[1:3])
     np.testing.assert_array_equal(frozen["layers"]["3:5"]["mlp"]["up"]["kernel"], kernel[3:])
+
+
+def phases_of(rules, *unfreeze):
+    return partition.phases(shapes(), rules, list(unfreeze), LAYERS)
+
+
+def test_unfreezing_adds_to_what_trains_and_keeps_the_path_of_every_leaf():
+    phases = phases_of("head/.*", (10, "top(1)"), (30, ["layers(3)", "top(2)"]))
+    assert list(phases) == [0, 10, 30]
+    first, second, third = phases.values()
+    assert first.trainable < second.trainable < third.trainable
+    assert first.segments == second.segments == third.segments
+    assert first.trainable == {"head/bias", "head/kernel"}
+    # the runs of layers that begin to train together: 3, 12 and 13 are each a segment of their own
+    assert third.segments == ((0, 3), (3, 4), (4, 12), (12, 13), (13, 14))
+    assert "layers/13:14/mlp/up/kernel" in second.trainable and "layers/12:13/mlp/up/kernel" not in second.trainable
+    assert {"layers/3:4/mlp/up/kernel", "layers/12:13/mlp/up/kernel"} <= third.trainable
+
+
+def test_without_unfreezing_there_is_one_phase():
+    assert phases_of("top(2)") == {0: partition.make(shapes(), "top(2)", LAYERS)}
+
+
+def test_unfreezing_what_trains_already_is_refused():
+    with pytest.raises(UserError, match=r"unfreeze at step 5: 'layers\(13\)' adds nothing"):
+        phases_of("top(1)", (5, "layers(13)"))
+
+
+def test_the_canonical_path_of_a_segmented_leaf():
+    assert partition.canonical_path("layers/6:8/mlp/up/kernel") == "layers/mlp/up/kernel"
+    assert partition.canonical_path("layers/attention/out/bias") == "layers/attention/out/bias"
+    assert partition.canonical_path("head/kernel") == "head/kernel"

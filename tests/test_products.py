@@ -91,6 +91,24 @@ def test_attend_reads_more_keys_than_it_has_queries():
     assert_agree(function, plain_attention(mask), dy, (query, key, value), jnp.float32)
 
 
+@DTYPES
+@pytest.mark.parametrize(("kv_heads", "length"), [(4, 8), (2, 8), (2, 7)])
+def test_causal_queries_in_blocks_read_what_queries_in_one_read(dtype, kv_heads, length):
+    mask = np.broadcast_to(np.tril(np.ones((length, length), bool)), (2, 1, length, length))
+    inputs = arrays((2, length, 4, 6), *[(2, length, kv_heads, 6)] * 2, dtype=dtype)
+    blocks = jit(lambda *inputs: attend(*inputs, mask, True))(*inputs)
+    whole = jit(lambda *inputs: attend(*inputs, mask))(*inputs)
+    assert blocks.dtype == dtype
+    np.testing.assert_allclose(np.float32(blocks), np.float32(whole), atol=1e-6 if dtype == jnp.float32 else 0.02)
+
+
+def test_causal_gradients_are_those_of_queries_in_one():
+    mask = np.broadcast_to(np.tril(np.ones((8, 8), bool)), (2, 1, 8, 8))
+    inputs = arrays((2, 8, 4, 6), (2, 8, 2, 6), (2, 8, 2, 6), (2, 8, 4, 6))
+    function = lambda q, k, v: attend(q, k, v, mask, True)  # noqa: E731
+    assert_agree(function, plain_attention(mask), inputs[-1], inputs[:3], jnp.float32)
+
+
 def test_what_the_mask_hides_gets_no_gradient_and_changes_nothing():
     mask = np.ones((1, 1, 3, 5), bool)
     mask[..., 3:] = False

@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import COMPILE_FAST, jit, make_batch, make_params, model_config
 
-from llm3 import optim, stages
+from llm3 import optim
 from llm3.config import ModelConfig, OptimizerConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.models.transformer import abstract, segmented
 from llm3.objectives import Sums, causal
 from llm3.sharding import place_batch
 from llm3.step import TrainState, make_train_step
+from llm3.trainer import Trainer, build
 from llm3.tree import flatten, leaf_digests
 
 ROWS, STEPS = 16, 10
@@ -34,7 +35,7 @@ OPTIMIZERS = {
 
 class Run(NamedTuple):
     config: ModelConfig
-    trainer: stages.Trainer
+    trainer: Trainer
     mesh: jax.sharding.Mesh
     compiled: jax.stages.Compiled
 
@@ -73,7 +74,7 @@ def make_run(rules=("all",), optimizer="gradient", devices=1, micro_batches=1, *
     )
     mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        trainer = stages.build(stage, config, mesh, seed=0, where="stage")
+        trainer = build(stage, config, mesh, fresh=lambda path: False, seed=0, where="stage")[0]
         lowered = trainer.train_step.lower(trainer.abstract_state, place_batch(mesh, make_batch(ROWS)))
         return Run(config, trainer, mesh, lowered.compile(compiler_options=COMPILE_FAST))
 

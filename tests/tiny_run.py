@@ -1,10 +1,12 @@
 """A whole experiment in seconds: its texts, its config file, and processes that run it and can be made to die.
 
-`python tiny_run.py POINT COMMANDS` does what `python -m llm3 ...` does for each of some command lines, in JSON, in one
-process that ends itself at POINT, for example `SIGKILL@log:pretrain:6`: see `die_at`.
+`python tiny_run.py POINTS COMMANDS` does what `python -m llm3 ...` does for each of some command lines, in JSON, in one
+process that ends itself at the last of POINTS, for example `SIGKILL@log:pretrain:6`: see `die_at`. At the points before
+it, separated by commas, die processes that do the same before this one does.
 """
 
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -118,12 +120,12 @@ def digests(workdir: pathlib.Path) -> dict[str, str]:
 
 
 def process(
-    base: pathlib.Path, *commands: Iterable[object], point: str = "", status: int = 0
+    base: pathlib.Path, *commands: Iterable[object], point: str = "", status: int = 0, deaths: Iterable[str] = ()
 ) -> subprocess.CompletedProcess:
     """Run command lines one after another, up to the first that fails, in one process on one device.
 
     It dies at `point` (see `die_at`). What XLA compiled, nearly without optimising, is kept beside `base`. Asserts that
-    it ends with `status`.
+    it ends with `status`, and that before it one process after another was killed at the points `deaths`.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -133,7 +135,7 @@ def process(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     arguments = json.dumps([[str(each) for each in command] for command in commands])
-    command = [sys.executable, __file__, point, arguments]
+    command = [sys.executable, __file__, ",".join([*deaths, point]), arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
@@ -143,8 +145,8 @@ def die_at(point: str) -> None:
     """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP]. WHAT is one of
 
     log: a line of metrics has been written; saving: a save has begun, in the background; saved: it has ended;
-    row: a stage is trained and its row is about to be written; tokenizer: it is about to be trained;
-    tokens: the first text of a cache has been encoded.
+    saving_base, saved_base: the same of the base of a stage; row: a stage is trained and its row is about to be
+    written; tokenizer: it is about to be trained; tokens: the first text of a cache has been encoded.
     """
     from llm3 import checkpoint, session
     from llm3.data import cache, tokenizer
@@ -173,6 +175,14 @@ def die_at(point: str) -> None:
             checkpoints.wait()
         return of_checkpoint(checkpoints, at)
 
+    def of_base(checkpoints, *_) -> bool:
+        return checkpoints.directory.parent.name == stage
+
+    def wait_for_base(checkpoints, *_) -> bool:
+        if of_base(checkpoints):
+            checkpoints.wait()
+        return of_base(checkpoints)
+
     def of_writer(writer, at, _) -> bool:
         return pathlib.Path(writer._file.name).parent.name == stage and at == int(step)
 
@@ -180,6 +190,8 @@ def die_at(point: str) -> None:
         "log": lambda: patch(logs.MetricsWriter, "write", of_writer),
         "saving": lambda: patch(checkpoint.Checkpoints, "save", of_checkpoint),
         "saved": lambda: patch(checkpoint.Checkpoints, "save", wait_for_checkpoint),
+        "saving_base": lambda: patch(checkpoint.Checkpoints, "save_base", of_base),
+        "saved_base": lambda: patch(checkpoint.Checkpoints, "save_base", wait_for_base),
         "row": lambda: patch(session.Session, "write_row", lambda _, name, *__: name == stage, before=True),
         "tokenizer": lambda: patch(tokenizer, "train", lambda *_: True, before=True),
         "tokens": lambda: patch(cache, "_document", lambda *_: True),
@@ -189,8 +201,16 @@ def die_at(point: str) -> None:
 if __name__ == "__main__":
     from llm3.__main__ import main
 
-    if sys.argv[1]:
-        die_at(sys.argv[1])
+    *deaths, point = sys.argv[1].split(",")
+    for module in ("llm3.run", "tensorboardX") if deaths else ():
+        importlib.import_module(module)  # once, before it forks
+    for death in deaths:
+        if not (child := os.fork()):
+            point = death
+            break
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{death}: it was not killed there"
+    if point:
+        die_at(point)
     for arguments in json.loads(sys.argv[2]):
         if status := main(arguments):
             sys.exit(status)

@@ -4,6 +4,7 @@ Bad input is a UserError that names the file, field, split or row, before any de
 """
 
 import codecs
+import dataclasses
 import difflib
 import glob
 import hashlib
@@ -47,6 +48,47 @@ def load(source: SourceConfig, split: str, *, cache_dir: Path) -> datasets.Datas
     if not len(dataset):
         raise UserError(f"source {_named(source)}: its {split} split has no rows")
     return dataset
+
+
+def resolved(source: SourceConfig, data_dir: str) -> SourceConfig:
+    """The source as it is read where local copies lie in `data_dir` ("" for none; relative to the working directory).
+
+    A source with `local` becomes the files data_dir/local/{train,validation,test}.jsonl, those of them that exist, as
+    splits of these names; its fields and its other settings stay. Without a validation file it holds out
+    `validation_share`. Any other source is returned as it is. Raises UserError where there is no such file at all.
+    """
+    if not (data_dir and source.local):
+        return source
+    folder = Path(data_dir, source.local)
+    files = {split: folder / f"{split}.jsonl" for split in corpus.SPLITS}
+    found = {split: str(file) for split, file in files.items() if file.is_file()}
+    if not found:
+        raise UserError(
+            f"config.data_dir={data_dir!r}: source local={source.local!r}: {files['train']} does not exist: "
+            f"{_nearest_existing(files['train'])}"
+        )
+    validation = "validation" if "validation" in found else ""
+    return dataclasses.replace(
+        source,
+        path="json",
+        name=None,
+        data_dir=None,
+        data_files=found,
+        local="",
+        train="train",
+        validation=validation,
+        test="test",
+    )
+
+
+def _nearest_existing(path: Path) -> str:
+    """What there is in the place of a path's first component that does not exist."""
+    missing = next(each for each in (*reversed(path.parents), path) if not each.exists())
+    if not missing.parent.is_dir():
+        return f"{missing.parent} is not a folder"
+    names = sorted(entry.name for entry in missing.parent.iterdir())
+    near = difflib.get_close_matches(missing.name, names, n=5, cutoff=0.3) or names[:5]
+    return f"{missing.parent.absolute()} holds no {missing.name!r}; {nearest(missing.name, near)}"
 
 
 def _rows(source: SourceConfig, split: str, cache_dir: Path) -> datasets.Dataset:

@@ -10,12 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from llm3.errors import UserError
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # their ids are their places
 SMALLEST_VOCAB = len(SPECIALS) + 256
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """{character: the byte that it stands for} in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
 
 
 class Tokenizer:
@@ -47,6 +57,9 @@ class Tokenizer:
         lacking = [byte for byte in pre_tokenizers.ByteLevel.alphabet() if self._backend.token_to_id(byte) is None]
         if lacking:
             raise ValueError(f"{len(lacking)} of the 256 bytes have no token")
+        for added in self._backend.get_added_tokens_decoder().values():
+            if added.lstrip or added.rstrip:
+                raise ValueError(f"its token {added.content!r} takes the spaces beside it with it")
 
     @property
     def vocab_size(self) -> int:
@@ -60,9 +73,19 @@ class Tokenizer:
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         """The UTF-8 bytes that each token stands for: int32 [vocab_size], 0 for special tokens."""
-        tokens = (self._backend.id_to_token(i) for i in range(len(SPECIALS), self.vocab_size))
-        # The byte-level alphabet writes each byte as one character.
-        return np.array([0] * len(SPECIALS) + [len(token) for token in tokens], np.int32)
+        return np.array([len(token) for token in self._bytes], np.int32)
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        """What each token stands for; nothing for special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        tokens = []
+        for i in range(self.vocab_size):
+            if i in added:  # written as it is: the library's decoder would take "naïve" for byte-level characters
+                tokens.append(b"" if added[i].special else added[i].content.encode())
+            else:
+                tokens.append(bytes(BYTES[character] for character in self._backend.id_to_token(i)))
+        return tokens
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, with no special tokens."""
@@ -75,7 +98,45 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return b"".join(self._bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
+
+    def extended(self, tokens: Sequence[str]) -> "Tokenizer":
+        """This tokenizer with more tokens behind its own, in the given order, each found in texts before all others.
+
+        A token of ASCII characters from a letter or digit to a letter or digit is found as a whole word only, any other
+        wherever it stands (not every script has spaces); of several that begin at one place, the longest. Raises
+        UserError for a token that is empty, named twice, or already in the vocabulary.
+        """
+        known = {text: i for i, text in enumerate(self._bytes) if text}
+        added: dict[str, AddedToken] = {}
+        for place, token in enumerate(tokens):
+            where = f"tokenizer.add[{place}]={token!r}"
+            if not token:
+                raise UserError(f"{where}: expected at least one character")
+            try:
+                taken = known.get(token.encode(), self._backend.token_to_id(token))
+            except UnicodeEncodeError:
+                raise UserError(f"{where}: not a valid Unicode text") from None
+            if taken is not None:
+                kind = "a special token" if taken < len(SPECIALS) else "a token of the vocabulary"
+                raise UserError(f"{where}: already {kind} (id {taken}); leave it out")
+            if token in added:
+                raise UserError(f"{where}: named twice; expected every new token once")
+            word = token.isascii() and token[0].isalnum() and token[-1].isalnum()
+            added[token] = AddedToken(token, single_word=word, normalized=False, special=False)
+        backend = tokenizers.Tokenizer.from_str(self._json)
+        backend.add_tokens(list(added.values()))
+        return Tokenizer(_canonical(backend.to_str()))
+
+    def without(self, tokens: Sequence[str]) -> "Tokenizer":
+        """The tokenizer that these tokens extended to this one. Raises UserError where they are not its last ones."""
+        content = json.loads(self._json)
+        kept = max(0, len(content["added_tokens"]) - len(tokens))
+        last = [each["content"] for each in content["added_tokens"][kept:] if not each["special"]]
+        if last != list(tokens):
+            raise UserError(f"tokenizer.add={list(tokens)}: the last tokens of the vocabulary are {last}")
+        content["added_tokens"] = content["added_tokens"][:kept]
+        return Tokenizer(_canonical(json.dumps(content)))
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to one JSON file, whole or not at all."""

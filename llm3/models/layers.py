@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.config import ModelConfig
+from llm3.config import PROJECTIONS, ModelConfig
+from llm3.models.lora import Adapters, LoRA
 from llm3.models.products import attend, linear
+from llm3.models.quantized import Quantized, quantized_linear
 
 Axes = tuple[str | None, ...]
+Angles = tuple[jax.Array, jax.Array]
 
 
 def small_init(d_model: int) -> Callable:
@@ -31,7 +34,10 @@ def residual_init(layers: int, d_model: int) -> Callable:
 
 
 class Projection(nnx.Module):
-    """A linear map from the axes of x after [B, T] to `outputs`. kernel: float32 [*inputs, *outputs]."""
+    """A linear map from the axes of x after [B, T] to `outputs`, and the adapters beside it.
+
+    kernel: float32 [*inputs, *outputs], or what `llm3.storage` made of it while it is frozen.
+    """
 
     def __init__(
         self,
@@ -40,17 +46,42 @@ class Projection(nnx.Module):
         *,
         init: Callable,
         bias: bool = False,
+        adapters: Adapters = (),
         rngs: nnx.Rngs,
     ):
         self.outputs = tuple(outputs.values())
         shape = (*inputs.values(), *outputs.values())
         self.kernel = nnx.Param(init(rngs.params(), shape), axes=(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+        lora = {name: LoRA(inputs, outputs, config, rngs) for name, config in adapters}
+        self.lora = nnx.Dict(lora) if lora else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].reshape(-1, math.prod(self.outputs))
-        y = linear(x.reshape(*x.shape[:2], -1), kernel).reshape(*x.shape[:2], *self.outputs)
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x: [B, T, *inputs], result [B, T, *outputs], both in the compute dtype. key: for the adapters' dropout."""
+        kernel, outputs = self.kernel.get_value(), math.prod(self.outputs)
+        flat = x.reshape(*x.shape[:2], -1)
+        quantized = isinstance(kernel, Quantized)
+        y = quantized_linear(flat, kernel, outputs) if quantized else linear(flat, kernel.reshape(-1, outputs))
+        for place, adapter in enumerate(self._active()):
+            y = y + adapter(flat, None if key is None else jax.random.fold_in(key, place))
+            if adapter.magnitude is not None:
+                dense = kernel.dequantized() if quantized else kernel
+                y = y * adapter.gain(dense.astype(jnp.float32).reshape(-1, outputs)).astype(y.dtype)
+        y = y.reshape(*x.shape[:2], *self.outputs)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def _active(self) -> list[LoRA]:
+        return [each for each in (self.lora or {}).values() if each.config.active]
+
+
+def adapters_of(config: ModelConfig, projection: str) -> Adapters:
+    """The adapters that a projection of this name has."""
+    return tuple((name, each) for name, each in config.adapters if projection in each.targets)
+
+
+def projection_key(key: jax.Array | None, projection: str) -> jax.Array | None:
+    """The random key of one projection of a layer."""
+    return None if key is None else jax.random.fold_in(key, PROJECTIONS.index(projection))
 
 
 class Norm(nnx.Module):
@@ -69,12 +100,16 @@ class Norm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions (Su et al. 2021, section 3.4), half-split layout. x: [B, T, heads, h]; positions: [B, T]."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+def rotation(positions: jax.Array, size: int, theta: float) -> Angles:
+    """Sine and cosine of the rotary angles (Su et al. 2021, section 3.4): float32 [B, T, 1, size / 2] each."""
+    half = size // 2
+    angles = positions[..., None, None].astype(jnp.float32) * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # without the barrier, XLA fuses them into every use, and computes them again for every head of every layer
+    return jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
+
+
+def rotate(x: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
+    """x turned by the angles of `rotation`, half-split layout. x: [B, T, heads, h]."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     return rotated.astype(x.dtype)
@@ -94,45 +129,65 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023), optionally with QK-norm (Henry et al. 2020) and biases."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        c, self.theta = config, config.rope_theta
+        c, self.causal = config, config.causal
         small = small_init(c.d_model)
         heads, kv = {"heads": c.heads, "head_dim": c.head_dim}, {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         model = {"embed": c.d_model}
-        self.query = Projection(model, heads, init=small, bias=c.attention_bias, rngs=rngs)
-        self.key = Projection(model, kv, init=small, bias=c.attention_bias, rngs=rngs)
-        self.value = Projection(model, kv, init=small, bias=c.attention_bias, rngs=rngs)
-        self.out = Projection(heads, model, init=residual_init(c.layers, c.d_model), bias=c.attention_bias, rngs=rngs)
+
+        def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
+            extra = {"bias": c.attention_bias, "adapters": adapters_of(c, name)}
+            return Projection(inputs, outputs, init=init, rngs=rngs, **extra)
+
+        self.query = projection("query", model, heads, small)
+        self.key = projection("key", model, kv, small)
+        self.value = projection("value", model, kv, small)
+        self.out = projection("out", heads, model, residual_init(c.layers, c.d_model))
         norm = {"kind": c.norm, "epsilon": c.norm_epsilon}
         self.query_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
         self.key_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: dict | None, index: jax.Array | None
+        self,
+        x: jax.Array,
+        angles: Angles,
+        mask: jax.Array,
+        cache: dict | None,
+        index: jax.Array | None,
+        random: jax.Array | None,
     ) -> tuple[jax.Array, dict | None]:
-        """x: [B, T, D]; mask: [B, 1, T, S]; cache: key and value [B, S, K, h], written at `index`."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        """x: [B, T, D]; angles: see `rotation`; mask: [B, 1, T, S]; cache: key, value [B, S, K, h] written at index.
+
+        random: a key for dropout.
+        """
+        query = self.query(x, projection_key(random, "query"))
+        key = self.key(x, projection_key(random, "key"))
+        value = self.value(x, projection_key(random, "value"))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, positions, self.theta), rotate(key, positions, self.theta)
+        query, key = rotate(query, *angles), rotate(key, *angles)
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
             cache = {"key": key, "value": value}
-        return self.out(attend(query, key, value, mask)), cache
+        y = attend(query, key, value, mask, self.causal and cache is None)
+        return self.out(y, projection_key(random, "out")), cache
 
 
 class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        small = small_init(config.d_model)
-        model, hidden = {"embed": config.d_model}, {"mlp": config.d_ff}
-        self.gate = Projection(model, hidden, init=small, rngs=rngs)
-        self.up = Projection(model, hidden, init=small, rngs=rngs)
-        self.down = Projection(hidden, model, init=residual_init(config.layers, config.d_model), rngs=rngs)
+        small, c = small_init(config.d_model), config
+        model, hidden = {"embed": c.d_model}, {"mlp": c.d_ff}
+        self.gate = Projection(model, hidden, init=small, adapters=adapters_of(c, "gate"), rngs=rngs)
+        self.up = Projection(model, hidden, init=small, adapters=adapters_of(c, "up"), rngs=rngs)
+        residual = residual_init(c.layers, c.d_model)
+        self.down = Projection(hidden, model, init=residual, adapters=adapters_of(c, "down"), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, random: jax.Array | None) -> jax.Array:
+        gate = self.gate(x, projection_key(random, "gate"))
+        hidden = jax.nn.silu(gate) * self.up(x, projection_key(random, "up"))
+        return self.down(hidden, projection_key(random, "down"))
 
 
 class Block(nnx.Module):
@@ -145,7 +200,7 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.d_model, "embed", **norm)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, positions, mask, cache, index):
-        update, cache = self.attention(self.attention_norm(x), positions, mask, cache, index)
+    def __call__(self, x, angles, mask, cache, index, random):
+        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random)
         x = x + update
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), random), cache

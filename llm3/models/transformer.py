@@ -5,6 +5,7 @@
 *segment* (a run of layers). How the stack is cut is an execution detail: the canonical tree has one stack.
 """
 
+import functools
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config import ModelConfig
-from llm3.models.layers import Block, Norm, Projection, attention_mask, small_init
+from llm3.models.layers import Block, Norm, Projection, attention_mask, rotation, small_init
 from llm3.sharding import constrain, tree_shardings
 from llm3.tree import flatten, unflatten
 
@@ -42,17 +43,24 @@ class Transformer(nnx.Module):
         self.head = Projection(model, classes, init=small, bias=True, rngs=rngs) if c.classes else None
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: dict | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: dict | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, dict | None]:
         """Hidden states [B, T, D] after the last norm, and the cache with these tokens written to it.
 
-        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: as `make_cache` gives it.
+        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: as `make_cache` gives it. key: for dropout;
+        None: none.
         """
         keys, index = (positions, segments), None
         if cache is not None:
             index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
             keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
         mask = attention_mask(positions, segments, *keys, self.config.causal)
+        angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         # gathered over fsdp first: rows of a table that is cut along d_model do not lie as the batch does
         table = constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
         x = constrain(table[tokens], "batch", "length", None)
@@ -60,28 +68,32 @@ class Transformer(nnx.Module):
         for name, stack in self.layers.items():
             first, last = map(int, name.split(":"))
             part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
-            x, part = self._scan(stack, x, positions, mask, part, index)
+            x, part = self._scan(stack, first, x, angles, mask, part, index, key if self._drops() else None)
             stored.append(part)
         if cache is not None:
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
             cache = {"layers": layers, "positions": keys[0], "segments": keys[1], "index": index + tokens.shape[1]}
         return self.final_norm(x), cache
 
-    def _scan(self, stack, x, positions, mask, cache, index):
+    def _drops(self) -> bool:
+        return any(each.dropout and each.active for _, each in self.config.adapters)
+
+    def _scan(self, stack, first, x, angles, mask, cache, index, key):
         graph, params = nnx.split(stack)
+        length = jax.tree.leaves(params)[0].shape[0]
 
         def body(x, layer):
-            params, cache = layer
-            x, cache = nnx.merge(graph, params)(x, positions, mask, cache, index)
+            params, cache, number = layer
+            random = None if key is None else jax.random.fold_in(key, number)
+            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random)
             return constrain(x, "batch", "length", None), cache
 
-        length = jax.tree.leaves(params)[0].shape[0]
         unroll = min(self.config.scan_unroll, length)
         if self.config.remat != "none":
             # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
             policy, no_loop = REMAT_POLICIES[self.config.remat], unroll == length
             body = jax.checkpoint(body, policy=policy, prevent_cse=no_loop)
-        return jax.lax.scan(body, x, (params, cache), unroll=unroll)
+        return jax.lax.scan(body, x, (params, cache, jnp.arange(first, first + length)), unroll=unroll)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""
@@ -98,10 +110,11 @@ class Transformer(nnx.Module):
         pool "last": from the hidden state at that position, so a document is read at its last token.
         pool "mean": from the mean over the document, the same at all its positions.
         """
-        if self.config.pool == "mean":
-            same = (segments[:, :, None] == segments[:, None, :]).astype(hidden.dtype)
-            hidden = jnp.einsum("bts,bsd->btd", same / same.sum(axis=-1, keepdims=True), hidden)
-        return self.head(hidden.astype(jnp.float32))
+        logits = self.head(hidden.astype(jnp.float32))
+        if self.config.pool == "mean":  # of the logits of the positions: the head is linear
+            same = (segments[:, :, None] == segments[:, None, :]).astype(logits.dtype)
+            logits = jnp.einsum("bts,bsc->btc", same / same.sum(axis=-1, keepdims=True), logits)
+        return logits
 
 
 def _stack(config: ModelConfig, count: int, rngs: nnx.Rngs) -> Block:
@@ -115,6 +128,10 @@ def _stack(config: ModelConfig, count: int, rngs: nnx.Rngs) -> Block:
     return make(rngs)
 
 
+def _streams(key: jax.Array) -> nnx.Rngs:
+    return nnx.Rngs(params=key, lora=jax.random.fold_in(key, 1))
+
+
 class Abstract(NamedTuple):
     """A model without its numbers: the graph definition, and per leaf the shape and the logical axes."""
 
@@ -124,8 +141,13 @@ class Abstract(NamedTuple):
 
 
 def abstract(config: ModelConfig, segments: Segments | None = None) -> Abstract:
-    """The model cut into `segments` (default: one), without allocating anything."""
-    model = nnx.eval_shape(lambda: Transformer(config, segments or ((0, config.layers),), nnx.Rngs(0)))
+    """The model cut into `segments` (default: one), without allocating anything. Not to be changed in place."""
+    return _abstract(config, segments or ((0, config.layers),))
+
+
+@functools.cache
+def _abstract(config: ModelConfig, segments: Segments) -> Abstract:
+    model = nnx.eval_shape(lambda: Transformer(config, segments, _streams(jax.random.key(0))))
     graph, state = nnx.split(model, nnx.Param)
     axes = {}
     for path, variable in nnx.to_flat_state(state):
@@ -166,7 +188,7 @@ def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | Non
         return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
 
     def create(key: jax.Array) -> dict:  # an argument: the compiler would fold random numbers from a constant
-        model = Transformer(config, ((0, config.layers),), nnx.Rngs(key))
+        model = Transformer(config, ((0, config.layers),), _streams(key))
         return chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
     shardings = chosen(tree_shardings(mesh, whole.shapes, whole.axes))

@@ -13,13 +13,12 @@ NEEDS_HEAD = False
 LABELLED = False
 
 
-def token_losses(model: Transformer, batch: Batch) -> jax.Array:
-    """Nats of each position's target: float32 [B, T], not weighted."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+def token_losses(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """Nats of each position's target: float32 [B, T], not weighted. key: for dropout."""
+    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array) -> Sums:
     """The sum of the nats of the targets, weighted by token."""
-    del key  # nothing random
-    return Sums(jnp.sum(token_losses(model, batch) * batch.weights), jnp.sum(batch.weights), {})
+    return Sums(jnp.sum(token_losses(model, batch, key) * batch.weights), jnp.sum(batch.weights), {})

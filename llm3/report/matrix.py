@@ -3,6 +3,10 @@
 Evaluation figures are keys `<evaluation>_<metric>`, e.g. `general_bits_per_byte` and `task_accuracy`: a run with other
 evaluations has other keys. `<evaluation>_majority_accuracy` (or `majority_accuracy`, for every evaluation) is
 the accuracy of always giving the commonest class; `<evaluation>_items` is how many examples an accuracy is over.
+
+What a step takes: `param_bytes`, `gradient_bytes`, `moment_bytes` of the training state, `temp_bytes` by the compiler's
+count, FLOPs a token by formula, `step_seconds` as measured; `full_*` are those of training all of the same model with
+the same optimizer on batches of the same shape. Rows with equal `recipe` differ in nothing but `seed`.
 """
 
 import json
@@ -27,6 +31,19 @@ KEYS = (
     "peak_bytes",
     "params",
     "trainable_params",
+    "param_bytes",
+    "gradient_bytes",
+    "moment_bytes",
+    "temp_bytes",
+    "forward_flops_per_token",
+    "backward_flops_per_token",
+    "step_seconds",
+    "full_gradient_bytes",
+    "full_moment_bytes",
+    "full_flops_per_token",
+    "full_step_seconds",
+    "seed",
+    "recipe",
     "params_digest",
 )
 
@@ -56,6 +73,12 @@ def majority(row: dict, evaluation: str) -> float | None:
     """The accuracy of the majority class in `evaluation`."""
     own = row.get(f"{evaluation}_majority_accuracy")
     return row.get("majority_accuracy") if own is None else own
+
+
+def standard_error(row: dict, figure: Figure) -> float | None:
+    """The binomial standard error sqrt(p (1 - p) / n) of an accuracy; None where <evaluation>_items is not known."""
+    share, items = row[figure.key], row.get(f"{figure.evaluation}_items")
+    return math.sqrt(share * (1 - share) / items) if items else None
 
 
 def parent_of(rows: list[dict], row: dict) -> dict | None:

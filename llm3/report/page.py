@@ -5,9 +5,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm3.report.matrix import Figure, complete, figures, majority, parent_of, write_matrix
-from llm3.report.plots import plot_losses, plot_matrix
-from llm3.report.table import METRIC_NAMES, PERCENTAGES, markdown, trained
+from llm3.report import savings, seeds
+from llm3.report.matrix import Figure, complete, figures, majority, parent_of, standard_error, write_matrix
+from llm3.report.plots import plot_losses, plot_matrix, plot_seeds
+from llm3.report.replicates import Recipe, collapsed, recipes, unreplicated
+from llm3.report.table import METRIC_NAMES, PERCENTAGES, REPLICATES_NOTE, markdown, markdown_table, trained
 from llm3.report.units import count, duration, gibibytes, percent, words
 
 
@@ -21,15 +23,19 @@ def write_report(
     command: str,
     facts: dict,
 ) -> None:
-    """Write DIR/report.md with DIR/matrix.json, DIR/matrix.png and DIR/loss.png.
+    """Write DIR/report.md with DIR/matrix.json, DIR/matrix.png and DIR/loss.png; with replicates, DIR/seeds.png.
 
     `rows` and `baselines` are as in `llm3.report.matrix`, `histories` as in `plot_losses`; `command` made the run;
     `facts` (name -> value: device, versions, seed, ...) are listed. Raises ValueError for a figure that is not finite.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    plot_matrix(directory / "matrix.png", rows, baselines)
-    plot_losses(directory / "loss.png", histories)
+    whole, beside = complete(rows, baselines)
+    plot_matrix(directory / "matrix.png", collapsed(whole), collapsed(beside))
+    found = recipes([*whole, *beside])
+    plot_losses(directory / "loss.png", together(histories, found))
+    if found:
+        plot_seeds(directory / "seeds.png", found)
     text = page(rows, baselines, title=title, command=command, facts=facts)
     partial = directory / ".report.md.partial"
     partial.write_text(text, encoding="utf-8")
@@ -40,19 +46,37 @@ def write_report(
 def page(rows: list[dict], baselines: list[dict], *, title: str, command: str, facts: dict) -> str:
     """The text of report.md."""
     rows, baselines = complete(rows, baselines)
-    parts = [f"# {title}", markdown(rows, baselines), LEGEND, "![Figures by stage](matrix.png)"]
-    parts.append("## What each stage gained and what it cost")
-    for row in rows:
+    shown, beside = collapsed(rows), collapsed(baselines)
+    single = unreplicated(rows)
+    parts = [f"# {title}", markdown(shown, beside), LEGEND]
+    if len(single) < len(rows):
+        parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
+    parts += ["![Figures by stage](matrix.png)", "## What each stage gained and what it cost"]
+    for row in single:
         if (parent := parent_of(rows, row)) is not None:
             sentences = stage_sentences(figures(rows), parent, row)
             parts += [f"**{row['stage']}**, from {parent['stage']}:", "\n".join(f"- {line}" for line in sentences)]
-    if tasks := [f"- {line}" for line in task_sentences(rows, baselines)]:
+    if tasks := [f"- {line}" for line in task_sentences(single, unreplicated(baselines))]:
         parts += ["## The tasks", "\n".join(tasks)]
+    if compared := seeds.section([*rows, *baselines]):
+        parts += [*compared, "![Accuracy by trained parameters](seeds.png)"]
+    heads, lines = savings.savings([*shown, *beside])
+    if lines:
+        parts += ["## What it takes", markdown_table(heads, lines), savings.LEGEND]
     parts += ["## Training", "![Loss by step](loss.png)"]
     parts += ["## How to reproduce it", f"```bash\n{command}\n```"]
     if facts:
         parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def together(histories: dict[str, list[dict]], found: list[Recipe]) -> dict[str, list[dict]]:
+    """The histories with those of each recipe as one, its lines in the order of their steps."""
+    names = {row["stage"]: recipe.label for recipe in found for row in recipe.rows}
+    joined: dict[str, list[dict]] = {}
+    for stage, lines in histories.items():
+        joined.setdefault(names.get(stage, stage), []).extend(lines)
+    return {name: sorted(lines, key=lambda line: line["step"]) for name, lines in joined.items()}
 
 
 LEGEND = (
@@ -142,9 +166,3 @@ def versus(row: dict, other: dict, figure: Figure) -> str:
     if row["tokens"] is not None and other["tokens"] is not None:
         text += f"; the baseline saw {count(other['tokens'])} tokens, {row['stage']} {count(row['tokens'])}"
     return f"{text}."
-
-
-def standard_error(row: dict, figure: Figure) -> float | None:
-    """The binomial standard error sqrt(p (1 - p) / n) of an accuracy; None where <evaluation>_items is not known."""
-    share, items = row[figure.key], row.get(f"{figure.evaluation}_items")
-    return math.sqrt(share * (1 - share) / items) if items else None

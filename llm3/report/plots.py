@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from llm3.report.matrix import Figure, complete, figures, majority
+from llm3.report.replicates import Recipe, estimate
 from llm3.report.table import METRIC_NAMES, PERCENTAGES
 from llm3.report.units import words
 
@@ -42,7 +43,7 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
     """One panel a stage: the training loss (nats a target) against the step, as logged and smoothed.
 
     `histories` are the lines of `read_metrics` by stage; a line's `validation_loss`, if any, is marked. Lines without
-    a finite loss are left out, and so are stages without any.
+    a finite loss are left out, and so are stages without any. Several lines of one step are smoothed as their mean.
     """
     series = {stage: _points(lines, "loss") for stage, lines in histories.items()}
     series = {stage: points for stage, points in series.items() if points}
@@ -52,6 +53,7 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
         for index, (axes, (stage, points)) in enumerate(zip(grid, series.items(), strict=False)):
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, ".", color=BLUE, alpha=0.35, markersize=6, markeredgewidth=0, label="train")
+            steps, losses = zip(*_means(points), strict=True)
             axes.plot(steps, smooth(losses, len(losses) // 10 + 1), color=BLUE, linewidth=1.8, label="train, smoothed")
             if held_out := _points(histories[stage], "validation_loss"):
                 axes.plot(*zip(*held_out, strict=True), "D", color=ORANGE, markersize=5, label="validation")
@@ -69,17 +71,20 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
 def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:
     """Bits per byte by stage, and each other figure by stage with its majority class; baselines stand apart, hollow.
 
-    One panel for all bits per byte, one for each further figure. A bar that would dwarf the others (the untrained
-    model's) leaves the panel at its top. Raises ValueError for a figure that is not finite.
+    One panel for all bits per byte, one for each further figure, side by side where the stages are few. A bar that
+    would dwarf the others (the untrained model's) leaves the panel at its top. Raises ValueError for a figure that is
+    not finite.
     """
     rows, baselines = complete(rows, baselines)
     found = figures([*rows, *baselines])
     panels = [[figure for figure in found if figure.metric == "bits_per_byte"]]
     panels += [[figure] for figure in found if figure.metric != "bits_per_byte"]
     panels = [panel for panel in panels if panel]
-    columns = min(max(len(panels), 1), 3)
+    stages = len(rows) + len(baselines)
+    columns = min(max(len(panels), 1), 3 if stages <= 6 else 1)
     lines = math.ceil(max(len(panels), 1) / columns)
-    with _figure(path, lines, columns, size=(4 * columns, 3.2 * lines)) as grid:
+    width = 4.0 if stages <= 6 else min(0.9 * stages, 16)
+    with _figure(path, lines, columns, size=(width * columns, 3.2 * lines)) as grid:
         for axes, panel in zip(grid, panels, strict=False):
             _panel(axes, panel, rows, baselines)
         for axes in grid[len(panels) :]:
@@ -122,12 +127,84 @@ def _panel(axes, panel: list[Figure], rows: list[dict], baselines: list[dict]) -
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         if top > 1:
             axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.set_xticks(range(len(stages)), [row["stage"] for row in stages])
+    names = [row["stage"] for row in stages]
+    inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols / len(names)  # for the name of a stage
+    slant = {"rotation": 30, "ha": "right"} if inches < 0.08 * max(map(len, names)) else {}
+    axes.set_xticks(range(len(stages)), names, **slant)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(stages) - 0.4)
     axes.set_ylim(0, top)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right" if metric == "bits_per_byte" else "upper left")
+
+
+def plot_seeds(path: Path | str, recipes: list[Recipe]) -> None:
+    """Each accuracy, and each change of bits per byte, against the number of trained parameters: a point a recipe.
+
+    Error bars are the 95 % intervals over the seeds (`llm3.report.replicates.estimate`).
+    """
+    found = figures([row for recipe in recipes for row in recipe.rows])
+    panels = [(figure, figure.key) for figure in found if figure.metric == "accuracy"]
+    panels += [(figure, f"{figure.key}_change") for figure in found if figure.metric == "bits_per_byte"]
+    panels = [(figure, key) for figure, key in panels if any(estimate(recipe.over_seeds(key)) for recipe in recipes)]
+    columns = min(max(len(panels), 1), 3)
+    lines = math.ceil(max(len(panels), 1) / columns)
+    with _figure(path, lines, columns, size=(4.6 * columns, 3.6 * lines)) as grid:
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        drawn = [(axes, _seeds_panel(axes, *panel, recipes)) for axes, panel in zip(grid, panels, strict=False)]
+        grid[0].figure.draw_without_rendering()  # names find their places once the panels have theirs
+        for axes, points in drawn:
+            _label(axes, points)
+
+
+def _seeds_panel(axes, figure: Figure, key: str, recipes: list[Recipe]) -> dict[str, tuple[float, float, float]]:
+    """One quantity of the recipes, its mean and interval; {label: (x, y, half of the error bar)}."""
+    share = figure.metric == "accuracy"
+    scale, points = 100 if share else 1, {}
+    for recipe in recipes:
+        if (found := estimate(recipe.over_seeds(key))) is not None:
+            trained = recipe.rows[0]["trainable_params"]
+            points[recipe.label] = (trained, scale * found.mean, scale * found.half_width)
+    for x, y, half in points.values():
+        axes.errorbar(x, y, half, fmt="o", color=BLUE, markersize=5, capsize=3)
+    chance = majority(recipes[0].rows[0], figure.evaluation) if share else 0.0
+    if chance is not None:
+        name = "majority class" if share else "the parent"
+        axes.axhline(scale * chance, color=GREY, linewidth=1.2, linestyle="--", label=name)
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.15)
+    axes.set_xlabel("trained parameters")
+    unit = "accuracy (%)" if share else f"change of {METRIC_NAMES[figure.metric]}"
+    axes.set_title(f"{words(figure.evaluation)}: {unit}")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best")
+    return points
+
+
+def _label(axes, points: dict[str, tuple[float, float, float]]) -> None:
+    """Write its name beside each (x, y, half of an error bar), where it hides no other name, point or bar."""
+    from matplotlib.transforms import Bbox
+
+    pixel = axes.figure.dpi / 72
+    taken = []
+    for x, y, half in points.values():
+        (left, low), (_, high) = axes.transData.transform([(x, y - half), (x, y + half)])
+        taken.append(Bbox([[left - 4 * pixel, low - 2 * pixel], [left + 4 * pixel, high + 2 * pixel]]))
+    for line in (each for each in axes.lines if each.get_linestyle() == "--"):
+        taken.append(line.get_window_extent().padded(pixel))
+    if legend := axes.get_legend():
+        taken.append(legend.get_window_extent())
+    for name, (x, y, half) in points.items():
+        bar = abs(axes.transData.transform((x, y + half))[1] - axes.transData.transform((x, y))[1]) / pixel
+        ends = [(0, bar + 4, "center", "bottom"), (0, -bar - 4, "center", "top")]
+        sides = [(side * 7, up, "left" if side > 0 else "right", "center") for up in (0, 9, -9) for side in (1, -1)]
+        text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=8, in_layout=False)
+        for right, up, horizontal, vertical in [*sides, *ends, sides[0]]:  # in the last place it may hide something
+            text.set(position=(right, up), horizontalalignment=horizontal, verticalalignment=vertical)
+            if not any(text.get_window_extent().overlaps(other) for other in taken):
+                break
+        taken.append(text.get_window_extent())
 
 
 def _top(stages: list[list[float]], cut: bool) -> float:
@@ -145,8 +222,12 @@ def _points(lines: list[dict], key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
 
 
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """One point a step: the mean."""
+    by_step: dict[int, list[float]] = {}
+    for step, value in points:
+        by_step.setdefault(step, []).append(value)
+    return [(step, sum(values) / len(values)) for step, values in sorted(by_step.items())]
 
 
 class _figure:

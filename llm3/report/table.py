@@ -1,9 +1,14 @@
 """The matrix as a table: on a terminal, and in Markdown."""
 
+from collections.abc import Iterable
+
+from llm3.report import savings
 from llm3.report.matrix import Figure, complete, figures, majority
+from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
 
 WIDTH = 120
+REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only by their seed"
 
 METRIC_NAMES = {"bits_per_byte": "bits/byte", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "f1": "F1"}
 PERCENTAGES = ("accuracy", "macro_f1", "exact_match", "f1", "rouge_l")
@@ -59,14 +64,17 @@ def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
     """Print the matrix on `console` (by default standard output), at most 120 columns wide, baselines under a rule.
 
     A change since the parent stands in brackets behind its bits per byte. Where the console is too narrow for one
-    table, there are two: the figures, then what they cost.
+    table, there are two: the figures, then what they cost. Stages that differ only by their seed are one row of means.
+    Where a stage trains less than all, a last table says what a step takes.
     """
     from rich.console import Console
 
     console = console or Console()
     if not console.is_terminal:  # rich guesses 80 columns for a file or a pipe, which has no width
         console.width = WIDTH
-    heads, main, beside = grid(rows, baselines)
+    rows, baselines = complete(rows, baselines)
+    shown, shown_beside = collapsed(rows), collapsed(baselines)
+    heads, main, beside = grid(shown, shown_beside)
     width = min(console.width, WIDTH)
     figures_end = len(heads) - len(COSTS)
     whole = list(range(len(heads)))
@@ -76,9 +84,15 @@ def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
         parts = [whole[:figures_end], [0, *whole[figures_end:]]]
     for part in parts:
         console.print(_table(heads, main, beside, part), width=width, soft_wrap=False)
+    if len(shown) + len(shown_beside) < len(rows) + len(baselines):
+        console.print(f"{REPLICATES_NOTE}.", highlight=False)
+    if savings.trains_a_part([*rows, *baselines]):
+        heads, lines = savings.savings([*shown, *shown_beside])
+        console.print("\nWhat a step takes (in brackets: the share of full fine-tuning)", highlight=False)
+        console.print(_table(heads, lines, [], range(len(heads))), width=width, soft_wrap=False)
 
 
-def _table(heads: list[str], main: list[list[str]], beside: list[list[str]], columns: list[int]):
+def _table(heads: list[str], main: list[list[str]], beside: list[list[str]], columns: Iterable[int]):
     """The given columns of the grid as a table of rich."""
     from rich import box
     from rich.table import Table
@@ -97,7 +111,11 @@ def _table(heads: list[str], main: list[list[str]], beside: list[list[str]], col
 def markdown(rows: list[dict], baselines: list[dict]) -> str:
     """The same matrix as a table in Markdown; baselines come last, in italics."""
     heads, main, beside = grid(rows, baselines)
-    lines = [[head.replace("\n", " ").strip() for head in heads], [":--", *["--:"] * (len(heads) - 1)]]
-    lines += main
-    lines += [[text if text == NOT_APPLICABLE else f"*{text}*" for text in cells] for cells in beside]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    italics = [[text if text == NOT_APPLICABLE else f"*{text}*" for text in cells] for cells in beside]
+    return markdown_table(heads, [*main, *italics])
+
+
+def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown: the first column to the left, the others to the right; a head of two lines becomes one."""
+    first = [head.replace("\n", " ").strip() for head in heads]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [first, [":--", *["--:"] * (len(heads) - 1)], *lines])

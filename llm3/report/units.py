@@ -1,5 +1,6 @@
 """Figures as people read them. None, a figure that does not apply, is a dash everywhere."""
 
+import math
 from typing import Any
 
 NOT_APPLICABLE = "-"
@@ -33,6 +34,21 @@ def duration(seconds: float | None) -> str:
 def gibibytes(value: float | None) -> str:
     """Bytes in GiB, with two decimals and no unit."""
     return NOT_APPLICABLE if value is None else f"{value / 2**30:.2f}"
+
+
+def mebibytes(value: float | None) -> str:
+    """Bytes in MiB, with three significant digits and no unit."""
+    return NOT_APPLICABLE if value is None else digits(value / 2**20)
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds in milliseconds, with three significant digits and no unit."""
+    return NOT_APPLICABLE if seconds is None else digits(1000 * seconds)
+
+
+def digits(value: float) -> str:
+    """Three significant digits, but three decimals at most and no powers of ten: 0.012, 0.346, 12.3, 1234."""
+    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(abs(value)))))}f}" if value else "0"
 
 
 def percent(share: float | None) -> str:

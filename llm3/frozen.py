@@ -1,0 +1,84 @@
+"""How frozen leaves are stored while a stage trains: as they are, in the compute dtype, or in 8 or 4 bits.
+
+A leaf is stored low only where the model casts it to the compute dtype anyway, so that "compute" changes no result.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm3.models.quantized import CODEBOOKS, Quantized, quantize
+from llm3.tree import flatten, map_with_path, unflatten
+
+
+class Storage(NamedTuple):
+    """store: a segmented float32 tree of frozen leaves to how it is kept; abstract: that, as shapes with shardings."""
+
+    store: Callable[[dict], dict]
+    abstract: dict
+
+
+def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str) -> Storage:
+    """The storage of a frozen tree (of shapes). kind: float32, compute, int8 or nf4. Raises UserError.
+
+    int8 and nf4 are for the kernels of the layers; everything else is stored in the compute dtype then.
+    """
+
+    def one(path: str, leaf: jax.Array) -> Any:
+        if kind == "float32" or not computed_low(path):
+            return leaf
+        if kind in CODEBOOKS and path.startswith("layers/") and path.endswith("/kernel"):
+            return quantize(leaf, kind, _blocked_axis(path, leaf.ndim))
+        return leaf.astype(compute_dtype)
+
+    def store(tree: dict) -> dict:
+        return map_with_path(one, tree)
+
+    shapes = jax.eval_shape(store, frozen)
+    flat = flatten(shardings)
+    fitted = map_with_path(lambda path, x: jax.tree.map(lambda part: _fitting(flat[path], part.shape), x), shapes)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, fitted)
+    return Storage(jax.jit(store, out_shardings=fitted) if kind != "float32" else lambda tree: tree, abstract)
+
+
+def restore(stored: dict) -> dict:
+    """The values that quantised leaves stand for, float32; other leaves as they are."""
+    flat = flatten(stored)
+    return unflatten(flat | _values({path: x for path, x in flat.items() if isinstance(x, Quantized)}))
+
+
+def rounded(frozen: dict, storage: Storage) -> dict:
+    """A frozen tree (float32) with the leaves that are stored quantised replaced by what their codes stand for."""
+    stored = flatten(storage.store(frozen))
+    return unflatten(flatten(frozen) | _values({path: x for path, x in stored.items() if isinstance(x, Quantized)}))
+
+
+@jax.jit
+def _values(quantised: dict[str, Quantized]) -> dict[str, jax.Array]:
+    return {path: x.dequantized() for path, x in quantised.items()}
+
+
+def computed_low(path: str) -> bool:
+    """Whether the model casts a leaf to the compute dtype before it uses it; norms and task heads are float32."""
+    *parents, name = path.split("/")
+    if parents[0] == "head" or parents[-1].endswith("norm"):
+        return False
+    return name in ("kernel", "embedding", "bias", "a", "b")
+
+
+def _blocked_axis(path: str, rank: int) -> int:
+    """The last input axis of a stacked kernel: [L, D, heads, head_dim] has one, [L, heads, head_dim, D] of out two."""
+    return -3 if rank == 4 and path.split("/")[-2] != "out" else -2
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding without the cuts that do not divide a shape (blocks are fewer than what they are blocks of)."""
+
+    def pieces(names: Any) -> int:
+        return math.prod(sharding.mesh.shape[each] for each in ((names,) if isinstance(names, str) else names or ()))
+
+    spec = [names if size % pieces(names) == 0 else None for names, size in zip(sharding.spec, shape, strict=False)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

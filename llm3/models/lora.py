@@ -1,0 +1,94 @@
+"""Low-rank adapters beside the projections of a layer.
+
+y = x W + scale (dropout(x) A) B with B = 0 at the start (Hu et al. 2022, LoRA, section 4.1); scale is alpha / rank, or
+alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). DoRA (Liu et al. 2024, section 4.1) trains the magnitude of each column
+of the adapted kernel as well: W' = magnitude * (W + scale A B) / |W + scale A B|, the norm taken as a constant in the
+gradient (section 4.3).
+"""
+
+import math
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm3.config import AdapterConfig
+from llm3.models.products import linear
+from llm3.tree import flatten, unflatten
+
+Adapters = tuple[tuple[str, AdapterConfig], ...]
+
+
+def scale_of(config: AdapterConfig) -> float:
+    """The factor of A B."""
+    return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+
+class LoRA(nnx.Module):
+    """One adapter of one projection. a: [*inputs, r], uniform as in PEFT; b: [r, *outputs]; magnitude: [*outputs].
+
+    Its random numbers are a stream of their own, so that the rest of a model is the same with and without adapters.
+    """
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], config: AdapterConfig, rngs: nnx.Rngs):
+        self.config = config
+        bound, shape = math.prod(inputs.values()) ** -0.5, (*inputs.values(), config.rank)
+        self.a = nnx.Param(jax.random.uniform(rngs.lora(), shape, minval=-bound, maxval=bound), axes=(*inputs, None))
+        self.b = nnx.Param(jnp.zeros((config.rank, *outputs.values())), axes=(None, *outputs))
+        # a placeholder: `with_magnitudes` fills it from the kernel
+        self.magnitude = nnx.Param(jnp.ones(tuple(outputs.values())), axes=tuple(outputs)) if config.dora else None
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """What is added to x W, in x's dtype. x: [B, T, inputs], result [B, T, outputs]. key: for dropout."""
+        if key is not None and self.config.dropout:
+            kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.config.dropout), 0)
+        a, b = self.a[...].reshape(-1, self.config.rank), self.b[...].reshape(self.config.rank, -1)
+        return linear(linear(x, a), b) * jnp.asarray(scale_of(self.config), x.dtype)
+
+    def gain(self, kernel: jax.Array) -> jax.Array:
+        """DoRA's factor of each output: magnitude / |W + scale A B|. kernel: float32 [inputs, outputs]."""
+        a, b = self.a[...].reshape(-1, self.config.rank), self.b[...].reshape(self.config.rank, -1)
+        length = column_norms(kernel + scale_of(self.config) * jnp.matmul(a, b, precision="highest"), 1)
+        return self.magnitude[...].reshape(-1) / jax.lax.stop_gradient(length)
+
+
+def column_norms(kernel: jax.Array, inputs: int) -> jax.Array:
+    """The Euclidean norm over the first `inputs` axes."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(inputs))))
+
+
+def with_magnitudes(params: dict, fresh: Collection[str]) -> dict:
+    """Canonical parameters with every fresh DoRA magnitude set to the norms of its kernel's columns."""
+    flat = dict(flatten(params))
+    for path in fresh:
+        if path.endswith("/magnitude"):
+            kernel = flat[f"{path.split('/lora/')[0]}/kernel"]
+            inputs = kernel.ndim - flat[path].ndim  # beside the axis of the layers
+            norms = jax.vmap(lambda each, inputs=inputs: column_norms(each, inputs))(kernel.astype(jnp.float32))
+            flat[path] = norms
+    return unflatten(flat)
+
+
+def merged(params: dict, adapters: Adapters) -> dict:
+    """Canonical parameters with all active adapters added to their kernels, and without leaves of adapters."""
+    flat, configs = flatten(params), dict(adapters)
+    result = {path: leaf for path, leaf in flat.items() if "/lora/" not in path}
+    for path in flat:
+        projection, found, rest = path.partition("/lora/")
+        name = rest.removesuffix("/a")
+        if not found or name == rest or not configs[name].active:
+            continue
+        a, b = (flat[f"{projection}/lora/{name}/{leaf}"].astype(jnp.float32) for leaf in ("a", "b"))
+        kernel = result[f"{projection}/kernel"].astype(jnp.float32)
+        product = jax.vmap(lambda a, b: jnp.tensordot(a, b, axes=1, precision="highest"))(a, b)
+        kernel = kernel + scale_of(configs[name]) * product
+        if configs[name].dora:
+            magnitude = flat[f"{projection}/lora/{name}/magnitude"]
+            inputs = kernel.ndim - magnitude.ndim
+            norms = jax.vmap(lambda each, inputs=inputs: column_norms(each, inputs))(kernel)
+            shape = (kernel.shape[0], *(1,) * inputs, *magnitude.shape[1:])
+            kernel = kernel * (magnitude / norms).reshape(shape)
+        result[f"{projection}/kernel"] = kernel
+    return unflatten(result)

@@ -1,0 +1,264 @@
+"""What partial fine-tuning takes beside full, and what replicates over seeds can show."""
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from llm3.report import replicates, units
+from llm3.report.matrix import complete, read_matrix
+from llm3.report.page import page, write_report
+from llm3.report.table import print_table
+
+PARAMS = 1_000_000
+ACCURACIES = {"full": (0.70, 0.72, 0.71), "top2": (0.66, 0.675, 0.67), "biases": (0.60, 0.80, 0.70)}
+TRAINED = {"full": PARAMS, "top2": 250_000, "biases": 20_000}
+
+
+def stage(name, trained=PARAMS, general=2.0, accuracy=None, **more):
+    given = {
+        "stage": name,
+        "parent": "posttrain",
+        "general_bits_per_byte": general,
+        "task_accuracy": accuracy,
+        "task_items": 815,
+        "majority_accuracy": 0.3,
+        "tokens": 300_000,
+        "flops": 3e12,
+        "seconds": 40.0,
+        "peak_bytes": 2**30,
+        "params": PARAMS,
+        "trainable_params": trained,
+        "param_bytes": 4 * PARAMS,
+        "gradient_bytes": 4 * trained,
+        "moment_bytes": 8 * trained,
+        "temp_bytes": 2**29,
+        "forward_flops_per_token": 2e6,
+        "backward_flops_per_token": 2e6 if trained < PARAMS else 4e6,
+        "step_seconds": 0.05 if trained < PARAMS else 0.1,
+        "full_gradient_bytes": 4 * PARAMS,
+        "full_moment_bytes": 8 * PARAMS,
+        "full_flops_per_token": 6e6,
+        "full_step_seconds": 0.1,
+    }
+    return given | more
+
+
+def replicated(*names):
+    """A parent and three seeds of each recipe, in the alphabetical order in which a run has them."""
+    return [
+        stage("posttrain", parent=None),
+        *(
+            stage(f"{name}_{seed}", TRAINED[name], 2.1 + seed / 100, accuracy, seed=seed, recipe=f"id of {name}")
+            for name in sorted(names)
+            for seed, accuracy in enumerate(ACCURACIES[name])
+        ),
+    ]
+
+
+def printed(rows, baselines=()):
+    console = Console(file=io.StringIO())
+    print_table(rows, list(baselines), console)
+    return console.file.getvalue()
+
+
+def sentences(rows, baselines=()):
+    return page(rows, list(baselines), title="T", command="run it", facts={})
+
+
+def cells(text, name):
+    """The cells of the last table row of `text` that is called `name`."""
+    line = [line for line in text.splitlines() if line.startswith(f"| {name} |")][-1]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.0123, "0.012"), (0.3456, "0.346"), (12.34, "12.3"), (-5.678, "-5.68"), (1e5, "100000")],
+)
+def test_sizes_and_times_have_three_digits_and_no_powers_of_ten(value, text):
+    assert units.digits(value) == text
+    assert units.mebibytes(value * 2**20) == text
+
+
+def test_each_stage_says_what_a_step_of_it_takes_beside_full_fine_tuning():
+    text = sentences([stage("posttrain"), stage("top", 250_000)])
+    assert "## What it takes" in text
+    shares = ["250k (25 %)", "3.81", "0.954 (25 %)", "1.91 (25 %)", "512", "2.00M + 2.00M (67 %)", "50.0 (50 %)"]
+    assert cells(text, "top")[1:] == shares
+    assert cells(text, "posttrain")[-2:] == ["2.00M + 4.00M (100 %)", "100 (100 %)"]
+
+
+def test_a_share_is_left_out_where_no_stage_of_the_run_trains_all():
+    text = sentences([stage("posttrain"), stage("top", 250_000, full_step_seconds=None, temp_bytes=None)])
+    assert cells(text, "top")[-1] == "50.0"
+    assert cells(text, "top")[5] == "-"
+    assert "None" not in text
+
+
+def test_rows_without_these_figures_have_no_such_section():
+    old = [{"stage": "a", "params": 5, "trainable_params": 3, "tokens": 1}, {"stage": "b", "tokens": 1}]
+    assert "What it takes" not in sentences(old)
+    assert "What a step takes" not in printed(old)
+    assert "Over seeds" not in sentences(old)
+
+
+def test_the_terminal_shows_savings_only_where_a_stage_trains_a_part():
+    text = printed([stage("posttrain"), stage("top", 250_000)])
+    assert "What a step takes" in text
+    assert "2.00M + 2.00M (67 %)" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "What a step takes" not in printed([stage("pretrain"), stage("posttrain")])
+
+
+def test_replicates_are_one_row_of_means_on_the_terminal_which_says_so():
+    rows = replicated("full", "top2", "biases")
+    text = printed(rows)
+    assert max(map(len, text.splitlines())) <= 120
+    assert "the mean over N stages that differ only by their seed" in text
+    line = next(line for line in text.splitlines() if line.startswith("full x3"))
+    assert "71.0 %" in line
+    assert "2.110 (+0.110)" in line
+    assert "full_0" not in text
+    assert text.count("biases x3") == 2, "once in each table"
+
+
+def test_the_matrix_keeps_the_row_of_every_seed(tmp_path):
+    rows = replicated("full", "top2")
+    histories = {row["stage"]: [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}] for row in rows}
+    write_report(tmp_path, rows, [], histories, title="T", command="run it", facts={})
+    kept, _ = read_matrix(tmp_path / "matrix.json")
+    assert [row["stage"] for row in kept] == [row["stage"] for row in rows]
+    assert [row["seed"] for row in kept] == [None, 0, 1, 2, 0, 1, 2]
+    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    assert "(seeds.png)" in (tmp_path / "report.md").read_text()
+    json.loads((tmp_path / "matrix.json").read_text())
+
+
+def test_without_replicates_there_is_no_plot_over_seeds(tmp_path):
+    write_report(tmp_path, [stage("a", seed=0, recipe="x")], [], {}, title="T", command="run it", facts={})
+    assert not (tmp_path / "seeds.png").exists()
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.5], [3.0, 3.0, 3.0], [1.0, 2.0, 4.0, 8.0, 7.5]])
+def test_an_interval_is_that_of_students_t(values):
+    found = replicates.estimate(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    if (error := stats.sem(values)) > 0:
+        low, high = stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=error)
+        assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
+    else:
+        assert found.half_width == 0
+    assert replicates.estimate([1.0]) is None
+
+
+def test_differences_are_paired_by_seed_to_the_recipe_that_trains_all():
+    text = sentences(replicated("full", "top2", "biases"))
+    assert "Differences to full, paired by seed" in text
+    differences = np.array(ACCURACIES["top2"]) - np.array(ACCURACIES["full"])
+    half = stats.t.ppf(0.975, 2) * stats.sem(differences)
+    assert cells(text.split("Differences to full")[1].split("## ")[0], "top2")[1] == (
+        f"{100 * differences.mean():.1f} ± {100 * half:.1f}"
+    )
+    shuffled = [
+        row | {"seed": 2 - row["seed"]} if row["stage"].startswith("top2") else row
+        for row in complete(replicated("full", "top2"), [])[0]
+    ]
+    wider = replicates.paired(*reversed(replicates.recipes(shuffled)), "task_accuracy")
+    assert wider.mean == pytest.approx(differences.mean())
+    assert wider.half_width > half
+
+
+def test_no_difference_is_claimed_whose_interval_includes_zero():
+    text = sentences(replicated("full", "top2", "biases"))
+    top2, biases = (
+        next(line for line in text.splitlines() if line.startswith(f"- {name} against")) for name in ("top2", "biases")
+    )
+    assert "task accuracy is 4.2 points lower" in top2
+    assert "no difference is shown in task accuracy, change of general bits/byte" in biases
+    assert "points" not in biases
+    assert "step time is 50.0 ms lower" in biases
+
+
+def test_the_page_says_what_the_intervals_are_of():
+    text = sentences(replicated("full", "top2"))
+    assert "all seeds start from one parent (posttrain) and are scored on the same items" in text
+    assert "Task is scored on 815 items" in text
+    assert "the majority class has 30.0 %" in text
+    assert "about 1.6 points (standard error)" in text
+
+
+def test_only_equal_recipes_with_several_seeds_are_replicates():
+    a, b, c = (stage(f"a{seed}", seed=seed, recipe="a") for seed in (0, 1, 1))
+    lonely, unknown = stage("b", seed=0, recipe="b"), stage("c", seed=None, recipe=None)
+    rows, _ = complete([a, b, c | {"stage": "again"}, lonely, unknown, unknown | {"stage": "d"}], [])
+    (found,) = replicates.recipes(rows)
+    assert [row["stage"] for row in found.rows] == ["a0", "a1"]
+    assert [row["stage"] for row in replicates.collapsed(rows)] == ["a x2", "again", "b", "c", "d"]
+    assert [row["stage"] for row in replicates.unreplicated(rows)] == ["again", "b", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["top2_0", "top2_1"], "top2"),
+        (["top2_10", "top2_11"], "top2"),
+        (["full-1", "full-2"], "full"),
+        (["full0", "full1"], "full"),
+        (["one", "two"], "one"),
+    ],
+)
+def test_a_recipe_is_called_what_the_names_of_its_stages_have_in_common(names, label):
+    assert replicates.label(names) == label
+
+
+def test_recipes_with_the_same_label_are_told_apart():
+    rows = [stage(f"a_{n}", seed=n % 2, recipe="xy"[n // 2], accuracy=0.5) for n in range(4)]
+    assert [each.label for each in replicates.recipes(complete(rows, [])[0])] == ["a_0", "a_2"]
+
+
+def test_replicated_baselines_are_compared_as_well():
+    rows = replicated("full")
+    scratch = [
+        stage(f"scratch_{seed}", parent="init", accuracy=0.5 + seed / 100, seed=seed, recipe="s") for seed in range(3)
+    ]
+    text = sentences(rows, scratch)
+    assert "*scratch x3*" in text
+    assert "- scratch against full: task accuracy is 20.0 points lower" in text
+
+
+def test_the_losses_of_a_recipe_are_smoothed_as_the_mean_of_its_seeds():
+    from llm3.report.page import together
+    from llm3.report.plots import _means
+
+    rows, _ = complete(replicated("full"), [])
+    histories = {f"full_{seed}": [{"step": s, "loss": float(seed)} for s in (1, 2)] for seed in range(3)}
+    joined = together(histories | {"posttrain": []}, replicates.recipes(rows))
+    assert list(joined) == ["full", "posttrain"]
+    assert _means([(line["step"], line["loss"]) for line in joined["full"]]) == [(1, 1.0), (2, 1.0)]
+
+
+def test_names_in_the_plot_over_seeds_hide_nothing(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from llm3.report.plots import plot_seeds
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    rows, _ = complete(replicated("full", "top2", "biases"), [])
+    twin = [
+        row | {"stage": row["stage"].replace("biases", "twin"), "recipe": "q"}
+        for row in rows
+        if "biases" in row["stage"]
+    ]
+    plot_seeds(tmp_path / "seeds.png", replicates.recipes([*rows, *twin]))
+    (figure,) = drawn
+    for axes in (each for each in figure.axes if each.get_visible()):
+        names = [text for text in axes.texts if text.get_text()]
+        assert sorted(text.get_text() for text in names) == ["biases", "full", "top2", "twin"]
+        boxes = [text.get_window_extent() for text in names]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
