@@ -12,9 +12,8 @@ between two worse ones); `qlora` has that of `lora`.
 
 With `data_dir`, texts are read from DIR/general/{train,validation}.jsonl (field text) and
 DIR/medical/medquad/{train,validation,test}.jsonl (fields answer, question_type); without, from the Hugging Face hub,
-where wikitext has a line a row, and MedQuAD one split, of which the last tenth is kept for validation and test. There
-many of its answers are empty (null), and a row without text stops the run before any training: take them out first, or
-bring a copy as files.
+where wikitext has a line a row, and MedQuAD one split, of which the last tenth is kept for validation and test, and the
+rows without an answer are left out.
 
 RESULTS
 """
@@ -53,6 +52,7 @@ def get_config():
         path="lavita/MedQuAD",
         local="medical/medquad",
         text="answer",
+        skip_null=True,  # on the hub, answers under copyright are taken out
         train="train[:90%]",
         validation="train[90%:95%]",
         test="train[95%:]",

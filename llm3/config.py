@@ -62,6 +62,7 @@ class ModelConfig:
     vocab_size: int = 0
     classes: int = 0  # 0: no task head
     adapters: Any = ()  # ((name, AdapterConfig), ...), of the stage
+    read_out: int = 0  # the labels of a training window at most, with pool="last"; 0: not known
 
     def __post_init__(self):
         read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
@@ -131,6 +132,7 @@ class SourceConfig:
     test: str = "test"
     validation_share: float = 0.0
     max_documents: int = 0  # of the train split, a fixed pseudo-random sample; 0: all
+    skip_null: bool = False  # leave out rows whose text or label is null; False: they are an error
 
     def __post_init__(self):
         files = self.data_files
@@ -239,7 +241,7 @@ class RunConfig:
     data_dir: str = ""  # where the local copies of sources lie; "": sources are read from their `path`
 
     def __post_init__(self):
-        for name in ("vocab_size", "classes", "adapters"):
+        for name in ("vocab_size", "classes", "adapters", "read_out"):
             if getattr(self.model, name):
                 raise UserError(
                     f"config.model.{name}: not to be set; it follows from the tokenizer, the labels and the stage"

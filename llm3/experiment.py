@@ -44,12 +44,16 @@ class Experiment:
         """
         stage = self.config.stages.get(name)
         own = stage is not None and stage.seed is not None
-        return _folded(f"{stage.seed}/{stage.kind}" if own else f"{self.config.seed}/{name}")
+        return _folded(f"{self.given_seed(name)}/{stage.kind if own else name}")
+
+    def given_seed(self, name: str) -> int:
+        """The seed that the config gives a stage: its own, else the run's."""
+        stage = self.config.stages.get(name)
+        return self.config.seed if stage is None or stage.seed is None else stage.seed
 
     def fresh_seed(self, name: str) -> int:
         """The seed of the leaves that are new in a stage."""
-        stage = self.config.stages[name]
-        return self.seed(INIT) if stage.seed is None else _folded(f"{stage.seed}/{INIT}")
+        return _folded(f"{self.given_seed(name)}/{INIT}")
 
     def labels(self, name: str) -> list[str]:
         """The classes of a stage's task head; empty without a head. Raises UserError where its sources disagree."""
@@ -71,7 +75,15 @@ class Experiment:
             classes=len(self.labels(name)),
             compute_dtype=self.compute_dtype,
             adapters=tuple(stage.adapters.items()) if stage else (),
+            read_out=self._read_out(name),
         )
+
+    def _read_out(self, name: str) -> int:
+        """How many labels a training window of a stage has at most, where each is read at one place."""
+        stage = self.config.stages.get(name)
+        if stage is None or self.config.model.pool != "last" or objectives.load(stage.objective).WINDOWS != "examples":
+            return 0
+        return max(table.most for table in self.tables(name).values())
 
     @property
     def extends(self) -> str | None:

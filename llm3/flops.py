@@ -34,20 +34,26 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Shape(NamedTuple):
-    """What FLOPs depend on besides the model: the tokens of a step, and the head, "lm" or "task"."""
+    """What FLOPs depend on besides the model: the tokens of a step, the head ("lm" or "task"), and at how many
+    places of a row a layer is computed (but for its keys and values, which are those of all).
+    """
 
     batch: int
     length: int
     head: str
+    places: int
 
     @property
-    def tokens(self) -> int:
-        return self.batch * self.length
+    def computed(self) -> int:
+        return self.batch * self.places
+
+    def tokens_of(self, projection: str) -> int:
+        return self.batch * (self.length if projection in ("key", "value") else self.places)
 
 
 def forward_flops(config: ModelConfig, batch: int, length: int, head: str) -> float:
     """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task", outside of gradients."""
-    shape = Shape(batch, length, head)
+    shape = Shape(batch, length, head, length)
     layer = _layer_forward(config, shape) - _skipped(config, shape)
     return config.layers * layer + _pool(config, shape) + _head(config, shape)
 
@@ -65,23 +71,28 @@ def step_flops(
     `segments` and `trainable` are those of a Partition; without them everything trains. A matrix product costs once
     forward, once more backward for its input where anything below it trains, and once more for its weights where they
     train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
-    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only.
+    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only; the
+    last layer is computed at the places of labels only, where the model knows how many there are.
     """
-    shape = Shape(batch, length, head)
+    shape = top = Shape(batch, length, head, length)
+    if head == "task" and config.read_out:
+        top = shape._replace(places=config.read_out)  # of the last layer
     trains = _Trains(trainable, "")
-    forward, backward = forward_flops(config, batch, length, head), 0.0
+    forward = backward = 0.0
     below = trains("embed/embedding")  # does anything under this point need a gradient?
     for first, last in segments or ((0, config.layers),):
-        if below or trains.any_of(f"layers/{first}:{last}"):
-            forward += (last - first) * _skipped(config, shape)
-        for _ in range(first, last):
-            cost, below = _layer_backward(config, shape, _Trains(trainable, f"layers/{first}:{last}/"), below)
+        differentiated = below or trains.any_of(f"layers/{first}:{last}")
+        for layer in range(first, last):
+            here = top if layer == config.layers - 1 else shape
+            forward += _layer_forward(config, here) - (0 if differentiated else _skipped(config, here))
+            cost, below = _layer_backward(config, here, _Trains(trainable, f"layers/{first}:{last}/"), below)
             backward += cost
     below = below or trains.any_of("final_norm")
     lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"
     kernel = lm_kernel if head == "lm" else "head/kernel"
     pooled = below or trains.any_of("head")  # the head comes before the pool
-    backward += _pool(config, shape) * pooled + _head(config, shape) * (below + trains(kernel))
+    forward += _pool(config, top) + _head(config, top)
+    backward += _pool(config, top) * pooled + _head(config, top) * (below + trains(kernel))
     return forward, backward
 
 
@@ -143,10 +154,11 @@ def _projection_backward(
     config: ModelConfig, shape: Shape, name: str, below: bool, trains: _Trains, module: str
 ) -> float:
     inputs, outputs = _sizes(config)[name]
-    total = 2 * shape.tokens * inputs * outputs * (below + trains(f"{module}/kernel"))
+    tokens = shape.tokens_of(name)
+    total = 2 * tokens * inputs * outputs * (below + trains(f"{module}/kernel"))
     for adapter, rank in _ranks(config, name):
         a, b = trains(f"{module}/lora/{adapter}/a"), trains(f"{module}/lora/{adapter}/b")
-        total += 2 * shape.tokens * rank * (outputs * ((a or below) + b) + inputs * (a + below))
+        total += 2 * tokens * rank * (outputs * ((a or below) + b) + inputs * (a + below))
     return total
 
 
@@ -159,7 +171,7 @@ def _layer_forward(config: ModelConfig, shape: Shape) -> float:
     total = _scores(config, shape)
     for name, (inputs, outputs) in _sizes(config).items():
         rank = sum(rank for _, rank in _ranks(config, name))
-        total += 2 * shape.tokens * (inputs * outputs + rank * (inputs + outputs))
+        total += 2 * shape.tokens_of(name) * (inputs * outputs + rank * (inputs + outputs))
         # DoRA's norms need A B itself
         dora = [each for _, each in config.adapters if each.active and each.dora and name in each.targets]
         total += sum(2 * inputs * each.rank * outputs for each in dora)
@@ -169,24 +181,24 @@ def _layer_forward(config: ModelConfig, shape: Shape) -> float:
 def _last_product(config: ModelConfig, shape: Shape) -> float:
     """What a recomputed layer need not recompute: the products whose result is the layer's own output."""
     rank = sum(rank for _, rank in _ranks(config, "down"))
-    return 2 * shape.tokens * config.d_model * (config.d_ff + rank)
+    return 2 * shape.computed * config.d_model * (config.d_ff + rank)
 
 
 def _scores(config: ModelConfig, shape: Shape) -> float:
-    return 4 * shape.tokens * shape.length * config.heads * config.head_dim
+    return 4 * shape.computed * shape.length * config.heads * config.head_dim
 
 
 def _skipped(config: ModelConfig, shape: Shape) -> float:
     """Of the scores of a layer, what the blocks of `attend` leave out where nothing is differentiated."""
-    blocks = query_blocks(shape.length) if config.causal else 1
+    blocks = query_blocks(shape.length) if config.causal and shape.places == shape.length else 1
     return _scores(config, shape) * (blocks - 1) / (2 * blocks)
 
 
 def _pool(config: ModelConfig, shape: Shape) -> float:
     if shape.head != "task" or config.pool != "mean":
         return 0
-    return 2 * shape.tokens * shape.length * config.classes
+    return 2 * shape.computed * shape.length * config.classes
 
 
 def _head(config: ModelConfig, shape: Shape) -> float:
-    return 2 * shape.tokens * config.d_model * (config.vocab_size if shape.head == "lm" else config.classes)
+    return 2 * shape.computed * config.d_model * (config.vocab_size if shape.head == "lm" else config.classes)

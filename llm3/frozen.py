@@ -1,6 +1,7 @@
 """How frozen leaves are stored while a stage trains: as they are, in the compute dtype, or in 8 or 4 bits.
 
-A leaf is stored low only where the model casts it to the compute dtype anyway, so that "compute" changes no result.
+A leaf is stored low only where the model casts it to the compute dtype anyway, so that "compute" changes no result:
+not what norms, task heads and the norms of DoRA read in float32.
 """
 
 import math
@@ -21,10 +22,11 @@ class Storage(NamedTuple):
     abstract: dict
 
 
-def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str) -> Storage:
+def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: frozenset[str] = frozenset()) -> Storage:
     """The storage of a frozen tree (of shapes). kind: float32, compute, int8 or nf4. Raises UserError.
 
-    int8 and nf4 are for the kernels of the layers; everything else is stored in the compute dtype then.
+    int8 and nf4 are for the kernels of the layers; everything else is stored in the compute dtype then. exact: the
+    projections, by name, whose kernels and adapters are read in float32 as well.
     """
 
     def one(path: str, leaf: jax.Array) -> Any:
@@ -32,6 +34,8 @@ def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str) -> Storag
             return leaf
         if kind in CODEBOOKS and path.startswith("layers/") and path.endswith("/kernel"):
             return quantize(leaf, kind, _blocked_axis(path, leaf.ndim))
+        if not exact.isdisjoint(path.split("/")):
+            return leaf
         return leaf.astype(compute_dtype)
 
     def store(tree: dict) -> dict:

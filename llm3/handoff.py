@@ -21,6 +21,7 @@ from llm3.best import best_step
 from llm3.checkpoint import Checkpoints
 from llm3.errors import UserError, nearest
 from llm3.seal import not_finite
+from llm3.store import listed
 from llm3.tree import flatten, unflatten
 
 CHECKPOINTS = "checkpoints"  # the folder of a stage that holds them
@@ -211,8 +212,9 @@ def changes(said: dict) -> list[str]:
     """What is not simply the parent's, in words; `said` as a child's metadata and its lineage have it."""
     number = Counter((said.get("cast") or {}).values())
     cast = [f"{n} {'leaf' if n == 1 else 'leaves'} cast from {dtype}" for dtype, n in sorted(number.items())]
+    cast += [f"frozen kernels rounded to {said['rounded']}"] if said.get("rounded") else []
     words = {"extended": "extended by the mean of the old tokens", "fresh": "fresh", "dropped": "dropped"}
-    return cast + [f"{text}: {', '.join(said[key])}" for key, text in words.items() if said.get(key)]
+    return cast + [f"{text}: {listed(said[key])}" for key, text in words.items() if said.get(key)]
 
 
 def account(
@@ -294,6 +296,18 @@ def lineage(parent: Parent | None) -> list[dict]:
     """The chain of ancestors, the first pretraining step first, from the parent's metadata alone."""
     if parent is None:
         return []
-    keys = ("kind", "fresh", "dropped", "extended", "cast", "reset", "tokenizer_hash", "data", "cost", "version")
+    keys = (
+        "kind",
+        "fresh",
+        "dropped",
+        "extended",
+        "cast",
+        "rounded",
+        "reset",
+        "tokenizer_hash",
+        "data",
+        "cost",
+        "version",
+    )
     own = parent.describe() | {key: parent.meta.get(key) for key in keys}
     return [*parent.meta["lineage"], own]

@@ -65,8 +65,8 @@ def make(
     trains from phase to phase: the leaves of each phase have an instance of the update rule, so that its count
     starts with them; the rest of the chain is one for all. None: all leaves train from the start.
 
-    clip_norm: of the global norm of the gradients of that tree; 0: none. weight_decay: only on leaves named kernel or
-    embedding. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rates.factors`).
+    clip_norm: of the global norm of the gradients of that tree; 0: none. weight_decay: only on leaves named as in
+    `DECAYED`. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rates.factors`).
     l2_sp: see `pull_to_start`. ema: see `running_mean`. options: go to the optax function as they are. muon (Jordan et
     al. 2024) orthogonalises each layer's kernels as matrices [D, heads x head_dim] and leaves embeddings, heads, norms
     and biases to Adam; its option adam_learning_rate is a peak as well. adafactor (Shazeer and Stern 2018) factors each

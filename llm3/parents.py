@@ -126,8 +126,9 @@ def first_params(session: Session, name: str, parent: Parent | None, trainer: Tr
         session.console.print(
             f"{name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, {account.describe()}"
         )
-    if session.config.stages[name].frozen in CODEBOOKS:
-        params = trainer.rounded(params)
+    if (kind := session.config.stages[name].frozen) in CODEBOOKS:
+        session.console.print(f"{name}: frozen kernels go on as what their {kind} codes stand for")
+        params, said = trainer.rounded(params), said | {"rounded": kind}
     return with_magnitudes(params, fresh), said  # of the kernels that are computed with
 
 
@@ -138,7 +139,7 @@ def base_meta(experiment: Experiment, name: str, parent: Parent | None) -> dict:
         "stage": name,
         "kind": stage.kind,
         "steps": stage.steps,
-        "seed": config.seed,
+        "seed": experiment.given_seed(name),
         "parent": parent and parent.describe(),
         "lineage": handoff.lineage(parent),
         "reset": ["step", "optimizer", "schedule", "data"],
@@ -152,7 +153,7 @@ def base_meta(experiment: Experiment, name: str, parent: Parent | None) -> dict:
 
 
 # What changes no result, or only that of leaves which `check_labels` and the account look after.
-FREE_MODEL_FIELDS = ("remat", "scan_unroll", "compute_dtype", "vocab_size", "classes", "pool", "adapters")
+FREE_MODEL_FIELDS = ("remat", "scan_unroll", "compute_dtype", "vocab_size", "classes", "pool", "adapters", "read_out")
 
 
 def check_function(before: ModelConfig, now: ModelConfig, account: handoff.Account, where: str) -> None:
@@ -173,7 +174,8 @@ def check_function(before: ModelConfig, now: ModelConfig, account: handoff.Accou
         if not any(f"/lora/{name}/" in path for path in account.loaded):
             continue
         for field in ("alpha", "rslora", "rank", "dora", "targets"):
-            if (was := getattr(theirs[name], field)) != (is_now := getattr(ours[name], field)):
+            was, is_now = getattr(theirs[name], field), getattr(ours[name], field)
+            if was != is_now and not (field == "targets" and set(was) == set(is_now)):
                 raise UserError(
                     f"{where}: the parent's adapter {name!r} has {field}={was!r}, this stage's {is_now!r}: "
                     f"use the parent's, or give a new adapter another name"

@@ -68,7 +68,7 @@ def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     with jax.set_mesh(session.mesh):
         for name in order:
             params, model, _ = load_stage(workdir, name)
-            now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype)
+            now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype, read_out=model.read_out)
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
             rows.append(session.evaluate(name, jax.tree.map(jnp.asarray, params)))
@@ -100,7 +100,7 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
         if name != INIT:
             histories[name] = read_metrics(workdir / name)
     shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
-    full = {name for name, stage in config.stages.items() if (stage.train, stage.unfreeze) == ("all", [])}
+    full = {name for name, stage in config.stages.items() if stages.trains_all(stage) and not stage.adapters}
     timed = with_full_step_seconds(rows + baselines, shapes, full)
     rows, baselines = timed[: len(rows)], timed[len(rows) :]
     table.print_table(rows, baselines, console)

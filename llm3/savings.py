@@ -29,12 +29,12 @@ def savings(
 ) -> dict[str, Any]:
     """The keys of a row that say what a step takes; `full_*` are those of training all of the plain model.
 
-    metrics: the stage's log lines, of which `step_seconds` is the median.
+    metrics: the stage's log lines; `step_seconds` is the median over those of this trainer.
     """
     stage, full = session.config.stages[name], session.full_trainer(name)
     tokens = stage.batch_size * stage.sequence_length
     forward, backward = trainer.flops
-    seconds = [line["step_seconds"] for line in metrics or ()]
+    seconds = [line["step_seconds"] for line in metrics or () if line["step"] > trainer.first]
     full_bytes = byte_report(full.abstract_state)
     return {
         "trainable_params": size(trainer.abstract_state.trainable),
@@ -43,6 +43,7 @@ def savings(
         "forward_flops_per_token": forward / tokens,
         "backward_flops_per_token": backward / tokens,
         "step_seconds": statistics.median(seconds) if seconds else None,
+        "full_param_bytes": full_bytes["param_bytes"],
         "full_gradient_bytes": full_bytes["gradient_bytes"],
         "full_moment_bytes": full_bytes["moment_bytes"],
         "full_flops_per_token": full.flops_per_step / tokens,

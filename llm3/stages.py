@@ -15,8 +15,8 @@ def pretrain(stage: StageConfig, where: str) -> None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
     if objectives.load(stage.objective).LABELLED:
         raise UserError(f"{where}.objective={stage.objective!r}: a pretrain stage learns from unlabelled text")
-    if stage.train != "all" or stage.unfreeze or stage.adapters:
-        field = "train" if stage.train != "all" else "unfreeze" if stage.unfreeze else "adapters"
+    if not trains_all(stage) or stage.adapters:
+        field = "adapters" if trains_all(stage) else "unfreeze" if stage.unfreeze else "train"
         raise UserError(f"{where}.{field}={getattr(stage, field)!r}: a pretrain stage trains 'all' of the plain model")
 
 
@@ -69,6 +69,10 @@ def check(config: RunConfig) -> list[str]:
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, evals.names())
         _known(f"{where}.source", evaluation.source, config.sources)
+        if evaluation.kind == "perplexity" and not config.model.causal:
+            raise UserError(
+                f"{where}.kind='perplexity': a bidirectional model (model.causal=False) sees what it is to predict"
+            )
     for name, stage in stages.items():
         where = f"config.stages.{name}"
         if name == INIT or "/" in name:
@@ -77,6 +81,10 @@ def check(config: RunConfig) -> list[str]:
         for source in stage.data:
             _known(f"{where}.data", source, config.sources)
         check_rules(stage, where)
+        if stage.objective == "causal" and not config.model.causal:
+            raise UserError(
+                f"{where}.objective='causal': a bidirectional model (model.causal=False) sees what it is to predict"
+            )
         LAWS[stage.kind](stage, where)
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
@@ -91,6 +99,11 @@ def check(config: RunConfig) -> list[str]:
         # a stage of the main chain goes before the baselines
         ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(LAWS).index(stages[n].kind), n)))
     return ordered
+
+
+def trains_all(stage: StageConfig) -> bool:
+    """Whether a stage trains everything from its start."""
+    return stage.train in ("all", ["all"]) and not stage.unfreeze
 
 
 def check_rules(stage: StageConfig, where: str) -> None:

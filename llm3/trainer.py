@@ -120,6 +120,9 @@ def build(
     at_work = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in idle)})
     with _inside(f"{where}.train"):
         phases = partitions.phases(at_work, stage.train, stage.unfreeze, model.layers)
+    leaves = flatten(abstract(model, phases[0].segments).shapes)
+    if stage.frozen != "float32" and len(phases[0].trainable) == len(leaves):
+        raise UserError(f"{where}.frozen={stage.frozen!r}: nothing is frozen")
     groups = None
     if len(phases) > 1:
         order = list(phases.values())
@@ -151,7 +154,8 @@ def _phase(
     new = frozenset(path for path in partition.trainable if fresh(canonical_path(path)))
     shape = {"steps": stage.steps, "layers": model.layers, "fresh": new, "groups": groups}
     with _inside(where):
-        storage = storages.make(frozen, frozen_shardings, stage.frozen, model.compute_dtype)
+        dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
+        storage = storages.make(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
         optimizer = optim.make(trainable, **shape, **vars(stage.optimizer))
     opt = jax.eval_shape(optimizer.transform.init, trainable)
     opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))

@@ -60,6 +60,7 @@ class StageRun:
     meta: dict = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     temp_bytes: int | None = None  # of the step, by the compiler's count
+    complete: dict | None = None  # the parameters of a stage that was at its end when it was taken up
 
     @property
     def stage(self) -> StageConfig:
@@ -101,6 +102,7 @@ class StageRun:
             say(f"{self.name}: {line}", style="bold red")
         self.meta, self.cost = own.meta, Cost(**own.meta["cost"])
         self.temp_bytes = own.meta["temp_bytes"]
+        self.complete = own.params if own.step == self.stage.steps else None
         check_same_data(self.session.experiment, self.name, self.meta)
         say(f"{self.name}: resumes at step {own.step}")
         if (before := self.meta["model"]["compute_dtype"]) != trainer.model.compute_dtype:
@@ -111,6 +113,8 @@ class StageRun:
 
     def whole(self, trainer: Trainer, state: TrainState) -> dict:
         """The canonical parameters that a state stands for, with what is frozen as the stage began with it."""
+        if self.complete is not None:
+            return self.complete
         if self.stage.frozen == "float32" or not self.rests_on_base:
             return trainer.params(state)
         return trainer.partition.join(trainer.trained(state), trainer.partition.split(self.base())[1])
@@ -178,7 +182,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
         trainer = run.trainer_of(done)
         with MetricsWriter(directory, done or None) as writer:
             for phase in run.phases:
-                if done >= phase.stop or done < phase.first:
+                if request.signal or done >= phase.stop or done < phase.first:
                     continue
                 if phase.first and done == phase.first:
                     state = phase.following(trainer, state, run.base())
@@ -189,7 +193,7 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
             return False
         params = run.whole(trainer, state)
     takes = savings(session, name, trainer, run.temp_bytes, read_metrics(directory))
-    seed = session.config.seed if stage.seed is None else stage.seed
+    seed = session.experiment.given_seed(name)
     told = {"steps": stage.steps, "parent": parent_label(stage), "seed": seed, "recipe": recipe(session, name)}
     session.write_row(name, params, vars(run.cost) | takes | told)
     return True
@@ -200,7 +204,7 @@ def best_sign(session: Session, name: str) -> int:
     sign = {}
     for evaluation, config in session.config.evaluations.items():
         peer = evals.load(config.kind)
-        if not peer.NEEDS_HEAD or session.experiment.labels(name):
+        if not peer.NEEDS_HEAD or session.experiment.labels(name) == session.experiment.library.labels(config.source):
             sign |= {f"{evaluation}_{figure}": 1 if way == "lower" else -1 for figure, way in peer.BETTER.items()}
     if (best := session.config.stages[name].best) not in sign:
         raise UserError(f"config.stages.{name}.best={best!r}: no such figure of this stage; {nearest(best, sign)}")

@@ -208,3 +208,12 @@ def test_a_stage_on_the_command_line_that_is_not_in_the_config_is_refused(capsys
 def test_nearest_names_come_first_in_a_message():
     with pytest.raises(UserError, match="did you mean 'cosine'"):
         configs.one_of("schedule", "cosin", ("cosine", "linear"))
+
+
+@pytest.mark.parametrize("field", ["evaluations.general.kind='perplexity'", "stages.pretrain.objective='causal'"])
+def test_a_model_that_sees_the_next_token_is_not_asked_to_predict_it(capsys, tmp_path, file, field):
+    encoder = ["--config.model.causal=False", "--config.model.pool=mean"]
+    if field.startswith("stages"):
+        encoder.append("--config.evaluations={}")
+    error = refused(capsys, ["run", f"--config={file}", f"--workdir={tmp_path / 'run'}", *encoder])
+    assert field in error and "bidirectional" in error

@@ -135,6 +135,7 @@ def test_an_example_is_labelled_at_its_last_token_only_and_cut_before_its_eos(bu
         expected[tuple(cut), built.labels[i]] += 1
     assert found == expected
     assert table.truncated == sum(len(built.document(i)) > length for i in range(built.documents))
+    assert table.most == max(int(window.weights.sum()) for window in windows_of(table))
 
 
 def test_examples_need_labels(tmp_path):

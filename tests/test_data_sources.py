@@ -160,6 +160,15 @@ def test_a_null_text_is_an_error_that_names_its_row():
         load(data_files="null.jsonl")
 
 
+def test_rows_without_text_or_label_are_left_out_where_the_config_says_so_and_counted(caplog):
+    holes = [{"body": None, "kind": "a", "year": 1}, {"body": "x", "kind": None, "year": 1}]
+    write("null.jsonl", [*ROWS[:5], *holes, *ROWS[5:9]])
+    kept = load(data_files="null.jsonl", label="kind", skip_null=True)
+    assert kept["text"] == [row["body"] for row in ROWS[:9]]
+    assert "2 of 11 rows have no body or no kind" in caplog.text
+    assert len(load(data_files="null.jsonl", skip_null=True)) == 10  # without a label, only the text counts
+
+
 def test_no_rows_and_damaged_json_are_errors():
     Path("none.json").write_text("[]")
     with pytest.raises(UserError, match="has no rows"):

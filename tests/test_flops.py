@@ -65,6 +65,11 @@ ENCODER = {"causal": False, "pool": "mean"}
         ("embeddings", "lm", {}),
         (["layers[1]/attention/value/bias", "head/kernel"], "task", ENCODER),
         (["lora", "head/.*"], "task", {"adapters": LORA}),
+        ("all", "task", {"read_out": 3}),
+        ("top(1)", "task", {"read_out": 3, "remat": "full"}),
+        pytest.param("head/.*", "task", {"read_out": 3}, marks=pytest.mark.slow),
+        pytest.param("layers(1)", "task", {"read_out": 3, "remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param("lora", "task", {"read_out": 3, "adapters": LORA}, marks=pytest.mark.slow),
         ("all", "lm", {"adapters": (*LORA, ("idle", AdapterConfig(active=False)))}),
         pytest.param(["layers[1]/attention/query/lora/x/b"], "lm", {"adapters": LORA}, marks=pytest.mark.slow),
         pytest.param("lora", "lm", {"adapters": DORA}, marks=pytest.mark.slow),
@@ -129,6 +134,20 @@ def test_freezing_the_lower_layers_saves_their_backward_pass():
     costs = [rule_flops(config, each) for each in rules]
     assert forward < costs[0] and costs == sorted(costs)
     assert costs[-1] <= 3 * forward_flops(dataclasses.replace(config, causal=False, pool="mean"), BATCH, LENGTH, "lm")
+
+
+def test_the_top_layer_is_computed_where_labels_are():
+    """By hand: of one layer, all but keys and values is at 3 of 12 places."""
+    whole = model_config(layers=1, classes=CLASSES, pool="last")
+    less = dataclasses.replace(whole, read_out=3)
+    heads, kv = whole.heads * whole.head_dim, whole.kv_heads * whole.head_dim
+    d = whole.d_model
+    at_places = 2 * d * (2 * heads + 3 * whole.d_ff + CLASSES) + 4 * LENGTH * heads  # a place
+    every = 2 * d * 2 * kv  # a token
+    expected = {n: BATCH * (n * at_places + LENGTH * every) for n in (3, LENGTH)}
+    for config, n in ((less, 3), (whole, LENGTH)):
+        forward, backward = step_flops(config, BATCH, LENGTH, "task")
+        assert forward == expected[n] and backward == 2 * forward
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import jit, make_batch, make_params, model_config
 
 from llm3 import frozen, partition
+from llm3.config import AdapterConfig, StageConfig
 from llm3.errors import UserError
 from llm3.models.products import linear
 from llm3.models.quantized import CODEBOOKS, NF4, Quantized, block_size, quantize, quantized_linear
@@ -18,9 +19,8 @@ from llm3.models.transformer import abstract
 from llm3.objectives import causal
 from llm3.optim import state_bytes
 from llm3.sharding import tree_shardings
+from llm3.trainer import build
 from llm3.tree import flatten
-
-qwix = pytest.importorskip("qwix", reason="the reference for nf4 codes")
 
 
 def normal(*shape, seed=0) -> jax.Array:
@@ -28,6 +28,7 @@ def normal(*shape, seed=0) -> jax.Array:
 
 
 def test_nf4_gives_the_values_of_an_independent_library():
+    qwix = pytest.importorskip("qwix", reason="the reference for nf4 codes")
     array = normal(128, 24)
     reference = qwix.dequantize(qwix.quantize(array, "nf4", channelwise_axes=[1], tiled_axes={0: 64}))
     np.testing.assert_array_equal(quantize(array, "nf4", 0).dequantized(), reference)
@@ -77,7 +78,7 @@ def test_the_product_is_that_with_the_dequantised_kernel_and_keeps_only_codes(ki
     found, found_back = jax.vjp(lambda x: quantized_linear(x, stored, 20), x)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(found_back(expected)[0], back(expected)[0], rtol=1e-6)
-    kept = {leaf.dtype.name for leaf in jax.tree.leaves(found_back) if leaf.size == stored.size}
+    kept = {leaf.dtype.name for leaf in jax.tree.leaves(found_back) if leaf.size == 8 * 20}
     assert "float32" not in kept and "bfloat16" not in kept
 
 
@@ -115,6 +116,24 @@ def test_the_compute_dtype_changes_no_bit_of_a_step():
     assert dtypes == {"kernel": "bfloat16", "bias": "bfloat16", "embedding": "bfloat16"}
     assert all(leaf.dtype == jnp.float32 for path, leaf in flatten(stored).items() if "norm" in path)
     assert state_bytes(stored) < 0.52 * state_bytes(rest)
+
+
+def test_what_dora_takes_the_norm_of_stays_as_it_is():
+    """Its magnitudes are norms of the float32 kernel: of a rounded one, step 0 would not be the base."""
+    adapter = AdapterConfig(rank=2, dora=True, targets=("query", "down"))
+    config = model_config(compute_dtype="bfloat16", adapters=(("x", adapter),))
+    mesh = mesh_of(1)
+    stage = StageConfig("finetune", {"a": 1.0}, 5, 4, 16, start="x", train="lora", frozen="compute")
+    with jax.set_mesh(mesh):
+        trainer = build(stage, config, mesh, fresh=lambda path: True, seed=0, where="stage")[0]
+    dtypes = {path.split("/")[-2]: leaf.dtype.name for path, leaf in flatten(trainer.abstract_state.frozen).items()}
+    assert dtypes["query"] == dtypes["down"] == "float32" and dtypes["key"] == dtypes["up"] == "bfloat16"
+
+
+def test_storing_nothing_otherwise_is_refused():
+    stage = StageConfig("finetune", {"a": 1.0}, 5, 4, 16, start="x", train="all", frozen="nf4")
+    with pytest.raises(UserError, match=r"stage\.frozen='nf4': nothing is frozen"):
+        build(stage, model_config(), mesh_of(1), fresh=lambda path: True, seed=0, where="stage")
 
 
 @pytest.mark.parametrize("kind", sorted(CODEBOOKS))

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def get_config():
     """The experiment; only its steps are timed."""
     c = ConfigDict()
-    c.model = dict(layers=8, d_model=256, heads=8, d_ff=704, pool="mean", scan_unroll=8)
+    c.model = dict(layers=8, d_model=256, heads=8, d_ff=704, pool="last", scan_unroll=8)
     c.tokenizer = dict(vocab_size=8192)
     c.sources = dict(
         general=dict(path="builtin:python"),

@@ -23,6 +23,7 @@ class Library:
         self.configs, self.tokenizer, self.cache_dir = configs, tokenizer, cache_dir
         self._caches: dict[tuple[str, str], cache.TokenCache] = {}
         self._hashes: dict[tuple[str, str], np.ndarray] = {}
+        self._windows: dict[tuple, Any] = {}
 
     def cache(self, name: str, split: str) -> cache.TokenCache:
         """The tokens of one split of a source. Class numbers are those of its train split."""
@@ -44,8 +45,11 @@ class Library:
 
     def windows(self, kind: str, name: str, split: str, length: int, max_documents: int = 0) -> Any:
         """A table of windows: "stream", "pieces" or "examples"; see `llm3.data.packing`. max_documents 0: all."""
-        tokens = self.cache(name, split)
-        return WINDOWS[kind](tokens.first(max_documents) if max_documents else tokens, length)
+        key = (kind, name, split, length, max_documents)
+        if key not in self._windows:
+            tokens = self.cache(name, split)
+            self._windows[key] = WINDOWS[kind](tokens.first(max_documents) if max_documents else tokens, length)
+        return self._windows[key]
 
     def overlap(self, name: str, split: str, training: Iterable[str]) -> int:
         """How many documents of a split are, text for text, in the train split of any of the sources `training`.

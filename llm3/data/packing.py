@@ -115,7 +115,7 @@ class ExampleWindows:
         sizes = np.diff(cache.offsets)
         self.truncated = int(np.sum(sizes > length))
         self._packed = _Packed(np.minimum(sizes, length), length)
-        self.waste = self._packed.waste
+        self.waste, self.most = self._packed.waste, self._packed.most  # most: documents in a window
 
     def __len__(self) -> int:
         return len(self._packed)
@@ -139,6 +139,7 @@ class _Packed:
     def __init__(self, sizes: np.ndarray, length: int):
         self.length, self._sizes = length, sizes
         self._order, self._bounds = pack(sizes, length)
+        self.most = int(np.diff(self._bounds).max(initial=0))
         positions = len(self) * length
         self.waste = 1 - float(sizes.sum()) / positions if positions else 0.0
 

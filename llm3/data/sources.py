@@ -6,8 +6,10 @@ Bad input is a UserError that names the file, field, split or row, before any de
 import codecs
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,8 @@ import pyarrow.compute as pc
 from llm3.config import SourceConfig, one_of
 from llm3.data import corpus
 from llm3.errors import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin:"
 _TEXT_FORMATS = ("csv", "json", "text")  # loaders of local files that must be UTF-8
@@ -188,6 +192,8 @@ def _text_and_label(rows: datasets.Dataset, source: SourceConfig) -> datasets.Da
     for field in fields.values():
         if field not in rows.column_names:
             raise UserError(f"source {_named(source)}: unknown field {field!r}: {nearest(field, rows.column_names)}")
+    if source.skip_null:
+        rows = _without_nulls(rows, list(fields.values()), source)
     columns = {}
     for column, field in fields.items():
         feature = rows.features[field]
@@ -205,6 +211,16 @@ def _text_and_label(rows: datasets.Dataset, source: SourceConfig) -> datasets.Da
             raise UserError(f"source {_named(source)}: field {field!r} holds {values.type}, expected strings")
         columns[column] = values
     return datasets.Dataset(pa.table(columns))
+
+
+def _without_nulls(rows: datasets.Dataset, fields: list[str], source: SourceConfig) -> datasets.Dataset:
+    """The rows in which none of these fields is null; says how many are left out."""
+    whole = functools.reduce(pc.and_, (pc.is_valid(_column(rows, field)) for field in fields))
+    kept = np.flatnonzero(whole.to_numpy())
+    if len(kept) < len(rows):
+        left_out = f"{len(rows) - len(kept):,} of {len(rows):,} rows have no {' or no '.join(fields)}"
+        logger.warning("source %s: %s: left out", _named(source), left_out)
+    return rows.select(kept)
 
 
 def _column(rows: datasets.Dataset, field: str) -> pa.ChunkedArray:

@@ -36,7 +36,7 @@ def residual_init(layers: int, d_model: int) -> Callable:
 class Projection(nnx.Module):
     """A linear map from the axes of x after [B, T] to `outputs`, and the adapters beside it.
 
-    kernel: float32 [*inputs, *outputs], or what `llm3.storage` made of it while it is frozen.
+    kernel: float32 [*inputs, *outputs], or what `llm3.frozen` made of it while it is frozen.
     """
 
     def __init__(
@@ -125,6 +125,14 @@ def attention_mask(
     return mask[:, None]
 
 
+def at_places(x: jax.Array, places: jax.Array | None, axis: int) -> jax.Array:
+    """x [B, ...] at places [B, N] of an axis; None: all of it."""
+    if places is None:
+        return x
+    shape = [places.shape[0], *(places.shape[1] if each == axis else 1 for each in range(1, x.ndim))]
+    return jnp.take_along_axis(x, places.reshape(shape), axis)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023), optionally with QK-norm (Henry et al. 2020) and biases."""
 
@@ -154,22 +162,25 @@ class Attention(nnx.Module):
         cache: dict | None,
         index: jax.Array | None,
         random: jax.Array | None,
+        places: jax.Array | None,
     ) -> tuple[jax.Array, dict | None]:
         """x: [B, T, D]; angles: see `rotation`; mask: [B, 1, T, S]; cache: key, value [B, S, K, h] written at index.
 
-        random: a key for dropout.
+        random: a key for dropout. places: int32 [B, N], where the result [B, N, D] is wanted; None: at all.
         """
-        query = self.query(x, projection_key(random, "query"))
+        query = self.query(at_places(x, places, 1), projection_key(random, "query"))
         key = self.key(x, projection_key(random, "key"))
         value = self.value(x, projection_key(random, "value"))
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        query = rotate(query, *(at_places(each, places, 1) for each in angles))
+        key = rotate(key, *angles)
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
             cache = {"key": key, "value": value}
-        y = attend(query, key, value, mask, self.causal and cache is None)
+        in_order = self.causal and cache is None and places is None
+        y = attend(query, key, value, at_places(mask, places, 2), in_order)
         return self.out(y, projection_key(random, "out")), cache
 
 
@@ -200,7 +211,7 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.d_model, "embed", **norm)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, angles, mask, cache, index, random):
-        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random)
-        x = x + update
+    def __call__(self, x, angles, mask, cache, index, random, places):
+        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random, places)
+        x = at_places(x, places, 1) + update
         return x + self.mlp(self.mlp_norm(x), random), cache

@@ -42,11 +42,6 @@ class Quantized:
     kind: str
     axis: int
 
-    @property
-    def size(self) -> int:
-        """The number of values."""
-        return self.codes.size * (2 if self.kind == "nf4" else 1)
-
     def dequantized(self) -> jax.Array:
         """The values that the codes stand for, float32."""
         codes = jnp.moveaxis(self.codes, self.axis, -1)

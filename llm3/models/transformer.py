@@ -7,6 +7,7 @@
 
 import functools
 from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,11 +50,13 @@ class Transformer(nnx.Module):
         segments: jax.Array,
         cache: dict | None = None,
         key: jax.Array | None = None,
+        places: jax.Array | None = None,
     ) -> tuple[jax.Array, dict | None]:
         """Hidden states [B, T, D] after the last norm, and the cache with these tokens written to it.
 
         tokens, positions, segments: int32 [B, T]; see `Batch`. cache: as `make_cache` gives it. key: for dropout;
-        None: none.
+        None: none. places: int32 [B, N], where the hidden states [B, N, D] are wanted: the last layer is computed
+        there only.
         """
         keys, index = (positions, segments), None
         if cache is not None:
@@ -68,7 +71,8 @@ class Transformer(nnx.Module):
         for name, stack in self.layers.items():
             first, last = map(int, name.split(":"))
             part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
-            x, part = self._scan(stack, first, x, angles, mask, part, index, key if self._drops() else None)
+            wanted = places if last == self.config.layers else None
+            x, part = self._scan(stack, first, x, angles, mask, part, index, key if self._drops() else None, wanted)
             stored.append(part)
         if cache is not None:
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
@@ -78,22 +82,28 @@ class Transformer(nnx.Module):
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
 
-    def _scan(self, stack, first, x, angles, mask, cache, index, key):
+    def _scan(self, stack, first, x, angles, mask, cache, index, key, places):
         graph, params = nnx.split(stack)
         length = jax.tree.leaves(params)[0].shape[0]
 
-        def body(x, layer):
+        def body(x, layer, places=None):
             params, cache, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
-            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random)
+            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random, places)
             return constrain(x, "batch", "length", None), cache
 
-        unroll = min(self.config.scan_unroll, length)
+        count = length if places is None else length - 1
+        unroll, top = min(self.config.scan_unroll, max(count, 1)), body
         if self.config.remat != "none":
             # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
-            policy, no_loop = REMAT_POLICIES[self.config.remat], unroll == length
-            body = jax.checkpoint(body, policy=policy, prevent_cse=no_loop)
-        return jax.lax.scan(body, x, (params, cache, jnp.arange(first, first + length)), unroll=unroll)
+            remat = partial(jax.checkpoint, policy=REMAT_POLICIES[self.config.remat])
+            body, top = remat(body, prevent_cse=unroll >= count), remat(body, prevent_cse=True)
+        if places is None:
+            return jax.lax.scan(body, x, (params, cache, jnp.arange(first, first + length)), unroll=unroll)
+        if count:
+            lower = jax.tree.map(lambda leaf: leaf[:-1], params)
+            x, _ = jax.lax.scan(body, x, (lower, None, jnp.arange(first, first + count)), unroll=unroll)
+        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), None, first + count), places)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""

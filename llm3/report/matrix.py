@@ -38,6 +38,7 @@ KEYS = (
     "forward_flops_per_token",
     "backward_flops_per_token",
     "step_seconds",
+    "full_param_bytes",
     "full_gradient_bytes",
     "full_moment_bytes",
     "full_flops_per_token",

@@ -39,7 +39,10 @@ def flops_per_token(row: dict) -> str:
 COLUMNS = (
     ("\nstage", lambda row: row["stage"]),
     ("trained\nparameters", lambda row: share(count(row["trainable_params"]), row["trainable_params"], row["params"])),
-    ("params\nMiB", lambda row: mebibytes(row["param_bytes"])),
+    (
+        "params\nMiB",
+        lambda row: share(mebibytes(row["param_bytes"]), row["param_bytes"], row["full_param_bytes"]),
+    ),
     (
         "gradients\nMiB",
         lambda row: share(mebibytes(row["gradient_bytes"]), row["gradient_bytes"], row["full_gradient_bytes"]),
