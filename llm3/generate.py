@@ -95,7 +95,7 @@ def load_stage(workdir: Path, name: str, step: str = "latest") -> tuple[dict, Mo
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     number = latest if step == "latest" else int(step)
     meta = checkpoints.meta(number)
-    return checkpoints.load_params(number), ModelConfig(**meta["model"]), meta
+    return checkpoints.load_params(number), ModelConfig(**meta["model"]), meta | {"step": number}
 
 
 def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt: str, **options) -> int:

@@ -210,7 +210,7 @@ def test_nearest_names_come_first_in_a_message():
         configs.one_of("schedule", "cosin", ("cosine", "linear"))
 
 
-@pytest.mark.parametrize("field", ["evaluations.general.kind='perplexity'", "stages.pretrain.objective='causal'"])
+@pytest.mark.parametrize("field", ["evaluations.domain.kind='perplexity'", "stages.posttrain.objective='causal'"])
 def test_a_model_that_sees_the_next_token_is_not_asked_to_predict_it(capsys, tmp_path, file, field):
     encoder = ["--config.model.causal=False", "--config.model.pool=mean"]
     if field.startswith("stages"):
