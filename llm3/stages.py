@@ -85,6 +85,8 @@ def check(config: RunConfig) -> list[str]:
             raise UserError(
                 f"{where}.objective='causal': a bidirectional model (model.causal=False) sees what it is to predict"
             )
+        if stage.objective == "masked" and config.model.causal:
+            raise UserError(f"{where}.objective='masked': needs a bidirectional model: model.causal=False, pool='mean'")
         LAWS[stage.kind](stage, where)
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -165,7 +166,10 @@ def _phase(
         storage.abstract,
         with_sharding(opt, opt_shardings),
     )
-    step = make_train_step(cut.graph, objective.loss, optimizer.transform, seed=seed, micro_batches=stage.micro_batches)
+    options = {"seed": seed, "micro_batches": stage.micro_batches}
+    if hasattr(objective, "prepare"):
+        options["prepare"] = partial(objective.prepare, vocab_size=model.vocab_size)
+    step = make_train_step(cut.graph, objective.loss, optimizer.transform, **options)
     head = "task" if objective.NEEDS_HEAD else "lm"
     size = (stage.batch_size, stage.sequence_length, head)
     return Trainer(

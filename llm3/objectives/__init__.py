@@ -7,7 +7,8 @@ whether it learns from labels, and
     loss(model, batch, key) -> Sums
 
 which turns a batch into *sums*: the step divides global sum by global sum, so that gradients do not depend on how a
-batch was cut into micro-batches or devices.
+batch was cut into micro-batches or devices. For the same reason, what is random in a batch itself is drawn once, for
+the whole of it, where a peer has `prepare(batch, key, vocab_size) -> Batch`.
 """
 
 import importlib
