@@ -21,6 +21,7 @@ VERBS = {
     "plan": "show what each stage trains and costs, before anything runs",
     "lineage": "show where the stages of a run come from",
 }
+CLUSTERED = ("run", "eval", "bench")  # what several processes can do together
 WORKDIR_IS_OPTIONAL = ("bench", "bench-data", "plan", "data", "overlap")  # they write only a token cache
 
 
@@ -35,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
             add("--config", required=verb != "generate", metavar="FILE", help="a config file, as in configs/")
         default = "runs/bench" if verb in WORKDIR_IS_OPTIONAL else None
         add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
+        if verb in CLUSTERED:
+            add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes are one run")
+            add("--processes", type=int, metavar="N", help="how many (SLURM, Open MPI and TPUs tell it themselves)")
+            add("--process", type=int, metavar="I", help="which of them this is, from 0")
         if verb in ("run", "eval", "plan", "data", "overlap"):
             add("--stages", metavar="A,B", help="only these stages (default: all)")
         if verb == "bench-data":
@@ -63,19 +68,30 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; the exit status is 0, 2 for bad input, or 128 + the signal that stopped it."""
+    """Run one verb; the exit status is one of `errors.Exit`, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
     args = parser().parse_args([each for each in arguments if not each.startswith("--config.")])
     try:
         if overrides and not getattr(args, "config", None):
             raise UserError(f"--config.{overrides[0]}: there is no --config=FILE that it could change")
-        return dispatch(args, load(args.config, overrides) if getattr(args, "config", None) else None)
+        config = load(args.config, overrides) if getattr(args, "config", None) else None
+        return cluster(args, config) if args.verb in CLUSTERED else dispatch(args, config)
     except UserError as error:
         print(f"llm3: {error}", file=sys.stderr)
-        return 2
+        return error.exit
     except KeyboardInterrupt:
         return 130
+
+
+def cluster(args: argparse.Namespace, config: RunConfig) -> int:
+    """Call the verb together with the other processes, if there are any."""
+    from llm3 import processes
+
+    with processes.joined(args.coordinator, args.processes, args.process) as found:
+        if processes.count() > 1 and processes.is_first():
+            print(f"llm3: {found}", file=sys.stderr)
+        return dispatch(args, config)
 
 
 def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:

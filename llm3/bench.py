@@ -47,7 +47,7 @@ def bench(config: RunConfig, workdir: Path, name: str, as_json: bool, alone: boo
         raise UserError(f"--stage={name}: no such stage; {nearest(name, order)}")
     experiment = prepare(config, workdir, [name])
     session = Session(experiment, Console(stderr=True, highlight=False))
-    with jax.set_mesh(session.mesh):
+    with session.on_mesh():
         figures = measure(session, name, alone)
     print(json.dumps(figures) if as_json else table(figures))
     return 0

@@ -101,11 +101,14 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1: the devices that are left. See `launch/README.md`."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the parameters, each with its rows of the batch
+    fsdp: int = 1  # pieces of the parameters, gathered for use, each with its rows of the batch
+    context: int = 1  # pieces of each window
+    tensor: int = 1  # pieces of the heads, the hidden layers and the vocabulary
+    across: str = ""  # the axis that is laid over hosts (or TPU slices), so that only it crosses the slow network
+    rules: dict[str, Any] = dataclasses.field(default_factory=dict)  # {logical axis: mesh axis, list of them, or None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,20 @@ class OptimizerConfig:
     l2_sp: float = 0.0  # strength of the pull toward the parent's weights; 0: none
     ema: float = 0.0  # decay of a running mean of the weights, which is then the stage's result; 0: none
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Which steps are left out, besides those whose loss or gradient is not finite, and when a stage gives up."""
+
+    deviations: float = 0.0  # a loss or gradient norm so many standard deviations above the window's mean; 0: any
+    window: int = 128  # the last losses and gradient norms of steps that were not left out
+    stop_after: int = 10  # steps left out in a row, after which the stage ends with an error
+
+    def __post_init__(self):
+        at_least("stages.*.guard.deviations", self.deviations, 0)
+        at_least("stages.*.guard.window", self.window, 2)
+        at_least("stages.*.guard.stop_after", self.stop_after, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +165,7 @@ class StageConfig:
     frozen: str = "float32"  # how what is frozen is stored: float32, compute (its dtype), int8 or nf4
     seed: int | None = None  # of this stage's data order and fresh leaves; None: the run's
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     micro_batches: int = 1
     log_every: int = 10
     save_every: int = 100
@@ -213,6 +231,7 @@ class RunConfig:
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
+    hang_seconds: float = 600.0  # a step, a read of data or a save that takes longer ends the run; 0: none does
     cache_dir: str = ""  # "": inside the workdir
     data_dir: str = ""  # where the local copies of sources lie; "": sources are read from their `path`
 
@@ -222,6 +241,7 @@ class RunConfig:
                 raise UserError(
                     f"config.model.{name}: not to be set; it follows from the tokenizer, the labels and the stage"
                 )
+        at_least("hang_seconds", self.hang_seconds, 0)
 
 
 def as_dict(config: Any) -> dict:

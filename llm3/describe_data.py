@@ -102,7 +102,7 @@ def first_rows(experiment: Experiment, name: str) -> list[Batch]:
     """The first rows that a stage will see, without the batch axis."""
     size = experiment.config.stages[name].batch_size
     rows = (divmod(row, size) for row in range(SHOWN_ROWS))
-    batches = (experiment.mixture(name).batch(step, slice(row, row + 1)) for step, row in rows)
+    batches = (experiment.mixture(name).batch(step, [row]) for step, row in rows)
     return [Batch(*(field[0] for field in batch)) for batch in batches]
 
 

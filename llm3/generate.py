@@ -4,6 +4,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich.console import Console
 
 from llm3.checkpoint import Checkpoints
@@ -12,11 +13,17 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.decoding import sample
 from llm3.errors import UserError, nearest
 from llm3.handoff import CHECKPOINTS, trained_stages
+from llm3.trainer import abstract_params
 from llm3.workdir import TOKENIZER, check_record
 
 
-def load_stage(workdir: Path, name: str, step: str = "latest") -> tuple[dict, ModelConfig, dict]:
-    """The canonical parameters of a stage of a run as numpy arrays, its model and its metadata. Raises UserError."""
+def load_stage(
+    workdir: Path, name: str, step: str = "latest", mesh: Mesh | None = None
+) -> tuple[dict, ModelConfig, dict]:
+    """The canonical parameters of a stage of a run, its model and its metadata. Raises UserError.
+
+    mesh: where the parameters are placed; None: numpy arrays.
+    """
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
@@ -27,7 +34,9 @@ def load_stage(workdir: Path, name: str, step: str = "latest") -> tuple[dict, Mo
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     number = latest if step == "latest" else int(step)
     meta = checkpoints.meta(number)
-    return checkpoints.load_params(number), ModelConfig(**meta["model"]), meta | {"step": number}
+    model = ModelConfig(**meta["model"])
+    params = checkpoints.load_params(number, None if mesh is None else abstract_params(model, mesh))
+    return params, model, meta | {"step": number}
 
 
 def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt: str, **options) -> int:

@@ -2,20 +2,19 @@
 
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
-from llm3 import stages
+from llm3 import processes, stages
 from llm3.config import RunConfig, StageConfig, as_dict
 from llm3.errors import UserError
 from llm3.experiment import prepare
 from llm3.generate import load_stage
 from llm3.handoff import CHECKPOINTS, INIT
-from llm3.loop import stop_on_signals
+from llm3.loop import StopRequest, stop_on_signals
 from llm3.parents import check_ancestry, locate_parent
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
@@ -38,51 +37,63 @@ from llm3.workdir import (
 
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = speaker()
     order = stages.chosen(config, names)
     for name in [INIT, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
-    to_train = [name for name in order if not (workdir / name / ROW).is_file()]
+    to_train = processes.from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
-    if not to_train and is_reported(workdir, [INIT, *order]):
+    if not to_train and processes.from_first(lambda: is_reported(workdir, [INIT, *order])):
         console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
         return 0
-    with lock(workdir):
-        experiment = prepare(config, workdir, order)
-        session = Session(experiment, console)
-        with jax.set_mesh(session.mesh), stop_on_signals() as request:
-            for name in to_train:
-                preflight(session, name, to_train)
-            write_json(workdir / INIT / RECORD, stage_record(config, INIT))
-            experiment.tokenizer.save(workdir / TOKENIZER)
-            session.print_header()
-            session.evaluate_init()
-            for name in to_train:
-                if request.signal or not run_stage(session, name, request):
-                    console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
-                    return 128 + request.signal
+    with ExitStack() as held:
+        processes.from_first(lambda: held.enter_context(lock(workdir)))
+        session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
+        request = held.enter_context(stop_on_signals())
+        with session.on_mesh():
+            if not train(session, to_train, request):
+                console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
+                return request.exit
         check_ancestry(workdir, order)
-        report(config, workdir, session.facts(), console)
+        if processes.is_first():
+            report(config, workdir, session.facts(), console)
     return 0
+
+
+def train(session: Session, to_train: list[str], request: StopRequest) -> bool:
+    """Train and evaluate the stages; False where a signal asked to stop."""
+    for name in to_train:
+        preflight(session, name, to_train)
+    if processes.is_first():
+        write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
+        session.experiment.tokenizer.save(session.workdir / TOKENIZER)
+        session.print_header()
+    session.evaluate_init()
+    return all(not request.signal and run_stage(session, name, request) for name in to_train)
+
+
+def speaker() -> Console:
+    """Where the first process speaks, and the others are silent."""
+    return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
 
 
 def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = speaker()
     order = [name for name in stages.chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
-    session = Session(prepare(config, workdir, order), console)
+    session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
     rows = []
-    with jax.set_mesh(session.mesh):
+    with session.on_mesh():
         for name in order:
-            params, model, _ = load_stage(workdir, name)
+            params, model, _ = load_stage(workdir, name, mesh=session.mesh)
             now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype, read_out=model.read_out)
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
-            rows.append(session.evaluate(name, jax.tree.map(jnp.asarray, params))[0])
+            rows.append(session.evaluate(name, params)[0])
     table.print_table(rows, [], console)
     return 0
 

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -11,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from llm3 import __version__, evals
+from llm3 import __version__, evals, processes
 from llm3.config import ModelConfig, StageConfig
 from llm3.data.overlap import sentence
-from llm3.errors import UserError
 from llm3.experiment import Experiment
 from llm3.flops import peak_flops
 from llm3.handoff import INIT, read_start
@@ -27,13 +27,11 @@ from llm3.workdir import DETAILS, ROW, read_json, write_json
 
 
 class Session:
-    """An experiment on a mesh. Enter `jax.set_mesh(session.mesh)` around its methods."""
+    """An experiment on a mesh. Enter `on_mesh()` around its methods."""
 
     def __init__(self, experiment: Experiment, console: Console):
         self.experiment, self.config, self.workdir = experiment, experiment.config, experiment.workdir
         self.console = console
-        if jax.process_count() > 1:
-            raise UserError(f"{jax.process_count()} processes: llm3 runs in one process, on all of its devices, so far")
         self.mesh = make_mesh(vars(self.config.mesh))
         for name, evaluation in self.config.evaluations.items():
             check_batch(self.mesh, evaluation.batch_size, 1, f"config.evaluations.{name}")
@@ -44,6 +42,10 @@ class Session:
         self.peak_flops = peak and peak * jax.device_count()
         self._phases: dict[str, list[Trainer]] = {}
         self._compiled: evals.Compiled = {}
+
+    def on_mesh(self) -> AbstractContextManager:
+        """Put the mesh in force."""
+        return jax.set_mesh(self.mesh)
 
     def phases(self, name: str) -> list[Trainer]:
         """The trainers of a stage, one after another. Raises UserError for what does not fit."""
@@ -76,11 +78,13 @@ class Session:
 
     def facts(self) -> dict[str, Any]:
         """What this run runs on, for the header and the report."""
-        devices = jax.devices()
+        devices, hosts = jax.devices(), processes.count()
         chosen = self.config.model.compute_dtype
         why = "as the config says" if chosen != "auto" else f"auto on {jax.default_backend()}"
         return {
-            "devices": f"{len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}",
+            "devices": f"{len(devices)} x {devices[0].device_kind}"
+            + (f" of {hosts} processes" if hosts > 1 else "")
+            + f", mesh {dict(self.mesh.shape)}",
             "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,
@@ -157,13 +161,17 @@ class Session:
     def write_row(self, name: str, params: dict, cost: dict) -> None:
         """Evaluate the parameters, and keep the row with what they cost."""
         row, details = self.evaluate(name, params)
-        if details:
-            write_json(self.workdir / name / DETAILS, details)
-        write_json(self.workdir / name / ROW, row | cost)
+
+        def write() -> None:
+            if details:
+                write_json(self.workdir / name / DETAILS, details)
+            write_json(self.workdir / name / ROW, row | cost)
+
+        processes.from_first(write)
 
     def evaluate_init(self) -> None:
         """The untrained model's row."""
-        if not self.row(INIT):
+        if not processes.from_first(lambda: bool(self.row(INIT))):
             params = init(self.experiment.model(INIT), self.experiment.seed(INIT), self.mesh)
             self.write_row(INIT, params, {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0})
 

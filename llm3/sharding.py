@@ -92,9 +92,9 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """Numpy arrays [rows of this process, length] as global arrays sharded over the batch axis."""
+    """Numpy arrays [batch, length], the same on every process, as global arrays: each process places its own part."""
     sharding = named(mesh, "batch", "length")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x)[at]), batch)
 
 
 def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, where: str) -> None:
@@ -105,3 +105,24 @@ def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, where: str) -> 
             f"{where}.batch_size={batch_size}: expected a multiple of {pieces * micro_batches} = {pieces} "
             f"(mesh data x fsdp) x {micro_batches} (micro_batches)"
         )
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of the global batch that the devices of this process need, ascending."""
+    places = named(mesh, "batch").addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in places for row in range(batch_size)[rows]})
+
+
+def place_rows(mesh: Mesh, batch_size: int, local: Any) -> Any:
+    """Numpy arrays [rows of `rows_of_process`, length] as global arrays [batch_size, length] on the mesh."""
+    sharding, rows = named(mesh, "batch", "length"), rows_of_process(mesh, batch_size)
+
+    def place(array: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, slice]) -> np.ndarray:
+            wanted = range(batch_size)[index[0]]
+            first = rows.index(wanted[0])
+            return array[first : first + len(wanted), index[1]]
+
+        return jax.make_array_from_callback((batch_size, array.shape[1]), sharding, piece)
+
+    return jax.tree.map(place, local)

@@ -9,18 +9,23 @@ import optax
 from flax import nnx
 
 from llm3.data.batch import Batch
+from llm3.guard import Guard, judge
 from llm3.objectives import Sums
 
 LossFunction = Callable[[Any, Batch, jax.Array], Sums]
 
 
 class TrainState(NamedTuple):
-    """step: int32 scalar. trainable, frozen: segmented trees of parameters. opt: optax state of the trainable tree."""
+    """step: int32 scalar. trainable, frozen: segmented trees of parameters. opt: optax state of the trainable tree.
+
+    guard: what it remembers of the steps before.
+    """
 
     step: jax.Array
     trainable: dict
     frozen: dict
     opt: Any
+    guard: Guard
 
 
 def make_train_step(
@@ -30,14 +35,16 @@ def make_train_step(
     *,
     seed: int,
     micro_batches: int = 1,
+    deviations: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """train_step(state, batch) -> (state, metrics); jit it with the state donated.
 
     Gradients are taken of the trainable tree only, summed over `micro_batches` and divided once by the global sum of
-    weights. The random key is folded from (seed, step), so that it resumes. A step whose loss or gradient is not
-    finite, or that has no weight at all, leaves parameters, moments and the schedule as they were.
+    weights. The random key is folded from (seed, step), so that it resumes. A step that the guard does not take (see
+    `judge`, for `deviations` as well) leaves parameters, moments and the schedule as they were.
 
-    metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, and the objective's own.
+    metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, skipped_in_a_row, and the
+    objective's own.
     """
 
     def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -68,7 +75,7 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         norm, mean = optax.tree.norm(gradients), total.loss * scale
         updates, opt = transform.update(gradients, state.opt, state.trainable)
-        good = jnp.isfinite(mean) & jnp.isfinite(norm) & (total.weight > 0)
+        good, guard = judge(state.guard, mean, norm, total.weight, deviations)
         keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
         trainable = jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable)
         metrics = {name: value * scale for name, value in total.metrics.items()} | {
@@ -77,7 +84,8 @@ def make_train_step(
             "weight": total.weight,
             "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
             "skipped": 1.0 - good,
+            "skipped_in_a_row": guard.in_a_row.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, trainable, state.frozen, jax.tree.map(keep, opt, state.opt)), metrics
+        return TrainState(state.step + 1, trainable, state.frozen, jax.tree.map(keep, opt, state.opt), guard), metrics
 
     return train_step

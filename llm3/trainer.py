@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llm3 import frozen as storages
+from llm3 import guard as guards
 from llm3 import objectives, optim
 from llm3 import partition as partitions
 from llm3.config import ModelConfig, StageConfig
@@ -33,6 +34,7 @@ class Trainer(NamedTuple):
     optimizer: optim.Optimizer
     train_step: Callable
     init_opt: Callable[[dict], Any]
+    init_guard: Callable[[], guards.Guard]
     storage: storages.Storage  # of what is frozen
     abstract_params: dict  # canonical shapes with shardings
     abstract_state: TrainState
@@ -46,11 +48,12 @@ class Trainer(NamedTuple):
     def state(self, params: dict, saved: Any = None, step: int = 0) -> TrainState:
         """The state at `step` from canonical parameters; saved: as `saved_opt` gave it, None: a fresh optimizer."""
         trainable, frozen = self.partition.split(params)
-        opt = self.init_opt(trainable) if saved is None else saved
-        if saved is not None and self._averages():
-            opt, trainable = saved["opt"], saved["trainable"]
+        if saved is None:
+            opt, guard = self.init_opt(trainable), self.init_guard()
+        else:
+            opt, guard, trainable = saved["opt"], saved["guard"], saved.get("trainable", trainable)
         count = jax.device_put(np.int32(step), self.abstract_state.step.sharding)
-        return TrainState(count, trainable, self.storage.store(frozen), opt)
+        return TrainState(count, trainable, self.storage.store(frozen), opt, guard)
 
     def trained(self, state: TrainState) -> dict:
         """What the trainable tree has become: the running mean of its weights where the optimizer keeps one."""
@@ -63,7 +66,8 @@ class Trainer(NamedTuple):
 
     def saved_opt(self, state: TrainState) -> Any:
         """What a checkpoint needs besides the parameters, so that training goes on as if it had not stopped."""
-        return {"opt": state.opt, "trainable": state.trainable} if self._averages() else state.opt
+        saved = {"opt": state.opt, "guard": state.guard}
+        return saved | ({"trainable": state.trainable} if self._averages() else {})
 
     def rounded(self, params: dict) -> dict:
         """Canonical parameters with the leaves that are stored quantised replaced by what their codes stand for."""
@@ -75,7 +79,7 @@ class Trainer(NamedTuple):
         params = before.partition.join(state.trainable, before.partition.split(base)[1])
         trainable, frozen = self.partition.split(params)
         opt = optim.carry(state.opt, self.init_opt(trainable))
-        return TrainState(state.step, trainable, self.storage.store(frozen), opt)
+        return TrainState(state.step, trainable, self.storage.store(frozen), opt, state.guard)
 
     def _averages(self) -> bool:
         return optim.averaged(self.abstract_state.opt) is not None
@@ -174,14 +178,24 @@ def _phase(
         optimizer = optim.make(trainable, **shape, **vars(stage.optimizer))
     opt = jax.eval_shape(optimizer.transform.init, trainable)
     opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))
+    new_guard = partial(guards.make, stage.guard.deviations, stage.guard.window)
+    guard = jax.eval_shape(new_guard)
     abstract_state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh)),
         with_sharding(trainable, trainable_shardings),
         storage.abstract,
         with_sharding(opt, opt_shardings),
+        with_sharding(guard, jax.tree.map(lambda _: named(mesh), guard)),
     )
     loss = partial(objective.loss, task=task)
-    step = make_train_step(cut.graph, loss, optimizer.transform, seed=seed, micro_batches=stage.micro_batches)
+    step = make_train_step(
+        cut.graph,
+        loss,
+        optimizer.transform,
+        seed=seed,
+        micro_batches=stage.micro_batches,
+        deviations=stage.guard.deviations,
+    )
     head = "task" if objective.HEAD else "lm"
     size = (stage.batch_size, stage.sequence_length, head)
     return Trainer(
@@ -192,6 +206,7 @@ def _phase(
         optimizer=optimizer,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract_state), named(mesh))),
         init_opt=jax.jit(optimizer.transform.init, out_shardings=opt_shardings),
+        init_guard=jax.jit(new_guard, out_shardings=named(mesh)),
         storage=storage,
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,

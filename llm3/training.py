@@ -1,19 +1,19 @@
 """One stage from its start (resumed, handed over, or from nothing) to its last checkpoint and its row."""
 
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 
-from llm3 import evals, memory
+from llm3 import evals, memory, processes
 from llm3.best import scored
 from llm3.checkpoint import Checkpoints, Restored, Wanted
 from llm3.config import StageConfig
 from llm3.data.batch import Batch
-from llm3.errors import UserError, nearest
+from llm3.errors import Diverged, UserError, nearest
 from llm3.handoff import CHECKPOINTS, Parent
 from llm3.loop import Cost, Meter, StopRequest, train
 from llm3.parents import base_meta, check_ancestry, check_same_data, find_parent, first_params
@@ -22,12 +22,13 @@ from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration
 from llm3.savings import recipe, savings
 from llm3.session import Session
-from llm3.sharding import named, place_batch
+from llm3.sharding import named, place_rows, rows_of_process
 from llm3.stages import parent_label
 from llm3.step import TrainState
 from llm3.store import DamagedCheckpoint
 from llm3.trainer import Trainer
 from llm3.tree import flatten, size
+from llm3.watchdog import Watchdog
 from llm3.workdir import RECORD, stage_record, write_json
 
 
@@ -140,35 +141,46 @@ class StageRun:
         self.checkpoints.save(done, params, trainer.saved_opt(state), meta, metrics, partial=rests)
 
     def train(
-        self, trainer: Trainer, state: TrainState, done: int, writer: MetricsWriter, request: StopRequest
+        self, trainer: Trainer, state: TrainState, done: int, writer: MetricsWriter | None, request: StopRequest
     ) -> tuple[TrainState, int]:
-        """Go on from step `done` to the end of a phase, or to a stop request; the state and the step reached."""
+        """Go on from step `done` to the end of a phase, or to a stop request; the state and the step reached.
+
+        writer: of the first process; None on the others.
+        """
         session, stage, cost = self.session, self.stage, self.cost
         step, mixture = compile_step(self, trainer, done), session.experiment.mixture(self.name)
-        with Progress(stage.steps, done, self.name) as progress:
+        rows = rows_of_process(session.mesh, stage.batch_size)
+        with Progress(stage.steps, done, self.name) if writer else nullcontext() as progress:
 
             def on_log(done: int, line: dict) -> None:
+                if writer is None:
+                    return
                 rate = float(trainer.optimizer.schedule(done - 1 - cost.skipped_steps))
                 epochs = {f"epochs_{source}": seen for source, seen in mixture.epochs(done).items()}
                 line = {"learning_rate": rate} | line | epochs
                 writer.write(done, line)
                 progress.log(done, line)
                 if skipped := line["skipped_steps"]:
-                    session.console.print(f"{self.name}: skipped {skipped} steps: no label, or no finite loss")
+                    session.console.print(f"{self.name}: skipped {skipped} steps: no label, no finite loss, or a spike")
 
-            return train(
-                state,
-                step,
-                lambda i: place_batch(session.mesh, mixture.batch(i)),
-                Meter(cost, trainer.flops_per_step, session.peak_flops),
-                start=done,
-                stop=trainer.stop,
-                log_every=stage.log_every,
-                save_every=stage.save_every,
-                on_log=on_log,
-                on_save=partial(self.save, trainer),
-                request=request,
-            )
+            try:
+                return train(
+                    state,
+                    step,
+                    lambda i: place_rows(session.mesh, stage.batch_size, mixture.batch(i, rows)),
+                    Meter(cost, trainer.flops_per_step, session.peak_flops),
+                    start=done,
+                    stop=trainer.stop,
+                    log_every=stage.log_every,
+                    save_every=stage.save_every,
+                    stop_after=stage.guard.stop_after,
+                    on_log=on_log,
+                    on_save=partial(self.save, trainer),
+                    request=request,
+                    watchdog=Watchdog(session.config.hang_seconds),
+                )
+            except Diverged as error:
+                raise Diverged(f"{self.name}: {error}") from None
 
 
 def run_stage(session: Session, name: str, request: StopRequest) -> bool:
@@ -177,12 +189,13 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     check_ancestry(session.workdir, [name])
     parent = find_parent(session.experiment, name, [])
     memory.reset_peak()
-    write_json(directory / RECORD, stage_record(session.config, name))
+    if processes.is_first():
+        write_json(directory / RECORD, stage_record(session.config, name))
     with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best=stage.best or None) as checkpoints:
         run = StageRun(session, name, checkpoints)
         state, done = run.begin(parent)
         trainer = run.trainer_of(done)
-        with MetricsWriter(directory, done or None) as writer:
+        with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
             for phase in run.phases:
                 if request.signal or done >= phase.stop or done < phase.first:
                     continue
@@ -194,7 +207,8 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
         if done < stage.steps:
             return False
         params = run.whole(trainer, state)
-    takes = savings(session, name, trainer, run.temp_bytes, read_metrics(directory))
+    lines = read_metrics(directory) if processes.is_first() else []
+    takes = savings(session, name, trainer, run.temp_bytes, lines)
     seed = session.experiment.given_seed(name)
     epochs = session.experiment.mixture(name).epochs(stage.steps)
     told = {"steps": stage.steps, "parent": parent_label(stage), "seed": seed, "recipe": recipe(session, name)}
@@ -245,6 +259,6 @@ def abstract_batch(session: Session, name: str) -> Batch:
     """The shapes of a stage's batch on the mesh."""
     stage = session.config.stages[name]
     sharding = named(session.mesh, "batch", "length")
-    example = session.experiment.mixture(name).batch(0, slice(0, 1))
+    example = session.experiment.mixture(name).batch(0, [0])
     shape = (stage.batch_size, stage.sequence_length)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding), example)

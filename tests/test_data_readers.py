@@ -211,3 +211,12 @@ def test_local_lines_need_no_copy_on_disk_whether_they_stream_or_not():
     Path("rows.jsonl").write_bytes(as_json(TEXTS))
     assert texts(data_files="rows.jsonl", streaming=True) == texts(data_files="rows.jsonl") == TEXTS
     assert not list(Path("cache").rglob("*.arrow"))
+
+
+def test_a_large_corpus_is_cut_into_enough_parts_for_many_cores_and_none_too_large_for_memory():
+    million, billion = 10**6, 10**9
+    assert lines.part_bytes(30 * million) == 32 << 20, "one part"
+    for total in (34 * million, 100 * million, billion, 100 * billion):
+        size = lines.part_bytes(total)
+        assert 1 << 20 <= size <= 32 << 20
+        assert total / size > 32, "two, or thirty-two, cores end at nearly the same time"

@@ -79,7 +79,7 @@ def test_tables_and_streams_come_in_parts_by_rows(monkeypatch):
     table = datasets.Dataset.from_dict({"text": TEXTS})
     table.select(range(320)).to_parquet("rows-1.parquet", batch_size=90)
     table.select(range(320, 500)).to_parquet("rows-2.parquet")
-    monkeypatch.setattr(tables, "PART_BYTES", table.data.nbytes // 4)
+    monkeypatch.setattr(lines, "PART_BYTES", table.data.nbytes // 4)
     monkeypatch.setattr(tables, "STREAM_PART_ROWS", 120)
     monkeypatch.setattr(tables, "ROWS_AT_A_TIME", 50)
     for streaming, firsts in ((False, [0, 125, 250, 375]), (True, [0, 120, 240, 360, 480])):

@@ -59,7 +59,7 @@ class Host:
         self.log, self.noise = [], noise
         self.tables = {name: Logged(name, self.log) for name in CACHES}
         self.mixture = Mixture(self.tables, schedule, BATCH, seed=11, corrupt=noise)
-        self.rows = slice(host * BATCH // hosts, (host + 1) * BATCH // hosts)
+        self.rows = range(host * BATCH // hosts, (host + 1) * BATCH // hosts)
 
     def read(self, step):
         """[(source, window, [(row of the source, first token, last token + 1), ...], bytes of the row), ...]"""

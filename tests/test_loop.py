@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 
+from llm3.errors import Diverged
 from llm3.loop import Cost, Meter, StopRequest, train
+from llm3.watchdog import Watchdog
 
 
-def metrics(loss, weight, skipped=0.0, tokens=8.0):
-    return {"loss": loss, "weight": weight, "skipped": skipped, "tokens": tokens, "grad_norm": loss / 2}
+def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
+    named = {"loss": loss, "weight": weight, "skipped": skipped, "tokens": tokens, "grad_norm": loss / 2}
+    return named | {"skipped_in_a_row": in_a_row}
 
 
 def test_a_log_line_weights_steps_by_their_targets_and_leaves_skipped_ones_out():
@@ -28,15 +31,17 @@ def test_a_log_line_of_skipped_steps_only_has_no_loss():
     assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_steps"] == 1
 
 
-def run(start=0, stop=10, request=None, ask_at=None):
+def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
     """The steps at which a loop logged and saved, the batches it took, and where it ended."""
     logged, saved, batches, request = [], [], [], request or StopRequest()
+    run.seen = logged, saved
 
     def step(state, batch):
         batches.append(batch)
         if len(batches) == ask_at:
             request.signal = 15
-        return state + 1, metrics(np.float64(1.0), 1.0)
+        in_a_row = max(0, len(batches) - bad_from) if bad_from is not None else 0
+        return state + 1, metrics(np.float64(1.0), 1.0, skipped=float(in_a_row > 0), in_a_row=float(in_a_row))
 
     _, end = train(
         0,
@@ -47,9 +52,11 @@ def run(start=0, stop=10, request=None, ask_at=None):
         stop=stop,
         log_every=3,
         save_every=4,
+        stop_after=3,
         on_log=lambda done, line: logged.append(done),
         on_save=lambda done, state: saved.append(done),
         request=request,
+        watchdog=Watchdog(0),
     )
     return logged, saved, batches, end
 
@@ -65,3 +72,13 @@ def test_a_resumed_loop_takes_the_batches_that_are_left():
 
 def test_a_requested_stop_saves_after_the_step_in_flight():
     assert run(ask_at=6) == ([3, 4, 6], [4, 6], list(range(6)), 6)
+
+
+def test_a_loop_that_leaves_out_too_many_steps_in_a_row_ends_without_another_save():
+    with pytest.raises(Diverged, match=r"^step 8: the last 3 steps .* \(guard\.stop_after=3\)"):
+        run(bad_from=5)
+    assert run.seen == ([3, 4, 6, 8], [4])
+
+
+def test_steps_left_out_now_and_then_do_not_end_a_loop():
+    assert run(bad_from=8)[3] == 10

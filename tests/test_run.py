@@ -156,7 +156,7 @@ def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same
     assert "The same command resumes" in stopped.stdout
     assert newest(workdir, "posttrain").latest() == 7
 
-    stopped = tiny.process(whole.base, command, point="SIGTERM@log:finetune:4", status=143)
+    stopped = tiny.process(whole.base, command, point="SIGTERM@log:finetune:4", status=75)
     assert "posttrain: resumes at step 7" in stopped.stdout
     assert newest(workdir, "finetune").latest() == 5
 

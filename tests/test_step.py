@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import COMPILE_FAST, TASK, jit, make_batch, make_params, model_config
 
-from llm3 import optim
+from llm3 import guard, optim
 from llm3.config import ModelConfig, OptimizerConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.models.transformer import abstract, segmented
@@ -196,8 +196,9 @@ def test_only_trainable_leaves_own_moments():
 
 def assert_nothing_but_the_step_changed(before: TrainState, after: TrainState) -> None:
     assert after.step == before.step + 1
-    for old, new in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
+    for old, new in zip(jax.tree.leaves(before[1:-1]), jax.tree.leaves(after[1:-1]), strict=True):
         np.testing.assert_array_equal(old, new)
+    assert after.guard.taken == before.guard.taken
 
 
 def trained_once() -> tuple[Run, TrainState]:
@@ -210,6 +211,7 @@ def test_a_step_without_a_label_is_skipped_and_reports_zero():
     batch = make_batch(ROWS)
     after, metrics = run.step(state, batch._replace(weights=np.zeros_like(batch.weights)))
     assert (metrics["skipped"], metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (1, 0, 0, 0)
+    assert metrics["skipped_in_a_row"] == 0, "a step without labels says nothing of the run"
     assert_nothing_but_the_step_changed(state, after)
 
 
@@ -221,7 +223,7 @@ def test_a_step_that_is_not_finite_leaves_parameters_moments_and_schedule_as_the
     state = state._replace(frozen={**state.frozen, "embed": {"embedding": embedding}})
     after, metrics = run.step(state, make_batch(ROWS))
     assert metrics["skipped"] == 1
-    assert not np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["loss"]) and metrics["skipped_in_a_row"] == 1
     assert_nothing_but_the_step_changed(state, after)
     counts = [int(leaf) for leaf in jax.tree.leaves(after.opt) if np.ndim(leaf) == 0]
     assert counts == [1, 1], "the schedule has seen one update"
@@ -254,7 +256,7 @@ def scalar_step(loss, seed: int = 0, micro_batches: int = 1):
 
     def run(number: float, at: int = 0):
         trainable = {"number": jnp.float32(number)}
-        state = TrainState(jnp.int32(at), trainable, {}, transform.init(trainable))
+        state = TrainState(jnp.int32(at), trainable, {}, transform.init(trainable), guard.make(0.0, 2))
         after, metrics = step(state, Batch(*[np.ones((2, 3), np.float32)] * 5))
         return float(after.trainable["number"]), jax.device_get(metrics)
 

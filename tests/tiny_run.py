@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -142,14 +143,15 @@ def process(
 
 
 def die_at(point: str) -> None:
-    """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP]. WHAT is one of
+    """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: sleeps). WHAT is one of
 
+    step: so many steps have been made, over all stages; data: the batch of a step is read, in any stage;
     log: a line of metrics has been written; saving: a save has begun, in the background; saved: it has ended;
     saving_base, saved_base: the same of the base of a stage; row: a stage is trained and its row is about to be
     written; tokenizer: it is about to be trained; tokens: the first text of a cache has been encoded.
     """
-    from llm3 import checkpoint, session
-    from llm3.data import tokenizer
+    from llm3 import checkpoint, loop, session
+    from llm3.data import mixture, tokenizer
     from llm3.data.forms import text
     from llm3.report import logs
 
@@ -163,7 +165,7 @@ def die_at(point: str) -> None:
         def patched(*args, **kwargs):
             result = None if before else original(*args, **kwargs)
             if applies(*args):
-                os.kill(os.getpid(), signal.Signals[name])
+                time.sleep(1000) if name == "HANG" else os.kill(os.getpid(), signal.Signals[name])
             return original(*args, **kwargs) if before else result
 
         setattr(owner, attribute, patched)
@@ -188,6 +190,8 @@ def die_at(point: str) -> None:
         return pathlib.Path(writer._file.name).parent.name == stage and at == int(step)
 
     {
+        "step": lambda: patch(loop.StopRequest, "at_step", lambda request: request.steps == int(step)),
+        "data": lambda: patch(mixture.Mixture, "batch", lambda _, at, *__: at == int(step)),
         "log": lambda: patch(logs.MetricsWriter, "write", of_writer),
         "saving": lambda: patch(checkpoint.Checkpoints, "save", of_checkpoint),
         "saved": lambda: patch(checkpoint.Checkpoints, "save", wait_for_checkpoint),

@@ -17,7 +17,7 @@ from llm3.data.stored import Stored
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 
-FORMAT = 2  # part of the key: raise it when the files or their meaning change
+FORMAT = 3  # part of the key: raise it when the files or their meaning change
 VERIFIED_BYTES = 2**30  # of files whose digests are computed each time a cache is opened; of larger ones only the sizes
 ATTEMPTS = 3  # to build what is damaged
 KEYS_AT_A_TIME = 2**20

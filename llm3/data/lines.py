@@ -19,12 +19,19 @@ from typing import Any, BinaryIO
 from llm3.data.forms import BadRow
 from llm3.errors import UserError
 
-PART_BYTES = 32 << 20  # a part ends at the first line end after so many
+PART_BYTES = 32 << 20  # a corpus up to this is one part, and no part is larger ...
+PARTS = 64  # ... of a larger one, so many parts keep all cores at work to the end, if they are not too small for it
+SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 START = 200  # characters of a bad row that are kept to be shown
 BOM = b"\xef\xbb\xbf"
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")  # not read here
+
+
+def part_bytes(total: int) -> int:
+    """Where a corpus of `total` bytes is cut: the same on every machine. A part ends at the first line end after it."""
+    return PART_BYTES if total <= PART_BYTES else min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +50,10 @@ class Lines:
 
     def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
         """(number of the first row, (file, start, stop)), in bytes; a compressed file is one piece."""
-        first = 0
+        first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
         for name in self.files:
             with opened(name) as file:
-                first = yield from _cuts(file, name, sys.maxsize if _opener(name) else PART_BYTES, first)
+                first = yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first)
 
     def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows of one piece with their numbers, in constant memory."""

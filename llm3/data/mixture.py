@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import grain
@@ -73,17 +73,18 @@ class Mixture:
             first = step * batch_size
             self._phases.append(_Phase(first, _shares(weights, self._windows, by), self._drawn(first)))
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The rows `rows` of the global batch of a step, arrays [rows, T]; a host asks for its own rows only."""
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        """These rows (default: all) of the global batch of a step, arrays [rows, T]; a host asks for its own only."""
+        rows = range(self._batch_size) if rows is None else rows
         windows = [self._windows[name][index] for name, index in self.origins(step, rows)]
         if self._corrupt is not None:
-            numbers = range(self._batch_size)[rows]
-            windows = [self._corrupt(each, self._random(step, row)) for each, row in zip(windows, numbers, strict=True)]
+            windows = [self._corrupt(each, self._random(step, row)) for each, row in zip(windows, rows, strict=True)]
         return _stack(windows)
 
-    def origins(self, step: int, rows: slice = slice(None)) -> list[tuple[str, int]]:
-        """Which window of which table each of these rows of the global batch is."""
-        return [self._origin(step * self._batch_size + row) for row in range(self._batch_size)[rows]]
+    def origins(self, step: int, rows: Sequence[int] | None = None) -> list[tuple[str, int]]:
+        """Which window of which table each of these rows (default: all) of the global batch is."""
+        rows = range(self._batch_size) if rows is None else rows
+        return [self._origin(step * self._batch_size + row) for row in rows]
 
     def draws(self, step: int) -> dict[str, int]:
         """How many rows have been drawn from each table in the batches before `step`."""

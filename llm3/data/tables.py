@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from llm3.data.lines import PART_BYTES
+from llm3.data.lines import part_bytes
 from llm3.errors import UserError
 
 READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
@@ -26,7 +26,8 @@ class Table:
     def pieces(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """(number of the first row, (that, the row to stop before))."""
         count = len(self.dataset)
-        rows = max(1, PART_BYTES * count // max(self.dataset.data.nbytes, 1))
+        total = max(self.dataset.data.nbytes, 1)
+        rows = max(1, part_bytes(total) * count // total)
         for start in range(0, count, rows):
             yield start, (start, min(start + rows, count))
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -30,6 +31,7 @@ from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import abstract
+from llm3.sharding import constrain
 
 Compiled = dict[tuple, Callable]
 
@@ -76,7 +78,12 @@ class Test:
         key = (getattr(function, "func", function), tuple(getattr(function, "keywords", {}).items()), self.model)
         if key not in self.compiled:
             graph = abstract(self.model).graph
-            self.compiled[key] = jax.jit(lambda params, *arrays: function(nnx.merge(graph, params), *arrays))
+
+            def on_every_host(params: dict, *arrays: Any) -> Any:
+                result = function(nnx.merge(graph, params), *arrays)
+                return jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), result)
+
+            self.compiled[key] = jax.jit(on_every_host)
         return lambda *arrays: self.compiled[key](self.params, *arrays)
 
     def each(
