@@ -122,8 +122,11 @@ class Experiment:
         )
 
     def _read_out(self, name: str) -> int:
-        """In how many places of a training window at most the model is read; 0 where that is not known."""
-        if (stage := self.config.stages.get(name)) is None:
+        """In how many places of a training window at most the model is read; 0 where that is not known.
+
+        A window that is cut over devices is computed at all of its places, each where it lies.
+        """
+        if (stage := self.config.stages.get(name)) is None or self.config.mesh.context != 1:
             return 0
         peer = objectives.load(stage.objective_name)
         if hasattr(peer, "most"):

@@ -35,13 +35,15 @@ def peak_flops(device_kind: str) -> float | None:
 
 class Shape(NamedTuple):
     """What FLOPs depend on besides the model: the tokens of a step, the head ("lm" or "task"), and at how many
-    places of a row a layer is computed (but for its keys and values, which are those of all).
+    places of a row a layer is computed (but for its keys and values, which are those of all); into how many pieces a
+    window is cut.
     """
 
     batch: int
     length: int
     head: str
     places: int
+    context: int = 1
 
     @property
     def computed(self) -> int:
@@ -65,17 +67,18 @@ def step_flops(
     head: str,
     segments: Segments | None = None,
     trainable: frozenset[str] | None = None,
+    context: int = 1,
 ) -> tuple[float, float]:
     """FLOPs of one train step over [batch, length] tokens (all micro-batches together): forward, and backward.
 
     `segments` and `trainable` are those of a Partition; without them everything trains. A matrix product costs once
     forward, once more backward for its input where anything below it trains, and once more for its weights where they
     train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
-    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only; the
-    last layer is computed at the places of labels only, where the model knows how many there are. Logits that are held
-    in chunks are computed again.
+    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only, if
+    windows are not cut into `context` pieces; the last layer is computed at the places of labels only, where the model
+    knows how many there are. Logits that are held in chunks are computed again.
     """
-    shape = top = Shape(batch, length, head, length)
+    shape = top = Shape(batch, length, head, length, context)
     if config.read_out:
         top = shape._replace(places=config.read_out)  # of the last layer
     trains = _Trains(trainable, "")
@@ -192,7 +195,8 @@ def _scores(config: ModelConfig, shape: Shape) -> float:
 
 def _skipped(config: ModelConfig, shape: Shape) -> float:
     """Of the scores of a layer, what the blocks of `attend` leave out where nothing is differentiated."""
-    blocks = query_blocks(shape.length) if config.causal and shape.places == shape.length else 1
+    in_blocks = config.causal and shape.places == shape.length and shape.context == 1
+    blocks = query_blocks(shape.length) if in_blocks else 1
     return _scores(config, shape) * (blocks - 1) / (2 * blocks)
 
 

@@ -7,6 +7,7 @@ passed on, so that all of them take the same way.
 import itertools
 import json
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is taken for dead, and all others end
 LEAVING_SECONDS = 5
+ALL_DEVICES = {"local_device_ids": []}  # that it sees; left out, jax takes one for each task of a scheduler
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # for the first process, which may have a corpus to tokenize
 
 
@@ -57,11 +59,13 @@ def detect(
         who = f"task {environment['SLURM_PROCID']} of {environment['SLURM_NTASKS']}"
         return Cluster(
             f"SLURM: {who} of job {environment['SLURM_JOB_ID']}",
-            _address(environment) | {"cluster_detection_method": "slurm"},
+            _address(environment) | {"cluster_detection_method": "slurm"} | _devices_of_slurm_task(environment),
         )
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         who = f"rank {environment['OMPI_COMM_WORLD_RANK']} of {environment['OMPI_COMM_WORLD_SIZE']}"
-        return Cluster(f"Open MPI: {who}", _address(environment) | {"cluster_detection_method": "ompi"})
+        alone = int(environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) == 1
+        devices = ALL_DEVICES if alone else {}
+        return Cluster(f"Open MPI: {who}", _address(environment) | {"cluster_detection_method": "ompi"} | devices)
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     if len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return Cluster(f"TPU: worker {environment.get('TPU_WORKER_ID', '?')} of {max(len(hosts), 1)}", {})
@@ -88,7 +92,15 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
     if not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator={coordinator!r}: expected HOST:PORT of process 0")
     arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    arguments["cluster_detection_method"] = "deactivate"  # else the devices are those of a scheduler around it
     return Cluster(f"process {process} of {processes}, coordinator {coordinator}", arguments)
+
+
+def _devices_of_slurm_task(environment: Mapping[str, str]) -> dict[str, list]:
+    """All that the task sees, unless several of them see those of their node and have to take one each."""
+    shared = int(environment["SLURM_NTASKS"]) > int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    own = "SLURM_GPUS_PER_TASK" in environment or "SLURM_GPU_BIND" in environment
+    return {} if "JAX_LOCAL_DEVICE_IDS" in environment or (shared and not own) else ALL_DEVICES
 
 
 def _address(environment: Mapping[str, str]) -> dict[str, str]:
@@ -124,6 +136,20 @@ def index() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes and speaks."""
     return index() == 0
+
+
+def islands() -> list[list[jax.Device]]:
+    """The devices in groups inside of which the network is fast: the slices of TPUs, the hosts of all others."""
+    devices = jax.devices()
+    if devices[0].platform == "tpu":
+        of = {device: getattr(device, "slice_index", 0) for device in devices}
+    else:
+        publish("host", socket.gethostname())
+        barrier()
+        hosts = published("host")
+        of = {device: hosts.get(device.process_index) for device in devices}
+    groups = dict.fromkeys(of.values())  # in the order of their first device
+    return [[device for device in devices if of[device] == each] for each in groups]
 
 
 _numbers = itertools.count()  # of the exchanges so far: all processes have the same ones, in the same order
@@ -217,16 +243,17 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     except BaseException as error:
         if count() == 1:
             raise
-        if isinstance(error, UserError):
-            if not isinstance(error, Elsewhere):
+        with suppress(OSError):  # what is said may have no reader any more, such as a connection that was lost
+            if not isinstance(error, UserError):
+                print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
+                traceback.print_exc()
+            elif not isinstance(error, Elsewhere):
                 print(f"llm3: process {index()}: {error}", file=sys.stderr)
-        else:
-            print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
-            traceback.print_exc()
         with suppress(Exception):  # the others may be about to read why; the first process holds what they read
             _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit", 1)))
 
 

@@ -3,7 +3,8 @@
 import math
 import re
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -20,7 +21,8 @@ from llm3.flops import peak_flops
 from llm3.handoff import INIT, read_start
 from llm3.models.transformer import init, segmented
 from llm3.objectives import read_options
-from llm3.sharding import check_batch, make_mesh, place_batch
+from llm3.processes import islands
+from llm3.sharding import check_batch, make_mesh, place_batch, rules_in_force, table
 from llm3.trainer import Trainer, build
 from llm3.tree import params_digest, size
 from llm3.workdir import DETAILS, ROW, read_json, write_json
@@ -32,20 +34,29 @@ class Session:
     def __init__(self, experiment: Experiment, console: Console):
         self.experiment, self.config, self.workdir = experiment, experiment.config, experiment.workdir
         self.console = console
-        self.mesh = make_mesh(vars(self.config.mesh))
-        for name, evaluation in self.config.evaluations.items():
-            check_batch(self.mesh, evaluation.batch_size, 1, f"config.evaluations.{name}")
-        for name in experiment.order:
-            stage = self.config.stages[name]
-            check_batch(self.mesh, stage.batch_size, stage.micro_batches, f"config.stages.{name}")
+        mesh = self.config.mesh
+        self._rules = table(mesh.rules)
+        self.mesh = make_mesh(vars(mesh), across=mesh.across, islands=islands())
+        with self.on_mesh():
+            self._check_batches()
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self._phases: dict[str, list[Trainer]] = {}
         self._compiled: evals.Compiled = {}
 
-    def on_mesh(self) -> AbstractContextManager:
-        """Put the mesh in force."""
-        return jax.set_mesh(self.mesh)
+    @contextmanager
+    def on_mesh(self) -> Iterator[None]:
+        """Put the mesh, and the table of what is cut along its axes, in force."""
+        with jax.set_mesh(self.mesh), rules_in_force(self._rules):
+            yield
+
+    def _check_batches(self) -> None:
+        for name, evaluation in self.config.evaluations.items():
+            where = f"config.evaluations.{name}"
+            check_batch(self.mesh, evaluation.batch_size, evaluation.sequence_length, 1, where)
+        for name in self.experiment.order:
+            stage, where = self.config.stages[name], f"config.stages.{name}"
+            check_batch(self.mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
 
     def phases(self, name: str) -> list[Trainer]:
         """The trainers of a stage, one after another. Raises UserError for what does not fit."""

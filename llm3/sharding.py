@@ -1,36 +1,72 @@
 """The mesh, the table from logical axes to mesh axes, and placing arrays by it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llm3.errors import UserError
+from llm3.errors import UserError, nearest
 from llm3.tree import map_with_path
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+Rules = Mapping[str, tuple[str, ...]]
 
-# Every parameter and activation names its axes by meaning; this table says where each of them is cut.
-LOGICAL_AXES: Mapping[str, str | tuple[str, ...] | None] = {
+# Every parameter and activation names its axes by meaning; this table says along which mesh axes each of them is cut.
+LOGICAL_AXES: Rules = {
     "batch": ("data", "fsdp"),
-    "length": None,
-    "layers": None,
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "head_dim": None,
-    "mlp": "tensor",
-    "classes": None,
+    "length": ("context",),  # of a window; all between the attentions is computed where its positions lie
+    "keys": (),  # the positions that attention reads: gathered from all pieces of a window
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "classes": (),
 }
+_rules: Rules = LOGICAL_AXES  # the table in force; like jax's mesh in force, but seen by all threads
+
+
+def table(changes: Mapping[str, Any]) -> Rules:
+    """`LOGICAL_AXES` with the changes of a config: {logical axis: a mesh axis, a list of them, or None}.
+
+    Raises UserError for a name that is none.
+    """
+    rules = dict(LOGICAL_AXES)
+    for name, cut in changes.items():
+        where = f"config.mesh.rules.{name}"
+        if name not in rules or name == "layers":  # a scan goes through all layers
+            raise UserError(f"{where}: no such axis; {nearest(name, rules.keys() - {'layers'})}")
+        axes = () if cut is None else (cut,) if isinstance(cut, str) else cut
+        if not isinstance(axes, list | tuple) or len(set(map(str, axes))) < len(axes):
+            raise UserError(f"{where}={cut!r}: expected a mesh axis, a list of different ones, or None")
+        for axis in axes:
+            if axis not in MESH_AXES:
+                raise UserError(f"{where}={cut!r}: no mesh axis {axis!r}; {nearest(axis, MESH_AXES)}")
+        rules[name] = tuple(axes)
+    return rules
+
+
+@contextmanager
+def rules_in_force(rules: Rules) -> Iterator[None]:
+    """Let `rules` be the table by which all here is cut, for as long as this context lasts."""
+    global _rules
+    before, _rules = _rules, rules
+    try:
+        yield
+    finally:
+        _rules = before
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The size of each mesh axis, a single -1 filled with what is left of `devices`. Raises UserError."""
-    shape = {axis: sizes[axis] for axis in MESH_AXES}
+    """The size of each mesh axis (default 1), a single -1 filled with what is left of `devices`. Raises UserError."""
+    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     for axis, size in shape.items():
         if size < 1 and size != -1:
             raise UserError(f"mesh.{axis}={size}: expected a positive size, or -1 for the devices that are left")
@@ -43,40 +79,78 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
     return {axis: devices // fixed if size == -1 else size for axis, size in shape.items()}
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list | None = None) -> Mesh:
-    """A mesh over `devices` (default: all of them). Raises UserError where the sizes do not fit."""
+def make_mesh(
+    sizes: Mapping[str, int], devices: list | None = None, *, across: str = "", islands: Sequence[list] | None = None
+) -> Mesh:
+    """A mesh over `devices` (default: all of them). Raises UserError where the sizes do not fit.
+
+    across: the axis that is laid over the `islands`, groups of devices with a slow network between them, so that all
+    other axes stay inside of one; "": as the devices come.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    grid = arranged(shape, across, islands or [devices])
+    return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The partition of an array whose axes have these logical names."""
-    return PartitionSpec(*(LOGICAL_AXES[axis] if axis else None for axis in axes))
+def arranged(shape: Mapping[str, int], across: str, islands: Sequence[list]) -> np.ndarray:
+    """The devices in the shape of a mesh, each piece of the axis `across` inside of one island. Raises UserError.
+
+    Inside of an island, they lie as `mesh_utils` has it for the topology of the chips.
+    """
+    if across and across not in MESH_AXES:
+        raise UserError(f"config.mesh.across={across!r}: no such mesh axis; {nearest(across, MESH_AXES)}")
+    if not across or len(islands) == 1:
+        return mesh_utils.create_device_mesh(tuple(shape.values()), [each for island in islands for each in island])
+    if len({len(island) for island in islands}) > 1:
+        raise UserError(f"config.mesh.across={across!r}: the hosts have {[len(each) for each in islands]} devices")
+    if shape[across] % len(islands):
+        raise UserError(
+            f"config.mesh.across={across!r}: mesh.{across} is {shape[across]}: expected a multiple of {len(islands)}, "
+            "the hosts (or slices) that it is laid over"
+        )
+    inner = tuple(size // len(islands) if axis == across else size for axis, size in shape.items())
+    parts = [mesh_utils.create_device_mesh(inner, island) for island in islands]
+    return np.concatenate(parts, axis=MESH_AXES.index(across))
 
 
-def named(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """The sharding of an array whose axes have these logical names."""
-    return NamedSharding(mesh, spec(axes))
+def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names; of a shape: only where the mesh divides it."""
+    cuts = [_rules[axis] if axis else () for axis in axes]
+    if shape is not None:
+        pieces = [math.prod(mesh.shape[each] for each in cut) for cut in cuts]
+        cuts = [cut if size % count == 0 else () for cut, size, count in zip(cuts, shape, pieces, strict=True)]
+    return PartitionSpec(*(cut[0] if len(cut) == 1 else cut or None for cut in cuts))
+
+
+def named(mesh: Mesh, *axes: str | None, shape: Sequence[int] | None = None) -> NamedSharding:
+    """The sharding of an array whose axes have these logical names; of a shape: only where the mesh divides it."""
+    return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh that is in force (`jax.set_mesh`); without one, leave it."""
+    """Pin an activation to the mesh that is in force (`jax.set_mesh`); without one, leave it.
+
+    An axis that the mesh does not divide, such as the one token of a step of decoding, is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return array if mesh.empty else jax.lax.with_sharding_constraint(array, spec(axes))
+    return array if mesh.empty else jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
 
 
-def axis_size(mesh: Mesh, axis: str) -> int:
-    """How many pieces a logical axis is cut into on this mesh."""
-    names = LOGICAL_AXES[axis]
-    names = () if names is None else (names,) if isinstance(names, str) else names
-    return math.prod(mesh.shape[name] for name in names)
+def axis_size(mesh: Any, axis: str) -> int:
+    """How many pieces a logical axis is cut into on this mesh; 1 on an empty one."""
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules[axis])
+
+
+def is_cut(axis: str) -> bool:
+    """Whether a logical axis is cut on the mesh that is in force."""
+    return axis_size(jax.sharding.get_abstract_mesh(), axis) > 1
 
 
 def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
     """The sharding of every leaf of a parameter tree, given the tuple of logical names of each leaf.
 
-    Raises UserError for a leaf that the mesh does not divide.
+    Raises UserError for a leaf that the mesh does not divide, or that the table cuts twice along one mesh axis.
     """
 
     def one(path: str, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
@@ -86,6 +160,9 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
                     f"{path}: its axis '{name}' of size {size} cannot be cut into {axis_size(mesh, name)} "
                     f"(mesh {dict(mesh.shape)}): choose a size that it divides, or another mesh"
                 )
+        used = [axis for name in names if name for axis in _rules[name]]
+        if twice := {axis for axis in used if used.count(axis) > 1}:
+            raise UserError(f"{path}: config.mesh.rules cut it twice along {', '.join(sorted(twice))}: axes {names}")
         return named(mesh, *names)
 
     return map_with_path(one, abstract, axes)
@@ -93,18 +170,25 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
     """Numpy arrays [batch, length], the same on every process, as global arrays: each process places its own part."""
-    sharding = named(mesh, "batch", "length")
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x)[at]), batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        sharding = named(mesh, "batch", "length", shape=x.shape)
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x)[at])
+
+    return jax.tree.map(place, batch)
 
 
-def check_batch(mesh: Mesh, batch_size: int, micro_batches: int, where: str) -> None:
-    """Raise UserError unless the mesh divides every micro-batch."""
+def check_batch(mesh: Mesh, batch_size: int, length: int, micro_batches: int, where: str) -> None:
+    """Raise UserError unless the mesh divides every micro-batch, and every window."""
     pieces = axis_size(mesh, "batch")
     if batch_size % (pieces * micro_batches):
         raise UserError(
             f"{where}.batch_size={batch_size}: expected a multiple of {pieces * micro_batches} = {pieces} "
-            f"(mesh data x fsdp) x {micro_batches} (micro_batches)"
+            f"(mesh {' x '.join(_rules['batch'])}) x {micro_batches} (micro_batches)"
         )
+    if length % (pieces := axis_size(mesh, "length")):
+        cut = " x ".join(_rules["length"])
+        raise UserError(f"{where}.sequence_length={length}: expected a multiple of {pieces} (mesh {cut})")
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:

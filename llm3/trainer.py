@@ -19,7 +19,7 @@ from llm3.errors import UserError
 from llm3.flops import step_flops
 from llm3.models.transformer import abstract, canonical
 from llm3.partition import canonical_path
-from llm3.sharding import check_batch, named, tree_shardings
+from llm3.sharding import axis_size, check_batch, named, tree_shardings
 from llm3.step import TrainState, make_train_step
 from llm3.tree import flatten, unflatten
 
@@ -127,7 +127,7 @@ def build(
     task: what the objective is given besides batches. fresh: whether a leaf, by its canonical path, comes from no
     parent. Raises UserError for what does not fit.
     """
-    check_batch(mesh, stage.batch_size, stage.micro_batches, where)
+    check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
     idle = tuple(f"/lora/{name}/" for name, each in model.adapters if not each.active)
     shapes = flatten(canonical(abstract(model).shapes))
     at_work = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in idle)})
@@ -210,7 +210,7 @@ def _phase(
         storage=storage,
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
-        flops=step_flops(model, *size, partition.segments, partition.trainable),
+        flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
         notes=tied_notes(model, partition, head),
     )
 

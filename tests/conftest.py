@@ -16,7 +16,7 @@ def mesh_of(count: int, **sizes: int):
     """A mesh over the first `count` fake devices."""
     from llm3.sharding import make_mesh
 
-    return make_mesh({"data": 1, "fsdp": 1, "tensor": 1} | sizes, jax.devices()[:count])
+    return make_mesh(sizes, jax.devices()[:count])
 
 
 @pytest.fixture

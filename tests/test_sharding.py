@@ -26,7 +26,7 @@ from llm3.tree import flatten
 
 
 def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
-    return dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    return {"data": data, "fsdp": fsdp, "context": 1, "tensor": tensor}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,40 @@ def test_a_mesh_is_made_of_the_devices_it_is_given():
     assert make_mesh(sizes(-1, 1, 1)).size == len(jax.devices())
 
 
+@pytest.mark.parametrize("across", ["data", "fsdp", "tensor"])
+def test_only_the_axis_that_is_laid_across_hosts_has_neighbours_on_different_ones(across):
+    """Two hosts of four devices, which come mixed."""
+    hosts = [jax.devices()[::2], jax.devices()[1::2]]
+    mesh = make_mesh(sizes(2, 2, 2), across=across, islands=hosts)
+    host_of = np.vectorize(lambda device: device in hosts[1])(mesh.devices)
+    for place, axis in enumerate(MESH_AXES):
+        moved = host_of != np.roll(host_of, 1, axis=place)
+        assert moved.all() if axis == across else not moved.any(), axis
+
+
+def test_an_axis_over_more_devices_than_hosts_has_its_near_pieces_on_one_host():
+    hosts = [jax.devices()[:4], jax.devices()[4:]]
+    mesh = make_mesh(sizes(1, -1, 1), across="fsdp", islands=hosts)
+    assert [device in hosts[1] for device in mesh.devices.ravel()] == [False] * 4 + [True] * 4
+    alone = make_mesh(sizes(1, -1, 1), across="fsdp", islands=[jax.devices()])
+    assert alone == make_mesh(sizes(1, -1, 1)), "one host has no slow network"
+
+
+@pytest.mark.parametrize(
+    ("across", "islands", "complaint"),
+    [
+        ("dat", [4, 4], r"across='dat': no such mesh axis; did you mean 'data'"),
+        ("tensor", [4, 4], "mesh.tensor is 1: expected a multiple of 2"),
+        ("data", [3, 5], r"the hosts have \[3, 5\] devices"),
+    ],
+)
+def test_an_axis_that_cannot_be_laid_across_hosts_is_refused(across, islands, complaint):
+    first = islands[0]
+    hosts = [jax.devices()[:first], jax.devices()[first:]]
+    with pytest.raises(UserError, match=complaint):
+        make_mesh(sizes(8, 1, 1), across=across, islands=hosts)
+
+
 def test_every_axis_of_every_parameter_has_a_place_in_the_table(eight_devices):
     whole = abstract(model_config(qk_norm=True, attention_bias=True, tie_embeddings=False, classes=3, norm="layernorm"))
     for path, axes in flatten(whole.axes).items():
@@ -88,10 +122,10 @@ def test_leaves_are_cut_where_the_table_says(eight_devices):
 
 
 def test_check_batch_wants_the_mesh_to_divide_every_micro_batch(eight_devices):
-    check_batch(eight_devices, 16, 4, "stage")
-    check_batch(eight_devices, 4, 1, "stage")
+    check_batch(eight_devices, 16, 32, 4, "stage")
+    check_batch(eight_devices, 4, 32, 1, "stage")
     with pytest.raises(UserError, match=r"stage\.batch_size=24: expected a multiple of 16 = 4"):
-        check_batch(eight_devices, 24, 4, "stage")
+        check_batch(eight_devices, 24, 32, 4, "stage")
 
 
 def test_each_device_gets_its_rows_of_the_batch_and_no_more(eight_devices):

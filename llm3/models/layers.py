@@ -15,6 +15,7 @@ from llm3.config import PROJECTIONS, ModelConfig
 from llm3.models.lora import Adapters, LoRA
 from llm3.models.products import attend, linear
 from llm3.models.quantized import Quantized, quantized_linear
+from llm3.sharding import constrain
 
 Axes = tuple[str | None, ...]
 Angles = tuple[jax.Array, jax.Array]
@@ -184,7 +185,8 @@ class Attention(nnx.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, *(at_places(each, places, 1) for each in angles))
-        key = rotate(key, *angles)
+        key = constrain(rotate(key, *angles), "batch", "keys", "kv_heads", "head_dim")
+        value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)

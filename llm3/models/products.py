@@ -66,43 +66,43 @@ def query_blocks(length: int) -> int:
 
 
 def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, H, h] as [B, K, (H / K) T, h], which keeps the batch and the head axis apart for sharding."""
+    """[B, T, H, h] as [B, K, H / K, T, h], or [B, K, T, h] without groups: each of the axes may be cut."""
     batch, length, heads, size = x.shape
-    return x.swapaxes(1, 2).reshape(batch, kv_heads, heads // kv_heads * length, size)
+    groups = () if heads == kv_heads else (heads // kv_heads,)
+    return x.swapaxes(1, 2).reshape(batch, kv_heads, *groups, length, size)
 
 
-def _ungrouped(x: jax.Array, length: int) -> jax.Array:
-    batch, kv_heads, rows, size = x.shape
-    return x.reshape(batch, kv_heads * rows // length, length, size).swapaxes(1, 2)
+def _ungrouped(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1, *x.shape[-2:]).swapaxes(1, 2)
 
 
 def _attend_forward(query, key, value, mask, causal):
-    length, kv_heads = query.shape[1], key.shape[2]
-    groups = query.shape[2] // kv_heads
-    query = _grouped(query * query.shape[-1] ** -0.5, kv_heads)
+    query = _grouped(query * query.shape[-1] ** -0.5, key.shape[2])
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    g = "g" * (query.ndim - 4)
     # added, not selected: one array for all layers, which the product above it takes in
-    bias = jnp.tile(jnp.where(mask, 0.0, -1e30), (1, 1, groups, 1))
-    scores = jnp.einsum("bktd,bksd->bkts", query, key, preferred_element_type=jnp.float32) + bias
+    bias = jnp.where(mask, 0.0, -1e30)
+    bias = bias[:, :, None] if g else bias
+    scores = jnp.einsum(f"bk{g}td,bksd->bk{g}ts", query, key, preferred_element_type=jnp.float32) + bias
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
-    y = jnp.einsum("bkts,bksd->bktd", weights, value, preferred_element_type=jnp.float32) / total
+    y = jnp.einsum(f"bk{g}ts,bksd->bk{g}td", weights, value, preferred_element_type=jnp.float32) / total
     y = y.astype(value.dtype)
-    return _ungrouped(y, length), (query, key, value, weights, total, y)
+    return _ungrouped(y), (query, key, value, weights, total, y)
 
 
 def _attend_backward(causal, saved, dy):
     query, key, value, weights, total, y = saved
-    length = dy.shape[1]
+    g = "g" * (query.ndim - 4)
     dy = (_grouped(dy, key.shape[1]) / total).astype(dy.dtype)  # of the sum before its division
-    dvalue = jnp.einsum("bkts,bktd->bksd", weights, dy)
-    dweights = jnp.einsum("bktd,bksd->bkts", dy, value, preferred_element_type=jnp.float32)
+    dvalue = jnp.einsum(f"bk{g}ts,bk{g}td->bksd", weights, dy)
+    dweights = jnp.einsum(f"bk{g}td,bksd->bk{g}ts", dy, value, preferred_element_type=jnp.float32)
     correction = jnp.sum((dy * y).astype(jnp.float32), axis=-1, keepdims=True)
     dscores = (weights * (dweights - correction)).astype(key.dtype)
-    dquery = jnp.einsum("bkts,bksd->bktd", dscores, key) * query.shape[-1] ** -0.5
-    dkey = jnp.einsum("bkts,bktd->bksd", dscores, query)
-    return _ungrouped(dquery, length), dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), None
+    dquery = jnp.einsum(f"bk{g}ts,bksd->bk{g}td", dscores, key) * query.shape[-1] ** -0.5
+    dkey = jnp.einsum(f"bk{g}ts,bk{g}td->bksd", dscores, query)
+    return _ungrouped(dquery), dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

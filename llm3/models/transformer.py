@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llm3.config import ModelConfig
 from llm3.models.layers import Block, Norm, Projection, attention_mask, rotation, small_init
-from llm3.sharding import constrain, tree_shardings
+from llm3.sharding import constrain, is_cut, tree_shardings
 from llm3.tree import flatten, unflatten
 
 Segments = tuple[tuple[int, int], ...]
@@ -66,7 +66,8 @@ class Transformer(nnx.Module):
             index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
             keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
         mask = attention_mask(positions, segments, *keys, self.config.causal, prefix)
-        in_order = self.config.causal and cache is None and prefix is None
+        mask = constrain(mask, "batch", None, "length", "keys")
+        in_order = self.config.causal and cache is None and prefix is None and not is_cut("length")
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         # gathered over fsdp first: rows of a table that is cut along d_model do not lie as the batch does
         table = constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
@@ -123,7 +124,8 @@ class Transformer(nnx.Module):
         """The cross-entropy of the targets, int32 [B, T], and whether each is the likeliest token: float32 [B, T] both.
 
         With `logit_chunk`, the logits of so many positions at a time are held, and computed again in the backward pass:
-        [B, T, V] is often the largest array of a step. Chunks lie along the length, and leave the batch cut as it is.
+        [B, T, V] is often the largest array of a step. A chunk takes its positions from all over the window, so that
+        every device has its share of each, however batch and length are cut.
         """
 
         def of(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -138,12 +140,12 @@ class Transformer(nnx.Module):
 
         def cut(x: jax.Array) -> jax.Array:
             padded = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
-            return padded.reshape(x.shape[0], count, chunk, *x.shape[2:]).swapaxes(0, 1)
+            return jnp.moveaxis(padded.reshape(x.shape[0], chunk, count, *x.shape[2:]), 2, 0)
 
         body = jax.checkpoint(lambda _, part: (None, of(*part)))
         unroll = min(count, self.config.scan_unroll)
         parts = jax.lax.scan(body, None, (cut(hidden), cut(targets)), unroll=unroll)[1]
-        nats, right = (part.swapaxes(0, 1).reshape(-1, count * chunk)[:, :length] for part in parts)
+        nats, right = (jnp.moveaxis(part, 0, 2).reshape(-1, count * chunk)[:, :length] for part in parts)
         return nats, right
 
     def class_logits(self, hidden: jax.Array, segments: jax.Array) -> jax.Array:
