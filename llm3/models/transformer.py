@@ -69,9 +69,7 @@ class Transformer(nnx.Module):
         mask = constrain(mask, "batch", None, "length", "keys")
         in_order = self.config.causal and cache is None and prefix is None and not is_cut("length")
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        # gathered over fsdp first: rows of a table that is cut along d_model do not lie as the batch does
-        table = constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
-        x = constrain(table[tokens], "batch", "length", None)
+        x = constrain(self._table()[tokens], "batch", "length", None)
         stored = []
         for name, stack in self.layers.items():
             first, last = map(int, name.split(":"))
@@ -84,6 +82,10 @@ class Transformer(nnx.Module):
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
             cache = {"layers": layers, "positions": keys[0], "segments": keys[1], "index": index + tokens.shape[1]}
         return self.final_norm(x), cache
+
+    def _table(self) -> jax.Array:
+        """The embedding in the compute dtype, gathered over fsdp: rows that are cut do not lie as the batch does."""
+        return constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -114,7 +116,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""
         if self.lm_head is None:
-            y = jnp.einsum("btd,vd->btv", hidden, self.embed["embedding"][...].astype(hidden.dtype))
+            y = jnp.einsum("btd,vd->btv", hidden, self._table().astype(hidden.dtype))
         else:
             y = self.lm_head(hidden)
         y, cap = y.astype(jnp.float32), self.config.logit_softcap
