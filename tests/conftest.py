@@ -12,6 +12,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The logs of SLURM jobs, so that a run of the suite shows them."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "log":
+                terminalreporter.write_line(text)
+
+
 def mesh_of(count: int, **sizes: int):
     """A mesh over the first `count` fake devices."""
     from llm3.sharding import make_mesh

@@ -55,6 +55,7 @@ def test_an_address_in_the_environment_is_the_coordinator_of_a_scheduler():
 
 def test_flags_come_before_variables_and_both_before_a_scheduler():
     expected = {"coordinator_address": "host:1234", "num_processes": 2, "process_id": 1}
+    expected["cluster_detection_method"] = "deactivate"
     assert detect(SLURM | EXPLICIT).arguments == expected
     assert detect(EXPLICIT, process=0).arguments == expected | {"process_id": 0}
     assert detect({}, "host:1234", 2, 1).arguments == expected

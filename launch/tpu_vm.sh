@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Runs llm3 on all workers of a TPU VM slice: copies this tree there, installs it, and starts one process on each. The same
+# line again first stops the run that is there, which saves, and goes on from that: after a preemption, or with new code.
+#
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh run --config=configs/quickstart.py --workdir=/mnt/runs/quickstart
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh log     # of a run that goes on after a lost connection
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh stop
+#
+# The workdir lies where all workers can write to it: on Filestore, or in a bucket that is mounted on each.
+# shellcheck disable=SC2016  # what is in single quotes is for the workers to expand
+set -euo pipefail
+
+# Fill in, or set in the environment:
+TPU=${TPU:-}                # the name of the slice
+ZONE=${ZONE:-}              # its zone
+PROJECT=${PROJECT:-}        # its project, unless it is gcloud's own
+DIRECTORY=${DIRECTORY:-llm3} # where the tree goes, from the home directory of each worker
+
+fail() {
+    printf 'launch/tpu_vm.sh: %s\n' "$1" >&2
+    exit 2
+}
+
+[ -n "${TPU:+$ZONE}" ] || fail "set TPU and ZONE: TPU=NAME ZONE=ZONE $0 run --config=FILE --workdir=DIR"
+command -v gcloud >/dev/null || fail "no gcloud here: install Google Cloud's command line"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+where=("--zone=$ZONE" --worker=all)
+[ -z "$PROJECT" ] || where+=("--project=$PROJECT")
+
+on_all_workers() { # a command there, with DIRECTORY as $0 and what else is given as "$@"
+    local script=$1
+    shift
+    gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$(printf '%q ' bash -euc "$script" "$DIRECTORY" "$@")"
+}
+
+stop='
+    pid=$(cat "$0/run.pid" 2>/dev/null) || exit 0
+    grep -q llm3 "/proc/$pid/cmdline" 2>/dev/null || exit 0 # ended, and the number may be of another process now
+    echo "$HOSTNAME: stops process $pid, which saves"
+    kill -TERM "$pid"
+    tail --pid="$pid" -f /dev/null'
+install='
+    mkdir -p "$0"
+    tar -xzf llm3.tar.gz -C "$0"
+    LLM3_ACCELERATOR=tpu "$0/launch/setup.sh"'
+start='
+    cd "$0"
+    export LLM3_ACCELERATOR=tpu
+    setsid nohup .venv/bin/python -m llm3 "$@" >run.log 2>&1 </dev/null &
+    echo $! >run.pid
+    tail --pid=$! -n +1 -f run.log
+    wait $!'
+log='tail --pid="$(cat "$0/run.pid")" -n +1 -f "$0/run.log"'
+
+case ${1:-} in
+    stop) on_all_workers "$stop" ;;
+    log) on_all_workers "$log" ;;
+    run)
+        archive=$(mktemp -d)
+        trap 'rm -rf "$archive"' EXIT
+        tar -czf "$archive/llm3.tar.gz" -C "$root" llm3 configs launch pyproject.toml README.md LICENSE
+        on_all_workers "$stop"
+        gcloud compute tpus tpu-vm scp "$archive/llm3.tar.gz" "$TPU:" "${where[@]}"
+        on_all_workers "$install"
+        on_all_workers "$start" "$@"
+        ;;
+    *) fail "expected run, log or stop" ;;
+esac
