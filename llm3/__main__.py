@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
             add("--process", type=int, metavar="I", help="which of them this is, from 0")
         if verb in ("run", "eval", "plan", "data", "overlap"):
             add("--stages", metavar="A,B", help="only these stages (default: all)")
+        if verb == "plan":
+            machine = "what a step takes of v5p:8x8x8, h100x64, ... or cpu, without having it and without texts"
+            add("--topology", metavar="NAME", help=machine)
+            add(
+                "--aot", action="store_true", help="with what the TPU's compiler says: minutes a stage, needs llm3[aot]"
+            )
         if verb == "bench-data":
             add("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")
         if verb == "data":
@@ -123,9 +129,13 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
             return describe_data.build_shard(config, args.workdir, names, args.shard)
         return describe_data.data(config, args.workdir, names)
     if args.verb == "plan":
-        from llm3.describe import plan
+        from llm3 import describe
 
-        return plan(config, args.workdir, names)
+        if args.aot and not args.topology:
+            raise UserError("--aot: expected --topology=NAME beside it, a TPU")
+        if args.topology:
+            return describe.plan_on(config, names, args.topology, args.aot)
+        return describe.plan(config, args.workdir, names)
     if args.verb == "lineage":
         from llm3.describe import lineage
 

@@ -16,6 +16,7 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 PCIe": 756e12,  # NVIDIA H100 datasheet, 2023, without sparsity
     "NVIDIA H100": 989e12,  # the same, SXM
     "NVIDIA H200": 989e12,  # NVIDIA H200 datasheet, 2024, without sparsity
+    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200 datasheet, 2024, without sparsity
     "NVIDIA L4": 121e12,  # NVIDIA L4 datasheet, 2023, without sparsity
     "TPU v3": 61.5e12,  # Google Cloud documentation: 123 TFLOP/s a chip of two cores
     "TPU v4": 275e12,  # Google Cloud documentation

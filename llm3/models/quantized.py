@@ -80,12 +80,13 @@ def quantized_linear(x: jax.Array, kernel: Quantized, outputs: int) -> jax.Array
 
     Only the codes are kept for the backward pass, which dequantises again; the kernel gets no gradient.
     """
-    dense = kernel.dequantized().astype(x.dtype).reshape(-1, outputs)
-    return jax.lax.dot_general(x, dense, (((2,), (0,)), ((), ())))
+    return _forward(x, kernel, outputs)[0]
 
 
 def _forward(x: jax.Array, kernel: Quantized, outputs: int) -> tuple[jax.Array, Quantized]:
-    return quantized_linear(x, kernel, outputs), kernel
+    # not by way of `quantized_linear`: a remat policy for dots does not look inside a custom_vjp
+    dense = kernel.dequantized().astype(x.dtype).reshape(-1, outputs)
+    return jax.lax.dot_general(x, dense, (((2,), (0,)), ((), ()))), kernel
 
 
 def _backward(outputs: int, kernel: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
