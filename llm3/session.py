@@ -22,9 +22,10 @@ from llm3.handoff import INIT, read_start
 from llm3.models.transformer import init, segmented
 from llm3.objectives import read_options
 from llm3.processes import islands
+from llm3.seal import digests_of
 from llm3.sharding import check_batch, make_mesh, place_batch, rules_in_force, table
 from llm3.trainer import Trainer, build
-from llm3.tree import params_digest, size
+from llm3.tree import combine_digests, flatten, size
 from llm3.workdir import DETAILS, ROW, read_json, write_json
 
 
@@ -165,7 +166,7 @@ class Session:
             **figures,
             "majority_accuracy": constant[0] if len(constant) == 1 else None,
             "params": size(params),
-            "params_digest": params_digest(params),
+            "params_digest": combine_digests(digests_of(flatten(params))),
             "evaluation_seconds": time.perf_counter() - started,
         }, details
 

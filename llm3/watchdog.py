@@ -13,7 +13,8 @@ from llm3 import processes
 from llm3.errors import Exit
 
 PHASES = ("reading data", "computing", "saving")  # of a step, in this order
-GRACE_SECONDS = 5.0  # for the other processes to show where they are, before the first one ends
+GRACE_SECONDS = 20.0  # for the other processes to say where they are
+LAST_SECONDS = 2.0
 
 
 class Place(NamedTuple):
@@ -95,5 +96,13 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         if processes.count() > 1:
-            time.sleep(GRACE_SECONDS)
+            self._wait_for_others()
         os._exit(Exit.HUNG)
+
+    def _wait_for_others(self) -> None:
+        """Who ends takes the others with it: not before they have said where they are, and the first one last."""
+        processes.publish("said", True)
+        until = time.monotonic() + GRACE_SECONDS
+        while len(processes.published("said")) < processes.count() and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(LAST_SECONDS * processes.is_first())
