@@ -14,6 +14,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     sources: list[str] = dataclasses.field(default_factory=list)  # empty: those of the pretrain stages
     path: str = ""
+    train_bytes: int = 40_000_000  # of texts that it is trained on; of more, a fixed pseudo-random sample
     add: list[str] = dataclasses.field(default_factory=list)  # new tokens, behind those of the tokenizer at `path`
     chat_template: str = ""  # how turns become text: jinja, or a file of it; "": the bare texts, an end to each answer
 

@@ -13,7 +13,7 @@ from llm3.config import ModelConfig, RunConfig, SourceConfig
 from llm3.data import tokenizer as tokenizers
 from llm3.data import windows
 from llm3.data.cache import TokenCache
-from llm3.data.library import Library, training_texts
+from llm3.data.library import Library, trained_tokenizer
 from llm3.data.mixture import Mixture
 from llm3.data.overlap import Overlap, remembered
 from llm3.data.packing import Windows
@@ -280,10 +280,5 @@ def load_tokenizer(
         return loaded.extended(add) if add else loaded
     if not (names := tokenizer_sources(config)):
         raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
-    content = hashlib.sha256(str(config.tokenizer.vocab_size).encode())
-    for text in training_texts(sources, names, cache_dir):
-        content.update(hashlib.sha256(text.encode()).digest())
-    cached = cache_dir / f"tokenizer-{content.hexdigest()[:16]}.json"
-    if not cached.is_file():
-        tokenizers.train(training_texts(sources, names, cache_dir), config.tokenizer.vocab_size).save(cached)
-    return tokenizers.Tokenizer.load(cached)
+    sizes = {"vocab_size": config.tokenizer.vocab_size, "train_bytes": config.tokenizer.train_bytes}
+    return trained_tokenizer(sources, names, cache_dir, **sizes)

@@ -30,4 +30,6 @@ def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
     assert (
         abs(compared["ratio"] * compared["datasets_map_tokens_per_second"] / compared["tokens_per_second"] - 1) < 1e-6
     )
+    assert compared["cpu_seconds"] > 0 < compared["datasets_map_cpu_seconds"]
+    json.dumps(figures)
     assert not list(tmp_path.iterdir())

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from llm3.config import SourceConfig
-from llm3.data import sources, tokenizer
-from llm3.data.library import Library, training_texts
+from llm3.data import selection, sources, tokenizer
+from llm3.data.library import Library, trained_tokenizer
 from llm3.errors import UserError
 
+SIZES = {"vocab_size": 270, "train_bytes": 1000}
 SPLITS = {
     "news": {"train": ["a b", "c d", "c d"], "validation": ["c d", "A b", "e f"], "test": ["x y"]},
     "laws": {"train": ["e f", "g h"], "validation": ["i j", "c d "]},
@@ -65,7 +66,28 @@ def test_a_cache_directory_that_cannot_be_written_is_refused_by_name(configs, tm
             Library(configs, trained, cache_dir)
         for source in (configs["news"], SourceConfig("builtin:python")):
             with pytest.raises(UserError, match=f"cache_dir='{cache_dir}'"):
-                next(training_texts({"news": source}, ["news"], cache_dir))
+                trained_tokenizer({"news": source}, ["news"], cache_dir, **SIZES)
     monkeypatch.setattr("os.access", lambda *_: False)  # what a read-only folder answers, also to root
     with pytest.raises(UserError, match=r"cache_dir=.*: permission denied"):
         Library(configs, trained, tmp_path / "read-only")
+
+
+def test_a_tokenizer_is_trained_once_on_a_sample_that_is_no_larger_than_was_asked_for(configs, tmp_path, monkeypatch):
+    seen, plain = [], tokenizer.train
+    monkeypatch.setattr(tokenizer, "train", lambda texts, size: plain(seen.append(list(texts)) or seen[-1], size))
+
+    def trained_on(cache_dir="cache", **sizes):
+        return trained_tokenizer(configs, ["news", "laws"], tmp_path / cache_dir, **SIZES | sizes)
+
+    whole = trained_on()
+    monkeypatch.setattr(sources.Records, "texts", lambda *_: pytest.fail("read again"))
+    assert trained_on().hash == whole.hash
+    monkeypatch.undo()
+    monkeypatch.setattr(tokenizer, "train", lambda texts, size: plain(seen.append(list(texts)) or seen[-1], size))
+    trained_on(train_bytes=9)
+    trained_on("other", train_bytes=9)
+    assert seen[0] == ["a b", "c d", "c d", "e f", "g h"]
+    smallest = sorted(range(5), key=lambda i: (selection.hash_of(seen[0][i]), i))[:3]
+    assert seen[1:] == [[seen[0][i] for i in sorted(smallest)]] * 2
+    with pytest.raises(UserError, match="'lawz': did you mean 'laws'"):
+        trained_tokenizer(configs, ["lawz"], tmp_path, **SIZES)

@@ -11,6 +11,7 @@ import pytest
 
 from llm3.config import SourceConfig
 from llm3.data import lines, sources, tables
+from llm3.data.forms import BadRow
 from llm3.errors import UserError
 
 TEXTS = [f"text {i} " + "xyz" * (i % 7) for i in range(500)]
@@ -55,10 +56,15 @@ def test_what_datasets_reads_is_read():
     assert texts(data_files="rows.jsonl", train="train[10%:20%]") == TEXTS[50:100]
 
 
-def test_a_csv_file_that_is_not_utf8_is_named_with_the_offset():
-    Path("rows.csv").write_bytes(b"text\ncaf\xc3\xa9\ncaf\xe9\n")
-    with pytest.raises(UserError, match=r"rows\.csv is not UTF-8: byte 0xe9 at offset 14"):
-        texts(path="csv", data_files="rows.csv")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_a_csv_file_that_is_not_utf8_costs_itself_only(streaming):
+    good = b'\xef\xbb\xbftext,n\ncaf\xc3\xa9 \xe4\xb8\xad,1\n"of \xf0\x9f\x99\x82\ntwo lines",2\n'
+    Path("rows.csv").write_bytes(good + b"caf\xe9,3\nlast,4\n\xe4\xb8,5\n")
+    rows = read(path="csv", data_files="rows.csv", streaming=streaming)
+    assert [number for number, _ in rows] == list(range(5))
+    found = [str(row) if isinstance(row, BadRow) else row["text"] for _, row in rows]
+    assert found == ["café 中", "of 🙂\ntwo lines", "not UTF-8", "last", "not UTF-8"]
+    assert rows[2][1].start.startswith('{"')
 
 
 def test_class_numbers_become_names_also_in_lists_and_a_row_without_a_class_is_a_bad_one():
@@ -100,9 +106,11 @@ def test_a_stream_says_which_splits_there_are():
 
 
 def test_a_stream_that_breaks_off_is_an_error_that_names_its_source():
-    Path("rows.csv").write_bytes(b"text\n" + b"x\n" * 300_000 + b"caf\xe9\n")
-    with pytest.raises(UserError, match=r"source csv rows\.csv: the stream cannot be read on: .*utf-8"):
-        open_split(path="csv", data_files="rows.csv", streaming=True).parts()
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
+    opened = open_split(path="parquet", data_files="rows.parquet", streaming=True)
+    Path("rows.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"source parquet rows\.parquet: the stream cannot be read on"):
+        opened.parts()
 
 
 def test_local_files_are_opened_without_asking_the_network(monkeypatch):

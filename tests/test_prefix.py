@@ -326,3 +326,9 @@ def test_the_mixture_of_ul2_has_seven_denoisers_and_three_modes():
 def test_a_denoiser_that_makes_no_sense_is_refused(denoiser, message):
     with pytest.raises(UserError, match=re.escape(message)):
         read_options(prefix, {"denoisers": [denoiser]}, "objective")
+
+
+def test_ul2_is_named():
+    named = read_options(prefix, {"denoisers": "ul2"}, "objective")
+    assert named == read_options(prefix, {"denoisers": list(prefix.UL2)}, "objective") and len(named.denoisers) == 7
+    assert {(each.kind, each.mode) for each in named.denoisers} == {("span", "[R]"), ("prefix", "[S]"), ("span", "[X]")}

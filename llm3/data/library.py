@@ -1,11 +1,13 @@
 """The texts of a run, by name: sources tokenized once, and cut into windows as an objective or evaluation asks."""
 
+import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from llm3.config import SourceConfig
-from llm3.data import cache, sources, windows
+from llm3.data import cache, selection, sources, tokenizer, windows
 from llm3.data.cache import TokenCache
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
@@ -76,10 +78,18 @@ def check_writable(cache_dir: Path) -> None:
         ) from None
 
 
-def training_texts(configs: dict[str, SourceConfig], names: list[str], cache_dir: Path) -> Iterator[str]:
-    """The texts of the train splits of these sources, one after another."""
+def trained_tokenizer(
+    configs: dict[str, SourceConfig], names: list[str], cache_dir: Path, *, vocab_size: int, train_bytes: int
+) -> Tokenizer:
+    """The tokenizer of the train splits of these sources, or of a sample of them, found in the cache or trained."""
     check_writable(cache_dir)
     for name in names:
         if name not in configs:
             raise UserError(f"tokenizer.sources: {name!r}: {nearest(name, configs)}")
-        yield from sources.open_split(configs[name], "train", cache_dir=cache_dir).texts()
+    splits = [sources.open_split(configs[name], "train", cache_dir=cache_dir) for name in names]
+    key = hashlib.sha256(json.dumps([vocab_size, train_bytes, *(each.key for each in splits)]).encode()).hexdigest()
+    file = cache_dir / f"tokenizer-{key[:16]}.json"
+    if not file.is_file():
+        texts = itertools.chain.from_iterable(each.texts() for each in splits)
+        tokenizer.train(selection.sampled(texts, train_bytes), vocab_size).save(file)
+    return Tokenizer.load(file)

@@ -20,7 +20,7 @@ import datasets
 from llm3.config import SourceConfig
 from llm3.data import corpus
 from llm3.data.lines import Lines, is_data_document, readable
-from llm3.data.tables import READ_ERRORS, Stream, Table
+from llm3.data.tables import BYTEWISE, READ_ERRORS, Stream, Table
 from llm3.errors import UserError, nearest
 
 BUILTIN = "builtin:"
@@ -47,11 +47,14 @@ def open_rows(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Tabl
             return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes)
         if files and is_data_document(files[0]):
             builder = datasets.load_dataset_builder(source.path, source.name, **options, field="data")
+        bytewise = builder.info.builder_name == "csv"  # so that what is not UTF-8 costs its row only
+        if bytewise:
+            builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=BYTEWISE)
         key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
         if source.streaming:
-            return Stream(builder.as_streaming_dataset(split=split), key, named(source))
+            return Stream(builder.as_streaming_dataset(split=split), key, named(source), bytewise)
         builder.download_and_prepare()
-        return Table(builder.as_dataset(split=split), key)
+        return Table(builder.as_dataset(split=split), key, bytewise)
     except READ_ERRORS as error:
         raise UserError(_explained(error, source, split)) from error
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,3 +39,15 @@ def smallest(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, int] | N
         kept = np.concatenate([kept, numbers.reshape(-1, 2)])
         kept = kept[np.lexsort(kept.T[::-1])[:count]]
     return (int(kept[-1, 0]), int(kept[-1, 1])) if seen > count else None
+
+
+def sampled(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """The texts in their order; of more than `most_bytes` those with the smallest hashes, in memory for that many."""
+    kept: list[tuple[int, int, str]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        heapq.heappush(kept, (-hash_of(text), -number, text))
+        size += len(text.encode())
+        while size > most_bytes and len(kept) > 1:
+            size -= len(heapq.heappop(kept)[2].encode())
+    yield from (text for _, _, text in sorted(kept, key=lambda each: -each[1]))
