@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm3.errors import UserError
+from llm3.errors import UserError, listed
 from llm3.partial import check_pieces, overlay, pieces_like
-from llm3.seal import digests_of, saved_shapes
-from llm3.store import DamagedCheckpoint, Store, listed
+from llm3.seal import digests_of, on_host, saved_shapes
+from llm3.store import DamagedCheckpoint, Store
 from llm3.tree import combine_digests, flatten, unflatten
 
 BASE = "base"  # the folder of a stage that holds its base, and the key of its digest in the metadata
@@ -99,12 +99,12 @@ class Checkpoints(Store):
         super().save(step, params, opt, meta, metrics)
 
     def wait(self) -> None:
-        """Return when the last save and that of the base are finished. Raises RuntimeError if one failed."""
+        """Return when the last save and that of the base are finished. Raises NotWritten as in `Store`."""
         self._base.wait()
         super().wait()
 
     def close(self) -> None:
-        """Wait for the last saves and release what Orbax holds. Raises RuntimeError if one failed."""
+        """Wait for the last saves and release what Orbax holds. Raises NotWritten as in `Store`."""
         try:
             self._base.close()
         finally:
@@ -176,7 +176,7 @@ class Checkpoints(Store):
             check_pieces("what trains", trained, saved_shapes(meta, "params"))
         except UserError:
             return None
-        host = {path: np.asarray(leaf) for path, leaf in trained.items()}
+        host = {path: on_host(leaf) for path, leaf in trained.items()}
         return meta["params_digest"] if digests_of(overlay(base, host)) == expected else None
 
     def _bases(self) -> dict[int, str]:

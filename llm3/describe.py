@@ -1,6 +1,7 @@
 """The verbs that only read: `plan`, what each stage would train and cost, and `lineage`, where a run comes from."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from llm3.estimate import POLICIES
 from llm3.experiment import prepare
 from llm3.forecast import Forecast, forecasts, on_paper
 from llm3.handoff import CHECKPOINTS, changes, trained_stages
+from llm3.optim import state_bytes
+from llm3.partition import canonical_path
 from llm3.report.units import count, gibibytes, mebibytes, percent
 from llm3.roofline import EFFICIENCY, USABLE
 from llm3.savings import savings
@@ -182,14 +185,24 @@ def leaf_table(trainer: Trainer) -> Table:
     table = Table("leaf", "shape", "trains", box=None, header_style="bold")
     for column in ("parameters", "trainable", "MiB"):
         table.add_column(column, justify="right")
+    stored = leaf_bytes(trainer)
     for path, leaf in flatten(trainer.abstract_params).items():
         chosen = training_layers(trainer, path)
         per_layer = int(np.prod(leaf.shape)) // trainer.model.layers
         trainable = int(np.prod(leaf.shape)) if chosen is True else per_layer * len(chosen or ())
         trains = "yes" if chosen is True else "no" if not chosen else f"layers {', '.join(map(str, chosen))}"
-        mebibytes = f"{np.prod(leaf.shape) * leaf.dtype.itemsize / 2**20:.2f}"
+        mebibytes = f"{stored[path] / 2**20:.2f}"
         table.add_row(path, str(list(leaf.shape)), trains, count(np.prod(leaf.shape)), count(trainable), mebibytes)
     return table
+
+
+def leaf_bytes(trainer: Trainer) -> Counter[str]:
+    """{canonical path: bytes}, as the step holds the leaf: what is frozen may be stored in fewer."""
+    stored: Counter[str] = Counter()
+    for part in (trainer.abstract_state.trainable, trainer.abstract_state.frozen):
+        for path, leaf in flatten(part).items():
+            stored[canonical_path(path)] += state_bytes(leaf)
+    return stored
 
 
 def training_layers(trainer: Trainer, path: str) -> bool | list[int]:

@@ -2,7 +2,11 @@
 
 import difflib
 import enum
-from collections.abc import Iterable
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class Exit(enum.IntEnum):
@@ -32,6 +36,47 @@ class NotWritten(UserError):
     """A file could not be written, e.g. because a disk is full."""
 
     exit = Exit.NOT_WRITTEN
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what only a write can meet with: a full disk, a quota, read-only
+
+
+@contextmanager
+def writing(what: object, *numbers: int) -> Iterator[None]:
+    """Raise NotWritten where the operating system refuses to write `what`; numbers: for these errors only."""
+    try:
+        yield
+    except OSError as error:
+        if numbers and error.errno not in numbers:
+            raise
+        raise NotWritten(f"{what} was not written: {error.strerror or error}") from error
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """What an error was raised from, the first cause first, and the error itself."""
+    return [*(causes(error.__cause__) if error.__cause__ is not None else []), error]
+
+
+def cause(error: BaseException) -> str:
+    """The first cause, on one line."""
+    first = causes(error)[0]
+    return f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
+
+
+def refused(error: BaseException) -> str | None:
+    """What the operating system said, where that is what an error was raised from; None for any other error."""
+    for each in causes(error):
+        if isinstance(each, OSError):
+            return each.strerror or str(each)
+        if number := re.search(r"os_error_code='(\d+)'", str(each)):  # as TensorStore says it
+            return os.strerror(int(number[1]))
+    return None
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message, the first few of them."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

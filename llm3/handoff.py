@@ -19,9 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llm3 import vocabulary
 from llm3.best import best_step
 from llm3.checkpoint import Checkpoints
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, listed, nearest
 from llm3.seal import not_finite
-from llm3.store import listed
 from llm3.tree import flatten, unflatten
 
 CHECKPOINTS = "checkpoints"  # the folder of a stage that holds them
@@ -134,7 +133,7 @@ def find_parent(start: Start, where: str) -> Parent:
     and for a checkpoint whose metadata cannot be read or whose parameters are no floating-point numbers.
     """
     if not start.run.is_dir():
-        siblings = [str(each) for each in start.run.parent.glob("*")] if start.run.parent.is_dir() else []
+        siblings = [str(each) for each in start.run.parent.glob("*/")] if start.run.parent.is_dir() else []
         raise UserError(f"{where}: the run {start.run} does not exist; {nearest(str(start.run), siblings)}")
     directory = start.run / start.stage / CHECKPOINTS
     if not directory.is_dir():
@@ -244,7 +243,8 @@ def account(
     loaded = sorted((set(model) - fresh) & kept)
     extended = [path for path in loaded if vocabulary.grows(path, parent[path], model[path], added)]
     problems += [
-        f"  {path}: {model[path]} in this model, {parent[path]} in the parent"
+        f"  {path}: {model[path]} in this model, {parent[path]} in the parent; take the parent's model, or name it in "
+        f"start.fresh if it is to be new"
         for path in loaded
         if tuple(model[path]) != tuple(parent[path]) and path not in extended
     ]

@@ -140,8 +140,10 @@ def _bare(rule: str) -> str:
 
 
 def names(paths: list[str]) -> list[str]:
-    """What a rule may say, for error messages."""
-    return [*SHORTHANDS, "top(N)", "layers(I,...)", "lora(NAME)", *paths]
+    """What a rule may say of leaves at these canonical paths, for error messages."""
+    shorthands = [name for name in SHORTHANDS if any(matcher(name, 1)(path, 0) for path in paths)]
+    adapters = sorted({f"lora({path.split('/lora/')[1].split('/')[0]})" for path in paths if "/lora/" in path})
+    return [*shorthands, "top(N)", "layers(I,...)", *adapters, *paths]
 
 
 def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:

@@ -2,15 +2,17 @@
 
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from llm3 import processes, stages
+from llm3.checkpoint import Checkpoints
 from llm3.config import RunConfig, StageConfig, as_dict
-from llm3.errors import UserError
+from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.experiment import prepare
 from llm3.generate import load_stage
 from llm3.handoff import CHECKPOINTS, INIT
@@ -36,7 +38,10 @@ from llm3.workdir import (
 
 
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
-    """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status."""
+    """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status.
+
+    Raises UserError for what cannot be trained, and NotWritten where the disk refuses, with what was saved before.
+    """
     console = speaker()
     order = stages.chosen(config, names)
     for name in [INIT, *order]:
@@ -49,6 +54,7 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
         console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
         return 0
     with ExitStack() as held:
+        held.enter_context(saying_what_is_whole(workdir, order))
         processes.from_first(lambda: held.enter_context(lock(workdir)))
         session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
         request = held.enter_context(stop_on_signals())
@@ -62,13 +68,36 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     return 0
 
 
+@contextmanager
+def saying_what_is_whole(workdir: Path, order: list[str]) -> Iterator[None]:
+    """Say of what could not be written what there is instead. Raises NotWritten."""
+    try:
+        with writing(f"a file in {workdir}, or of the cache,", *FULL):
+            yield
+    except NotWritten as error:
+        raise NotWritten(f"{error}; {what_is_whole(workdir, order)} once it can write again") from error
+
+
+def what_is_whole(workdir: Path, order: list[str]) -> str:
+    """What a run goes on from: the newest checkpoint, whose metadata can be read, of the last stage that has one."""
+    for name in reversed(order):
+        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+        for step in reversed(checkpoints.steps()):
+            with suppress(UserError):
+                if processes.count() == 1:  # several read together, and the others are elsewhere
+                    checkpoints.leaves(step)
+                return f"the checkpoint of step {step} of {name} is whole, and the same command goes on from there"
+    return "no checkpoint was saved before, and the same command begins anew"
+
+
 def train(session: Session, to_train: list[str], request: StopRequest) -> bool:
     """Train and evaluate the stages; False where a signal asked to stop."""
     for name in to_train:
         preflight(session, name, to_train)
     if processes.is_first():
         write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
-        session.experiment.tokenizer.save(session.workdir / TOKENIZER)
+        with writing(session.workdir / TOKENIZER):
+            session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         session.print_header()
     session.evaluate_init()
     return all(not request.signal and run_stage(session, name, request) for name in to_train)
@@ -128,7 +157,7 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
     table.print_table(rows, baselines, console)
     details = {row["stage"]: read_json(workdir / row["stage"] / DETAILS) for row in rows + baselines}
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
-    page.write_report(
-        workdir, rows, baselines, histories, title=f"Run {workdir.name}", command=command, facts=facts, details=details
-    )
+    told = {"title": f"Run {workdir.name}", "command": command, "facts": facts, "details": details}
+    with writing(workdir / "report.md"):
+        page.write_report(workdir, rows, baselines, histories, **told)
     console.print(f"Report: {workdir / 'report.md'}")

@@ -15,6 +15,17 @@ from llm3.errors import UserError
 from llm3.tree import combine_digests, leaf_digests
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of any pytree, in the order of its leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def as_arrays(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves as arrays, of jax or of numpy."""
+    return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
+
+
 @jax.jit
 def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(leaf).all() for path, leaf in leaves.items()}
@@ -29,16 +40,17 @@ def not_finite(leaves: dict[str, Any]) -> list[str]:
     return [path for path in floating if not good[path]]
 
 
+def on_host(leaf: Any) -> np.ndarray:
+    """A leaf as a numpy array, also one that is spread over processes: all of them have to ask for it."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
 def digests_of(leaves: dict[str, Any]) -> dict[str, str]:
     """`leaf_digests` in parallel, also of arrays that are spread over processes."""
-
-    def host(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        each = pool.map(leaf_digests, ({path: host(leaf)} for path, leaf in leaves.items()))
+        each = pool.map(leaf_digests, ({path: on_host(leaf)} for path, leaf in leaves.items()))
         return {path: digest for one in each for path, digest in one.items()}
 
 

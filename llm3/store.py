@@ -12,7 +12,8 @@ import logging
 import math
 import shutil
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llm3.errors import UserError, nearest
-from llm3.seal import check_shapes, digests_of, json_digest, not_finite, other_arrays, saved_shapes, sealed
+from llm3.errors import NotWritten, UserError, cause, listed, nearest, refused, writing
+from llm3.pending import Pending, Stuck
+from llm3.seal import (
+    as_arrays,
+    by_path,
+    check_shapes,
+    digests_of,
+    json_digest,
+    not_finite,
+    other_arrays,
+    saved_shapes,
+    sealed,
+)
 from llm3.tree import flatten, unflatten
 
 logger = logging.getLogger(__name__)
@@ -45,7 +57,7 @@ class Store:
         self.directory = Path(directory).absolute()
         self._keep, self._best, self._read_only = keep, best, read_only
         self._writer: ocp.training.Checkpointer | None = None
-        self._pending: tuple[int, Any] | None = None  # the step that is being saved, and Orbax's response
+        self._pending: Pending | None = None  # what is being saved
         self._damaged: set[int] = set()
 
     def __enter__(self) -> "Store":
@@ -61,7 +73,8 @@ class Store:
         `opt_digests`, `shapes`, `meta_digest`. metrics: by name, for `best`.
 
         Raises UserError for a leaf that is not finite, a step that is not above the latest one, and metrics without
-        `best`; RuntimeError if the previous save failed. Nothing is saved then.
+        `best`; NotWritten where the disk refuses, also what the previous save wrote in the background. Nothing is
+        saved then, and what was saved before is whole.
         """
         self._check_writable()
         self.wait()
@@ -70,37 +83,33 @@ class Store:
             raise UserError(f"cannot save step {step}: {self.directory} already holds step {latest}")
         if metrics is not None and self._best and self._best not in metrics:
             raise UserError(f"the best checkpoint is chosen by {self._best!r}: {nearest(self._best, metrics)}")
-        parts = {"params": _arrays(flatten(params)), "opt": _arrays(_by_path(opt))}
+        parts = {"params": as_arrays(flatten(params)), "opt": as_arrays(by_path(opt))}
         for name, leaves in parts.items():
             if wrong := not_finite(leaves):
                 raise UserError(f"step {step} is not saved: {name} has values that are not finite in {listed(wrong)}")
         meta = sealed(meta, parts)
-        response = self._open().save_checkpointables_async(
-            step,
-            # Orbax refuses an empty tree
-            {name: unflatten(leaves) for name, leaves in parts.items() if leaves} | {"meta": meta},
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-        )
-        self._pending = (step, response)
+        pending = Pending(step)
+        with self._saving(step):
+            pending.response = self._open().save_checkpointables_async(
+                step,
+                # Orbax refuses an empty tree
+                {name: unflatten(leaves) for name, leaves in parts.items() if leaves} | {"meta": meta},
+                metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
+            )
+        self._pending = pending
         if _register_at_exit is None:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is finished. Raises RuntimeError if it failed."""
+        """Return when the last save is finished. Raises NotWritten if the disk refused it, else RuntimeError."""
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
-        try:
-            response.result()
-        except Exception as error:
-            writer, self._writer = self._writer, None  # Orbax would raise the same error at every later call
-            with contextlib.suppress(Exception):
-                writer.close()
-            where = f"{self.directory}: the checkpoint of step {step}"
-            raise RuntimeError(f"{where} was not written: {_why(error)}") from error
+        pending, self._pending = self._pending, None
+        with self._saving(pending.step):
+            pending.wait()
 
     def close(self) -> None:
-        """Wait for the last save and release what Orbax holds. Raises RuntimeError if that save failed."""
+        """Wait for the last save and release what Orbax holds. Raises as `wait` does."""
         self.wait()
         if self._writer is not None:
             self._writer.close()
@@ -142,19 +151,43 @@ class Store:
 
     def load_opt(self, step: int, abstract: Any) -> Any:
         """The optimizer state of a step in the structure of `abstract`; the rest as in `load_params`."""
-        loaded = self._load(step, "opt", _by_path(abstract))
-        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in _by_path(abstract)])
+        loaded = self._load(step, "opt", by_path(abstract))
+        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in by_path(abstract)])
 
     def remove(self, step: int) -> None:
-        """Delete a step."""
+        """Delete a step. Raises NotWritten where the disk refuses."""
         self._check_writable()
         if jax.process_index() == 0:
-            shutil.rmtree(self.directory / str(step))
+            with writing(self.directory):
+                shutil.rmtree(self.directory / str(step))
         self._changed("a checkpoint is deleted")
 
     def _check_writable(self) -> None:
         if self._read_only:
             raise RuntimeError(f"{self.directory} was opened read-only")
+
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        """Say what was not saved, and leave nothing of it."""
+        try:
+            yield
+        except Exception as error:
+            writer, self._writer = self._writer, None  # Orbax would raise the same error at every later call
+            if not isinstance(error, Stuck):  # else it would wait as well
+                with contextlib.suppress(Exception):
+                    writer.close()
+            self._remove_unfinished(step)
+            where = f"{self.directory}: the checkpoint of step {step} was not written"
+            if why := refused(error):
+                raise NotWritten(f"{where}: {why}") from error
+            raise RuntimeError(f"{where}: {cause(error)}") from error
+
+    def _remove_unfinished(self, step: int) -> None:
+        """Give back the space that a failed save takes: as a rule, for threads of Orbax may write for a while yet."""
+        for _ in range(10 if jax.process_index() == 0 else 0):
+            for each in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(each, ignore_errors=True)
+            time.sleep(0.05)
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._writer is None:
@@ -185,7 +218,8 @@ class Store:
             names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
             target = next(name for name in names if not name.exists())
             if jax.process_index() == 0:
-                path.rename(target)
+                with writing(target):
+                    path.rename(target)
             logger.warning("the damaged checkpoint %s is kept as %s", path, target.name)
         if self._damaged:
             self._changed("damaged checkpoints are set aside")
@@ -213,7 +247,7 @@ class Store:
         except Exception as error:
             if not path.is_dir():
                 raise DamagedCheckpoint(f"{path} is gone: something removed it while it was being read") from error
-            raise DamagedCheckpoint(f"{path / part} cannot be read: {_why(error)}") from error
+            raise DamagedCheckpoint(f"{path / part} cannot be read: {cause(error)}") from error
 
     def _load(self, step: int, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
         meta = self.meta(step)
@@ -241,12 +275,13 @@ _register_at_exit = getattr(threading, "_register_atexit", None)
 def _finish_at_exit(store: Store) -> None:
     try:
         store.close()
-    except Exception:
-        logger.exception("the last checkpoint was lost")
+    except Exception as error:
+        logger.error("the last checkpoint was lost: %s", error, exc_info=not isinstance(error, NotWritten))
 
 
 def _context() -> ocp.Context:
     context = ocp.Context()
+    context.async_options.create_directories_asynchronously = False  # else all wait for minutes for one that failed
     context.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name="meta"
     )
@@ -258,32 +293,9 @@ def _rank(name: str, metrics: Mapping[str, float]) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of any pytree, in the order of its leaves."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-def _arrays(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
-
-
 def _target(leaf: Any, dtype: np.dtype) -> Any:
     """What Orbax is asked for: the saved dtype, so that digests can be compared, in the sharding of `leaf`."""
     if isinstance(leaf, np.ndarray):
         return np.empty(leaf.shape, dtype)
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-
-def listed(names: Any, most: int = 5) -> str:
-    """Names for a message, the first few of them."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _why(error: BaseException) -> str:
-    """The innermost cause, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

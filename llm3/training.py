@@ -189,11 +189,11 @@ def run_stage(session: Session, name: str, request: StopRequest) -> bool:
     check_ancestry(session.workdir, [name])
     parent = find_parent(session.experiment, name, [])
     memory.reset_peak()
-    if processes.is_first():
-        write_json(directory / RECORD, stage_record(session.config, name))
     with Checkpoints(directory / CHECKPOINTS, keep=stage.keep, best=stage.best or None) as checkpoints:
         run = StageRun(session, name, checkpoints)
         state, done = run.begin(parent)
+        if processes.is_first():  # once a parent has been read whole: a refused stage leaves nothing
+            write_json(directory / RECORD, stage_record(session.config, name))
         trainer = run.trainer_of(done)
         with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
             for phase in run.phases:

@@ -26,7 +26,7 @@ from tiny_checkpoints import (
 )
 
 from llm3.checkpoint import Checkpoints, DamagedCheckpoint, Wanted
-from llm3.errors import UserError
+from llm3.errors import NotWritten, UserError
 from llm3.tree import flatten, leaf_digests, params_digest, unflatten
 
 # Orbax leaves coroutines behind when it fails on a damaged file
@@ -150,7 +150,7 @@ def test_a_save_that_failed_surfaces_at_the_next_one_and_deletes_nothing(tmp_pat
         patch.setattr(os, "rename", fail)
         patch.setattr(os, "replace", fail)
         checkpoints.save(2, PARAMS, OPT, {})
-        with pytest.raises(RuntimeError, match=r"step 2 was not written: .*no space left"):
+        with pytest.raises(NotWritten, match=r"step 2 was not written: .*no space left"):
             checkpoints.save(3, PARAMS, OPT, {})
     assert newest(Checkpoints(tmp_path / "all")).step == 1
     checkpoints.save(2, PARAMS, OPT, {})

@@ -9,7 +9,7 @@ from tiny_checkpoints import HARMS, abstract, data_files, flip, largest, same
 from tiny_partial import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole
 
 from llm3.checkpoint import Checkpoints, DamagedCheckpoint
-from llm3.errors import UserError
+from llm3.errors import NotWritten, UserError
 
 # Orbax leaves coroutines behind when it fails on a damaged file
 pytestmark = pytest.mark.filterwarnings(
@@ -146,7 +146,7 @@ def test_nothing_rests_on_a_base_that_was_not_written(tmp_path, monkeypatch):
         patch.setattr(os, "rename", fail)
         patch.setattr(os, "replace", fail)
         checkpoints.save_base(START, {})
-        with pytest.raises(RuntimeError, match=r"base: .* step 0 was not written: .*no space left"):
+        with pytest.raises(NotWritten, match=r"base: .* step 0 was not written: .*no space left"):
             save(checkpoints, 10)
     assert checkpoints.steps() == []
     checkpoints.save_base(START, {})

@@ -81,7 +81,10 @@ WRONG = {
     "best of an unfinished parent": Wrong(("step 8 of 10", "finish it"), (start("finetune", step="best", fresh=[]),)),
     "another tokenizer": Wrong(("RUN/tokenizer.json",), (start("posttrain"), "tokenizer.vocab_size=290")),
     "another width": Wrong(
-        (r"embed/embedding: \(300, 32\) in this model, \(300, 16\) in the parent", "layers/mlp/up/kernel"),
+        (
+            r"embed/embedding: \(300, 32\) in this model, \(300, 16\) in the parent; .*start\.fresh",
+            "layers/mlp/up/kernel",
+        ),
         (start("posttrain"), "model.d_model=32"),
     ),
     "other layers": Wrong(
@@ -113,7 +116,7 @@ WRONG = {
         (start("finetune", step=8, fresh=[]), "stages.finetune.data={'other': 1.0}"),
     ),
     "more classes": Wrong(
-        (r"head/bias: \(3,\) in this model, \(2,\) in the parent",),
+        (r"head/bias: \(3,\) in this model, \(2,\) in the parent; .*start\.fresh",),
         (start("finetune", step=8, fresh=[]), "stages.finetune.data={'three': 1.0}"),
     ),
     "a leaf is missing": Wrong(

@@ -1,5 +1,6 @@
 """Partial tuning in whole runs: what trains, what stays as it was, what is saved, and that no death changes it."""
 
+import re
 import shutil
 import types
 
@@ -35,7 +36,7 @@ c.stages = dict(
     ),
     nf4=dict(
         fit, start=start("pretrain", ".*/lora/x/.*"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"],
-        optimizer=dict(learning_rate=0.1), best="general_bits_per_byte",
+        optimizer=dict(learning_rate=1.0, warmup_steps=8), best="general_bits_per_byte",
     ),
     again=dict(
         fit, start=dict(stage="nf4", step="best"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"], steps=3
@@ -385,3 +386,43 @@ c.stages = dict(
     assert main(["run", f"--config={config}", f"--workdir={tmp_path / 'child'}"]) == 2
     assert "config.stages.child: frozen='nf4' packs two inputs a byte" in capsys.readouterr().err
     assert not tiny.files(tmp_path / "child")
+
+
+def test_a_stage_begins_with_its_parents_leaves_and_what_is_frozen_of_them_ends_so(whole):
+    """Layer 0 of the attention is frozen inside of a leaf that trains: no digest of the parent says so."""
+    parent = leaves(whole.workdir, "nf4")
+    for stage in ("float32", "compute"):
+        begun, ended = first_leaves(whole.workdir, stage), leaves(whole.workdir, stage)
+        loaded = {path for path in begun if not path.startswith("head/")}
+        assert loaded == {path for path in parent if "/lora/" not in path and not path.startswith("head/")}
+        for path in loaded:
+            assert begun[path].tobytes() == parent[path].tobytes(), path
+            if "/attention/" in path:
+                assert ended[path][0].tobytes() == parent[path][0].tobytes(), path
+            elif "norm" not in path:
+                assert ended[path].tobytes() == parent[path].tobytes(), path
+
+
+def test_adapters_over_a_quantised_base_train_in_float32_also_where_all_is_computed_in_bfloat16(whole):
+    meta = checkpoints(whole.workdir, "nf4").meta(6)
+    assert meta["model"]["compute_dtype"] == "bfloat16" and BASE in meta
+    adapters = {path: dtype for path, (_, dtype) in meta["shapes"]["params"].items() if "/lora/" in path}
+    moments = {path: dtype for path, (_, dtype) in meta["shapes"]["opt"].items() if "/lora/" in path}
+    assert len(adapters) == 7 * 3 and set(adapters.values()) == {"float32"}
+    assert len(moments) == 2 * len(adapters) and set(moments.values()) == {"float32"}
+    # and their values are not those of bfloat16
+    for path, leaf in leaves(whole.workdir, "nf4").items():
+        if "/lora/" in path:
+            assert np.any(leaf.view(np.uint32) & 0xFFFF), path
+
+
+def test_lineage_reads_metadata_alone(whole, tmp_path, capsys):
+    def chains(workdir) -> list[tuple[str, ...]]:
+        assert main(["lineage", f"--workdir={workdir}"]) == 0
+        return re.findall(r"/(\w+) step (\d+) \(.*parameters (\w{12})(.*)\)", capsys.readouterr().out)
+
+    for meta in whole.workdir.glob("*/checkpoints/*/meta"):
+        shutil.copytree(meta, tmp_path / meta.relative_to(whole.workdir))
+    found = chains(tmp_path)
+    assert found == chains(whole.workdir)
+    assert [stage for stage, *_ in found].count("pretrain") == 7, "the first stage begins the chain of each"

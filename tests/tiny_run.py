@@ -8,6 +8,7 @@ it, separated by commas, die processes that do the same before this one does.
 import functools
 import importlib
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -17,12 +18,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "general" / "validation.jsonl"
 STAGES = ("pretrain", "posttrain", "finetune", "scratch")
 NEXT = "-- the next command --"  # printed after each command
+KILLED = "-- killed --"  # printed after each process that was to die
 SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
 CONFIG = '''"""A tiny experiment."""
@@ -134,6 +136,7 @@ def process(
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_COMPILATION_CACHE_DIR": str(base.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",  # so that what a process said before it was killed is heard
     }
     arguments = json.dumps([[str(each) for each in command] for command in commands])
     command = [sys.executable, __file__, ",".join([*deaths, point]), arguments]
@@ -145,62 +148,93 @@ def process(
 def die_at(point: str) -> None:
     """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: sleeps). WHAT is one of
 
-    step: so many steps have been made, over all stages; data: the batch of a step is read, in any stage;
-    log: a line of metrics has been written; saving: a save has begun, in the background; saved: it has ended;
-    saving_base, saved_base: the same of the base of a stage; row: a stage is trained and its row is about to be
-    written; tokenizer: it is about to be trained; tokens: the first text of a cache has been encoded.
+    step: so many steps have been made, over all stages; computing: the devices are at this step; data: the batch of a
+    step is read, in any stage; log: a line of metrics has been written; row: a stage is trained and its row is about
+    to be written; tokenizer: it is about to be trained; tokens: the first text of a cache has been encoded;
+    saving: a save has begun, in the background; part: its files are written, none of its parts is in place;
+    commit: all are, and the checkpoint itself is not; committed: it is, and no older one is deleted; saved: all is done
+    (saving_base, saved_base: of the base of a stage; the others: with step 0);
+    reading: the parent of a stage has been read, but not judged; handed: what a stage begins with is on the devices.
     """
-    from llm3 import checkpoint, loop, session
+    name, _, rest = point.partition("@")
+    what, stage, step = (*rest.split(":"), "", "")[:3]
+
+    def die() -> None:
+        time.sleep(1000) if name == "HANG" else os.kill(os.getpid(), signal.Signals[name])
+
+    if what == "computing":
+        return die_while_computing(stage, int(step), die)
+    owner, attribute, applies, before = places(stage, int(step or 0))[what]
+    original = getattr(owner, attribute)
+
+    @functools.wraps(original)
+    def patched(*args, **kwargs):
+        result = None if before else original(*args, **kwargs)
+        if applies(*args):
+            die()
+        return original(*args, **kwargs) if before else result
+
+    setattr(owner, attribute, patched)
+
+
+def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., bool], bool]]:
+    """{WHAT: the function, as an owner and a name; whether a call of it is the one; whether to die before it}."""
+    from llm3 import checkpoint, handoff, loop, session, training
     from llm3.data import mixture, tokenizer
     from llm3.data.forms import text
     from llm3.report import logs
 
-    name, _, rest = point.partition("@")
-    what, stage, step = (*rest.split(":"), "", "")[:3]
+    def of_step(checkpoints, at, *_) -> bool:
+        return of_stage(checkpoints) and at == step
 
-    def patch(owner: object, attribute: str, applies, before: bool = False) -> None:
-        original = getattr(owner, attribute)
-
-        @functools.wraps(original)
-        def patched(*args, **kwargs):
-            result = None if before else original(*args, **kwargs)
-            if applies(*args):
-                time.sleep(1000) if name == "HANG" else os.kill(os.getpid(), signal.Signals[name])
-            return original(*args, **kwargs) if before else result
-
-        setattr(owner, attribute, patched)
-
-    def of_checkpoint(checkpoints, at, *_) -> bool:
-        return checkpoints.directory.parent.name == stage and at == int(step)
-
-    def wait_for_checkpoint(checkpoints, at, *_) -> bool:
-        if of_checkpoint(checkpoints, at):
-            checkpoints.wait()
-        return of_checkpoint(checkpoints, at)
-
-    def of_base(checkpoints, *_) -> bool:
+    def of_stage(checkpoints, *_) -> bool:
         return checkpoints.directory.parent.name == stage
 
-    def wait_for_base(checkpoints, *_) -> bool:
-        if of_base(checkpoints):
-            checkpoints.wait()
-        return of_base(checkpoints)
+    def once_done(applies: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda checkpoints, *args: applies(checkpoints, *args) and checkpoints.wait() is None
 
     def of_writer(writer, at, _) -> bool:
-        return pathlib.Path(writer._file.name).parent.name == stage and at == int(step)
+        return pathlib.Path(writer._path).parent.name == stage and at == step
 
-    {
-        "step": lambda: patch(loop.StopRequest, "at_step", lambda request: request.steps == int(step)),
-        "data": lambda: patch(mixture.Mixture, "batch", lambda _, at, *__: at == int(step)),
-        "log": lambda: patch(logs.MetricsWriter, "write", of_writer),
-        "saving": lambda: patch(checkpoint.Checkpoints, "save", of_checkpoint),
-        "saved": lambda: patch(checkpoint.Checkpoints, "save", wait_for_checkpoint),
-        "saving_base": lambda: patch(checkpoint.Checkpoints, "save_base", of_base),
-        "saved_base": lambda: patch(checkpoint.Checkpoints, "save_base", wait_for_base),
-        "row": lambda: patch(session.Session, "write_row", lambda _, name, *__: name == stage, before=True),
-        "tokenizer": lambda: patch(tokenizer, "train", lambda *_: True, before=True),
-        "tokens": lambda: patch(text, "encode", lambda *_: True),
-    }[what]()
+    unfinished = f"{stage}/{'checkpoints' if step else checkpoint.BASE}/{step}.orbax-checkpoint-tmp"
+    checkpoints = checkpoint.Checkpoints
+    return {
+        "step": (loop.StopRequest, "at_step", lambda request: request.steps == step, False),
+        "data": (mixture.Mixture, "batch", lambda _, at, *__: at == step, False),
+        "log": (logs.MetricsWriter, "write", of_writer, False),
+        "saving": (checkpoints, "save", of_step, False),
+        "part": (os, "rename", lambda source, _: f"{unfinished}/" in str(source), True),
+        "commit": (os, "rename", lambda source, _: str(source).endswith(unfinished), True),
+        "committed": (os, "rename", lambda source, _: str(source).endswith(unfinished), False),
+        "saved": (checkpoints, "save", once_done(of_step), False),
+        "saving_base": (checkpoints, "save_base", of_stage, False),
+        "saved_base": (checkpoints, "save_base", once_done(of_stage), False),
+        "reading": (handoff, "not_finite", lambda *_: True, True),
+        "handed": (training, "first_params", lambda _, name, *__: name == stage, False),
+        "row": (session.Session, "write_row", lambda _, name, *__: name == stage, True),
+        "tokenizer": (tokenizer, "train", lambda *_: True, True),
+        "tokens": (text, "encode", lambda *_: True, False),
+    }
+
+
+def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
+    """Call `die` when the devices have been given a step of a stage, before anything waits for them."""
+    from llm3 import training
+
+    compile_step = training.compile_step
+
+    def patched(run, trainer, done):
+        compiled, steps = compile_step(run, trainer, done), itertools.count(done + 1)
+
+        def call(*args):
+            result = compiled(*args)
+            if next(steps) == step and run.name == stage:
+                die()
+            return result
+
+        return call
+
+    training.compile_step = patched
 
 
 if __name__ == "__main__":
@@ -214,6 +248,7 @@ if __name__ == "__main__":
             point = death
             break
         assert os.waitpid(child, 0)[1] == signal.SIGKILL, f"{death}: it was not killed there"
+        print(KILLED, flush=True)
     if point:
         die_at(point)
     for arguments in json.loads(sys.argv[2]):

@@ -3,9 +3,11 @@
 import json
 import math
 import os
+import time
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from llm3.errors import UserError
+from llm3.errors import NotWritten, UserError, writing
 from llm3.report.units import plain
 
 FILE_NAME = "metrics.jsonl"
@@ -19,41 +21,74 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: Path | str, resume_step: int | None = None):
-        from tensorboardX import SummaryWriter
-
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / FILE_NAME
+        self._path = directory / FILE_NAME
         kept = [] if resume_step is None else [line for line in read_metrics(directory) if line["step"] <= resume_step]
-        partial = path.with_name(f"{FILE_NAME}.partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        if resume_step is None:
-            for events in directory.glob("events.out.tfevents.*"):
-                events.unlink()
-        self._file = path.open("a", encoding="utf-8")
-        purge_step = None if resume_step is None else resume_step + 1
-        self._board = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+        with writing(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_name(f"{FILE_NAME}.partial")
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self._path)
+            if resume_step is None:
+                for events in directory.glob("events.out.tfevents.*"):
+                    events.unlink()
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board = _Board(directory, None if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: dict) -> None:
-        """Append {"step": step, **metrics} and flush. Scalars of numpy and jax are numbers; NaN and inf are null."""
+        """Append {"step": step, **metrics}. Scalars of numpy and jax are numbers; NaN and inf are null.
+
+        Raises NotWritten where the disk refuses.
+        """
         line = {"step": int(step), **{key: _finite(plain(value)) for key, value in metrics.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for key, value in line.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        with writing(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+            self._board.write(line["step"], {key: value for key, value in numbers.items() if key != "step"})
 
     def close(self) -> None:
-        """Flush and close both files."""
-        self._file.close()
-        self._board.close()
+        """Close both files. Raises NotWritten where the disk refuses."""
+        with writing(self._path):
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        with suppress(NotWritten) if kind else nullcontext():  # the first error is the one to be told
+            self.close()
+
+
+class _Board:
+    """A file of TensorBoard events. The first one says that what was written of `purge_step` and later is void.
+
+    tensorboardX's own writer has a thread, which ends where the disk is full: then whoever writes waits for ever.
+    """
+
+    def __init__(self, directory: Path, purge_step: int | None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._file = EventsWriter(str(directory / "events"))
+        if purge_step is not None:
+            started = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(wall_time=time.time(), step=purge_step, session_log=started))
+        self._file.flush()
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in numbers.items():
+            self._file.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(directory: Path | str) -> list[dict]:

@@ -6,7 +6,8 @@ LEGEND = (
     "In brackets: the share of what full fine-tuning takes, of the same model with the same optimizer. Parameters, "
     "gradients and moments are the bytes that the step holds of each; temporary is the compiler's count of what a step "
     "needs beside them. FLOPs are those of the formula, forward + backward. Step time is measured, without compiling; "
-    "its share is known where a stage of this run trains everything on batches of the same shape."
+    "its share is known where a stage of this run trains everything on batches of the same shape. Of a stage that "
+    "unfreezes, it is the last phase."
 )
 
 
