@@ -77,7 +77,8 @@ def step_flops(
     train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
     last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only, if
     windows are not cut into `context` pieces; the last layer is computed at the places of labels only, where the model
-    knows how many there are. Logits that are held in chunks are computed again.
+    knows how many there are. Logits that are held in chunks are computed again. Counted of an unrolled stack: a scan
+    also takes the input gradient of the lowest layer that trains, where it needs none (up to 3 % of a step).
     """
     shape = top = Shape(batch, length, head, length, context)
     if config.read_out:

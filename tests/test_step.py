@@ -28,7 +28,7 @@ ROWS, STEPS = 16, 10
 PLAIN = {"schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.0}
 OPTIMIZERS = {
     "gradient": OptimizerConfig("sgd", 1.0, **PLAIN),  # parameters minus new parameters are the gradients
-    "clipped": OptimizerConfig("sgd", 0.5, "constant", weight_decay=0.1, clip_norm=0.02),
+    "clipped": OptimizerConfig("sgd", 0.5, "constant", weight_decay=0.1, clip_norm=0.25),
     "adamw": OptimizerConfig("adamw", 1e-2, "linear", weight_decay=0.1, clip_norm=1.0),
 }
 
