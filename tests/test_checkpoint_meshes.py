@@ -19,7 +19,7 @@ from llm3.step import TrainState
 from llm3.trainer import Trainer, build
 from llm3.tree import map_with_path
 
-pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")]
 
 MESHES = {
     "one device": {},

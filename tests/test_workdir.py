@@ -79,12 +79,13 @@ def test_what_does_not_change_a_stage_may_change_between_two_starts(begun, file,
     workdirs.check_record(begun, config, "pretrain")
 
 
-def test_a_directory_in_use_is_refused_with_the_name_of_its_holder(capsys, tmp_path, file):
+def test_a_directory_in_use_is_refused_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
+    monkeypatch.setattr("sys.argv", ["/somewhere/llm3/__main__.py", "run", "--workdir=here"])
     with workdirs.lock(tmp_path):
         assert main(["run", f"--config={file}", f"--workdir={tmp_path}"]) == 2
     error = capsys.readouterr().err
     holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT')}"
-    assert f"{tmp_path} is in use by {holder}" in error and "(python -m llm3 " in error
+    assert f"{tmp_path} is in use by {holder}" in error and "(python -m llm3 run --workdir=here)" in error
 
 
 HOLD = "import pathlib, sys, llm3.workdir as w\nwith w.lock(pathlib.Path(sys.argv[1])): print(1, flush=True), input()"
