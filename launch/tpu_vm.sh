@@ -46,7 +46,8 @@ install='
 start='
     cd "$0"
     export LLM3_ACCELERATOR=tpu
-    setsid nohup .venv/bin/python -m llm3 "$@" >run.log 2>&1 </dev/null &
+    : >run.log # before `tail` looks for it
+    setsid nohup .venv/bin/python -m llm3 "$@" >>run.log 2>&1 </dev/null &
     echo $! >run.pid
     tail --pid=$! -n +1 -f run.log
     wait $!'
