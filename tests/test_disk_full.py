@@ -256,11 +256,12 @@ def test_a_report_that_has_no_space_is_named_and_written_by_the_same_command(bas
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_one_that_finds_no_space_says_so_and_the_other_ends_too(base, disk):
-    """Orbax lets the processes wait for each other for minutes."""
+@pytest.mark.parametrize("share", [0.9, 2.7])
+def test_of_two_processes_the_one_that_finds_no_space_says_so_and_the_other_ends_too(base, disk, share):
+    """Orbax lets processes wait for one that has failed for many minutes."""
     workdir = disk.path / "run"
-    disk.allow(int(1.5 * taken(base / "whole" / "pretrain" / "checkpoints" / "8")))
-    ended = cluster.run(base, *command(base, workdir), devices=1)
+    disk.allow(int(share * taken(base / "whole" / "pretrain" / "checkpoints" / "8")))
+    ended = cluster.run(base, *command(base, workdir), devices=2)
     assert all(each.status for each in ended) and Exit.NOT_WRITTEN in [each.status for each in ended]
     told = next(each.stderr for each in ended if each.status == Exit.NOT_WRITTEN)
     assert f"was not written: {FULL}; " in told and "Traceback" not in told
