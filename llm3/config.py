@@ -139,9 +139,9 @@ class GuardConfig:
     stop_after: int = 10  # steps left out in a row, after which the stage ends with an error
 
     def __post_init__(self):
-        at_least("stages.*.guard.deviations", self.deviations, 0)
-        at_least("stages.*.guard.window", self.window, 2)
-        at_least("stages.*.guard.stop_after", self.stop_after, 1)
+        at_least("guard.*.deviations", self.deviations, 0)
+        at_least("guard.*.window", self.window, 2)
+        at_least("guard.*.stop_after", self.stop_after, 1)
 
 
 @dataclasses.dataclass(frozen=True)

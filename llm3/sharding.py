@@ -53,6 +53,12 @@ def table(changes: Mapping[str, Any]) -> Rules:
     return rules
 
 
+def check_across(across: str) -> None:
+    """Raise UserError for an axis that a mesh does not have; "" is none."""
+    if across and across not in MESH_AXES:
+        raise UserError(f"config.mesh.across={across!r}: no such mesh axis; {nearest(across, MESH_AXES)}")
+
+
 @contextmanager
 def rules_in_force(rules: Rules) -> Iterator[None]:
     """Let `rules` be the table by which all here is cut, for as long as this context lasts."""
@@ -98,8 +104,7 @@ def arranged(shape: Mapping[str, int], across: str, islands: Sequence[list]) -> 
 
     Inside of an island, they lie as `mesh_utils` has it for the topology of the chips.
     """
-    if across and across not in MESH_AXES:
-        raise UserError(f"config.mesh.across={across!r}: no such mesh axis; {nearest(across, MESH_AXES)}")
+    check_across(across)
     if not across or len(islands) == 1:
         return mesh_utils.create_device_mesh(tuple(shape.values()), [each for island in islands for each in island])
     if len({len(island) for island in islands}) > 1:

@@ -7,6 +7,7 @@ from llm3 import evals, objectives
 from llm3.config import RunConfig, SourceConfig, StageConfig
 from llm3.errors import UserError, nearest
 from llm3.handoff import INIT
+from llm3.sharding import check_across, table
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
@@ -68,6 +69,8 @@ def check(config: RunConfig) -> list[str]:
     stages, ordered = config.stages, []
     if not stages:
         raise UserError("config.stages is empty: expected {name: stage}")
+    table(config.mesh.rules)
+    check_across(config.mesh.across)
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, evals.names())

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm3.errors import UserError, nearest
 from llm3.flops import PEAK_FLOPS
-from llm3.sharding import MESH_AXES, mesh_shape
+from llm3.sharding import MESH_AXES, check_across, mesh_shape
 
 
 class Chip(NamedTuple):
@@ -123,8 +123,7 @@ def links(topology: Topology, sizes: Mapping[str, int], across: str = "") -> dic
     takes one.
     """
     shape = mesh_shape(sizes, topology.devices)
-    if across and across not in MESH_AXES:
-        raise UserError(f"config.mesh.across={across!r}: no such mesh axis; {nearest(across, MESH_AXES)}")
+    check_across(across)
     if across and not topology.is_tpu and shape[across] % topology.hosts:
         raise UserError(f"config.mesh.across={across!r}: mesh.{across} is {shape[across]}: {topology.hosts} hosts")
     return _torus_links(topology, shape) if topology.is_tpu else _host_links(topology, shape, across)
