@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from llm3.config import RunConfig
-from llm3.configfile import load
+from llm3.config.load import load
+from llm3.config.schema import RunConfig
 from llm3.errors import UserError
 
 VERBS = {
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def cluster(args: argparse.Namespace, config: RunConfig) -> int:
     """Call the verb together with the other processes, if there are any."""
-    from llm3 import processes
+    from llm3.distributed import processes
 
     with processes.joined(args.coordinator, args.processes, args.process) as found:
         if processes.count() > 1 and processes.is_first():
@@ -104,24 +104,24 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
     """Call the verb. Imports come late, so that bad arguments are answered at once."""
     names = args.stages.split(",") if getattr(args, "stages", None) else None
     if args.verb == "run":
-        from llm3.run import run
+        from llm3.cli.run import run
 
         return run(config, args.workdir, names)
     if args.verb == "eval":
-        from llm3.run import evaluate
+        from llm3.cli.run import evaluate
 
         return evaluate(config, args.workdir, names)
     if args.verb == "bench":
-        from llm3.bench import bench
+        from llm3.cli.bench import bench
 
         return bench(config, args.workdir, args.stage, args.json, args.alone)
     if args.verb == "bench-data":
-        from llm3.data_bench import data_bench
+        from llm3.cli.bench_data import data_bench
 
         print(json.dumps(data_bench(args.gigabytes, args.workdir), indent=1))
         return 0
     if args.verb in ("data", "overlap"):
-        from llm3 import describe_data
+        from llm3.cli import data as describe_data
 
         if args.verb == "overlap":
             return describe_data.overlaps(config, args.workdir, names)
@@ -129,7 +129,7 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
             return describe_data.build_shard(config, args.workdir, names, args.shard)
         return describe_data.data(config, args.workdir, names)
     if args.verb == "plan":
-        from llm3 import describe
+        from llm3.cli import plan as describe
 
         if args.aot and not args.topology:
             raise UserError("--aot: expected --topology=NAME beside it, a TPU")
@@ -137,14 +137,14 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
             return describe.plan_on(config, names, args.topology, args.aot)
         return describe.plan(config, args.workdir, names)
     if args.verb == "lineage":
-        from llm3.describe import lineage
+        from llm3.cli.plan import lineage
 
         return lineage(args.workdir)
     if args.verb == "export":
-        from llm3.export import export
+        from llm3.cli.export import export
 
         return export(args.workdir, args.stage, args.to, args.format, args.step, args.base)
-    from llm3.generate import generate
+    from llm3.cli.generate import generate
 
     options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
     return generate(config, args.workdir, args.stage, args.prompt, **options)

@@ -20,18 +20,15 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(text)
 
 
-def mesh_of(count: int, **sizes: int):
-    """A mesh over the first `count` fake devices."""
-    from llm3.sharding import make_mesh
-
-    return make_mesh(sizes, jax.devices()[:count])
-
-
 @pytest.fixture
 def one_device():
+    from tests.helpers.meshes import mesh_of
+
     return mesh_of(1)
 
 
 @pytest.fixture
 def eight_devices():
+    from tests.helpers.meshes import mesh_of
+
     return mesh_of(8, data=2, fsdp=2, tensor=2)

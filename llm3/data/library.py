@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
-from llm3.config import SourceConfig
-from llm3.data import cache, selection, sources, tokenizer, windows
-from llm3.data.cache import TokenCache
+from llm3.config.schema import SourceConfig
+from llm3.data import tokenizer, windows
+from llm3.data.cache import cache
+from llm3.data.cache.cache import TokenCache
 from llm3.data.packing import Windows
+from llm3.data.sources import selection
+from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 

@@ -1,6 +1,6 @@
 """What is measured after each stage. A peer is one file here, found by its name.
 
-A peer has `WINDOWS`, which forms of source it takes and how each is cut ({form: kind}, see `llm3.data.forms` and
+A peer has `WINDOWS`, which forms of source it takes and how each is cut ({form: kind}, see `llm3.data.formats` and
 `llm3.data.windows`), `HEAD`, the task head that it reads (as of an objective), `CAUSAL`, which attention it needs
 (None: either), `BETTER`, which figures a checkpoint can be the best by, and whether "higher" or "lower" is better, and
 
@@ -22,16 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llm3.config import EvaluationConfig, ModelConfig
+from llm3.config.schema import EvaluationConfig, ModelConfig
 from llm3.data import windows
 from llm3.data.batch import Batch
-from llm3.data.cache import TokenCache
+from llm3.data.cache.cache import TokenCache
 from llm3.data.mixture import finite_batches
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
+from llm3.distributed.sharding import constrain
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import abstract
-from llm3.sharding import constrain
 
 Compiled = dict[tuple, Callable]
 

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm3.data.forms.choice import continued
-from llm3.data.templates import Pieces
+from llm3.data.chat_templates import Pieces
+from llm3.data.formats.choice import continued
 from llm3.data.tokenizer import Tokenizer
-from llm3.decoding import groups, read, right_aligned
+from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
 from llm3.evals import Test
+from llm3.models.decoding import groups, read, right_aligned
 from llm3.models.transformer import Transformer
-from llm3.sharding import constrain
 
 WINDOWS = {"choice": "dialogue"}
 HEAD = ""

@@ -1,7 +1,7 @@
 """The parts of a transformer block.
 
 Shapes: B batch, T length, S keys, D d_model, H heads, K kv heads, h head_dim. Every parameter carries the names of its
-axes as metadata; `llm3.sharding` says where each of them is cut.
+axes as metadata; `llm3.distributed.sharding` says where each of them is cut.
 """
 
 import math
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.config import PROJECTIONS, ModelConfig
+from llm3.config.schema import PROJECTIONS, ModelConfig
+from llm3.distributed.sharding import constrain
+from llm3.models.kernels import attend, linear
 from llm3.models.lora import Adapters, LoRA
-from llm3.models.products import attend, linear
 from llm3.models.quantized import Quantized, quantized_linear
-from llm3.sharding import constrain
 
 Axes = tuple[str | None, ...]
 Angles = tuple[jax.Array, jax.Array]
@@ -37,7 +37,7 @@ def residual_init(layers: int, d_model: int) -> Callable:
 class Projection(nnx.Module):
     """A linear map from the axes of x after [B, T] to `outputs`, and the adapters beside it.
 
-    kernel: float32 [*inputs, *outputs], or what `llm3.frozen` made of it while it is frozen.
+    kernel: float32 [*inputs, *outputs], or what `llm3.optim.frozen` made of it while it is frozen.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.config import AdapterConfig
-from llm3.models.products import linear
+from llm3.config.schema import AdapterConfig
+from llm3.models.kernels import linear
 from llm3.tree import flatten, unflatten
 
 Adapters = tuple[tuple[str, AdapterConfig], ...]

@@ -16,9 +16,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llm3.config import ModelConfig
+from llm3.config.schema import ModelConfig
+from llm3.distributed.sharding import constrain, is_cut, tree_shardings
 from llm3.models.layers import Block, Norm, Projection, attention_mask, rotation, small_init
-from llm3.sharding import constrain, is_cut, tree_shardings
 from llm3.tree import flatten, unflatten
 
 Segments = tuple[tuple[int, int], ...]

@@ -1,8 +1,8 @@
 """What a stage optimises. A peer is one file here, found by its name.
 
-A peer has `WINDOWS`, which forms of source it learns from and how each is cut ({form: kind}, see `llm3.data.forms` and
-`llm3.data.windows`), `HEAD`, the task head that it needs ("" for none; "labels": one logit a class; or the names of its
-outputs), `LABELLED`, whether it learns from labels, `CAUSAL`, which attention it needs (None: either), and
+A peer has `WINDOWS`, which forms of source it learns from and how each is cut ({form: kind}, see `llm3.data.formats`
+and `llm3.data.windows`), `HEAD`, the task head that it needs ("" for none; "labels": one logit a class; or the names of
+its outputs), `LABELLED`, whether it learns from labels, `CAUSAL`, which attention it needs (None: either), and
 
     loss(model, batch, key, task) -> Sums
 

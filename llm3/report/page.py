@@ -5,7 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm3.report import savings, seeds
+from llm3.report import cost as savings
+from llm3.report import seeds
 from llm3.report.details import in_detail, repeated
 from llm3.report.matrix import Figure, complete, figures, majority, parent_of, standard_error, write_matrix
 from llm3.report.plots import plot_losses, plot_matrix, plot_seeds

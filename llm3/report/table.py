@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from llm3.report import savings
+from llm3.report import cost as savings
 from llm3.report.matrix import Figure, complete, figures, majority
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words

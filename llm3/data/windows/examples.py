@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from llm3.config import at_least
+from llm3.config.schema import at_least
 from llm3.data.batch import Batch
-from llm3.data.cache import TokenCache
+from llm3.data.cache.cache import TokenCache
 from llm3.data.packing import Packed, checked, empty_window, mark
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError

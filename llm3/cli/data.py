@@ -1,0 +1,199 @@
+"""The verb `data`: the texts of a run as the model will see them, and what of the evaluations is among them."""
+
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llm3 import objectives
+from llm3.config.schema import RunConfig
+from llm3.data.batch import Batch
+from llm3.data.library import Library
+from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.errors import UserError
+from llm3.report.units import count, percent
+from llm3.stages import rules as stages
+from llm3.stages.experiment import Experiment, prepare, read_library
+
+SHOWN_ROWS, SHOWN_TOKENS = 10, 96
+
+
+def data(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Print, for each stage, its sources as they are mixed and packed, and ten decoded rows of its first batches.
+
+    The texts are read and tokenized into the cache; nothing else is written. Raises UserError for what will not work.
+    """
+    order = stages.chosen(config, names)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    experiment = prepare(config, workdir, order)
+    for name in order:
+        stage = config.stages[name]
+        shape = f"{stage.batch_size} x {stage.sequence_length} tokens a step, {stage.steps} steps"
+        console.print(f"\n{name}: {stage.objective_name}, {shape}")
+        console.print(source_table(experiment, name))
+        for first, weights in experiment.schedule(name)[1:]:
+            console.print(f"  from step {first}: " + ", ".join(f"{s} {percent(w)}" for s, w in shares(weights).items()))
+        for source in experiment.sources(name):
+            for reason, rows in experiment.library.cache(source, "train").bad.items():
+                console.print(f"  {source}: {rows:,} rows set aside: {reason}")
+        console.print(f"  ten rows of the first batches; what is learned is {marked('so', sys.stdout.isatty())}:")
+        for row in first_rows(experiment, name):
+            console.print(Text("  | ") + decoded(experiment, name, row), soft_wrap=True)
+    print_overlaps(experiment, console)
+    return 0
+
+
+def overlaps(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Print what of each evaluation is in the training data of the stages."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    print_overlaps(prepare(config, workdir, stages.chosen(config, names)), console)
+    return 0
+
+
+def build_shard(config: RunConfig, workdir: Path, names: list[str] | None, shard: str) -> int:
+    """Tokenize one shard in n of the training texts, as one task of an array job. Raises UserError."""
+    order = stages.chosen(config, names)
+    number, _, of = shard.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
+    library: Library = read_library(config, workdir)
+    for source in dict.fromkeys(source for name in order for source in stages.data_sources(config, name)):
+        whole = library.build(source, "train", shard=(int(number), int(of)))
+        state = "other shards are still to be built" if whole is None else f"whole, {whole.tokens:,} tokens"
+        print(f"{source}: shard {shard} is built; {state}", flush=True)
+    return 0
+
+
+def shares(weights: dict[str, float]) -> dict[str, float]:
+    """Weights as shares of their sum."""
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def source_table(experiment: Experiment, name: str) -> Table:
+    """One row a source: what it holds, how it is packed, and how much of it is drawn."""
+    mixture, stage = experiment.mixture(name), experiment.config.stages[name]
+    table = Table("source", box=None, header_style="bold")
+    for column in ("documents", "tokens", "bytes/token", "windows", "padding", "cut", "left out", "share", "epochs"):
+        table.add_column(column, justify="right")
+    weights, epochs = shares(experiment.schedule(name)[0][1]), mixture.epochs(stage.steps)
+    for source, windows in experiment.tables(name).items():
+        tokens = experiment.library.cache(source, "train")
+        text_tokens = tokens.tokens - 2 * tokens.documents  # without <bos> and <eos>
+        table.add_row(
+            source,
+            f"{tokens.documents:,}",
+            count(tokens.tokens),
+            f"{tokens.text_bytes / max(text_tokens, 1):.2f}",
+            f"{len(windows):,}",
+            percent(windows.waste),
+            f"{windows.truncated:,}",
+            f"{windows.dropped:,}",
+            percent(weights.get(source, 0.0)),
+            f"{epochs[source]:.2g}",
+        )
+    return table
+
+
+def first_rows(experiment: Experiment, name: str) -> list[Batch]:
+    """The first rows that a stage will see, without the batch axis."""
+    size = experiment.config.stages[name].batch_size
+    rows = (divmod(row, size) for row in range(SHOWN_ROWS))
+    batches = (experiment.mixture(name).batch(step, [row]) for step, row in rows)
+    return [Batch(*(field[0] for field in batch)) for batch in batches]
+
+
+def decoded(experiment: Experiment, name: str, row: Batch) -> Text:
+    """The beginning of a row as text, what is learned from it marked."""
+    peer = objectives.load(experiment.config.stages[name].objective_name)
+    parts = (_labels if peer.HEAD else _tokens)(peer, experiment, name, row)
+    return Text.assemble(*(_piece(text, learned) for text, learned in parts))
+
+
+def marked(text: str, colours: bool) -> str:
+    """What is learned: reversed on a terminal, in angle quotes elsewhere."""
+    return f"[reverse]{text}[/reverse]" if colours else f"«{text}»"
+
+
+def _piece(text: str, learned: bool) -> Text:
+    if learned and not sys.stdout.isatty():
+        return Text(f"«{text}»")
+    return Text(text, style="reverse" if learned else "")
+
+
+def _tokens(peer: ModuleType, experiment: Experiment, name: str, row: Batch) -> list[tuple[str, bool]]:
+    """Runs of tokens that are targets and that are not: the next ones, or in a bidirectional model the hidden ones."""
+    del name
+    tokens, learned = [], []
+    for segment in range(1, int(row.segments.max(initial=0)) + 1):
+        places = np.flatnonzero(row.segments == segment)
+        weighted = row.weights[places] > 0
+        if peer.CAUSAL is False:
+            tokens.append(np.where(weighted, row.targets[places], row.tokens[places]))
+            learned.append(weighted)
+        else:  # a target follows its place; the last one is no input
+            tokens.append(np.append(row.tokens[places], row.targets[places[-1:]][weighted[-1:]]))
+            learned.append(np.concatenate([[False], weighted])[: len(tokens[-1])])
+    whole, marks = np.concatenate(tokens), np.concatenate(learned)
+    first = int(np.argmax(marks)) if marks.any() else 0
+    if first < SHOWN_TOKENS * 3 // 4:
+        return _runs(whole[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], experiment.tokenizer)
+    third = SHOWN_TOKENS // 3  # what is learned comes late, as after a long prompt
+    around = slice(first - third, first + third)
+    begin = (spelled(whole[:third], experiment.tokenizer) + " ... ", False)
+    return [begin, *_runs(whole[around], marks[around], experiment.tokenizer)]
+
+
+def _runs(tokens: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    bounds = [0, *(np.flatnonzero(marks[1:] != marks[:-1]) + 1), len(tokens)]
+    runs = itertools.pairwise(bounds)
+    return [(spelled(tokens[first:last], tokenizer), bool(marks[first])) for first, last in runs]
+
+
+def _labels(peer: ModuleType, experiment: Experiment, name: str, row: Batch) -> list[tuple[str, bool]]:
+    """Documents, and what the task head is to say of them."""
+    labels, parts = experiment.labels(name), []
+    sets = experiment.task(name).label_sets
+    for segment in range(1, int(row.segments.max(initial=0)) + 1):
+        places = np.flatnonzero(row.segments == segment)
+        parts.append((spelled(row.tokens[places[:SHOWN_TOKENS]], experiment.tokenizer), False))
+        if peer.HEAD == "labels":
+            target = int(row.targets[places][row.weights[places] > 0][0])
+            classes = [target] if sets is None else np.flatnonzero(sets[target])
+            parts.append((", ".join(labels[each] for each in classes) or "none", True))
+        else:  # the tokens from the first output's place to the last one's: bits 1 and 2 of the targets
+            first, last = (places[np.flatnonzero(row.targets[places] & bit)] for bit in (1, 2))
+            parts.append((spelled(row.tokens[int(first[0]) : int(last[0]) + 1], experiment.tokenizer), True))
+    return parts
+
+
+def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """Tokens as text on one line, special ones by their names."""
+    runs, text = [], []
+    for token in tokens.tolist():
+        if token < len(SPECIALS):
+            runs += [tokenizer.decode(text), SPECIALS[token]]
+            text = []
+        else:
+            text.append(token)
+    return "".join([*runs, tokenizer.decode(text)]).replace("\n", "⏎")
+
+
+def print_overlaps(experiment: Experiment, console: Console) -> None:
+    """A table of the evaluations: how many of their documents are in the training data, whole or in part."""
+    table = Table("evaluation", box=None, header_style="bold")
+    for column in ("documents", "equal", "near duplicates", "any n-gram"):
+        table.add_column(column, justify="right")
+    for name, found in experiment.overlaps().items():
+        table.add_row(name, *(f"{each:,}" for each in (found.documents, found.exact, found.near, found.any)))
+    console.print(
+        "\nOverlap of the evaluations with the training data, by 13-grams; near duplicates: half of them or more"
+    )
+    console.print(table)
+    for name, found in experiment.overlaps().items():
+        rows = ", ".join(f"{row} ({percent(share)})" for row, share in found.worst)
+        console.print(f"  {name}: most of all, rows {rows}" if rows else f"  {name}: nothing in common")

@@ -1,0 +1,284 @@
+"""The verb `export`: a stage as a directory that transformers and PEFT load with no llm3 code.
+
+The layouts are those of transformers' Llama (Touvron et al. 2023) and Qwen3 (2025; Llama with QK-norm), and of PEFT's
+LoRA adapters. Their linear weights are [out, in]; their rotary positions are half-split, as here.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from llm3 import __version__
+from llm3.cli.generate import load_stage
+from llm3.config.schema import AdapterConfig, ModelConfig
+from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.errors import UserError, nearest
+from llm3.models.lora import merged
+from llm3.stages.workdir import TOKENIZER, write_json
+from llm3.tree import flatten, size
+
+FORMATS = ("merged", "base", "adapters")
+
+KERNELS = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.o_proj",
+    "mlp/gate": "mlp.gate_proj",
+    "mlp/up": "mlp.up_proj",
+    "mlp/down": "mlp.down_proj",
+}
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention/query_norm": "self_attn.q_norm",
+    "attention/key_norm": "self_attn.k_norm",
+}
+OUTSIDE = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+
+
+def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None) -> int:
+    """Write a checkpoint of a stage into the new directory `to` and print what was written.
+
+    form: one of FORMATS. step: a number or "latest". base: the model that the adapters name as theirs. Raises UserError
+    for a model that the formats cannot express, a directory that is not empty, and a missing library; nothing is
+    written then.
+    """
+    save = safetensors_writer()
+    if form not in FORMATS:
+        raise UserError(f"--format={form}: {nearest(form, FORMATS)}")
+    if base is not None and form != "adapters":
+        raise UserError(f"--base={base}: only --format=adapters names a base model, --format={form} is one itself")
+    params, config, meta = load_stage(workdir, stage, step)
+    tokenizer = Tokenizer.load(workdir / TOKENIZER)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer that {workdir / stage} was trained with")
+    check_family(config)
+    if form == "adapters" and not config.adapters:
+        raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
+    with new_directory(to) as directory:
+        if form == "adapters":
+            lines = write_adapters(directory, params, config, base, save)
+        else:
+            lines = write_model(directory, params, config, meta, form, save)
+            write_tokenizer(directory, workdir / TOKENIZER)
+            lines.append(
+                f"tokenizer.json: {tokenizer.vocab_size} tokens; it puts {SPECIALS[Tokenizer.bos_id]} before a text"
+            )
+        if config.classes:
+            lines.append(write_head(directory, params, config, meta, save))
+    print(f"{workdir / stage} step {meta['step']} -> {to}", *lines, sep="\n  ", flush=True)
+    return 0
+
+
+def safetensors_writer() -> Callable:
+    """safetensors' `save_file(tensors, path, metadata)` for numpy arrays. Raises UserError without the library."""
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise UserError("export needs the library safetensors: pip install 'llm3[hf]'") from error
+    return save_file
+
+
+@contextmanager
+def new_directory(to: Path) -> Iterator[Path]:
+    """A directory beside `to` that becomes `to` at the end, or leaves no trace if anything is raised.
+
+    Raises UserError where `to` exists and is not an empty directory, and where it cannot be written.
+    """
+    to = to.resolve()
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"--to={to} exists: expected a new or an empty directory; nothing was overwritten")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as holder:
+            partial = Path(holder) / to.name  # with ordinary permissions, which temporary directories lack
+            partial.mkdir()
+            yield partial
+            partial.rename(to)  # fails where anything has come to be in `to`
+    except OSError as error:
+        raise UserError(f"--to={to} cannot be written: {error.strerror or error}") from error
+
+
+def check_family(config: ModelConfig) -> None:
+    """Raise UserError for what neither Llama nor Qwen3 can express."""
+    for field, expected in (("norm", "rmsnorm"), ("causal", True), ("logit_softcap", 0.0)):
+        if (value := getattr(config, field)) != expected:
+            raise UserError(
+                f"model.{field}={value!r} has no counterpart in transformers' Llama and Qwen3: only a model with "
+                f"{field}={expected!r} can be exported"
+            )
+    if not config.qk_norm and config.d_model % config.heads:
+        raise UserError(
+            f"model.heads={config.heads} does not divide model.d_model={config.d_model}: transformers' Llama refuses "
+            "that; a model with qk_norm=True (Qwen3) may have such heads"
+        )
+
+
+def write_model(directory: Path, params: dict, config: ModelConfig, meta: dict, form: str, save: Callable) -> list[str]:
+    """config.json and model.safetensors; lines that say what they hold."""
+    tensors = model_tensors(merged(params, config.adapters) if form == "merged" else params)
+    save(tensors, directory / "model.safetensors", metadata={"format": "pt", "llm3": __version__})
+    described = model_json(config, meta)
+    write_json(directory / "config.json", described)
+    family = described["architectures"][0]
+    lines = [f"model.safetensors: {family}, {amount(tensors)}" + ", tied lm_head" * config.tie_embeddings]
+    for name, adapter in config.adapters:
+        left_out = "left out, --format=base" if form == "base" else "" if adapter.active else "left out, it is inactive"
+        lines.append(f"adapter {name} of rank {adapter.rank}: {left_out or 'merged into the kernels'}")
+    return lines
+
+
+def model_tensors(params: dict) -> dict[str, np.ndarray]:
+    """transformers' names and float32 arrays of canonical parameters; adapters and the task head are left out."""
+    tensors = {}
+    for path, leaf in flatten(params).items():
+        if path in OUTSIDE:
+            tensors[OUTSIDE[path]] = contiguous(leaf.T if path == "lm_head/kernel" else leaf)
+            continue
+        place, _, kind = path.removeprefix("layers/").rpartition("/")
+        if place in KERNELS and kind in ("kernel", "bias"):
+            module = KERNELS[place] + (".weight" if kind == "kernel" else ".bias")
+        elif place in NORMS and kind == "scale":
+            module = NORMS[place] + ".weight"
+        elif place == "head" or "/lora/" in path:
+            continue
+        else:
+            raise UserError(f"the leaf {path} has no counterpart in transformers' Llama and Qwen3")
+        for i, each in enumerate(leaf):
+            tensors[f"model.layers.{i}.{module}"] = contiguous(
+                matrix(each, place).T if kind == "kernel" else each.reshape(-1)
+            )
+    return tensors
+
+
+def matrix(kernel: np.ndarray, place: str) -> np.ndarray:
+    """[*inputs, *outputs] -> [inputs, outputs]: only `out` has several axes of inputs, and none has several of both."""
+    return kernel.reshape(-1, kernel.shape[-1]) if place == "attention/out" else kernel.reshape(kernel.shape[0], -1)
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32)
+
+
+def model_json(config: ModelConfig, meta: dict) -> dict:
+    """transformers' config.json: Qwen3 with QK-norm, else Llama. The labels of a task head stand in it."""
+    qwen = config.qk_norm
+    described = {
+        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "model_type": "qwen3" if qwen else "llama",
+        "dtype": "float32",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": config.attention_bias,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": meta["config"]["stage"]["sequence_length"],  # nothing longer was trained on
+        "bos_token_id": Tokenizer.bos_id,
+        "eos_token_id": Tokenizer.eos_id,
+        "pad_token_id": Tokenizer.pad_id,
+    }
+    if config.classes:
+        described["id2label"] = {str(i): label for i, label in enumerate(meta["labels"])}
+        described["label2id"] = {label: i for i, label in enumerate(meta["labels"])}
+    return described
+
+
+def write_tokenizer(directory: Path, source: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, which make transformers' tokenizer give the ids that llm3 trains on.
+
+    Each text begins with BOS (unless add_special_tokens=False), and no text can spell a special token.
+    """
+    backend = tokenizers.Tokenizer.from_file(str(source))
+    bos = SPECIALS[Tokenizer.bos_id]
+    # in tokenizer.json, for beside one transformers ignores add_bos_token
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, Tokenizer.bos_id)]
+    )
+    backend.save(str(directory / TOKENIZER))
+    described = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIALS, strict=True))
+    described |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
+    write_json(directory / "tokenizer_config.json", described | {"clean_up_tokenization_spaces": False})
+
+
+def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str | None, save: Callable) -> list[str]:
+    """For each adapter a folder with adapter_config.json and adapter_model.safetensors; lines that say so."""
+    lines = []
+    for name, adapter in config.adapters:
+        tensors = adapter_tensors(params, name)
+        folder = directory / name
+        folder.mkdir()
+        save(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "llm3": __version__})
+        write_json(folder / "adapter_config.json", adapter_json(adapter, base))
+        lines.append(f"{name}/adapter_model.safetensors: {amount(tensors)}, on {', '.join(adapter.targets)}")
+    return [*lines, f"base model: {base or 'not named (--base); this stage with --format=base writes it'}"]
+
+
+def adapter_tensors(params: dict, name: str) -> dict[str, np.ndarray]:
+    """PEFT's names and float32 arrays of one adapter: lora_A [r, in], lora_B [out, r], lora_magnitude_vector [out]."""
+    tensors = {}
+    for path, leaf in flatten(params).items():
+        place, found, ending = path.removeprefix("layers/").partition(f"/lora/{name}/")
+        if not found:
+            continue
+        for i, each in enumerate(leaf):
+            module = f"base_model.model.model.layers.{i}.{KERNELS[place]}"
+            if ending == "a":
+                tensors[f"{module}.lora_A.weight"] = contiguous(each.reshape(-1, each.shape[-1]).T)
+            elif ending == "b":
+                tensors[f"{module}.lora_B.weight"] = contiguous(each.reshape(each.shape[0], -1).T)
+            else:
+                tensors[f"{module}.lora_magnitude_vector"] = contiguous(each.reshape(-1))
+    return tensors
+
+
+def adapter_json(adapter: AdapterConfig, base: str | None) -> dict:
+    """PEFT's adapter_config.json."""
+    modules = {place.rpartition("/")[2]: module.rpartition(".")[2] for place, module in KERNELS.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
+        "lora_dropout": adapter.dropout,
+        "target_modules": sorted(modules[target] for target in adapter.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def write_head(directory: Path, params: dict, config: ModelConfig, meta: dict, save: Callable) -> str:
+    """head.safetensors: weight [C, D], bias [C]; a line that says how it is used."""
+    head = {"weight": contiguous(params["head"]["kernel"].T), "bias": contiguous(params["head"]["bias"])}
+    about = {"pool": config.pool, "labels": json.dumps(meta["labels"], ensure_ascii=False), "llm3": __version__}
+    save(head, directory / "head.safetensors", metadata=about)
+    read = f"that of the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "the mean over all tokens"
+    return (
+        f"head.safetensors: the task head of {config.classes} classes, with a bias, which transformers' classes lack: "
+        f"logits = weight @ h + bias, where the last hidden state h is {read}"
+    )
+
+
+def amount(tensors: dict[str, np.ndarray]) -> str:
+    count = size(tensors)
+    return f"{len(tensors)} tensors, {count:,} parameters, {4 * count:,} bytes, float32"

@@ -1,0 +1,262 @@
+"""The verbs that only read: `plan`, what each stage would train and cost, and `lineage`, where a run comes from."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from llm3 import objectives
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.config.schema import RunConfig
+from llm3.distributed import machines as topology
+from llm3.distributed.machines import Topology
+from llm3.distributed.sharding import mesh_shape
+from llm3.handoff.parent import CHECKPOINTS, changes, trained_stages
+from llm3.optim.optimizer import state_bytes
+from llm3.optim.partition import canonical_path
+from llm3.planning import aot
+from llm3.planning.plan import Forecast, forecasts, on_paper
+from llm3.planning.roofline import EFFICIENCY, USABLE
+from llm3.planning.trace import POLICIES
+from llm3.report.units import count, gibibytes, mebibytes, percent
+from llm3.stages import rules as stages
+from llm3.stages.cost import savings
+from llm3.stages.experiment import prepare
+from llm3.stages.session import Session
+from llm3.training.phase import Trainer
+from llm3.tree import flatten, size
+
+
+def plan(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Print for each stage its leaves, which of them train, and what a step costs beside full training.
+
+    The texts are read (for the vocabulary and the classes) and cached; nothing is trained or allocated.
+    """
+    order, console = stages.chosen(config, names), _console()
+    session = Session(prepare(config, workdir, order), console)
+    with session.on_mesh():
+        for name in order:
+            _show(session, name)
+    return 0
+
+
+def _show(session: Session, name: str) -> None:
+    """The leaves and the cost of each phase of a stage."""
+    stage, console = session.config.stages[name], session.console
+    for trainer in session.phases(name):
+        added = [rule for step, rule in stage.unfreeze if step <= trainer.first]
+        later = f", and {added!r} from step {trainer.first}" if added else ""
+        console.print(f"\n{name}: train={stage.train!r}{later}")
+        console.print(leaf_table(trainer))
+        for line in [*summary(session, name, trainer), *(f"  {note}" for note in trainer.notes)]:
+            console.print(line)
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def plan_on(config: RunConfig, names: list[str] | None, name_of_machine: str, compiled: bool) -> int:
+    """Print for each stage what a step takes of a device of a machine that need not be there, and how long.
+
+    No text is read and no device used. compiled: with what the TPU's compiler says beside it. Raises UserError.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    order, console, machine = stages.chosen(config, names), _console(), topology.parse(name_of_machine)
+    if compiled:
+        aot.check(machine)
+    for name in order:
+        for phase, each in enumerate(forecasts(config, name, machine)):
+            for line in _heading(config, name, each, machine):
+                console.print(line)
+            console.print(forecast_table(config, name, each, machine))
+            for line in _remarks(config, name, each, machine):
+                console.print(f"  {line}")
+            if compiled:
+                console.print(_beside(each, _compile(config, name, each, machine, phase)))
+    for line in assumptions(config, machine):
+        console.print(line)
+    return 0
+
+
+def _heading(config: RunConfig, name: str, each: Forecast, machine: Topology) -> list[str]:
+    stage, state = config.stages[name], each.trainer.abstract_state
+    mesh = ", ".join(f"{k} {v}" for k, v in mesh_shape(vars(config.mesh), machine.devices).items() if v > 1)
+    cut = f" in {stage.micro_batches} micro-batches" if stage.micro_batches > 1 else ""
+    after = f" from step {each.trainer.first}" if each.trainer.first else ""
+    return [
+        f"\n[bold]{name}[/bold]{after} on {machine.name}, {mesh or 'one device'}: {count(size(state.trainable))} of "
+        f"{count(size(each.trainer.abstract_params))} parameters train, "
+        f"{stage.batch_size} x {stage.sequence_length} tokens a step{cut}"
+    ]
+
+
+def forecast_table(config: RunConfig, name: str, each: Forecast, machine: Topology) -> Table:
+    """A row a figure, a column a remat policy; that of the config has a star."""
+    tokens = config.stages[name].batch_size * config.stages[name].sequence_length
+    peak, own = machine.chip.peak * machine.devices, each.model.remat
+    large = each.total(own) >= 2**30
+    unit, amount = ("GiB", gibibytes) if large else ("MiB", mebibytes)
+    grid = Table(f"{unit} of a device", box=None, header_style="bold")
+    for policy in POLICIES:
+        grid.add_column(f"remat {policy}{'*' * (policy == own)}", justify="right")
+
+    def row(label: str, figure: Callable[[str], str]) -> None:
+        grid.add_row(label, *(figure(policy) for policy in POLICIES))
+
+    def range_of(figure: Callable[[float], str]) -> Callable[[str], str]:
+        return lambda policy: " to ".join(
+            figure(s) for s in (each.times[policy].in_turn, each.times[policy].overlapped)
+        )
+
+    row("parameters", lambda policy: amount(each.stored.parameters))
+    row("moments", lambda policy: amount(each.stored.moments))
+    row("temporary, at most", lambda policy: amount(each.steps[policy].temporary))
+    row("  gradients", lambda policy: amount(each.stored.gradients))
+    row("  activations kept for the backward pass", lambda policy: amount(each.steps[policy].kept))
+    row("together", lambda policy: amount(each.total(policy)))
+    fits = f"fits into {USABLE:.0%} of {amount(machine.chip.memory)}"
+    row(fits, lambda policy: "yes" if each.fits(policy, machine) else "[red]no[/red]")
+    row("FLOPs of a device", lambda policy: count(each.steps[policy].flops))
+    row("bytes moved in its memory", lambda policy: count(each.steps[policy].moved))
+    row("seconds of products", lambda policy: f"{each.times[policy].compute:.3g}")
+    row("seconds of memory", lambda policy: f"{each.times[policy].memory:.3g}")
+    for axis in each.times[own].collectives:
+        row(f"seconds of collectives, {axis}", lambda policy, axis=axis: f"{each.times[policy].collectives[axis]:.3g}")
+    row("step, seconds: one by one to all at once", range_of(lambda seconds: f"{seconds:.3g}"))
+    row("tokens a second", range_of(lambda seconds: count(tokens / seconds)))
+    row("MFU", range_of(lambda seconds: percent(each.model_flops / seconds / peak)))
+    return grid
+
+
+def _remarks(config: RunConfig, name: str, each: Forecast, machine: Topology) -> list[str]:
+    """What fits best, what is largest, and what the config alone does not tell."""
+    best, own = each.best(machine), each.model.remat
+    arrays = list(each.steps[own].largest.items())[:3]
+    largest = ", ".join(f"{array} {mebibytes(size)} MiB" for array, size in arrays)
+    lines = [f"the fastest that fits: remat {best}" if best else "no remat policy fits", f"largest: {largest}"]
+    if objectives.load(config.stages[name].objective_name).HEAD == "labels":
+        lines.append("how many classes there are, only the texts tell: 1 is counted")
+    return lines + each.trainer.notes
+
+
+def _compile(config: RunConfig, name: str, each: Forecast, machine: Topology, phase: int) -> aot.Compiled:
+    with on_paper(config, machine):
+        return aot.compile_step(config, name, each.model, machine, phase)
+
+
+def _beside(each: Forecast, found: aot.Compiled) -> Table | str:
+    """The estimate and the compiler's figures."""
+    if found.refused:
+        return f"  the compiler refuses it: {found.refused}"
+    step = each.steps[each.model.remat]
+    grid = Table(f"GiB, compiled in {found.seconds:.0f} s", box=None, header_style="bold")
+    for column in ("estimate", "compiler", "estimate / compiler"):
+        grid.add_column(column, justify="right")
+    for label, own, its in (
+        ("arguments", each.stored.arguments, found.arguments),
+        ("temporary, in use at once", step.temporary, found.beside_arguments),
+        ("temporary, as memory_analysis has it", step.temporary, found.temporary),
+    ):
+        grid.add_row(label, gibibytes(own), gibibytes(its), f"{own / its:.3f}" if its else "-")
+    return grid
+
+
+def assumptions(config: RunConfig, machine: Topology) -> list[str]:
+    """What a forecast rests on."""
+    chip = machine.chip
+    links = topology.links(machine, vars(config.mesh), config.mesh.across)
+    return [
+        f"\nAssumed: {chip.name}: {count(chip.peak)}FLOP/s at most, of which products reach {EFFICIENCY:.0%}; "
+        f"{count(chip.bandwidth)}B/s of memory; each kernel reads and writes its arrays once",
+        *(f"  {axis}: {link.words}" for axis, link in links.items() if link.size > 1),
+        f"  memory: by a trace of the step, in the order of the program; {1 - USABLE:.0%} is left to the runtime"
+        + (
+            "" if machine.is_tpu or chip.name == "cpu" else " (jax takes 75 % of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        ),
+        "  MFU: FLOPs without what remat computes again, over the peak of all devices",
+    ]
+
+
+def leaf_table(trainer: Trainer) -> Table:
+    """One row a leaf of the canonical tree: its shape, parameters, bytes, and which of it trains."""
+    table = Table("leaf", "shape", "trains", box=None, header_style="bold")
+    for column in ("parameters", "trainable", "MiB"):
+        table.add_column(column, justify="right")
+    stored = leaf_bytes(trainer)
+    for path, leaf in flatten(trainer.abstract_params).items():
+        chosen = training_layers(trainer, path)
+        per_layer = int(np.prod(leaf.shape)) // trainer.model.layers
+        trainable = int(np.prod(leaf.shape)) if chosen is True else per_layer * len(chosen or ())
+        trains = "yes" if chosen is True else "no" if not chosen else f"layers {', '.join(map(str, chosen))}"
+        mebibytes = f"{stored[path] / 2**20:.2f}"
+        table.add_row(path, str(list(leaf.shape)), trains, count(np.prod(leaf.shape)), count(trainable), mebibytes)
+    return table
+
+
+def leaf_bytes(trainer: Trainer) -> Counter[str]:
+    """{canonical path: bytes}, as the step holds the leaf: what is frozen may be stored in fewer."""
+    stored: Counter[str] = Counter()
+    for part in (trainer.abstract_state.trainable, trainer.abstract_state.frozen):
+        for path, leaf in flatten(part).items():
+            stored[canonical_path(path)] += state_bytes(leaf)
+    return stored
+
+
+def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
+    """Whether a canonical leaf trains: True or False, or the layers of it that do where only some of them do."""
+    partition = trainer.partition
+    if not path.startswith("layers/"):
+        return path in partition.trainable
+    chosen = [
+        layer
+        for first, last in partition.segments
+        for layer in range(first, last)
+        if path.replace("layers/", f"layers/{first}:{last}/", 1) in partition.trainable
+    ]
+    return len(chosen) == trainer.model.layers or chosen
+
+
+def summary(session: Session, name: str, trainer: Trainer) -> list[str]:
+    """Parameters, bytes for one device's worth of the whole state, and FLOPs a token, beside full training."""
+    stage, takes = session.config.stages[name], savings(session, name, trainer)
+    trainable, every = takes["trainable_params"], size(trainer.abstract_params)
+    tokens, steps = stage.batch_size * stage.sequence_length, trainer.stop - trainer.first
+
+    def mebibytes(key: str) -> str:
+        full = takes.get(f"full_{key}")
+        return f"{takes[key] / 2**20:.1f}" + (f" ({percent(takes[key] / full)} of full training's)" if full else "")
+
+    forward, backward = takes["forward_flops_per_token"], takes["backward_flops_per_token"]
+    of_full = percent((forward + backward) / takes["full_flops_per_token"])
+    return [
+        f"  parameters {count(every)}, trainable {count(trainable)} ({percent(trainable / every)})",
+        f"  MiB: parameters {mebibytes('param_bytes')}, gradients {mebibytes('gradient_bytes')}, "
+        f"moments {mebibytes('moment_bytes')}",
+        f"  FLOPs a token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's",
+        f"  {count(tokens)} tokens a step, {steps} steps, {count(trainer.flops_per_step * steps)}FLOP",
+    ]
+
+
+def lineage(workdir: Path) -> int:
+    """Print where each stage of a run comes from, from the metadata of its newest checkpoint alone."""
+    console = Console(highlight=False, soft_wrap=True)
+    for name in trained_stages(workdir):
+        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+        step = checkpoints.latest()
+        meta = checkpoints.meta(step)
+        own = {"run": str(workdir.resolve()), "stage": name, **meta}
+        console.print(f"\n{name}")
+        for depth, link in enumerate([*meta["lineage"], own]):
+            cost = link["cost"]
+            differs = "".join(f", {line}" for line in changes(link)) if depth else ""
+            console.print(
+                f"  {'  ' * depth}{link['run']}/{link['stage']} step {link['step']} ({link['kind']}, "
+                f"{count(cost['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs})"
+            )
+    return 0

@@ -1,0 +1,164 @@
+"""The verb `run`: the stages one after another, each evaluated, with a report at the end."""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.cli.generate import load_stage
+from llm3.config.schema import RunConfig, StageConfig, as_dict
+from llm3.distributed import processes
+from llm3.errors import FULL, NotWritten, UserError, writing
+from llm3.handoff.parent import CHECKPOINTS, INIT
+from llm3.report import page, table
+from llm3.report.logs import read_metrics
+from llm3.stages import rules as stages
+from llm3.stages.cost import with_full_step_seconds
+from llm3.stages.experiment import prepare
+from llm3.stages.run_stage import preflight, run_stage
+from llm3.stages.session import Session
+from llm3.stages.start import check_ancestry, locate_parent
+from llm3.stages.workdir import (
+    DETAILS,
+    RECORD,
+    ROW,
+    TOKENIZER,
+    check_record,
+    differences,
+    lock,
+    read_json,
+    stage_record,
+    write_json,
+)
+from llm3.training.loop import StopRequest, stop_on_signals
+
+
+def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status.
+
+    Raises UserError for what cannot be trained, and NotWritten where the disk refuses, with what was saved before.
+    """
+    console = speaker()
+    order = stages.chosen(config, names)
+    for name in [INIT, *order]:
+        check_record(workdir, config, name)
+    check_ancestry(workdir, order)
+    to_train = processes.from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
+    for name in to_train:
+        locate_parent(config, workdir, name, to_train)
+    if not to_train and processes.from_first(lambda: is_reported(workdir, [INIT, *order])):
+        console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
+        return 0
+    with ExitStack() as held:
+        held.enter_context(saying_what_is_whole(workdir, order))
+        processes.from_first(lambda: held.enter_context(lock(workdir)))
+        session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
+        request = held.enter_context(stop_on_signals())
+        with session.on_mesh():
+            if not train(session, to_train, request):
+                console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
+                return request.exit
+        check_ancestry(workdir, order)
+        if processes.is_first():
+            report(config, workdir, session.facts(), console)
+    return 0
+
+
+@contextmanager
+def saying_what_is_whole(workdir: Path, order: list[str]) -> Iterator[None]:
+    """Say of what could not be written what there is instead. Raises NotWritten."""
+    try:
+        with writing(f"a file in {workdir}, or of the cache,", *FULL):
+            yield
+    except NotWritten as error:
+        raise NotWritten(f"{error}; {what_is_whole(workdir, order)} once it can write again") from error
+
+
+def what_is_whole(workdir: Path, order: list[str]) -> str:
+    """What a run goes on from: the newest checkpoint, whose metadata can be read, of the last stage that has one."""
+    for name in reversed(order):
+        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+        for step in reversed(checkpoints.steps()):
+            with suppress(UserError):
+                if processes.count() == 1:  # several read together, and the others are elsewhere
+                    checkpoints.leaves(step)
+                return f"the checkpoint of step {step} of {name} is whole, and the same command goes on from there"
+    return "no checkpoint was saved before, and the same command begins anew"
+
+
+def train(session: Session, to_train: list[str], request: StopRequest) -> bool:
+    """Train and evaluate the stages; False where a signal asked to stop."""
+    for name in to_train:
+        preflight(session, name, to_train)
+    if processes.is_first():
+        write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
+        with writing(session.workdir / TOKENIZER):
+            session.experiment.tokenizer.save(session.workdir / TOKENIZER)
+        session.print_header()
+    session.evaluate_init()
+    return all(not request.signal and run_stage(session, name, request) for name in to_train)
+
+
+def speaker() -> Console:
+    """Where the first process speaks, and the others are silent."""
+    return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
+
+
+def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+    """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
+    console = speaker()
+    order = [name for name in stages.chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
+    if not order or not workdir.is_dir():
+        raise UserError(f"{workdir} holds no trained stage of this config yet")
+    session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
+    rows = []
+    with session.on_mesh():
+        for name in order:
+            params, model, _ = load_stage(workdir, name, mesh=session.mesh)
+            now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype, read_out=model.read_out)
+            if lines := differences(as_dict(model), as_dict(now), "model"):
+                raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
+            rows.append(session.evaluate(name, params)[0])
+    table.print_table(rows, [], console)
+    return 0
+
+
+def is_reported(workdir: Path, names: list[str]) -> bool:
+    """Whether there is a report and it has these rows."""
+    matrix = read_json(workdir / "matrix.json") or {"rows": [], "baselines": []}
+    reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
+    return reported.issuperset(names) and (workdir / "report.md").is_file()
+
+
+def step_shape(stage: StageConfig) -> tuple:
+    """What decides the size of a step besides what trains."""
+    return (stage.batch_size, stage.sequence_length, str(stage.objective), stage.micro_batches, stage.data)
+
+
+def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
+    """Print the matrix of all stages that are finished, and write it with report.md and the plots."""
+    rows, baselines, histories = [], [], {}
+    for name in [INIT, *stages.check(config)]:
+        row = read_json(workdir / name / ROW)
+        if row is None:
+            continue
+        baseline = name != INIT and config.stages[name].baseline
+        (baselines if baseline else rows).append(row)
+        if name != INIT:
+            histories[name] = read_metrics(workdir / name)
+    shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
+    full = {name for name, stage in config.stages.items() if stages.trains_all(stage) and not stage.adapters}
+    timed = with_full_step_seconds(rows + baselines, shapes, full)
+    rows, baselines = timed[: len(rows)], timed[len(rows) :]
+    table.print_table(rows, baselines, console)
+    details = {row["stage"]: read_json(workdir / row["stage"] / DETAILS) for row in rows + baselines}
+    command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
+    told = {"title": f"Run {workdir.name}", "command": command, "facts": facts, "details": details}
+    with writing(workdir / "report.md"):
+        page.write_report(workdir, rows, baselines, histories, **told)
+    console.print(f"Report: {workdir / 'report.md'}")

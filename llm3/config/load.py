@@ -1,0 +1,130 @@
+"""Config files and command-line overrides, held to the schema of `llm3.config.schema`.
+
+A config file is Python: `get_config()` returns an `ml_collections.ConfigDict` whose fields are those of `RunConfig`.
+"""
+
+import ast
+import dataclasses
+import re
+import runpy
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llm3.config.schema import RunConfig
+from llm3.errors import UserError, nearest
+
+
+def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config of `file` ("path.py" or "path.py:argument"), with overrides of the form "stages.finetune.steps=50".
+
+    Raises UserError for a file that does not load, an unknown field (with the nearest right names), a missing one, or
+    a wrong type.
+    """
+    values = _run_file(file)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--config.{override}: expected --config.FIELD=VALUE")
+        _assign(RunConfig, values, name.split("."), _literal(text), "config")
+    return _read(RunConfig, values, "config")
+
+
+def _run_file(file: str) -> dict:
+    name, _, argument = file.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config and (get_config(argument) if argument else get_config())
+    except Exception as error:
+        raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
+    if get_config is None:
+        raise UserError(f"--config={name}: it defines no get_config()")
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"--config={name}: get_config() gave {type(config).__name__}, expected a ConfigDict")
+    return _copied(config.to_dict())
+
+
+def _copied(value: Any) -> Any:
+    """Plain values of which no two places share an object, so that an override changes one place only."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
+
+
+def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -> None:
+    """Set one field by its dotted name; the schema `kind` says which names there are."""
+    name, rest = parts[0], parts[1:]
+    if dataclasses.is_dataclass(kind):
+        fields = typing.get_type_hints(kind)
+        if name not in fields:
+            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
+        inner = fields[name]
+    else:
+        inner = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
+        if dataclasses.is_dataclass(inner) and name not in values:
+            raise UserError(f"{where}.{name}: no such entry; {nearest(name, values)}")
+    if not rest:
+        values[name] = value
+        return
+    if not isinstance(values.setdefault(name, {}), dict):
+        raise UserError(f"{where}.{name} is {values[name]!r} and has no field {rest[0]!r}")
+    _assign(inner, values[name], rest, value, f"{where}.{name}")
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind`: a dataclass, dict[str, X], list[X], tuple[X, ...], union or plain type. Raises UserError."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _read_section(kind, value, where)
+    if origin in (types.UnionType, typing.Union):
+        options = [each for each in args if each is not types.NoneType]
+        return None if value is None else _read(options[0], value, where)
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(args[1], each, f"{where}.{key}") for key, each in value.items()}
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return origin(_read(args[0], each, f"{where}[{i}]") for i, each in enumerate(value))
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise UserError(f"{where}={value!r}: expected {expected}, got {type(value).__name__}")
+
+
+def _read_section(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}={value!r}: expected a section with fields, got {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: missing {', '.join(missing)}")
+    read = {name: _read(hints[name], each, f"{where}.{name}") for name, each in value.items()}
+    try:
+        return kind(**read)
+    except UserError as error:
+        raise UserError(re.sub(r"config: \w+\.\*", where, str(error))) from None

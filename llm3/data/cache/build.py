@@ -1,0 +1,251 @@
+"""The parts of a source become shards of a token cache, in several processes, and the shards become a whole.
+
+A part always becomes the same bytes, so it does not matter who builds which, when, how often, or on which machine.
+Nothing here imports jax: worker processes start quickly.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from llm3.data import formats as forms
+from llm3.data.cache import shards
+from llm3.data.tokenizer import Tokenizer
+from llm3.errors import UserError
+
+MANIFEST = "manifest.json"  # written last: without it, a cache is half-built
+JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
+LABELS = "labels.npy"
+DAMAGE = (OSError, ValueError, KeyError)  # what reading raises where files are not as they were written
+ALONE_SECONDS = 1.0  # parts that take so long together are no work for other processes: these take as long to start
+ABANDONED_SECONDS = 24 * 3600  # a temporary directory that nobody wrote to for so long
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A cache to build in `target`: what its parts are read and encoded by. It is sent to other processes."""
+
+    records: Any
+    form: str
+    tokenizer_file: Path
+    template: str
+    target: Path
+    temporary: Path
+
+
+def complete(
+    job: Job, parts: list[Any], mine: range, workers: int | None, progress: bool | None
+) -> list[dict[str, Any]] | None:
+    """Build those of the shards `mine` that are not there whole. Returns what all shards hold; None while some lack."""
+    left = [number for number in mine if not _is_whole(_shard(job, number))]
+    if left:
+        of = "" if len(parts) == 1 else f": {len(left):,} of {len(parts):,} parts"
+        with _progress(f"tokens: encoding {job.records.name}{of}", len(left), progress) as advance:
+            for _ in _build(job, parts, left, workers):
+                advance()
+    others = [number for number in range(len(parts)) if number not in mine]
+    if not all(_shard(job, number).exists() for number in range(len(parts))):
+        return None
+    if not all([_is_whole(_shard(job, number)) for number in others]):
+        return None
+    return [shards.read_sealed(_shard(job, number) / shards.SHARD) for number in range(len(parts))]
+
+
+def _shard(job: Job, number: int) -> Path:
+    return job.target / shards.folder(number)
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a shard is there; a damaged one is removed, and that is said."""
+    if not directory.exists():
+        return False
+    try:
+        shards.checked(directory)
+        return True
+    except DAMAGE as error:
+        say_damaged(directory, error)
+        shutil.rmtree(directory, ignore_errors=True)
+        return False
+
+
+def say_damaged(path: Path, error: Exception) -> None:
+    """One line on stderr."""
+    print(f"tokens: {path} is damaged ({error}); building it again", file=sys.stderr)
+
+
+def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) -> Iterator[int]:
+    """Build shards; yields the number of each when it is there. Few and small ones are built in this process."""
+    left = collections.deque(numbers)
+    wanted = workers or cores()
+    started = time.monotonic()
+    alone = workers is None or wanted == 1
+    while left and (len(left) == 1 or wanted == 1 or (alone and time.monotonic() - started < ALONE_SECONDS)):
+        yield _build_shard(job, left[0], parts[left.popleft()])
+    if left:
+        yield from _in_processes(job, {number: parts[number] for number in left}, min(wanted, len(left)))
+
+
+def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int]:
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of jax's threads
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job,))
+    try:
+        futures = [pool.submit(_build_here, number, part) for number, part in parts.items()]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"source {job.records.name}: a process that encodes it was killed, perhaps for want of memory; "
+            "what is finished is kept: the same line again goes on"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_job: Job  # of a worker process: sent once, since it may hold a long list of parts
+
+
+def _begin(job: Job) -> None:
+    global _job
+    _job = job
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)  # a pool whose owner was killed waits for ever
+
+
+def _build_here(number: int, part: Any) -> int:
+    return _build_shard(_job, number, part)
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _build_shard(job: Job, number: int, part: Any) -> int:
+    target = _shard(job, number)
+    if target.exists():  # another process, building the same cache, was faster
+        return number
+    made = job.temporary / target.name
+    made.mkdir()
+    shards.write(made, job.records, part, forms.load(job.form), _tokenizer(job.tokenizer_file), job.template)
+    shards.place_whole(made, target)
+    return number
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(file: Path) -> Tokenizer:
+    return Tokenizer.load(file)
+
+
+def join(job: Job, facts: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Write what all shards say together beside them, and the manifest last. It may be done by several at once."""
+    made = job.temporary / "joined"
+    made.mkdir()
+    directories = [_shard(job, number) for number in range(len(facts))]
+    label_sets = sorted({tuple(names) for each in facts for names in each["label_sets"]})
+    documents = sum(each["documents"] for each in facts)
+    for name, field in JOINED.items():
+        _save_joined(made / name, documents, (_field(directory, field) for directory in directories))
+    _save_joined(
+        made / shards.OFFSETS, documents + 1, _offsets(_field(directory, "tokens") for directory in directories)
+    )
+    places = {names: place for place, names in enumerate(label_sets)}
+    numbers = ([places[tuple(names)] for names in each["label_sets"]] for each in facts)
+    labels = (np.array(n, np.int32)[_field(d, "labels")] for n, d in zip(numbers, directories, strict=True))
+    _save_joined(made / LABELS, documents, labels)
+    if any(each["bad"] for each in facts):
+        with open(made / shards.BAD_ROWS, "wb") as file:
+            for directory, each in zip(directories, facts, strict=True):
+                file.write((directory / shards.BAD_ROWS).read_bytes() if each["bad"] else b"")
+    bad = sum((collections.Counter(each["bad"]) for each in facts), collections.Counter())
+    files = {path.name: shards.file_facts(path) for path in sorted(made.iterdir())}
+    for directory, each in zip(directories, facts, strict=True):
+        inside = {shards.SHARD: shards.file_facts(directory / shards.SHARD), **each["files"]}
+        files |= {f"{directory.name}/{name}": facts_of for name, facts_of in inside.items()}
+    manifest = {
+        **settings,
+        "rows_read": sum(each["rows_read"] for each in facts),
+        "bad": dict(sorted(bad.items())),
+        "documents": documents,
+        "tokens": sum(each["tokens"] for each in facts),
+        "text_bytes": sum(each["text_bytes"] for each in facts),
+        "label_sets": label_sets,
+        "several": any(each["several"] for each in facts) or (len(label_sets) > 1 and () in label_sets),
+        "shards": [{name: each[name] for name in ("documents", "tokens", "dtype", "content")} for each in facts],
+        "files": files,
+    }
+    shards.write_sealed(made / MANIFEST, manifest)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+        os.replace(path, job.target / path.name)
+
+
+def _field(directory: Path, name: str) -> np.ndarray:
+    return np.load(directory / shards.DOCUMENTS)[name]
+
+
+def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    end = np.zeros(1, np.int64)
+    yield end
+    for each in lengths:
+        ends = end[-1] + np.cumsum(each, dtype=np.int64)
+        yield ends
+        end = np.append(end, ends)[-1:]
+
+
+def _save_joined(path: Path, length: int, arrays: Iterable[np.ndarray]) -> None:
+    """Save arrays end to end as one .npy file, one of them in memory at a time."""
+    arrays = iter(arrays)
+    first = next(arrays)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (length,)}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(first.tobytes())
+        for array in arrays:
+            file.write(array.tobytes())
+
+
+def remove_abandoned(cache_dir: Path) -> None:
+    """Remove the temporary directories that killed processes left."""
+    for directory in cache_dir.glob("tokens-*.*"):
+        with contextlib.suppress(OSError):  # another process may remove or rename it meanwhile
+            written = max(path.stat().st_mtime for path in (directory, *directory.rglob("*")))
+            if time.time() - written > ABANDONED_SECONDS:
+                shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def _progress(what: str, parts: int, bar: bool | None):
+    """Yield a function that counts parts: a bar on a terminal, one plain line elsewhere."""
+    console = rich.console.Console(stderr=True)
+    if bar is None:
+        bar = console.is_terminal
+    if not bar:
+        print(what, file=sys.stderr)
+        yield lambda: None
+        return
+    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    with rich.progress.Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(what, total=parts)
+        yield lambda: shown.advance(task)

@@ -1,0 +1,67 @@
+"""The shards of a token cache, read as one."""
+
+import bisect
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm3.data.cache import shards
+
+OPEN_FILES = 64  # that stay mapped
+
+
+class Stored:
+    """The documents of all shards as they lie on disk, in order of shards; files are mapped when they are read."""
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]):
+        self._directory = directory
+        self._shards, self._files = manifest["shards"], manifest["files"]
+        self._dtype = np.dtype(self._shards[0]["dtype"])
+        self._first_token = [0, *np.cumsum([each["tokens"] for each in self._shards]).tolist()]
+        self._first_document = [0, *np.cumsum([each["documents"] for each in self._shards]).tolist()]
+        self.offsets = np.asarray(np.load(directory / shards.OFFSETS, mmap_mode="r"))
+        self._mapped = functools.lru_cache(OPEN_FILES)(self._map)
+
+    def _map(self, name: str) -> np.ndarray | None:
+        """A file of a shard, or None where the shard has no such file."""
+        if name not in self._files:
+            return None
+        path = self._directory / name
+        if path.suffix == ".npy":
+            return np.asarray(np.load(path, mmap_mode="r"))
+        dtype = {shards.STREAM: self._dtype, shards.ANSWERED: np.dtype(bool)}.get(path.name, np.dtype(np.uint8))
+        return np.asarray(np.memmap(path, dtype, "r")) if self._files[name][1] else np.empty(0, dtype)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1 of all, end to end: a read-only view where one shard holds them."""
+        return self._read(shards.STREAM, start, stop, lambda size: np.zeros(size, self._dtype))
+
+    def answered(self, start: int, stop: int) -> np.ndarray:
+        """bool [stop - start]: which of these tokens are labelled."""
+        return self._read(shards.ANSWERED, start, stop, lambda size: np.ones(size, bool))
+
+    def _read(self, name: str, start: int, stop: int, absent: Callable[[int], np.ndarray]) -> np.ndarray:
+        pieces = []
+        shard = bisect.bisect_right(self._first_token, start) - 1
+        while not pieces or start < stop:
+            if shard == len(self._shards):  # an empty range at the end of all
+                return absent(0)
+            base, end = self._first_token[shard : shard + 2]
+            upto = min(stop, end)
+            values = self._mapped(f"{shards.folder(shard)}/{name}")
+            pieces.append(absent(upto - start) if values is None else values[start - base : upto - base])
+            start, shard = upto, shard + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def note(self, document: int) -> dict[str, Any] | None:
+        shard = bisect.bisect_right(self._first_document, document) - 1
+        place = document - self._first_document[shard]
+        folder = shards.folder(shard)
+        ends = self._mapped(f"{folder}/{shards.NOTE_ENDS}")
+        if ends is None or ends[place] == ends[place + 1]:
+            return None
+        return json.loads(self._mapped(f"{folder}/{shards.NOTES}")[ends[place] : ends[place + 1]].tobytes())

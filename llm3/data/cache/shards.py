@@ -1,0 +1,235 @@
+"""One part of a source, tokenized: a directory of files, written whole or not at all, that says when it is damaged."""
+
+import array
+import collections
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from llm3.data.formats import BadRow, Document
+from llm3.data.tokenizer import Tokenizer
+
+OFFSETS = "offsets.npy"  # of all shards together, beside them
+SHARD = "shard.json"  # what is in a shard, with the digests of its files; written last
+STREAM = "stream.bin"  # tokens, uint16 or uint32, documents end to end
+ANSWERED = "answered.bin"  # bool, one a token; only where a document has labelled tokens
+NOTES, NOTE_ENDS = "notes.jsonl", "note_ends.npy"  # only where a document has a note
+DOCUMENTS = "documents.npy"
+BAD_ROWS = "bad_rows.jsonl"  # only where there are some
+FIELDS = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("row", "<i8"), ("key", "<u8"), ("labels", "<i4")])
+
+ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # are encoded together, and forgotten
+START_CHARACTERS = 200  # of a bad row, that are kept
+
+
+class _Memo:
+    """A tokenizer that encodes many texts together, by all its threads, when it is asked for the first of them."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
+        self._tokenizer, self._texts = tokenizer, list(dict.fromkeys(texts))
+        self._known: dict[str, list[int]] | None = None
+
+    def encode(self, text: str) -> list[int]:
+        if self._known is None:
+            self._known = dict(zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True))
+        ids = self._known.get(text)
+        return self._tokenizer.encode(text) if ids is None else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+class _Shard:
+    """What is gathered of a part: tokens and little else, so that memory follows the tokens of a part."""
+
+    def __init__(self, source: str, dtype: np.dtype):
+        self._source, self._dtype = source, dtype
+        self._digests, self._stream, self._answered = bytearray(), bytearray(), bytearray()
+        self._fields = {name: array.array("q") for name in ("tokens", "bytes", "row", "labels")}
+        self._label_sets: dict[tuple[str, ...], int] = {}
+        self._notes: dict[int, bytes] = {}
+        self._bad: list[dict[str, Any]] = []
+        self._rows_read, self._several, self._has_answers = 0, False, False
+
+    def add(self, row: int, record: dict[str, Any], document: Document) -> None:
+        labels = tuple(sorted(set(document.labels)))
+        number = self._label_sets.setdefault(labels, len(self._label_sets))
+        values = (len(document.tokens), document.text_bytes, row, number)
+        if document.note is not None:
+            self._notes[len(self._fields["row"])] = json.dumps(document.note).encode() + b"\n"
+        for numbers, value in zip(self._fields.values(), values, strict=True):
+            numbers.append(value)
+        self._digests += hashlib.sha256(content(record)).digest()
+        self._stream += np.asarray(document.tokens).astype(self._dtype).tobytes()
+        labelled = (
+            b"\1" * len(document.tokens) if document.labelled is None else document.labelled.astype(bool).tobytes()
+        )
+        self._answered += labelled
+        self._has_answers |= document.labelled is not None
+        self._several |= bool(record.get("several")) or len(labels) > 1
+        self._rows_read += 1
+
+    def add_bad(self, row: int, bad: BadRow, start: str) -> None:
+        entry = {"source": self._source, "row": row, "reason": str(bad), "start": start[:START_CHARACTERS]}
+        self._bad.append(entry)
+        self._rows_read += 1
+
+    def save(self, directory: Path) -> None:
+        """Write the files: documents sorted by digest, which is as good as random, and bad rows as they came."""
+        digests = _without_copies(np.frombuffer(self._digests, ">u8").reshape(-1, 4))
+        order = np.lexsort(digests.T)
+        label_sets = sorted(self._label_sets)
+        documents = np.empty(len(order), FIELDS)
+        for name, numbers in self._fields.items():
+            documents[name] = np.frombuffer(numbers, np.int64)[order]
+        places = {labels: place for place, labels in enumerate(label_sets)}
+        documents["labels"] = np.array([places[labels] for labels in self._label_sets], np.int32)[documents["labels"]]
+        documents["key"] = digests[order, 3]
+        np.save(directory / DOCUMENTS, documents)
+        self._save_tokens(directory, order)
+        if self._notes:
+            lengths = [len(self._notes.get(place, b"")) for place in order.tolist()]
+            np.save(directory / NOTE_ENDS, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+            (directory / NOTES).write_bytes(b"".join(self._notes.get(place, b"") for place in order.tolist()))
+        if self._bad:
+            (directory / BAD_ROWS).write_text("".join(json.dumps(entry) + "\n" for entry in self._bad), "ascii")
+        reasons = collections.Counter(entry["reason"] for entry in self._bad)
+        facts = {
+            "content": hashlib.sha256(digests[order].tobytes()).hexdigest(),
+            "documents": len(order),
+            "tokens": int(documents["tokens"].sum()),
+            "text_bytes": int(documents["bytes"].sum()),
+            "dtype": self._dtype.name,
+            "label_sets": label_sets,
+            "several": self._several,
+            "rows_read": self._rows_read,
+            "bad": dict(sorted(reasons.items())),
+            "files": {path.name: file_facts(path) for path in sorted(directory.iterdir())},
+        }
+        write_sealed(directory / SHARD, facts)
+
+    def _save_tokens(self, directory: Path, order: np.ndarray) -> None:
+        ends = np.cumsum(np.frombuffer(self._fields["tokens"], np.int64))
+        kinds = [(STREAM, self._stream, self._dtype)]
+        if self._has_answers:
+            kinds.append((ANSWERED, self._answered, np.dtype(bool)))
+        for name, buffer, dtype in kinds:
+            values = memoryview(np.frombuffer(buffer, dtype))
+            with open(directory / name, "wb") as file:
+                for place in order.tolist():
+                    file.write(values[ends[place - 1] if place else 0 : ends[place]])
+
+
+def write(directory: Path, records: Any, part: Any, form: ModuleType, tokenizer: Tokenizer, template: str) -> None:
+    """Tokenize a part into an empty directory: the same bytes for the same part, wherever and whenever."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    shard = _Shard(records.name, dtype)
+    for rows in _together(records.read(part), form):
+        texts = (text for _, record in rows if not isinstance(record, BadRow) for text in form.texts(record))
+        memo = _Memo(tokenizer, texts)
+        for row, record in rows:
+            if isinstance(record, BadRow):
+                shard.add_bad(row, record, getattr(record, "start", ""))
+                continue
+            try:
+                document = form.encode(record, memo, template)
+            except BadRow as bad:
+                shard.add_bad(row, bad, json.dumps(record, ensure_ascii=False))
+            else:
+                shard.add(row, record, document)
+    shard.save(directory)
+
+
+def _together(rows: Iterable[tuple[int, Any]], form: ModuleType) -> Iterator[list[tuple[int, Any]]]:
+    """Yield the rows in lists of a bounded size."""
+    together, characters = [], 0
+    for row, record in rows:
+        together.append((row, record))
+        if not isinstance(record, BadRow):
+            characters += sum(map(len, form.texts(record)))
+        if len(together) >= ROWS_AT_A_TIME or characters >= CHARACTERS_AT_A_TIME:
+            yield together
+            together, characters = [], 0
+    yield together
+
+
+def content(record: dict[str, Any]) -> bytes:
+    """What documents are ordered and told apart by. A plain text, labelled or not, has had one form from the start."""
+    if set(record) <= {"text", "labels"} and len(record.get("labels", ())) <= 1:
+        return json.dumps([record["text"], *(record.get("labels") or [""])]).encode()
+    return json.dumps(record, sort_keys=True).encode()
+
+
+def _without_copies(digests: np.ndarray) -> np.ndarray:
+    """The digests, the n-th copy of one with a digest of its own, so that copies do not stand together."""
+    order = np.lexsort(digests.T)
+    ordered = digests[order]
+    first = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])[: len(ordered)]
+    copies = np.arange(len(ordered)) - np.flatnonzero(first)[np.cumsum(first) - 1]
+    changed = digests.copy()
+    for place in np.flatnonzero(copies):
+        copy = hashlib.sha256(ordered[place].tobytes() + int(copies[place]).to_bytes(8, "big"))
+        changed[order[place]] = np.frombuffer(copy.digest(), ">u8")
+    return changed
+
+
+def folder(number: int) -> str:
+    """The directory of a shard inside its cache."""
+    return f"shard-{number:06d}"
+
+
+def checked(directory: Path) -> dict[str, Any]:
+    """What `shard.json` says. Raises OSError, ValueError or KeyError if a file is missing or not as it was written."""
+    facts = read_sealed(directory / SHARD)
+    check_files(directory, facts["files"])
+    return facts
+
+
+def check_files(directory: Path, files: dict[str, list], digests: bool = True) -> None:
+    """Raise OSError or ValueError unless all files are as `file_facts` said (with digests=False: of that size)."""
+    for name, expected in files.items():
+        found = file_facts(directory / name) if digests else [expected[0], (directory / name).stat().st_size]
+        if found != list(expected):
+            raise ValueError(f"{name} is not as it was written")
+
+
+def file_facts(path: Path) -> list:
+    """[sha256, bytes] of a file."""
+    with open(path, "rb") as file:
+        return [hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size]
+
+
+def write_sealed(path: Path, facts: dict[str, Any]) -> None:
+    """Write JSON with a digest of itself inside."""
+    path.write_text(json.dumps({"seal": _seal(facts), **facts}, indent=1), "ascii")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises OSError, ValueError or KeyError for anything else."""
+    facts = json.loads(path.read_text("ascii"))
+    if facts.pop("seal") != _seal(facts):
+        raise ValueError(f"{path.name} is not as it was written")
+    return facts
+
+
+def _seal(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def place_whole(made: Path, target: Path) -> None:
+    """Rename a directory to its place, unless another process was first: it has written the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.rename(made, target)
+    except OSError:
+        if not target.is_dir():
+            raise

@@ -1,0 +1,77 @@
+"""A prompt, several answers to choose from, and which of them is right."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm3.config.schema import SourceConfig
+from llm3.data.chat_templates import Pieces, encode_pieces, merged
+from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.data.formats.dialogue import joined, written
+from llm3.data.tokenizer import Tokenizer
+
+
+def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """{"prompt", "choices": list of str, "correct": the number of the right one, from 0}. Raises BadRow."""
+    fixed = not isinstance(source.choices, str)
+    name, one = ("choices", "a choice") if fixed else (source.choices, f"one of {source.choices}")
+    choices = source.choices if fixed else value(row, name)
+    if not isinstance(choices, list | tuple):
+        raise BadRow(f"{name} is of type {type(choices).__name__}, not a list")
+    choices = [text_of({one: each}, one) for each in choices]
+    if len(choices) < 2:
+        raise BadRow(f"{name} has fewer than 2")
+    if len(set(choices)) < len(choices):
+        raise BadRow(f"{name} has one twice")
+    return {"prompt": text_of(row, source.prompt), "choices": choices, "correct": _correct(row, source.answer, choices)}
+
+
+def _correct(row: Mapping[str, Any], field: str, choices: list[str]) -> int:
+    """From the right choice's text or its number; digits are a number where they are not a choice; False, True 0, 1."""
+    answer = value(row, field) if field in row else text_of(row, field)
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        if not (answer.isascii() and answer.isdecimal()):
+            raise BadRow(f"{field} is none of the choices")
+        answer = int(answer)
+    if not isinstance(answer, int):
+        raise BadRow(f"{field} is of type {type(answer).__name__}, not a choice or its number")
+    if not 0 <= answer < len(choices):
+        raise BadRow(f"{field} is not the number of a choice")
+    return int(answer)
+
+
+def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """The prompt and the right choice, encoded jointly as `evals/choice.py` scores them; labelled: it and its end.
+
+    note: "choices", "correct", and "prompt", the pieces before the choice. Raises BadRow.
+    """
+    choices, correct = record["choices"], record["correct"]
+    [answer] = written([("user", record["prompt"]), ("assistant", choices[correct])], template)
+    if answer.text != choices[correct]:  # the template takes white space off
+        choices = [each.strip() for each in choices]
+    prompt = merged(answer.before + answer.lead)
+    ids, first = continued(prompt, choices[correct], tokenizer)
+    tokens, labelled = joined([(ids[:first], False), (ids[first:] + encode_pieces(answer.end, tokenizer), True)])
+    note = {"prompt": prompt, "choices": choices, "correct": correct}
+    text_bytes = len(record["prompt"].encode()) + len(choices[correct].encode())
+    return Document(tokens, labelled, text_bytes, note=note)
+
+
+def continued(prompt: Pieces, choice: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The tokens of a prompt and a choice, encoded jointly, and the first of them that holds a byte of the choice."""
+    *before, last = prompt
+    if not isinstance(last, str):
+        before, last = prompt, ""
+    start, joint = encode_pieces(before, tokenizer), tokenizer.encode(last + choice)
+    room = len(last.encode())
+    for place, token in enumerate(joint):
+        room -= int(tokenizer.byte_lengths[token])
+        if room < 0:
+            return start + joint, len(start) + place
+    raise AssertionError("a choice has no bytes")
+
+
+def texts(record: dict[str, Any]) -> list[str]:
+    """The prompt and all choices."""
+    return [record["prompt"], *record["choices"]]

@@ -1,0 +1,71 @@
+"""Extractive reading comprehension: a question, a context, and the places of its answers in it, as SQuAD gives them.
+
+Rajpurkar et al. 2016 (SQuAD), 2018 (questions without an answer), Cui et al. 2019 (CMRC 2018, the same in Chinese).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llm3.config.schema import SourceConfig
+from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.data.tokenizer import Tokenizer
+
+
+def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """{"question", "context", "answers": [[text, first character], ...]}; no answers: the context does not hold one.
+
+    The answers are a column {"text": [...], "answer_start": [...]}, or a list of {"text", "answer_start"}. Raises
+    BadRow, also where an answer is not at its offset.
+    """
+    question, context = text_of(row, source.prompt), text_of(row, source.text)
+    answers = [[text, start] for text, start in _pairs(value(row, source.answers), source.answers)]
+    for text, start in answers:
+        if start < 0 or context[start : start + len(text)] != text:
+            raise BadRow("answer is not at its offset")
+    return {"question": question, "context": context, "answers": answers}
+
+
+def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:
+    """(text, first character) of each answer. Raises BadRow."""
+    try:
+        if isinstance(answers, Mapping):
+            pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
+        else:
+            pairs = [(each["text"], each["answer_start"]) for each in answers]
+    except (KeyError, TypeError, ValueError):
+        raise BadRow(f"{name} is not of the form {{text: [...], answer_start: [...]}}") from None
+    for text, start in pairs:
+        if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
+            raise BadRow(f"{name} holds something else than texts and whole numbers")
+        if not text.strip():
+            raise BadRow(f"{name} holds an empty text")
+    return pairs
+
+
+def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """[bos] question [eos] context [eos].
+
+    note: "answers", their texts; "spans", [first token, last token] of the distinct ones in their order, the fewest
+    tokens of the document that cover an answer; "context", the index of the first token of the context.
+    """
+    del template
+    question, context = tokenizer.encode_batch([record["question"], record["context"]])
+    first = len(question) + 2
+    ends = np.cumsum(tokenizer.byte_lengths[context], dtype=np.int64)
+    spans: list[list[int]] = []
+    for text, start in record["answers"]:
+        start_byte = len(record["context"][:start].encode())
+        last_byte = start_byte + len(text.encode()) - 1
+        span = (first + np.searchsorted(ends, [start_byte, last_byte], side="right")).tolist()
+        if span not in spans:
+            spans.append(span)
+    tokens = [tokenizer.bos_id, *question, tokenizer.eos_id, *context, tokenizer.eos_id]
+    note = {"answers": [text for text, _ in record["answers"]], "spans": spans, "context": first}
+    return Document(np.array(tokens, np.int32), None, sum(len(text.encode()) for text in texts(record)), note=note)
+
+
+def texts(record: Mapping[str, Any]) -> list[str]:
+    """The question and the context."""
+    return [record["question"], record["context"]]

@@ -1,0 +1,59 @@
+"""Running text, or a pair of texts; perhaps with its class, its classes, or the name of its domain."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llm3.config.schema import SourceConfig
+from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.data.tokenizer import Tokenizer
+
+
+def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """{"text", "pair" where the source names one, "labels" where it names a label or a tag, "several"}.
+
+    labels: the names of its classes, sorted, each once; whole numbers and truth values are written as JSON has them.
+    several: True where the label is a list, which may be empty: of no class. Raises BadRow.
+    """
+    record: dict[str, Any] = {"text": text_of(row, source.text)}
+    if source.pair:
+        record["pair"] = text_of(row, source.pair)
+    if source.label or source.tag:
+        spec = source.label or source.tag
+        found = text_of(row, spec) if "{" in spec else value(row, spec)
+        several = bool(source.label) and isinstance(found, list)
+        record["labels"] = sorted({_name(each, spec) for each in (found if several else [found])})
+        if several:
+            record["several"] = True
+    return record
+
+
+def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """[bos] text [eos], or [bos] text [eos] pair [eos]. Running text has no turns: the template plays no part."""
+    parts = texts(record)
+    tokens = [tokenizer.bos_id]
+    for part in parts:
+        tokens += [*tokenizer.encode(part), tokenizer.eos_id]
+    return Document(
+        tokens=np.array(tokens, np.int32),
+        labelled=None,
+        text_bytes=sum(len(part.encode()) for part in parts),
+        labels=tuple(record.get("labels", ())),
+    )
+
+
+def texts(record: Mapping[str, Any]) -> list[str]:
+    """The text, and the other one of a pair."""
+    return [record[name] for name in ("text", "pair") if name in record]
+
+
+def _name(label: Any, spec: str) -> str:
+    if isinstance(label, str):
+        return text_of({"label": label}, "label") if not spec.isidentifier() else text_of({spec: label}, spec)
+    if label is None:
+        raise BadRow(f"{spec} holds a null")
+    if not isinstance(label, int):  # truth values are whole numbers too
+        raise BadRow(f"{spec} is of type {type(label).__name__}, not a class name")
+    return json.dumps(label)

@@ -1,0 +1,218 @@
+"""The embedded corpus: documentation that is on every machine that runs llm3, so that a first run downloads nothing.
+
+`python`: docstrings of Python's standard library and the language reference's topics (general text).
+`numerical`: docstrings of numpy, scipy, jax, flax, optax and orbax (domain text).
+`numerical_task`: single docstrings of `numerical`, the names of packages masked, labelled with the sub-package that
+they describe.
+
+A module belongs to one split, and a text that several modules share is kept once, so splits share neither modules nor
+texts. The task has the same split of modules as `numerical`.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from llm3.config.schema import one_of
+from llm3.data.sources.docstrings import (
+    PACKAGES,
+    Docstring,
+    no_garbage_collection,
+    numerical_docstrings,
+    python_docstrings,
+)
+from llm3.errors import UserError
+
+EXTRACTION = (
+    1  # part of the key of what is kept on disk: raise it when anything here or in docstrings.py changes the result
+)
+
+SPLITS = ("train", "validation", "test")
+HELD_OUT_SHARE = {"python": 0.05, "numerical": 0.15}  # of the text, for validation and for test each
+DOCUMENT_CHARACTERS = 6000  # a document is a run of a module's docstrings of about this size
+EXAMPLE_CHARACTERS = (200, 800)  # shorter docstrings are no examples; longer ones are cut
+EXAMPLES_A_CLASS = {"train": 240, "validation": 48, "test": 48}  # the most; some classes have fewer
+CLASSES = (
+    "flax.linen",
+    "flax.nnx",
+    "jax.lax",
+    "jax.numpy",
+    "jax.scipy",
+    "numpy.lib",
+    "optax",
+    "orbax.checkpoint",
+    "scipy.optimize",
+    "scipy.signal",
+    "scipy.sparse",
+    "scipy.stats",
+)
+MASK = "[name]"
+_MASKED_WORDS = (
+    "checkpoint|cluster|constants|core|fft|integrate|interpolate|io|jnp|jsp|lax|lib|linalg|linen|ma|ndimage|nn|nnx|np|"
+    "ocp|odr|optimize|polynomial|random|signal|sp|sparse|spatial|special|stats"
+)
+_NAMES = re.compile(rf"(?<![a-z0-9])(?:{_MASKED_WORDS})(?![a-z0-9])|{'|'.join(PACKAGES)}", re.IGNORECASE)
+
+
+def load(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
+    """One split ("train", "validation" or "test") of an embedded corpus: a column "text"; for the task also "label".
+
+    Extracted at the first call (some seconds) and kept in `cache_dir` for these versions of Python and the packages.
+    Raises UserError for an unknown name or split, or a package that is not installed.
+    """
+    one_of("sources.path builtin:", name, ("numerical", "numerical_task", "python"))
+    one_of("sources split", split, SPLITS)
+    family = name.removesuffix("_task")
+    directory = Path(cache_dir) / f"builtin-{family}-{_version_key(family)}"
+    if not directory.exists():
+        _extract_into(directory, family)
+    return datasets.Dataset.from_file(str(directory / f"{name}-{split}.arrow"))
+
+
+def _version_key(family: str) -> str:
+    versions = [f"extraction {EXTRACTION}", f"python {platform.python_version()} {sysconfig.get_platform()}"]
+    if family == "numerical":
+        versions += [f"{package} {_version(distribution)}" for package, distribution in PACKAGES.items()]
+    return hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"builtin:numerical reads the documentation of {distribution}, which is not installed"
+        ) from None
+
+
+def _extract_into(directory: Path, family: str) -> None:
+    """Write all splits of a family to `directory`: whole or not at all, byte for byte the same each time."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=directory.name + "."))
+    try:
+        with no_garbage_collection():
+            docstrings = without_repeats(python_docstrings() if family == "python" else numerical_docstrings())
+        splits = split_modules(docstrings, HELD_OUT_SHARE[family])
+        examples = without_repeats(task_examples(docstrings)) if family == "numerical" else []
+        for split in SPLITS:
+            inside = [docstring for docstring in docstrings if splits[docstring.module] == split]
+            _write_arrow(temporary / f"{family}-{split}.arrow", {"text": documents(inside)})
+            chosen = capped([e for e in examples if splits[e.module] == split], EXAMPLES_A_CLASS[split])
+            if chosen:
+                columns = {"text": [e.text for e in chosen], "label": [subpackage(e.module) for e in chosen]}
+                _write_arrow(temporary / f"{family}_task-{split}.arrow", columns)
+        with suppress(OSError):  # another process has finished the same corpus first
+            os.rename(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_arrow(path: Path, columns: dict[str, list[str]]) -> None:
+    table = pa.table({name: pa.array(column, pa.string()) for name, column in columns.items()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def without_repeats(docstrings: Iterable[Docstring]) -> list[Docstring]:
+    """The first docstring of each text, but for letter case and white space; empty ones are dropped."""
+    first: dict[str, Docstring] = {}
+    for docstring in docstrings:
+        first.setdefault(_normal(docstring.text), docstring)
+    first.pop("", None)
+    return list(first.values())
+
+
+def split_modules(docstrings: Iterable[Docstring], held_out_share: float) -> dict[str, str]:
+    """Which split each module belongs to.
+
+    In each sub-package by itself, modules in the order of their hashes fill validation and test up to
+    `held_out_share` of the text each; what fits in neither trains. A docstring counts as much text as its example.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for docstring in docstrings:
+        modules = sizes.setdefault(subpackage(docstring.module), {})
+        modules[docstring.module] = modules.get(docstring.module, 0) + min(len(docstring.text), EXAMPLE_CHARACTERS[1])
+    splits = {}
+    for modules in sizes.values():
+        room = dict.fromkeys(("validation", "test"), held_out_share * sum(modules.values()))
+        for module in sorted(modules, key=_hash):
+            fits = [split for split in room if modules[module] <= room[split]]
+            splits[module] = max(fits, key=room.get, default="train")
+            if fits:
+                room[splits[module]] -= modules[module]
+    return splits
+
+
+def subpackage(module: str) -> str:
+    """The public sub-package that a module's documentation is about: "jax._src.numpy.ufuncs" -> "jax.numpy".
+
+    All of optax is one; so is the standard library.
+    """
+    package, *inside = module.split(".")
+    if package == "optax":
+        return package
+    if package not in PACKAGES:
+        return "python"
+    return ".".join([package, *[part for part in inside if not part.startswith("_")][:1]])
+
+
+def documents(docstrings: Iterable[Docstring]) -> list[str]:
+    """Texts of about DOCUMENT_CHARACTERS: runs of docstrings of one module, each under its qualified name."""
+    texts: list[str] = []
+    last_module = None
+    for module, name, text in docstrings:
+        entry = f"{name}\n\n{text}\n"
+        if module == last_module and len(texts[-1]) + len(entry) <= DOCUMENT_CHARACTERS:
+            texts[-1] += "\n" + entry
+        else:
+            texts.append(entry)
+        last_module = module
+    return texts
+
+
+def task_examples(docstrings: Iterable[Docstring]) -> Iterator[Docstring]:
+    """The docstrings of CLASSES that are long enough, cut at a word, with the names of all packages masked."""
+    shortest, longest = EXAMPLE_CHARACTERS
+    for module, name, text in docstrings:
+        if subpackage(module) in CLASSES:
+            masked = mask_names(text)
+            if len(masked) > longest:
+                masked = masked[:longest].rpartition(" ")[0]
+            if len(masked) >= shortest:
+                yield Docstring(module, name, masked)
+
+
+def mask_names(text: str) -> str:
+    """Put MASK for words that name a sub-package or are its usual abbreviation, and for a library's name anywhere."""
+    return _NAMES.sub(MASK, text)
+
+
+def capped(examples: list[Docstring], most: int) -> list[Docstring]:
+    """At most `most` examples of each class: those with the smallest hashes, in their old order."""
+    kept: dict[str, int] = {}
+    chosen = set()
+    for example in sorted(examples, key=lambda e: _hash(e.text)):
+        label = subpackage(example.module)
+        if kept.get(label, 0) < most:
+            kept[label] = kept.get(label, 0) + 1
+            chosen.add(example.text)
+    return [example for example in examples if example.text in chosen]
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

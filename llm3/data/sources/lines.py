@@ -1,0 +1,177 @@
+"""Local files of lines, JSON objects or texts, read by ranges of bytes: what is wrong with a line costs that line only.
+
+A row's number is the number of its line, counted from 0 over all files in order. Blank lines are no rows.
+"""
+
+import bz2
+import contextlib
+import dataclasses
+import gzip
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llm3.data.formats import BadRow
+from llm3.errors import UserError
+
+PART_BYTES = 32 << 20  # a corpus up to this is one part, and no part is larger ...
+PARTS = 64  # ... of a larger one, so many parts keep all cores at work to the end, if they are not too small for it
+SMALLEST_PART_BYTES = 1 << 20
+BLOCK = 1 << 20  # bytes read at once
+START = 200  # characters of a bad row that are kept to be shown
+BOM = b"\xef\xbb\xbf"
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
+ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")  # not read here
+
+
+def part_bytes(total: int) -> int:
+    """Where a corpus of `total` bytes is cut: the same on every machine. A part ends at the first line end after it."""
+    return PART_BYTES if total <= PART_BYTES else min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """The rows of files of lines. objects: each is a JSON object; else a text, in the field "text"."""
+
+    files: tuple[str, ...]
+    objects: bool
+    longest: int  # bytes of a line
+
+    @property
+    def key(self) -> list:
+        """What tells these files from others, and from what they were: paths, sizes and times of change."""
+        stats = [(file, Path(file).stat()) for file in self.files]
+        return ["lines", self.objects, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+
+    def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
+        """(number of the first row, (file, start, stop)), in bytes; a compressed file is one piece."""
+        first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
+        for name in self.files:
+            with opened(name) as file:
+                first = yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first)
+
+    def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows of one piece with their numbers, in constant memory."""
+        name, start, stop = place
+        with opened(name) as file:
+            file.seek(start)
+            for number, line in enumerate(_lines(file, stop - start, self.longest), first):
+                if number == first and start == 0 and self.objects:
+                    line = line.removeprefix(BOM)
+                row = self._row(line)
+                if row is not None:
+                    yield number, row
+
+    def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows from the first on, numbered in their own file."""
+        for name in self.files:
+            yield from self.rows(0, (name, 0, sys.maxsize))
+
+    def _row(self, line: bytes) -> dict[str, Any] | BadRow | None:
+        """None for a blank line."""
+        if len(line) > self.longest:
+            return bad(f"longer than {self.longest:,} bytes", line)
+        try:
+            text = line.decode()
+        except UnicodeDecodeError:
+            return bad("not UTF-8", line)
+        if not text.strip():
+            return None
+        if not self.objects:
+            return {"text": text.removesuffix("\r")}
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            return bad("not JSON", line)
+        return row if isinstance(row, dict) else bad("not a JSON object", line)
+
+
+def bad(reason: str, row: bytes | str) -> BadRow:
+    """A BadRow that says how the row begins, in `start`."""
+    found = BadRow(reason)
+    found.start = row[:START] if isinstance(row, str) else row[: 4 * START].decode(errors="replace")[:START]
+    return found
+
+
+def readable(file: str) -> bool:
+    """Whether a local file is one of lines, as it is or compressed: not an archive, nor one JSON document."""
+    head = _head(file)
+    archive = head.startswith(ARCHIVES) or head[257:262] == b"ustar"
+    return not (archive or _is_array(file, head) or is_data_document(file))
+
+
+def is_data_document(file: str) -> bool:
+    """Whether a .json file is one object whose rows are the list "data", as {"data": [...]}."""
+    return _is_json(file) and re.match(rb'\s*\{\s*"data"\s*:\s*\[', _head(file).removeprefix(BOM)) is not None
+
+
+def _is_array(file: str, head: bytes) -> bool:
+    return _is_json(file) and head.removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def _is_json(file: str) -> bool:
+    return ".json" in Path(file).suffixes
+
+
+def _head(file: str) -> bytes:
+    with opened(file) as content:
+        return content.read(1024)
+
+
+@contextlib.contextmanager
+def opened(name: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed. Raises UserError where they cannot be."""
+    opener = _opener(name)
+    with (opener or open)(name, "rb") as file:
+        try:
+            yield file
+        except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            raise UserError(f"{name} cannot be {'decompressed' if opener else 'read'}: {error}") from error
+
+
+def _opener(name: str) -> Callable[[str, str], BinaryIO] | None:
+    with open(name, "rb") as file:
+        start = file.read(6)
+    return next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
+
+
+def _cuts(file: BinaryIO, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
+    """Cut a file at line ends into pieces of about `size` bytes. first: the number of its first line.
+
+    Returns the number that follows its last line's.
+    """
+    start = offset = 0
+    lines, last = first, b"\n"
+    while block := file.read(BLOCK):
+        counted = 0
+        while end := block.find(b"\n", max(start + size - 1 - offset, counted)) + 1:
+            lines += block.count(b"\n", counted, end)
+            yield first, (name, start, offset + end)
+            start, first, counted = offset + end, lines, end
+        lines += block.count(b"\n", counted)
+        offset += len(block)
+        last = block[-1:]
+    if offset > start:
+        yield first, (name, start, offset)
+    return lines + (last != b"\n")
+
+
+def _lines(file: BinaryIO, size: int, longest: int) -> Iterator[bytes]:
+    """The lines in the next `size` bytes, without their ends; of one that is too long, at least one byte too many."""
+    rest = b""
+    while size > 0 and (block := file.read(min(size, BLOCK))):
+        size -= len(block)
+        *lines, last = block.split(b"\n")
+        if lines:
+            yield rest + lines[0]
+            yield from lines[1:]
+            rest = last
+        else:
+            rest = (rest + last)[: longest + 1]
+    if rest:
+        yield rest

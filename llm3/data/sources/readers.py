@@ -1,0 +1,156 @@
+"""Opening a split: an embedded corpus, local files of lines, or whatever else `datasets.load_dataset` reads.
+
+A reader has `key` (plain values that tell its content from others), `pieces()` -> (number of its first row, place),
+`rows(number of the first row, place)` -> (number, row or BadRow) and `head()`, the rows from the first on without a
+look at the rest. The cut into pieces depends on the data only. Readers go to other processes by pickle.
+"""
+
+import codecs
+import difflib
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from llm3.config.schema import SourceConfig
+from llm3.data.sources import corpus
+from llm3.data.sources.lines import Lines, is_data_document, readable
+from llm3.data.sources.tables import BYTEWISE, READ_ERRORS, Stream, Table
+from llm3.errors import UserError, nearest
+
+BUILTIN = "builtin:"
+FORMATS = ("arrow", "csv", "json", "parquet", "text")  # the loaders of local files
+
+
+def open_rows(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Table | Stream:
+    """The reader of one split, by the name that the dataset has for it. Raises UserError for what is not to be had."""
+    if source.path.startswith(BUILTIN):
+        table = corpus.load(source.path.removeprefix(BUILTIN), split, cache_dir)
+        return Table(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
+    for path in _local_files(source):
+        _check_file(path, source)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if source.path in FORMATS:  # or opening a local file tells the hub, and waits where that cannot be reached
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    root = cache_dir / "datasets"
+    options: dict[str, Any] = {"data_files": source.data_files, "data_dir": source.data_dir, "cache_dir": str(root)}
+    try:
+        builder = datasets.load_dataset_builder(source.path, source.name, **options)
+        files = _line_files(builder, source, split)
+        if files and all(map(readable, files)):
+            return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes)
+        if files and is_data_document(files[0]):
+            builder = datasets.load_dataset_builder(source.path, source.name, **options, field="data")
+        bytewise = builder.info.builder_name == "csv"  # so that what is not UTF-8 costs its row only
+        if bytewise:
+            builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=BYTEWISE)
+        key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
+        if source.streaming:
+            return Stream(builder.as_streaming_dataset(split=split), key, named(source), bytewise)
+        builder.download_and_prepare()
+        return Table(builder.as_dataset(split=split), key, bytewise)
+    except READ_ERRORS as error:
+        raise UserError(_explained(error, source, split)) from error
+
+
+def named(source: SourceConfig) -> str:
+    """How messages call a source."""
+    return " ".join(str(part) for part in (source.path, source.name, source.data_dir, source.data_files) if part)
+
+
+def _line_files(builder: datasets.DatasetBuilder, source: SourceConfig, split: str) -> list[str]:
+    """The files of this split, where they are local files of lines; none where `datasets` has to read it.
+
+    It reads parts of splits ("train[:90%]"), and folders whose README may say what their files hold.
+    """
+    described = builder.info.features is not None or Path(source.path, "README.md").exists()
+    if builder.info.builder_name not in ("json", "text") or described:
+        return []
+    splits = {str(name): list(files) for name, files in builder.config.data_files.items()}
+    if split not in splits:
+        if re.search(r"[\[+]", split) or split == "all":
+            return []
+        raise UserError(_unknown_split(source, split, split, list(splits)))
+    files = splits[split] if all(map(os.path.isfile, splits[split])) else []
+    for file in files:
+        _check_file(Path(file), source)
+    return files
+
+
+def _unknown_split(source: SourceConfig, split: str, unknown: str, valid: list[str]) -> str:
+    hint = " (or validation='' and validation_share=0.05)" if split == source.validation else ""
+    return f"source {named(source)}: unknown split {unknown!r}: {nearest(unknown, valid)}{hint}"
+
+
+def _explained(error: Exception, source: SourceConfig, split: str) -> str:
+    known = re.search(r"(?:Unknown|Bad) split:? \"?(?P<split>[^\"]+?)\"?\. [^\[]*\[(?P<valid>.*)\]", str(error))
+    if known:
+        valid = [name.strip("' ") for name in known["valid"].split(",")]
+        return _unknown_split(source, split, known["split"], valid)
+    if "corresponds to no data" in str(error):
+        return f"source {named(source)}: split {split!r} has no rows"
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        for path in _local_files(source):
+            _check_utf8(path)
+    if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
+        return (
+            f"source {named(source)}: not found here, and not on the Hugging Face hub or that cannot be reached "
+            f"(expected a name on the hub, a folder, one of {', '.join(FORMATS)} with data_files, "
+            f"or {BUILTIN}python, {BUILTIN}numerical): {cause}"
+        )
+    return f"source {named(source)}: cannot read split {split!r}: {cause}"
+
+
+def _local_files(source: SourceConfig) -> Iterator[Path]:
+    """The files that `data_files` names on this machine, relative to the working directory; wildcards are expanded."""
+    for pattern in _flat(source.data_files):
+        if "://" in pattern or source.path not in FORMATS:
+            continue
+        path = Path(source.data_dir or "", pattern)
+        found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern) else [str(path)]
+        if not found:
+            raise UserError(f"source {source.path}: no file matches {path}")
+        yield from (Path(each) for each in found if each == str(path) or os.path.isfile(each))
+
+
+def _flat(data_files: Any) -> Iterable[str]:
+    if isinstance(data_files, dict):
+        return [file for files in data_files.values() for file in _flat(files)]
+    return [data_files] if isinstance(data_files, str) else list(data_files or ())
+
+
+def _check_file(path: Path, source: SourceConfig) -> None:
+    if not path.is_file():
+        if not path.parent.is_dir():
+            raise UserError(
+                f"source {source.path}: {path} does not exist, nor does its folder {path.parent.absolute()}"
+            )
+        names = sorted(entry.name for entry in path.parent.iterdir())
+        near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
+        raise UserError(f"source {source.path}: {path} does not exist: {nearest(path.name, near)}")
+    if not path.stat().st_size:
+        raise UserError(f"source {source.path}: {path} is empty")
+
+
+def _check_utf8(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0  # of the first byte that is not decoded yet
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            try:
+                decoder.decode(chunk)
+                undecoded = len(decoder.getstate()[0])
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
+                ) from None
+            offset = file.tell() - undecoded
+    if undecoded:
+        raise UserError(f"{path} is not UTF-8: it ends within a character, at offset {offset}")

@@ -1,0 +1,123 @@
+"""The rows of what the `datasets` library has read: a memory-mapped table, or a stream."""
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+
+from llm3.data.formats import BadRow
+from llm3.data.sources.lines import bad, part_bytes
+from llm3.errors import UserError
+
+READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
+ROWS_AT_A_TIME = 512
+STREAM_PART_ROWS = 10_000
+BYTEWISE = "latin-1"  # one character for each byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A dataset on disk. A pickled one names its files, and another process maps them again."""
+
+    dataset: datasets.Dataset
+    key: Any  # what tells its content from others
+    bytewise: bool = False  # whether a character stands for a byte of UTF-8
+
+    def pieces(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """(number of the first row, (that, the row to stop before))."""
+        count = len(self.dataset)
+        total = max(self.dataset.data.nbytes, 1)
+        rows = max(1, part_bytes(total) * count // total)
+        for start in range(0, count, rows):
+            yield start, (start, min(start + rows, count))
+
+    def rows(self, first: int, place: tuple[int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows of one piece with their numbers. Numbers of classes are written as names."""
+        number, stop = place
+        names = _class_names(self.dataset.features)
+        while number < stop:
+            columns = self.dataset[number : min(number + ROWS_AT_A_TIME, stop)]
+            for values in zip(*columns.values(), strict=True):
+                row = _named(dict(zip(columns, values, strict=True)), names)
+                yield number, _decoded(row) if self.bytewise else row
+                number += 1
+
+    def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows from the first on."""
+        return self.rows(0, (0, len(self.dataset)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A dataset that is read as it comes. Its pieces are found by reading it once; each knows where it resumes."""
+
+    dataset: datasets.IterableDataset
+    key: Any
+    name: str  # for messages
+    bytewise: bool = False
+
+    def pieces(self) -> Iterator[tuple[int, tuple[dict[str, Any], int]]]:
+        """(number of the first row, (the state of the stream before it, rows))."""
+        stream = copy.deepcopy(self.dataset)
+        start, rows = stream.state_dict(), 0
+        for total, _ in enumerate(self._read(stream), 1):
+            rows += 1
+            if rows == STREAM_PART_ROWS:
+                yield total - rows, (start, rows)
+                start, rows = stream.state_dict(), 0
+        if rows:
+            yield total - rows, (start, rows)
+
+    def rows(self, first: int, place: tuple[dict[str, Any], int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows of one piece with their numbers. Numbers of classes are written as names."""
+        state, count = place
+        stream = copy.deepcopy(self.dataset)
+        stream.load_state_dict(state)
+        return enumerate(itertools.islice(self._read(stream), count), first)
+
+    def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        """The rows from the first on."""
+        return enumerate(self._read(copy.deepcopy(self.dataset)))
+
+    def _read(self, stream: datasets.IterableDataset) -> Iterator[dict[str, Any] | BadRow]:
+        names = _class_names(self.dataset.features or {})
+        try:
+            for row in stream:
+                yield _decoded(row) if self.bytewise else _named(row, names)
+        except READ_ERRORS as error:
+            raise UserError(f"source {self.name}: the stream cannot be read on: {error.__cause__ or error}") from error
+
+
+def _decoded(row: dict[str, Any]) -> dict[str, Any] | BadRow:
+    """A row whose texts hold a character for each byte, as UTF-8."""
+    try:
+        return {_utf8(name).removeprefix("\ufeff"): _utf8(value) for name, value in row.items()}
+    except UnicodeDecodeError:
+        return bad("not UTF-8", json.dumps(row, ensure_ascii=False, default=str))
+
+
+def _utf8(value: Any) -> Any:
+    return value.encode(BYTEWISE).decode() if isinstance(value, str) else value
+
+
+def _class_names(features: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """{column of classes, or of lists of them: its numbers -> names}."""
+    readers = {column: _class_name(feature) for column, feature in features.items()}
+    return {column: reader for column, reader in readers.items() if reader}
+
+
+def _class_name(feature: Any) -> Callable[[Any], Any] | None:
+    if isinstance(feature, datasets.ClassLabel):
+        names = dict(enumerate(feature.names))
+        return names.get  # a row without a class holds null, or -1
+    if isinstance(feature, datasets.List | datasets.LargeList) and (inner := _class_name(feature.feature)):
+        return lambda values: None if values is None else [inner(value) for value in values]
+    return None
+
+
+def _named(row: dict[str, Any], names: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    return row | {column: name(row[column]) for column, name in names.items()} if names else row

@@ -1,0 +1,143 @@
+"""Sampling and greedy decoding with a key-value cache."""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llm3.config.schema import ModelConfig
+from llm3.distributed.sharding import constrain
+from llm3.models.transformer import Transformer, abstract, make_cache, segmented
+
+NARROWEST = 32  # tokens of a row of prompts
+
+
+def next_token(
+    logits: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> jax.Array:
+    """A token for each row of logits: float32 [B, V] to int32 [B].
+
+    temperature 0 takes the most likely one. top_k > 0 keeps the k most likely (Fan et al. 2018); top_p < 1 keeps the
+    smallest set of the most likely ones whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return jax.random.categorical(key, logits)
+
+
+@cache
+def make_advance(config: ModelConfig, temperature: float, top_k: int, top_p: float) -> Callable:
+    """A jitted advance(params, cache, tokens [B, T], key) -> (cache, the next token [B]); the cache is donated."""
+    graph = abstract(config).graph
+
+    @partial(jax.jit, donate_argnums=1)
+    def advance(params: dict, cache: dict, tokens: jax.Array, key: jax.Array) -> tuple[dict, jax.Array]:
+        positions = cache["index"] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        model = nnx.merge(graph, params)
+        hidden, cache = model(tokens, positions, jnp.ones_like(tokens), cache)
+        logits = model.logits(hidden[:, -1:])[:, 0]
+        return cache, next_token(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    return advance
+
+
+def sample(
+    params: dict,
+    config: ModelConfig,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    stop: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[int]:
+    """Up to `max_tokens` tokens after the prompt, the `stop` token not included. params: canonical."""
+    advance = make_advance(config, temperature, top_k, top_p)
+    params = segmented(params, ((0, config.layers),))
+    # leaves of a new cache may share a buffer, and a buffer can be donated only once
+    kv = jax.tree.map(jnp.copy, make_cache(config, 1, len(prompt) + max_tokens))
+    tokens, keys, result = jnp.array([prompt], jnp.int32), jax.random.key(seed), []
+    for i in range(max_tokens):
+        kv, token = advance(params, kv, tokens, jax.random.fold_in(keys, i))
+        if int(token[0]) == stop:
+            break
+        result.append(int(token[0]))
+        tokens = token[:, None].astype(jnp.int32)
+    return result
+
+
+def groups(lengths: Sequence[int], most: int, rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield (width, numbers) of prompts that are padded to one width, at most `rows` of them at a time.
+
+    The width is a power of two, from NARROWEST to `most`, and depends on a prompt's own length only.
+    """
+    found: dict[int, list[int]] = collections.defaultdict(list)
+    for number, length in enumerate(lengths):
+        found[min(most, max(NARROWEST, 1 << max(length - 1, 0).bit_length()))].append(number)
+    for width, numbers in sorted(found.items()):
+        for first in range(0, len(numbers), rows):
+            yield width, numbers[first : first + rows]
+
+
+def right_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts at the ends of rows, int32 [rows, width], and their lengths, int32 [rows, 1]: 0 for rows of padding."""
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros((rows, 1), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        lengths[row] = len(prompt)
+    return tokens, lengths
+
+
+def read(model: Transformer, prompts: jax.Array, lengths: jax.Array, room: int) -> tuple[jax.Array, dict]:
+    """Hidden states [B, P, D] of right-aligned prompts, and their key-value cache, with room for more tokens."""
+    width = prompts.shape[1]
+    places = jnp.arange(width, dtype=jnp.int32) - (width - lengths)
+    kept = make_cache(model.config, len(prompts), width + room)
+    return model(prompts, jnp.maximum(places, 0), (places >= 0).astype(jnp.int32), kept)
+
+
+def greedy(
+    model: Transformer, prompts: jax.Array, lengths: jax.Array, stops: jax.Array, *, max_tokens: int
+) -> dict[str, jax.Array]:
+    """The most likely tokens after each prompt, one after the other, for all rows at a time.
+
+    prompts: int32 [B, P], and lengths: int32 [B, 1], as of `right_aligned`; stops: int32 [B, 1], the token that ends
+    the answer. Returns tokens, int32 [B, max_tokens], and count, int32 [B, 1]: how many of them are the answer, the
+    stop not among them; what is behind it means nothing. What a row gets does not depend on the others.
+    """
+    real = (lengths > 0).astype(jnp.int32)
+
+    def unfinished(state: tuple) -> jax.Array:
+        step, _, _, _, count = state
+        return (step < max_tokens) & jnp.any(count == step)  # a row that goes on has a token of each step
+
+    def body(state: tuple) -> tuple:
+        step, kept, token, made, count = state
+        count += (count == step) & (token != stops)
+        made = jax.lax.dynamic_update_slice_in_dim(made, token, step, 1)
+        hidden, kept = model(token, lengths + step, real, kept)
+        return step + 1, kept, best(hidden), made, count
+
+    def best(hidden: jax.Array) -> jax.Array:
+        return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
+
+    hidden, kept = read(model, prompts, lengths, max_tokens)
+    made = jnp.zeros((len(prompts), max_tokens), jnp.int32)
+    state = (jnp.int32(0), kept, best(hidden), made, real - 1)  # a row of padding never goes on
+    *_, made, count = jax.lax.while_loop(unfinished, body, state)
+    return {"tokens": constrain(made, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}

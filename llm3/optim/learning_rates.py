@@ -1,0 +1,140 @@
+"""The learning rate: over the updates (schedules), and over the leaves (factors of it)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm3.config.schema import at_least
+from llm3.errors import UserError, nearest
+from llm3.optim import partition
+from llm3.tree import flatten
+
+
+def _constant(progress: jax.Array, final: float) -> jax.Array:
+    return jnp.ones_like(progress)
+
+
+def _linear(progress: jax.Array, final: float) -> jax.Array:
+    return 1 - (1 - final) * progress
+
+
+def _cosine(progress: jax.Array, final: float) -> jax.Array:
+    return 1 - (1 - final) * 0.5 * (1 - jnp.cos(jnp.pi * progress))
+
+
+SHAPES = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _linear}
+
+
+def schedule(
+    name: str,
+    *,
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int = 0,
+    decay_steps: int = 0,
+    final_fraction: float = 0.1,
+) -> optax.Schedule:
+    """update (from 0) -> learning rate, float32 scalar: a linear warm-up, then the shape that `name` says.
+
+    Update s of the warm-up has learning_rate * (s + 1) / warmup_steps: never 0, and the last one has the peak.
+    `constant` stays there. `linear` and `cosine` (Loshchilov and Hutter 2017) then reach
+    final_fraction * learning_rate at update steps - 1. `wsd` (warm-up, stable, decay: MiniCPM, Hu et al. 2024,
+    arXiv:2404.06395, with a linear decay) stays at the peak and does the same within the last `decay_steps` updates
+    (0: a tenth of all). Updates after the last one stay where it was.
+
+    Raises UserError for an unknown name, and for numbers that are negative or do not fit into `steps`.
+    """
+    if name not in SHAPES:
+        raise UserError(f"optimizer.schedule={name!r}: {nearest(name, SHAPES)}")
+    for field, value in (("learning_rate", learning_rate), ("warmup_steps", warmup_steps)):
+        at_least(f"optimizer.{field}", value, 0)
+    at_least("optimizer.decay_steps", decay_steps, 0)
+    at_least("optimizer.final_fraction", final_fraction, 0)
+    at_least("steps", steps, 1)
+    if decay_steps and name != "wsd":
+        raise UserError(f"optimizer.decay_steps={decay_steps} belongs to schedule='wsd'; here it is {name!r}")
+    if name == "wsd":
+        decay_steps = decay_steps or max(1, steps // 10)
+    if warmup_steps + decay_steps > steps:
+        decay = f" and a decay of {decay_steps}" if decay_steps else ""
+        raise UserError(
+            f"optimizer.warmup_steps={warmup_steps}{decay}: expected at most the {steps} steps of the stage"
+        )
+    at_peak = max(warmup_steps - 1, steps - 1 - decay_steps if name == "wsd" else 0, 0)
+    falling = max(steps - 1 - at_peak, 0)
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        warm = jnp.minimum((count + 1) / max(warmup_steps, 1), 1)
+        progress = jnp.clip(count - at_peak, 0, falling) / max(falling, 1)
+        return learning_rate * warm * SHAPES[name](progress, final_fraction)
+
+    return rate
+
+
+def factors(
+    params: dict, *, layers: int, layer_decay: float, learning_rates: list, later: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """{path: factor of the learning rate} for the segmented tree `params` (arrays or shapes), in float32.
+
+    A leaf of the layers a to b of the stack has a factor for each, [b - a, 1, ...], any other leaf a scalar. It is the
+    product of two: discriminative fine-tuning (Howard and Ruder 2018, ULMFiT, section 3.1), one rate for each layer,
+    in the form of Clark et al. 2020 (ELECTRA), layer_decay ** (layers - i) for layer i from 0 at the bottom,
+    layer_decay ** (layers + 1) for embed, 1 for the final norm and the heads; and the factor of the
+    first [rule, factor] of `learning_rates` whose rule (as of `partition`) matches the leaf in that layer, else 1.
+
+    later: segmented paths of leaves that train only later, which a rule may be about as well. Raises UserError for a
+    layer_decay outside (0, 1], for malformed pairs and rules, and for a rule that matches nothing that trains.
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"optimizer.layer_decay={layer_decay!r}: expected a number above 0, at most 1")
+    rules = _rules(learning_rates, layers, {*flatten(params), *later})
+
+    def one(name: str, layer: int | None) -> float:
+        depth = layers - layer if layer is not None else layers + 1 if name.startswith("embed/") else 0
+        return layer_decay**depth * next((factor for match, factor in rules if match(name, layer)), 1.0)
+
+    def of_leaf(path: str, rank: int) -> np.ndarray:
+        name, within = _place(path)
+        shape = () if within == [None] else (len(within), *(1,) * (rank - 1))
+        return np.asarray([one(name, layer) for layer in within], np.float32).reshape(shape)
+
+    return {path: of_leaf(path, len(leaf.shape)) for path, leaf in flatten(params).items()}
+
+
+def _place(path: str) -> tuple[str, list[int | None]]:
+    """The canonical path of a segmented one, and the layers that the leaf holds ([None]: it is of no layer)."""
+    stack, segment, *_ = path.split("/")
+    if stack != "layers":
+        return path, [None]
+    first, last = segment.split(":")
+    return partition.canonical_path(path), list(range(int(first), int(last)))
+
+
+def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Callable, float]]:
+    """(matcher, factor) of each pair, all of which match something of the segmented `paths`."""
+    where = "optimizer.learning_rates"
+    if not isinstance(learning_rates, list | tuple):
+        raise UserError(f"{where}={learning_rates!r}: expected a list of [rule, factor] pairs")
+    leaves, rules = [_place(path) for path in sorted(paths)], []
+    for i, pair in enumerate(learning_rates):
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{where}[{i}]={pair!r}: expected [rule, factor], as in ['embeddings', 0.1]")
+        rule, factor = pair
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < np.inf:
+            raise UserError(f"{where}[{i}]={pair!r}: expected a factor above 0 (`train` is what freezes)")
+        if rule.strip().startswith("not "):
+            raise UserError(f"{where}[{i}]={pair!r}: 'not' has no factor; the first rule that matches a leaf decides")
+        try:
+            match = partition.matcher(rule, layers)
+        except UserError as error:
+            raise UserError(f"{where}[{i}]: {error}") from None
+        if not any(match(name, layer) for name, within in leaves for layer in within):
+            valid = partition.names(sorted({name for name, _ in leaves}))
+            raise UserError(f"{where}[{i}]: rule {rule!r} matches nothing that trains; {nearest(rule, valid)}")
+        rules.append((match, float(factor)))
+    return rules

@@ -1,0 +1,222 @@
+"""The optimizer of a stage: clipping, the update rule, weight decay, rates, and copies of the weights it may hold.
+
+Every optimizer is the same chain: the pull toward the first weights, clip by the global norm of the trainable tree, the
+update rule of optax at a learning rate of 1, decoupled weight decay (Loshchilov and Hutter 2019, as in optax: times the
+learning rate), the factor of each leaf, the schedule, the mean of the weights. What is not asked for is not in it.
+
+All that changes lives in the optimizer's state, the step of the schedule as well: a step that keeps the old state keeps
+its place.
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm3.config.schema import at_least
+from llm3.errors import UserError, nearest
+from llm3.optim import learning_rates as rates
+from llm3.optim.update_rules import RULES, by_phase
+from llm3.tree import flatten, map_with_path, unflatten
+
+DECAYED = ("kernel", "embedding", "a", "b")  # the leaves, by their last name, that weight decay applies to
+# set for every optimizer alike, hence no options of one
+MANAGED = {"learning_rate", "mask", "weight_decay", "weight_decay_rate", "weight_decay_mask", "adam_weight_decay"}
+MANAGED |= {"muon_weight_dimension_numbers"}
+
+
+class Optimizer(NamedTuple):
+    """transform: for the trainable tree. schedule: update (from 0) -> learning rate, float32 scalar."""
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+def make(
+    params_example: dict,
+    *,
+    layers: int,
+    fresh: frozenset[str],
+    groups: Mapping[str, int] | None,
+    name: str,
+    learning_rate: float,
+    schedule: str,
+    steps: int,
+    warmup_steps: int,
+    decay_steps: int,
+    final_fraction: float,
+    weight_decay: float,
+    clip_norm: float,
+    layer_decay: float,
+    learning_rates: list,
+    l2_sp: float,
+    ema: float,
+    options: Mapping[str, Any],
+) -> Optimizer:
+    """The optimizer `name` for trees like `params_example` (the trainable tree: arrays or shapes; others are absent).
+
+    layers: of the whole model. fresh: the segmented paths whose values come from no parent. groups: {segmented path:
+    phase in which it begins to train}, of every leaf of `params_example` and of those that begin later, where more
+    trains from phase to phase: the leaves of each phase have an instance of the update rule, so that its count
+    starts with them; the rest of the chain is one for all. None: all leaves train from the start.
+
+    clip_norm: of the global norm of the gradients of that tree; 0: none. weight_decay: only on leaves named as in
+    `DECAYED`. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rates.factors`).
+    l2_sp: see `pull_to_start`. ema: see `running_mean`. options: go to the optax function as they are. muon (Jordan et
+    al. 2024) orthogonalises each layer's kernels as matrices [D, heads x head_dim] and leaves embeddings, heads, norms
+    and biases to Adam; its option adam_learning_rate is a peak as well. adafactor (Shazeer and Stern 2018) factors each
+    layer's matrix, if both its sides have at least min_dim_size_to_factor.
+
+    Raises UserError for an unknown optimizer, schedule, option or rule, and for numbers out of range.
+    """
+    if name not in RULES:
+        raise UserError(f"optimizer.name={name!r}: {nearest(name, RULES)}")
+    _check(name, options, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
+    if l2_sp and fresh >= {*flatten(params_example), *(groups or ())}:
+        raise UserError(f"optimizer.l2_sp={l2_sp!r}: nothing that trains comes from a parent, to stay near to")
+    rate = rates.schedule(
+        schedule,
+        learning_rate=learning_rate,
+        steps=steps,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        final_fraction=final_fraction,
+    )
+    factors = rates.factors(
+        params_example, layers=layers, layer_decay=layer_decay, learning_rates=learning_rates, later=groups or ()
+    )
+    build = partial(RULES[name].build, peak=learning_rate, options=dict(options))
+    decayed = map_with_path(lambda path, _: path.split("/")[-1] in DECAYED, params_example)
+    transform = optax.chain(
+        *([pull_to_start(l2_sp, fresh)] if l2_sp else []),
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        build(params_example) if groups is None else by_phase(build, params_example, groups),
+        optax.add_decayed_weights(-weight_decay, mask=decayed),
+        *([scale_by_leaf(factors)] if any((factor != 1).any() for factor in factors.values()) else []),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+        *([running_mean(ema)] if ema else []),
+    )
+    return Optimizer(transform, rate)
+
+
+def _check(name: str, options: Mapping[str, Any], *, ema: float, **at_least_0: float) -> None:
+    for field, value in at_least_0.items():
+        at_least(f"optimizer.{field}", value, 0)
+    if not 0 <= ema < 1:
+        raise UserError(f"optimizer.ema={ema!r}: expected a decay from 0 up to 1, without 1")
+    valid = set(inspect.signature(RULES[name].options).parameters) - MANAGED
+    for option in options:
+        if option not in valid:
+            raise UserError(f"optimizer.options.{option} is no option of {name}: {nearest(option, valid)}")
+
+
+def scale_by_leaf(factors: Mapping[str, np.ndarray]) -> optax.GradientTransformation:
+    """Multiply the update of each leaf by the factor at its path, broadcast."""
+    scaled = lambda path, update: update * jnp.asarray(factors[path], update.dtype)  # noqa: E731
+    return optax.stateless(lambda updates, params: map_with_path(scaled, updates))
+
+
+class StartState(NamedTuple):
+    """start: the values of leaves when the state was made, a part of the trainable tree."""
+
+    start: dict
+
+
+def pull_to_start(strength: float, fresh: frozenset[str]) -> optax.GradientTransformation:
+    """Add strength * (w - w0) to the gradient of every leaf that is not `fresh`; w0 is its value at `init`.
+
+    That is the gradient of strength / 2 * ||w - w0||^2: L2-SP, Li, Grandvalet and Davoine 2018, "Explicit Inductive
+    Bias for Transfer Learning with Convolutional Networks", equation 2.
+    """
+
+    def init(params: dict) -> StartState:
+        # a copy: a step that donates both the weights and this state must not give one buffer twice
+        held = {path: jnp.array(leaf, copy=True) for path, leaf in flatten(params).items() if path not in fresh}
+        return StartState(unflatten(held))
+
+    def update(gradients: dict, state: StartState, params: dict) -> tuple[dict, StartState]:
+        values, pulled = flatten(params), flatten(gradients)
+        for path, start in flatten(state.start).items():
+            pulled[path] += strength * (values[path] - start)
+        return unflatten(pulled), state
+
+    return optax.GradientTransformation(init, update)
+
+
+class EmaState(NamedTuple):
+    """average: the running mean of the trainable tree, float32."""
+
+    average: dict
+
+
+def running_mean(decay: float) -> optax.GradientTransformation:
+    """Keep average = decay * average + (1 - decay) * new weights after each update, from the weights at `init`.
+
+    Averaging of the iterates (Polyak and Juditsky 1992) with exponential weights (Tarvainen and Valpola 2017, "Mean
+    teachers", section 2). It goes last: what it is given is the update as it is applied.
+    """
+
+    def init(params: dict) -> EmaState:
+        return EmaState(jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params))
+
+    def update(updates: dict, state: EmaState, params: dict) -> tuple[dict, EmaState]:
+        new = optax.apply_updates(params, updates)
+        mean = lambda old, leaf: decay * old + (1 - decay) * leaf.astype(jnp.float32)  # noqa: E731
+        return updates, EmaState(jax.tree.map(mean, state.average, new))
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(opt_state: Any) -> dict | None:
+    """The running mean of the trainable tree that a state (of arrays, shapes or shardings) holds, if it holds one."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, EmaState))
+    return next((node.average for node in nodes if isinstance(node, EmaState)), None)
+
+
+def carry(old_state: Any, new_state: Any) -> Any:
+    """`new_state`, made for a superset of leaves by the same settings with `groups`, with all that `old_state` holds.
+
+    For gradual unfreezing (Howard and Ruder 2018, ULMFiT, section 3.3): leaves that trained before go on as if nothing
+    had happened, as does the schedule; new ones begin. Raises ValueError where the old state would not be kept whole.
+    """
+    old = {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(old_state)}
+    carried = set()
+
+    def one(keys: tuple, leaf: Any) -> Any:
+        path = jax.tree_util.keystr(keys)
+        if path not in old or old[path].shape != leaf.shape:
+            return leaf
+        carried.add(path)
+        return old[path]
+
+    state = jax.tree_util.tree_map_with_path(one, new_state)
+    if lost := sorted(set(old) - carried):
+        raise ValueError(f"the new optimizer's state has no leaf of the same path and shape for {', '.join(lost)}")
+    return state
+
+
+def state_shardings(state: Any, params: dict, shardings: dict, replicated: Any) -> Any:
+    """The sharding of every leaf of an optimizer's state (arrays or shapes).
+
+    A leaf below the path of a parameter and of its shape (a moment) takes that parameter's sharding; counts and
+    factored moments, which are small, are `replicated`. (`optax.tree.map_params` knows neither masks by leaf nor
+    factors.)
+    """
+    shapes, by_path = {path: leaf.shape for path, leaf in flatten(params).items()}, flatten(shardings)
+
+    def one(keys: tuple, leaf: Any) -> Any:
+        names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        return next((by_path[path] for path in suffixes if shapes.get(path) == leaf.shape), replicated)
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def state_bytes(tree: Any) -> int:
+    """The bytes of all arrays (or shapes) of a tree, e.g. of an optimizer's state."""
+    return sum(int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,134 @@
+"""The update rules of optax by name, each at a learning rate of 1, for trees with stacked layers."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from llm3.config.schema import at_least
+from llm3.tree import flatten, map_with_path, unflatten
+
+STACKED = "layers"  # leaves below this name have a leading layer axis
+
+
+def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The input axes and the output axes of a stacked kernel; None for a leaf that is no matrix per layer.
+
+    [L, D, heads, head_dim] maps D to heads x head_dim; the kernel of `out`, [L, heads, head_dim, D], the other way.
+    """
+    names = path.split("/")
+    if names[0] != STACKED or names[-1] != "kernel" or rank < 3:
+        return None
+    first_output = rank - 1 if names[-2] == "out" else 2
+    return tuple(range(1, first_output)), tuple(range(first_output, rank))
+
+
+def _per_layer(path: str, leaf: jax.Array) -> jax.Array:
+    """[L, in, out] of a stacked kernel and [L, n] of another stacked leaf; a leaf outside the stack as it is."""
+    if path.split("/")[0] != STACKED:
+        return leaf
+    axes = _matrix_axes(path, leaf.ndim)
+    if axes is None:
+        return leaf.reshape(leaf.shape[0], -1)
+    return leaf.reshape(leaf.shape[0], int(np.prod([leaf.shape[axis] for axis in axes[0]])), -1)
+
+
+def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Apply a rule that looks at whole leaves to each layer of a stacked leaf alone, its kernels as matrices.
+
+    So an update does not depend on how the layers are stacked or cut into segments.
+    """
+
+    def mapped(path: str, function: Callable) -> Callable:
+        return jax.vmap(function) if path.split("/")[0] == STACKED else function
+
+    def init(params: dict) -> dict:
+        return {path: mapped(path, rule.init)(_per_layer(path, leaf)) for path, leaf in flatten(params).items()}
+
+    def update(gradients: dict, state: dict, params: dict | None = None) -> tuple[dict, dict]:
+        flat_params, updates, new_state = flatten(params), {}, {}
+        for path, gradient in flatten(gradients).items():
+            views = _per_layer(path, gradient), state[path], _per_layer(path, flat_params[path])
+            change, new_state[path] = mapped(path, rule.update)(*views)
+            updates[path] = change.reshape(gradient.shape)
+        return unflatten(updates), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _adamw(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
+    return optax.adam(1.0, **options)
+
+
+def _adafactor(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
+    # optax factors the two largest axes of a leaf, and clips and scales by norms of a whole leaf: on a stack these
+    # would mix layers, heads and head_dim
+    return _layer_by_layer(optax.adafactor(None, **options))
+
+
+def _lion(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
+    return optax.lion(1.0, weight_decay=0.0, **options)
+
+
+def _muon(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
+    def dimensions(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        axes = _matrix_axes(path, len(leaf.shape))
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    if "adam_learning_rate" in options:  # a peak, which follows the same schedule
+        at_least("optimizer.options.adam_learning_rate", options["adam_learning_rate"], 0)
+        options = options | {"adam_learning_rate": options["adam_learning_rate"] / peak if peak else 0.0}
+    by_leaf = map_with_path(dimensions, params)
+    return optax.contrib.muon(1.0, muon_weight_dimension_numbers=by_leaf, **options)
+
+
+def _sgd(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
+    return optax.sgd(1.0, **options)
+
+
+class Rule(NamedTuple):
+    """build(params, peak learning rate, options) -> the rule at a learning rate of 1; options: whose they are."""
+
+    build: Callable[[dict, float, dict], optax.GradientTransformation]
+    options: Callable
+
+
+RULES = {
+    "adamw": Rule(_adamw, optax.adam),
+    "adafactor": Rule(_adafactor, optax.adafactor),
+    "lion": Rule(_lion, optax.lion),
+    "muon": Rule(_muon, optax.contrib.muon),
+    "sgd": Rule(_sgd, optax.sgd),
+}
+
+
+def by_phase(
+    build: Callable[[dict], optax.GradientTransformation], params: dict, groups: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """An instance of a rule for the leaves of each phase, so that the rule counts their own updates.
+
+    build(tree) -> the rule for the leaves of that tree. groups: {path: phase} for every leaf of `params` (arrays or
+    shapes). The state is {str(phase): state of the rule}, whatever other phases there are.
+    """
+
+    def divide(tree: dict) -> dict[str, dict]:
+        parts: dict[str, dict] = {}
+        for path, leaf in flatten(tree).items():
+            parts.setdefault(str(groups[path]), {})[path] = leaf
+        return {phase: unflatten(part) for phase, part in parts.items()}
+
+    rules = {phase: build(part) for phase, part in divide(params).items()}
+
+    def init(params: dict) -> dict:
+        return {phase: rules[phase].init(part) for phase, part in divide(params).items()}
+
+    def update(gradients: dict, state: dict, params: dict) -> tuple[dict, dict]:
+        values, updates, new_state = divide(params), {}, {}
+        for phase, part in divide(gradients).items():
+            change, new_state[phase] = rules[phase].update(part, state[phase], values[phase])
+            updates |= flatten(change)
+        return unflatten(updates), new_state
+
+    return optax.GradientTransformation(init, update)

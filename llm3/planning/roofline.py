@@ -1,0 +1,156 @@
+"""How long a step takes at best: what it computes, moves in memory and sends, over what the machine can do.
+
+The roofline model: Williams, Waterman and Patterson 2009. A collective is counted by the bytes of its whole result (of
+an all-gather) or operand (of a reduce-scatter or all-reduce) on one device.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llm3.config.schema import ModelConfig, StageConfig
+from llm3.distributed.machines import Link, Topology
+from llm3.distributed.sharding import axis_size, spec
+from llm3.optim.frozen import computed_low
+from llm3.training.phase import Trainer
+from llm3.tree import flatten
+
+EFFICIENCY = 0.6  # of a chip's peak, that matrix products of such sizes reach
+USABLE = 0.9  # of a chip's memory; the rest is for the runtime, and for what lies between arrays
+
+
+class Collective(NamedTuple):
+    """all-gather, reduce-scatter or all-reduce of `size` bytes along a mesh axis, so many `times` a step."""
+
+    axis: str
+    what: str
+    kind: str
+    size: float
+    times: float
+
+    @property
+    def bytes(self) -> float:
+        return self.size * self.times
+
+
+class Times(NamedTuple):
+    """Seconds of a step on each device if nothing else took any. collectives: {mesh axis: seconds}."""
+
+    compute: float
+    memory: float
+    collectives: dict[str, float]
+
+    @property
+    def overlapped(self) -> float:
+        """All at the same time: the longest of them."""
+        return max(self.compute, self.memory, *self.collectives.values(), 0.0)
+
+    @property
+    def in_turn(self) -> float:
+        """One after another."""
+        return self.compute + self.memory + sum(self.collectives.values())
+
+
+def times(flops: float, moved: float, sent: list[Collective], topology: Topology, links: dict[str, Link]) -> Times:
+    """The seconds of a step. flops, moved: of one device; moved: bytes."""
+    chip, seconds = topology.chip, dict.fromkeys(links, 0.0)
+    for each in sent:
+        passes = 2 if each.kind == "all-reduce" else 1
+        seconds[each.axis] += each.times * passes * links[each.axis].gather_seconds(each.size)
+    return Times(flops / (chip.peak * EFFICIENCY), moved / chip.bandwidth, {k: v for k, v in seconds.items() if v})
+
+
+def collectives(stage: StageConfig, model: ModelConfig, trainer: Trainer, mesh: Any) -> list[Collective]:
+    """What the devices of a mesh send each other in a step.
+
+    Parameters that are cut along an axis that the batch is cut along are gathered where they are used, in the forward
+    and in the backward pass, and their gradients reduced to the pieces; along all other axes that the batch is cut
+    along, gradients are reduced for every device. Heads and hidden layer that are cut need the sum of activations twice
+    a layer in each pass (Shoeybi et al. 2019, Megatron-LM, section 3), and the embedding and the logits one each.
+    Windows that are cut need the keys and values of all pieces. Each micro-batch does it all again, and each chunk of
+    logits gathers its kernel and reduces its gradient.
+    """
+    found: list[Collective] = []
+    state, first = trainer.abstract_state, lowest(trainer)
+    for trains, tree in ((True, state.trainable), (False, state.frozen)):
+        for path, leaf in flatten(tree).items():
+            for part in jax.tree.leaves(leaf):  # of a quantised one, codes and scales
+                found += _of_leaf(path, part, trains, stage, model, first, mesh)
+    return [each for each in (*found, *_of_activations(stage, model, trainer, mesh)) if each.times]
+
+
+def lowest(trainer: Trainer) -> int:
+    """The first layer that has a backward pass; the number of layers where none has."""
+    trainable, layers = trainer.partition.trainable, trainer.model.layers
+    if "embed/embedding" in trainable:
+        return 0
+    return min((_layers(path)[0] for path in trainable if path.startswith("layers/")), default=layers)
+
+
+def _layers(path: str) -> tuple[int, int]:
+    """The layers that a leaf of the segmented tree stands for."""
+    first, last = path.split("/")[1].split(":")
+    return int(first), int(last)
+
+
+def _axes(*names: str) -> list[str]:
+    """The mesh axes that logical axes are cut along."""
+    cuts = [(cut,) if isinstance(cut, str) else cut or () for cut in spec(names)]
+    return [axis for cut in cuts for axis in cut]
+
+
+def _of_leaf(
+    path: str, leaf: Any, trains: bool, stage: StageConfig, model: ModelConfig, first: int, mesh: Any
+) -> list[Collective]:
+    """What a parameter and its gradient cost; the figures of a stack are those of all its layers."""
+    over = [axis for axis in _axes("batch", "length") if mesh.shape[axis] > 1]
+    along = [axis for names in leaf.sharding.spec for axis in ((names,) if isinstance(names, str) else names or ())]
+    elements = math.prod(leaf.shape) / math.prod(mesh.shape[axis] for axis in along if axis not in over)
+    low = np.dtype(model.compute_dtype).itemsize
+    size = elements * (low if computed_low(path) and leaf.dtype == np.float32 else leaf.dtype.itemsize)
+    used, reduced = _uses(path, stage, model, first)
+    gradient = elements * (low if path == "embed/embedding" else 4)
+    found = []
+    for axis in over:
+        if axis in along:
+            found.append(Collective(axis, path, "all-gather", size, used * stage.micro_batches))
+    for axis in sorted(over, key=lambda axis: axis not in along):
+        kind = "reduce-scatter" if axis in along else "all-reduce"
+        found.append(Collective(axis, path, kind, gradient, trains * reduced * stage.micro_batches))
+        gradient /= mesh.shape[axis] if axis in along else 1
+    return found
+
+
+def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tuple[float, float]:
+    """How often a leaf is gathered in a micro-batch, and how often its gradient is reduced."""
+    chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
+    if path.startswith("layers/"):
+        return 1 + (_layers(path)[1] > first), 1
+    if path.startswith("lm_head/"):
+        return 2 * chunks or 1, chunks or 1
+    if path == "embed/embedding":
+        of_logits = chunks * model.tie_embeddings * (not model.classes)
+        return 1 + 2 * of_logits, 1 + of_logits
+    return 1, 1
+
+
+def _of_activations(stage: StageConfig, model: ModelConfig, trainer: Trainer, mesh: Any) -> list[Collective]:
+    """The sums that `tensor` needs, and the keys and values that `context` does."""
+    rows = stage.batch_size / stage.micro_batches / axis_size(mesh, "batch")
+    low = np.dtype(model.compute_dtype).itemsize
+    differentiated = model.layers - lowest(trainer)
+    again = differentiated * (model.remat != "none")
+    activations = rows * stage.sequence_length / axis_size(mesh, "length") * model.d_model * low
+    keys = rows * stage.sequence_length * model.kv_heads / axis_size(mesh, "kv_heads") * model.head_dim * low
+    found = []
+    for axis in (axis for axis in _axes("heads") if mesh.shape[axis] > 1):
+        sums = 2 * model.layers + 2 * differentiated + 2  # the last: the lookup, and the gradient of the last norm
+        sums += differentiated * (model.remat == "full")  # attention's, computed again
+        found.append(Collective(axis, "activations", "all-reduce", activations, sums * stage.micro_batches))
+    for axis in (axis for axis in _axes("length") if mesh.shape[axis] > 1):
+        gathers, scatters = (model.layers + again) * stage.micro_batches, differentiated * stage.micro_batches
+        found.append(Collective(axis, "keys and values", "all-gather", 2 * keys, gathers))
+        found.append(Collective(axis, "keys and values", "reduce-scatter", 2 * keys, scatters))
+    return found

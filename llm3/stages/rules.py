@@ -1,0 +1,170 @@
+"""The three stages side by side: each one's laws, and their order."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from llm3 import evals, objectives
+from llm3.config.schema import RunConfig, SourceConfig, StageConfig
+from llm3.distributed.sharding import check_across, table
+from llm3.errors import UserError, nearest
+from llm3.handoff.parent import INIT
+
+
+def pretrain(stage: StageConfig, where: str) -> None:
+    """Builds general knowledge from unlabelled text, from nothing."""
+    if stage.start is not None:
+        raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
+    if objectives.load(stage.objective_name).LABELLED:
+        raise UserError(f"{where}.objective={stage.objective_name!r}: a pretrain stage learns from unlabelled text")
+    if not trains_all(stage) or stage.adapters:
+        field = "adapters" if trains_all(stage) else "unfreeze" if stage.unfreeze else "train"
+        raise UserError(f"{where}.{field}={getattr(stage, field)!r}: a pretrain stage trains 'all' of the plain model")
+
+
+def posttrain(stage: StageConfig, where: str) -> None:
+    """Adds a domain, from a parent."""
+    if stage.start is None:
+        raise UserError(f"{where}.start: a posttrain stage needs a parent: start='pretrain', or dict(run=, stage=)")
+
+
+def finetune(stage: StageConfig, where: str) -> None:
+    """Fits one task with few labels, from a parent; as a baseline, from the untrained model."""
+    if stage.start is None:
+        raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
+    labelled = ", ".join(name for name in objectives.names() if objectives.load(name).LABELLED)
+    if not objectives.load(stage.objective_name).LABELLED:
+        raise UserError(
+            f"{where}.objective={stage.objective_name!r}: a finetune stage fits a labelled task ({labelled})"
+        )
+
+
+LAWS: dict[str, Callable[[StageConfig, str], None]] = {
+    "pretrain": pretrain,
+    "posttrain": posttrain,
+    "finetune": finetune,
+}
+
+
+def parent_name(stage: StageConfig) -> str | None:
+    """The stage of the same run that this one starts from, if any."""
+    if isinstance(stage.start, dict):
+        return None if stage.start.get("run") else stage.start.get("stage")
+    return stage.start
+
+
+def _known(field: str, name: str, options: Collection[str]) -> None:
+    if name not in options:
+        raise UserError(f"{field}={name!r}: {nearest(name, options)}")
+
+
+def parent_label(stage: StageConfig) -> str:
+    """What a stage starts from, in a word: "init", a stage of the same run, or RUN/STAGE."""
+    if isinstance(stage.start, dict) and stage.start.get("run"):
+        return f"{stage.start['run']}/{stage.start['stage']}"
+    return parent_name(stage) or INIT
+
+
+def check(config: RunConfig) -> list[str]:
+    """Hold every stage to its laws; the names of the stages, parents first. Raises UserError."""
+    stages, ordered = config.stages, []
+    if not stages:
+        raise UserError("config.stages is empty: expected {name: stage}")
+    table(config.mesh.rules)
+    check_across(config.mesh.across)
+    for name, evaluation in config.evaluations.items():
+        where = f"config.evaluations.{name}"
+        _known(f"{where}.kind", evaluation.kind, evals.names())
+        _known(f"{where}.source", evaluation.source, config.sources)
+        peer = evals.load(evaluation.kind)
+        check_attention(peer.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
+        window_kind(
+            peer.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
+        )
+        objectives.read_options(peer, evaluation.options, f"{where}.options")
+    for name, stage in stages.items():
+        where = f"config.stages.{name}"
+        if name == INIT or "/" in name:
+            raise UserError(f"{where}: {name!r} cannot be a stage's name")
+        _known(f"{where}.objective", stage.objective_name, objectives.names())
+        peer = objectives.load(stage.objective_name)
+        check_attention(peer.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
+        objectives.read_options(peer, stage.objective_options, f"{where}.objective")
+        for source in data_sources(config, name):
+            _known(f"{where}.data", source, config.sources)
+            window_kind(peer.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
+        check_rules(stage, where)
+        LAWS[stage.kind](stage, where)
+        parent = parent_name(stage)
+        if parent == INIT and not stage.baseline:
+            raise UserError(f"{where}.start='{INIT}': only a baseline (baseline=True) starts from the untrained model")
+        if parent not in (None, INIT, *stages):
+            raise UserError(f"{where}.start={parent!r}: no such stage in this config; {nearest(parent, stages)}")
+    while len(ordered) < len(stages):
+        ready = [n for n in stages if n not in ordered and parent_name(stages[n]) in (None, INIT, *ordered)]
+        if not ready:
+            rest = sorted(set(stages) - set(ordered))
+            raise UserError(f"config.stages: {', '.join(rest)} start from one another in a circle")
+        # a stage of the main chain goes before the baselines
+        ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(LAWS).index(stages[n].kind), n)))
+    return ordered
+
+
+def check_attention(needed: bool | None, causal: bool, what: str) -> None:
+    """Raise UserError where an objective or evaluation needs another attention than the model has."""
+    if needed is True and not causal:
+        raise UserError(f"{what}: a bidirectional model (model.causal=False) sees what it is to predict")
+    if needed is False and causal:
+        raise UserError(f"{what}: needs a bidirectional model: model.causal=False, pool='mean'")
+
+
+def window_kind(kinds: dict[str, str], source: SourceConfig, what: str, name: str) -> str:
+    """How an objective or evaluation cuts a source. Raises UserError where it does not take such rows."""
+    if source.form not in kinds:
+        raise UserError(
+            f"{what}: takes {' or '.join(sorted(kinds))} rows, and those of source {name!r} are {source.form} by the "
+            "fields that are set; see sources.*.text, prompt, answer, messages, choices and answers"
+        )
+    return kinds[source.form]
+
+
+def data_sources(config: RunConfig, name: str) -> list[str]:
+    """The sources that a stage draws from at any step, its parent's among them where it replays them."""
+    stage = config.stages[name]
+    drawn = dict(stage.data) | {source: None for _, weights in stage.data_schedule for source in weights}
+    if stage.replay and (parent := parent_name(stage)) in config.stages:
+        drawn |= dict(config.stages[parent].data)
+    return list(drawn)
+
+
+def trains_all(stage: StageConfig) -> bool:
+    """Whether a stage trains everything from its start."""
+    return stage.train in ("all", ["all"]) and not stage.unfreeze
+
+
+def check_rules(stage: StageConfig, where: str) -> None:
+    """Raise UserError unless `train` is a rule or a list of them, and `unfreeze` pairs of a step and such a value."""
+
+    def is_rule(value: Any) -> bool:
+        rules = [value] if isinstance(value, str) else value
+        return isinstance(rules, list | tuple) and bool(rules) and all(isinstance(rule, str) for rule in rules)
+
+    if not is_rule(stage.train):
+        raise UserError(f"{where}.train={stage.train!r}: expected a rule, or a list of rules")
+    steps = [0]
+    for pair in stage.unfreeze:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and type(pair[0]) is int and is_rule(pair[1])):
+            raise UserError(f"{where}.unfreeze: {pair!r}: expected a pair [step, rule or list of rules]")
+        if not steps[-1] < pair[0] < stage.steps:
+            raise UserError(
+                f"{where}.unfreeze: step {pair[0]}: expected ascending steps after 0 and before the {stage.steps} steps"
+            )
+        steps.append(pair[0])
+
+
+def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
+    """The stages to run, parents first. Raises UserError for one that the config does not have."""
+    order = check(config)
+    for name in names or ():
+        if name not in order:
+            raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
+    return [name for name in order if not names or name in names]

@@ -1,0 +1,186 @@
+"""Where a stage starts from: found, held to account before anything trains, and taken over."""
+
+import dataclasses
+from contextlib import suppress
+from pathlib import Path
+
+from llm3 import __version__
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
+from llm3.errors import UserError
+from llm3.handoff import parent as handoff
+from llm3.handoff.parent import CHECKPOINTS, INIT, Parent, Start
+from llm3.models.lora import with_magnitudes
+from llm3.models.quantized import CODEBOOKS
+from llm3.models.transformer import abstract, canonical, init
+from llm3.stages.experiment import Experiment
+from llm3.stages.session import Session
+from llm3.stages.workdir import ROW, read_json, stage_record
+from llm3.training.phase import Trainer
+from llm3.tree import flatten, unflatten
+
+
+def locate_parent(
+    config: RunConfig, workdir: Path, name: str, in_this_run: list[str]
+) -> tuple[Start | None, Parent | None]:
+    """Where a stage starts from, and the parent's checkpoint, None where it is yet to come. Raises UserError.
+
+    (None, None) for a stage that resumes or starts from nothing: a stage's own checkpoints beat `start`.
+    """
+    stage, where = config.stages[name], f"config.stages.{name}.start"
+    start = handoff.read_start(stage.start, workdir, where)
+    resumes = bool(Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps())
+    if resumes or start is None or start.stage == INIT:
+        return None, None
+    if start.run != workdir or start.stage not in in_this_run:
+        return start, handoff.find_parent(start, where)
+    if start.step == "best" and not config.stages[start.stage].best:
+        raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the figure that says which step it is")
+    if start.step not in handoff.NAMED_STEPS:
+        kept = kept_steps(config.stages[start.stage])
+        if start.step not in kept and not config.stages[start.stage].best:
+            raise UserError(
+                f"{where}.step={start.step}: stage {start.stage!r} will keep the steps {', '.join(map(str, kept))} "
+                f"(its steps, save_every and keep)"
+            )
+    return start, None
+
+
+def check_ancestry(workdir: Path, names: list[str]) -> None:
+    """Raise UserError where a stage was trained from other parameters than its parent in this run has now."""
+    for name in names:
+        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+        metas = []
+        for step in checkpoints.steps()[-1:]:
+            with suppress(DamagedCheckpoint):  # resuming falls back to an older one, and says so
+                metas.append(checkpoints.meta(step))
+        for parent in (meta["parent"] for meta in metas if meta["parent"]):
+            row = read_json(workdir / parent["stage"] / ROW)
+            own = Path(parent["run"]) == workdir.resolve()
+            if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
+                raise UserError(
+                    f"{workdir / name} was trained from other parameters of {parent['stage']!r} than there are now "
+                    f"({parent['params_digest'][:12]} then, {row['params_digest'][:12]} now): move {workdir / name} "
+                    f"away to train it anew, or use another --workdir"
+                )
+
+
+def kept_steps(stage: StageConfig) -> list[int]:
+    """The steps whose checkpoints are there once a stage is finished, beside the best one."""
+    phases = [step for step, _ in stage.unfreeze]
+    saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), *phases, stage.steps})
+    return saved[-stage.keep :]
+
+
+def find_parent(experiment: Experiment, name: str, in_this_run: list[str]) -> Parent | None:
+    """The parent of a stage, found and accounted for leaf by leaf. Raises UserError.
+
+    None for a stage that resumes or starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to
+    come, but its shapes are known and checked.
+    """
+    where = f"config.stages.{name}.start"
+    start, parent = locate_parent(experiment.config, experiment.workdir, name, in_this_run)
+    if start is None:
+        return None
+    if parent is None:
+        leaves, before = _shapes(experiment, start.stage), experiment.model(start.stage)
+    else:
+        grows = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
+        parent = parent._replace(added=len(experiment.config.tokenizer.add) if grows else 0)
+        leaves, before = parent.shapes(), ModelConfig(**parent.meta["model"])
+    account = handoff.account(_shapes(experiment, name), leaves, start, where, parent.added if parent else 0)
+    check_function(before, experiment.model(name), account, where)
+    if "head/kernel" in account.loaded:
+        known = parent.meta["labels"] if parent else experiment.labels(start.stage)
+        handoff.check_labels(known, experiment.labels(name), where)
+    return parent
+
+
+def _shapes(experiment: Experiment, name: str) -> dict[str, tuple[int, ...]]:
+    shapes = canonical(abstract(experiment.model(name)).shapes)
+    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
+
+
+def check_same_data(experiment: Experiment, name: str, meta: dict) -> None:
+    """Raise UserError where a stage was begun with another tokenizer or on other texts."""
+    now = {"tokenizer_hash": experiment.tokenizer.hash, "data": experiment.fingerprints(name)}
+    for key, value in now.items():
+        if meta[key] != value:
+            raise UserError(
+                f"{experiment.workdir / name} was trained on other data ({key}: {meta[key]} there, {value} now): "
+                f"bring the data back, or use another --workdir"
+            )
+
+
+def first_params(session: Session, name: str, parent: Parent | None, trainer: Trainer) -> tuple[dict, dict]:
+    """The canonical parameters that a stage starts with, and what the metadata says of them."""
+    seed = session.experiment.fresh_seed(name)
+    if parent is None:
+        params, fresh = init(trainer.model, seed, session.mesh), sorted(flatten(trainer.abstract_params))
+        said = {"fresh": fresh}
+    else:
+        params, account = handoff.load(parent, trainer.abstract_params, f"config.stages.{name}.start")
+        fresh, said = account.fresh, account.said()
+        if fresh:
+            params = unflatten(flatten(params) | flatten(init(trainer.model, seed, session.mesh, only=fresh)))
+        session.console.print(
+            f"{name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, {account.describe()}"
+        )
+    if (kind := session.config.stages[name].frozen) in CODEBOOKS:
+        session.console.print(f"{name}: frozen kernels go on as what their {kind} codes stand for")
+        params, said = trainer.rounded(params), said | {"rounded": kind}
+    return with_magnitudes(params, fresh), said  # of the kernels that are computed with
+
+
+def base_meta(experiment: Experiment, name: str, parent: Parent | None) -> dict:
+    """What every checkpoint of a stage says of where it comes from."""
+    config, stage = experiment.config, experiment.config.stages[name]
+    return {
+        "stage": name,
+        "kind": stage.kind,
+        "steps": stage.steps,
+        "seed": experiment.given_seed(name),
+        "parent": parent and parent.describe(),
+        "lineage": handoff.lineage(parent),
+        "reset": ["step", "optimizer", "schedule", "data"],
+        "tokenizer_hash": experiment.tokenizer.hash,
+        "data": experiment.fingerprints(name),
+        "labels": experiment.labels(name),
+        "model": as_dict(experiment.model(name)),
+        "config": stage_record(config, name),
+        "version": __version__,
+    }
+
+
+# What changes no result, or only that of leaves which `check_labels` and the account look after.
+FREE_MODEL_FIELDS = (
+    *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
+    *("vocab_size", "classes", "pool", "adapters", "read_out"),
+)
+
+
+def check_function(before: ModelConfig, now: ModelConfig, account: handoff.Account, where: str) -> None:
+    """Raise UserError where leaves of the same shapes would be used in another way than the parent used them."""
+    for field in dataclasses.fields(ModelConfig):
+        theirs, ours = getattr(before, field.name), getattr(now, field.name)
+        if field.name not in FREE_MODEL_FIELDS and theirs != ours:
+            raise UserError(
+                f"{where}: the parent has model.{field.name}={theirs!r}, this stage {ours!r}: use the parent's"
+            )
+    if "head/kernel" in account.loaded and before.pool != now.pool:
+        raise UserError(
+            f"{where}: the parent's task head reads model.pool={before.pool!r}, this stage's {now.pool!r}: "
+            f"use the parent's, or name the head in start.fresh=['head/.*']"
+        )
+    theirs, ours = dict(before.adapters), dict(now.adapters)
+    for name in theirs.keys() & ours.keys():
+        if not any(f"/lora/{name}/" in path for path in account.loaded):
+            continue
+        for field in ("alpha", "rslora", "rank", "dora", "targets"):
+            was, is_now = getattr(theirs[name], field), getattr(ours[name], field)
+            if was != is_now and not (field == "targets" and set(was) == set(is_now)):
+                raise UserError(
+                    f"{where}: the parent's adapter {name!r} has {field}={was!r}, this stage's {is_now!r}: "
+                    f"use the parent's, or give a new adapter another name"
+                )

@@ -1,0 +1,183 @@
+"""The for-loop: batch, step, log, save."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm3.data.mixture import prefetch
+from llm3.distributed.watchdog import Watchdog
+from llm3.errors import Diverged, Exit
+from llm3.training.step import TrainState
+
+IN_FLIGHT = 2  # steps that the host is ahead of the devices
+
+
+@dataclass
+class Cost:
+    """What a stage has cost since its step 0; carried through its checkpoints."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the loop saves at the next step boundary and ends.
+
+    With several processes, jax's preemption service passes the signal of one of them on to all, and finds a step that
+    none of them has made yet.
+    """
+
+    signal: int | None = None
+    steps: int = 0  # how often `at_step` was called: the same on all processes
+
+    def at_step(self) -> bool:
+        """Whether to stop after this step, to be asked once at each; the same answer on all processes."""
+        self.steps += 1
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.steps):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    @property
+    def exit(self) -> int:
+        """The exit status of a run that was stopped."""
+        return Exit.PREEMPTED if self.signal == signal.SIGTERM else 128 + self.signal
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a StopRequest; a second one of them ends the process at once."""
+    request, asked = StopRequest(), []
+    several = jax.process_count() > 1  # then SIGTERM is jax's
+
+    def handle(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            request.signal = number
+
+    handled = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Meter:
+    """Figures of the steps since the last log line."""
+
+    cost: Cost
+    flops_per_step: float
+    peak_flops: float | None  # of all devices together
+    pending: list[dict[str, jax.Array]] = field(default_factory=list)
+    skipped_in_a_row: int = 0  # up to the last log line
+    since: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+    def log_line(self) -> dict[str, float | None]:
+        """Wait for the pending steps; their means, rates and shares, and the cost so far brought up to date.
+
+        loss and the objective's figures are weighted by the steps' weights, skipped steps left out; seconds are wall
+        time.
+        """
+        steps_metrics = jax.device_get(self.pending)
+        rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
+        now = time.perf_counter()
+        seconds, steps = now - self.since, len(self.pending)
+        tokens = rows.pop("tokens").sum()
+        self.cost.tokens += int(tokens)
+        self.cost.seconds += seconds
+        self.cost.flops += steps * self.flops_per_step
+        kept = rows.pop("skipped") == 0
+        self.skipped_in_a_row = int(rows.pop("skipped_in_a_row")[-1])
+        self.cost.skipped_steps += int(np.sum(~kept))
+        weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
+        rate = steps * self.flops_per_step / seconds
+        mean = (lambda values: float(np.sum(values[kept] * weight) / weight.sum())) if any(kept) else lambda _: None
+        line = {name: mean(values) for name, values in rows.items()} | {
+            "gradient_norm": float(norm[-1]) if any(kept) else None,
+            "skipped_steps": int(np.sum(~kept)),
+            "tokens_per_second": float(tokens / seconds),
+            "flops_per_second": rate,
+            "mfu": rate / self.peak_flops if self.peak_flops else None,
+            "data_wait": self.waited / seconds,
+            "step_seconds": seconds / steps,
+            "tokens": self.cost.tokens,
+        }
+        self.pending, self.since, self.waited = [], now, 0.0
+        return line
+
+
+def train(
+    state: TrainState,
+    train_step: Callable,
+    make_batch: Callable[[int], Any],
+    meter: Meter,
+    *,
+    start: int,
+    stop: int,
+    log_every: int,
+    save_every: int,
+    stop_after: int,
+    on_log: Callable[[int, dict], None],
+    on_save: Callable[[int, TrainState], None],
+    request: StopRequest,
+    watchdog: Watchdog,
+) -> tuple[TrainState, int]:
+    """Steps `start` to `stop`; the state and the step reached, which is less than `stop` after a stop request.
+
+    `make_batch(step)` gives the batch on the devices. `on_save` is called every `save_every` steps, at the end and
+    before a requested stop, with step counted from 1. Raises Diverged, before anything more is saved, where the guard
+    has left out `stop_after` steps in a row.
+    """
+    batches = prefetch(make_batch, start, stop)
+    meter.since = time.perf_counter()
+    with closing(batches), watchdog.watching():
+        for done in range(start + 1, stop + 1):
+            watchdog.at(done, "reading data")
+            before = time.perf_counter()
+            batch = next(batches)
+            meter.waited += time.perf_counter() - before
+            watchdog.at(done, "computing")
+            state, metrics = train_step(state, batch)
+            meter.pending.append(metrics)
+            if len(meter.pending) >= IN_FLIGHT:
+                jax.block_until_ready(meter.pending[-IN_FLIGHT])
+            ending = request.at_step() or done == stop
+            saving = ending or done % save_every == 0
+            if saving or done % log_every == 0:
+                on_log(done, meter.log_line())
+                check_guard(meter, done, stop_after)
+            if saving:
+                watchdog.at(done, "saving")
+                on_save(done, state)
+                meter.since = time.perf_counter()  # a save is not a part of the step time
+            if ending:
+                return state, done
+    return state, start
+
+
+def check_guard(meter: Meter, done: int, stop_after: int) -> None:
+    """Raise Diverged where too many steps in a row were left out."""
+    if meter.skipped_in_a_row >= stop_after:
+        raise Diverged(
+            f"step {done}: the last {meter.skipped_in_a_row} steps had no finite loss or gradient, or a spike of one, "
+            f"and were left out (guard.stop_after={stop_after}). Nothing was saved since: lower the learning rate or "
+            "look at the data, and start again from the last checkpoint"
+        )

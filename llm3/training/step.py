@@ -1,0 +1,91 @@
+"""One pure train step for every stage and objective."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from llm3.data.batch import Batch
+from llm3.objectives import Sums
+from llm3.training.guard import Guard, judge
+
+LossFunction = Callable[[Any, Batch, jax.Array], Sums]
+
+
+class TrainState(NamedTuple):
+    """step: int32 scalar. trainable, frozen: segmented trees of parameters. opt: optax state of the trainable tree.
+
+    guard: what it remembers of the steps before.
+    """
+
+    step: jax.Array
+    trainable: dict
+    frozen: dict
+    opt: Any
+    guard: Guard
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    loss: LossFunction,
+    transform: optax.GradientTransformation,
+    *,
+    seed: int,
+    micro_batches: int = 1,
+    deviations: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """train_step(state, batch) -> (state, metrics); jit it with the state donated.
+
+    Gradients are taken of the trainable tree only, summed over `micro_batches` and divided once by the global sum of
+    weights. The random key is folded from (seed, step), so that it resumes. A step that the guard does not take (see
+    `judge`, for `deviations` as well) leaves parameters, moments and the schedule as they were.
+
+    metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, skipped_in_a_row, and the
+    objective's own.
+    """
+
+    def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        result = loss(nnx.merge(graph, trainable, frozen), batch, key)
+        return result.loss, result
+
+    gradient = jax.grad(sums, has_aux=True)
+
+    def accumulate(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
+        if micro_batches == 1:
+            return gradient(state.trainable, state.frozen, batch, key)
+        # strided rows, so that each device keeps the rows that it already holds
+        cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(total, micro):
+            part = gradient(state.trainable, state.frozen, micro[0], micro[1])
+            return jax.tree.map(jnp.add, total, part), None
+
+        keys = jax.random.split(key, micro_batches)
+        shapes = jax.eval_shape(gradient, state.trainable, state.frozen, jax.tree.map(lambda x: x[0], cut), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(body, zeros, (cut, keys))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        gradients, total = accumulate(state, batch, key)
+        scale = 1 / jnp.where(total.weight > 0, total.weight, 1)
+        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        norm, mean = optax.tree.norm(gradients), total.loss * scale
+        updates, opt = transform.update(gradients, state.opt, state.trainable)
+        good, guard = judge(state.guard, mean, norm, total.weight, deviations)
+        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        trainable = jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable)
+        metrics = {name: value * scale for name, value in total.metrics.items()} | {
+            "loss": mean,
+            "grad_norm": norm,
+            "weight": total.weight,
+            "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
+            "skipped": 1.0 - good,
+            "skipped_in_a_row": guard.in_a_row.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, trainable, state.frozen, jax.tree.map(keep, opt, state.opt), guard), metrics
+
+    return train_step

@@ -1,0 +1,65 @@
+"""What training a part saves at the size of configs/bench/cpu_small.py, counted: nothing is run or timed."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm3.config import load as configfile
+from llm3.data.batch import Batch
+from llm3.optim import optimizer as optim
+from llm3.training.phase import build
+from llm3.tree import size
+from tests.helpers.meshes import mesh_of
+from tests.helpers.tiny import COMPILE_FAST, TASK
+
+pytestmark = pytest.mark.slow
+CONFIG = Path(__file__).parents[2] / "configs" / "bench" / "cpu_small.py"
+
+
+@functools.cache
+def counted(rule: str) -> dict[str, float]:
+    """FLOPs by formula and by the compiler, bytes of a step's temporaries, and of its optimizer's state."""
+    config = configfile.load(str(CONFIG))
+    stage = replace(config.stages["finetune"], train=rule)
+    filled = {"vocab_size": config.tokenizer.vocab_size, "classes": 12, "read_out": 1, "compute_dtype": "float32"}
+    mesh, shape = mesh_of(1), (stage.batch_size, stage.sequence_length)
+    whole = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = Batch(*[whole] * 4, jax.ShapeDtypeStruct(shape, jnp.float32))
+    with jax.set_mesh(mesh):
+        model = replace(config.model, **filled)
+        fresh = lambda path: path.startswith("head/")  # noqa: E731
+        trainer = build(stage, model, mesh, task=TASK, fresh=fresh, seed=0, where="stage")[0]
+        step = trainer.train_step.lower(trainer.abstract_state, batch).compile(compiler_options=COMPILE_FAST)
+    return {
+        "flops": trainer.flops_per_step,
+        "compiler_flops": step.cost_analysis()["flops"],
+        "temp_bytes": step.memory_analysis().temp_size_in_bytes,
+        "moments": optim.state_bytes(trainer.abstract_state.opt) - 2 * 4,  # counts of Adam and of the schedule
+        "trainable": size(trainer.abstract_state.trainable),
+    }
+
+
+def test_the_top_two_of_eight_layers_take_half_of_the_flops_and_memory_at_most_and_their_share_of_the_moments():
+    part, whole = counted("top(2)"), counted("all")
+    for key in ("flops", "compiler_flops", "temp_bytes"):
+        assert part[key] <= 0.5 * whole[key], key
+    for each in (part, whole):
+        assert each["moments"] == 2 * 4 * each["trainable"]
+        # the whole step: the rest is the optimizer, norms and softmax
+        assert each["flops"] < each["compiler_flops"] < 1.02 * each["flops"]
+    assert part["trainable"] < 0.2 * whole["trainable"]
+
+
+def test_two_middle_layers_cost_less_than_all_and_as_the_top_from_the_lower_one_on_less_two_layers_weight_gradients():
+    middle, top, whole = counted("layers(4,5)"), counted("layers[4:]/.*"), counted("all")
+    assert middle["flops"] < whole["flops"] and middle["temp_bytes"] < whole["temp_bytes"]
+    d, ff, tokens = 256, 704, 16 * 256
+    at_all = 2 * tokens * d * 2 * d  # keys and values; of the last layer, the rest is computed at one place a row
+    rest = 2 * d * (2 * d + 3 * ff)
+    saved = (at_all + tokens * rest) + (at_all + 16 * rest)  # of layers 6 and 7
+    assert top["flops"] - middle["flops"] == saved
+    assert top["compiler_flops"] - middle["compiler_flops"] == pytest.approx(saved, rel=0.02)

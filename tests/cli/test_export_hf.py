@@ -1,0 +1,169 @@
+"""transformers and PEFT compute from exported files what llm3 computes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm3.config.schema import ModelConfig
+from llm3.data.tokenizer import Tokenizer
+from llm3.models.transformer import abstract, segmented
+from tests.helpers.tiny import LENGTH, jit
+from tests.helpers.tiny_export import ADAPTERS, TEXTS, model, tensors, tokenizer, written
+
+pytestmark = pytest.mark.slow
+
+LLAMA = {"attention_bias": True, "tie_embeddings": False, "rope_theta": 100.0, "norm_epsilon": 1e-5}
+QWEN3 = {"qk_norm": True}
+FAMILIES = {"LlamaForCausalLM": LLAMA, "Qwen3ForCausalLM": QWEN3}
+
+
+def some_tokens() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, tokenizer().vocab_size, (2, LENGTH))
+
+
+def apply(config: ModelConfig, params: dict, head: bool = False) -> np.ndarray:
+    """llm3's own logits [B, T, V], or those of the task head [B, T, C]."""
+    tokens = some_tokens().astype(np.int32)
+    positions, segments = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape), np.ones_like(tokens)
+
+    @jit
+    def run(params):
+        built = nnx.merge(abstract(config).graph, params)
+        hidden, _ = built(tokens, positions, segments)
+        return built.class_logits(hidden, segments) if head else built.logits(hidden)
+
+    return jax.device_get(run(segmented(params, ((0, config.layers),))))
+
+
+def only(config: ModelConfig, *names: str) -> ModelConfig:
+    """The model with these adapters active and the others not."""
+    chosen = [(name, dataclasses.replace(each, active=name in names)) for name, each in config.adapters]
+    return dataclasses.replace(config, adapters=tuple(chosen))
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """transformers, with torch on one thread."""
+    reason = "needs torch and pip install 'llm3[hf]'"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    torch.set_num_threads(1)
+    return transformers
+
+
+@pytest.fixture(scope="module")
+def peft(hf):
+    return pytest.importorskip("peft", reason="needs pip install 'llm3[hf]'")
+
+
+def loaded(hf, directory):
+    """transformers' model, with every weight from the files and none of the files' left over."""
+    found, info = hf.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return found.eval()
+
+
+def torch_logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(some_tokens())).logits.numpy()
+
+
+def assert_equal_logits(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_the_logits_of_llm3(hf, family, tmp_path):
+    found = loaded(hf, written(tmp_path, **FAMILIES[family]))
+    assert type(found).__name__ == family
+    assert next(found.parameters()).dtype.itemsize == 4
+    assert_equal_logits(torch_logits(found), apply(*model(**FAMILIES[family])))
+    generation = found.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [*(("LlamaForCausalLM", kind) for kind in ADAPTERS), ("Qwen3ForCausalLM", "dora")]
+)
+def test_the_merged_model_is_the_base_with_its_adapter_by_peft(hf, peft, family, kind, tmp_path):
+    changes = FAMILIES[family] | {"adapters": (("medical", ADAPTERS[kind]),)}
+    merged = torch_logits(loaded(hf, written(tmp_path, "merged", name="merged", **changes)))
+    base = loaded(hf, written(tmp_path, "base", name="base"))
+    plain = torch_logits(base)
+    adapters = written(tmp_path, "adapters", name="adapters")
+    adapted = torch_logits(peft.PeftModel.from_pretrained(base, adapters / "medical").eval())
+    expected = apply(*model(**changes))
+    assert_equal_logits(merged, expected)
+    assert_equal_logits(adapted, expected)
+    assert np.abs(expected - plain).max() > 0.1
+
+
+def test_two_adapters_lie_side_by_side(hf, peft, tmp_path):
+    pair = (("medical", ADAPTERS["lora"]), ("legal", dataclasses.replace(ADAPTERS["rslora"], targets=("up", "key"))))
+    config, params = model(**LLAMA, adapters=pair)
+    both = torch_logits(loaded(hf, written(tmp_path, "merged", name="merged", **LLAMA, adapters=pair)))
+    base = loaded(hf, written(tmp_path, "base", name="base"))
+    adapters = written(tmp_path, "adapters", name="adapters")
+    found = peft.PeftModel.from_pretrained(base, adapters / "medical", adapter_name="medical").eval()
+    found.load_adapter(adapters / "legal", "legal")
+    own = {}
+    for name in ("medical", "legal"):
+        found.set_adapter(name)
+        own[name] = torch_logits(found)
+        assert_equal_logits(own[name], apply(only(config, name), params))
+    assert np.abs(own["medical"] - own["legal"]).max() > 0.1
+    found.base_model.set_adapter(["medical", "legal"])
+    assert_equal_logits(torch_logits(found), both)
+    assert_equal_logits(both, apply(config, params))
+
+
+def test_peft_saves_what_it_loaded(hf, peft, tmp_path):
+    adapters = (("medical", ADAPTERS["some targets"]),)
+    base = loaded(hf, written(tmp_path, "base", name="base", **QWEN3, adapters=adapters))
+    folder = written(tmp_path, "adapters", name="adapters", base=str(tmp_path / "base")) / "medical"
+    found = peft.PeftModel.from_pretrained(base, folder)
+    found.save_pretrained(tmp_path / "again")
+    ours, theirs = (tensors(each / "adapter_model.safetensors") for each in (folder, tmp_path / "again"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    ours, theirs = (json.loads((each / "adapter_config.json").read_text()) for each in (folder, tmp_path / "again"))
+    assert ours.pop("target_modules") == sorted(theirs["target_modules"])
+    assert ours == {name: theirs[name] for name in ours}
+    assert ours["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_the_task_head_reads_transformers_hidden_states(hf, tmp_path):
+    import torch
+
+    changes = QWEN3 | {"classes": 3}
+    to = written(tmp_path, labels=("a", "b", "ß"), **changes)
+    body = hf.AutoModel.from_pretrained(to)
+    assert body.config.id2label == {0: "a", 1: "b", 2: "ß"}
+    assert body.config.label2id == {"a": 0, "b": 1, "ß": 2}
+    with torch.no_grad():
+        hidden = body(torch.from_numpy(some_tokens())).last_hidden_state.numpy()
+    head = tensors(to / "head.safetensors")
+    assert_equal_logits(hidden @ head["weight"].T + head["bias"], apply(*model(**changes), head=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_tokenizer_gives_the_ids_of_llm3(hf, family, tmp_path):
+    to = written(tmp_path, **FAMILIES[family])
+    for kind in (hf.AutoTokenizer, hf.PreTrainedTokenizerFast):
+        found = kind.from_pretrained(to)
+        assert (found.pad_token_id, found.bos_token_id, found.eos_token_id, found.mask_token_id) == (0, 1, 2, 3)
+        assert len(found) == tokenizer().vocab_size
+        for text in TEXTS:
+            ids = tokenizer().encode(text)
+            assert found(text, add_special_tokens=False).input_ids == ids
+            assert found(text).input_ids == [Tokenizer.bos_id, *ids]
+            assert found.encode(text) == [Tokenizer.bos_id, *ids]
+            assert found.decode(ids) == tokenizer().decode(ids)
+            assert found.decode(found(text).input_ids, skip_special_tokens=True) == text

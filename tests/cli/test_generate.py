@@ -1,0 +1,115 @@
+"""Sampling: the key-value cache changes nothing, and the filters are those of the papers."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm3.config.schema import ModelConfig
+from llm3.models.decoding import next_token, sample
+from llm3.models.transformer import abstract, segmented
+from llm3.tree import map_with_path
+
+VOCAB = 23
+PROMPT = [1, 5, 9, 5, 2]
+TOKENS = 12
+CONFIG = ModelConfig(
+    layers=2,
+    d_model=16,
+    heads=2,
+    kv_heads=1,
+    d_ff=24,
+    qk_norm=True,
+    tie_embeddings=False,
+    vocab_size=VOCAB,
+    compute_dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A config, and parameters large enough that the next token depends on all the tokens before."""
+    config, random = CONFIG, np.random.default_rng(0)
+    shapes = abstract(config).shapes
+    shapes = {**shapes, "layers": shapes["layers"]["0:2"]}
+    params = map_with_path(lambda _, leaf: jnp.asarray(random.normal(size=leaf.shape), jnp.float32), shapes)
+    return config, params
+
+
+@jax.jit
+def logits_at(params: dict, text: jax.Array, last: int) -> jax.Array:
+    module = nnx.merge(abstract(CONFIG).graph, segmented(params, ((0, CONFIG.layers),)))
+    hidden, _ = module(text, jnp.arange(text.shape[1])[None], jnp.ones_like(text))
+    return module.logits(hidden)[:, last]
+
+
+def recompute(params: dict, *, seed: int = 0, **options) -> list[int]:
+    """Sampling without a cache: the whole text through the model for each token."""
+    text = list(PROMPT)
+    for i in range(TOKENS):
+        padding = [0] * (len(PROMPT) + TOKENS - len(text))  # causal: what follows is unseen
+        logits = logits_at(params, jnp.array([text + padding], jnp.int32), len(text) - 1)
+        text.append(int(next_token(logits, jax.random.fold_in(jax.random.key(seed), i), **options)[0]))
+    return text[len(PROMPT) :]
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"temperature": 1.3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}]
+)
+def test_a_cached_sample_is_that_of_full_recomputation_token_for_token(model, options):
+    config, params = model
+    made = sample(params, config, PROMPT, max_tokens=TOKENS, seed=3, **options)
+    assert made == recompute(params, seed=3, **options)
+    assert len(set(made)) > 2
+
+
+def test_a_seed_decides_the_sample(model):
+    config, params = model
+    one, same, other = (
+        sample(params, config, PROMPT, max_tokens=TOKENS, seed=seed, temperature=1.3) for seed in (0, 0, 1)
+    )
+    assert one == same != other
+
+
+def test_the_narrowest_filters_are_greedy(model):
+    config, params = model
+    greedy = sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0)
+    assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=1.3, top_k=1) == greedy
+    assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=1.3, top_p=1e-6) == greedy
+
+
+def test_a_sample_ends_before_the_stop_token(model):
+    config, params = model
+    greedy = sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0)
+    stop = greedy[-1]
+    assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0, stop=stop) == greedy[: greedy.index(stop)]
+
+
+def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """The probabilities after both filters, one row at a time, by sorting."""
+    probabilities = np.zeros_like(logits, np.float64)
+    for row, scores in enumerate(logits.astype(np.float64) / temperature):
+        order = np.argsort(-scores)[: top_k or None]
+        weights = np.exp(scores[order] - scores.max())
+        shares = weights / weights.sum()
+        count = int(np.searchsorted(np.cumsum(shares), top_p)) + 1 if top_p < 1 else len(order)
+        probabilities[row, order[:count]] = shares[:count] / shares[:count].sum()
+    return probabilities
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), list(itertools.product((0.7, 1.5), (0, 3, 100), (1.0, 0.6)))
+)
+def test_filters_draw_from_the_distribution_that_sorting_gives(temperature, top_k, top_p):
+    logits = np.random.default_rng(1).normal(size=(3, 11)).astype(np.float32) * 2
+    expected = kept(logits, temperature, top_k, top_p)
+    draws = 4000
+    drawn = next_token(
+        jnp.repeat(logits, draws, axis=0), jax.random.key(0), temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    counts = np.stack([np.bincount(row, minlength=11) for row in np.asarray(drawn).reshape(3, draws)]) / draws
+    assert not counts[expected == 0].any()
+    np.testing.assert_allclose(counts, expected, atol=0.035)  # four standard errors at most

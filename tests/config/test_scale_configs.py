@@ -1,0 +1,86 @@
+"""The configs of published sizes: as large as published, lawful, and of a size that their machines have room for."""
+
+import pytest
+
+from llm3.__main__ import main
+from llm3.config.load import load
+from llm3.config.schema import RunConfig
+from llm3.distributed.machines import parse
+from llm3.distributed.sharding import check_batch
+from llm3.errors import UserError
+from llm3.models.transformer import abstract
+from llm3.planning.plan import forecasts, on_paper
+from llm3.stages import rules as stages
+from llm3.stages.planned import stage_model
+from llm3.tree import size
+
+TOPOLOGIES = {"h100x8": "h100x8", "h100x64": "h100x64", "v5p-512": "v5p:8x8x4"}
+PUBLISHED = {"llama3_8b": 8.03e9, "llama3_70b": 70.55e9, "qwen3_0p6b": 0.596e9}  # parameters
+VARIANTS = [(name, machine) for name in PUBLISHED for machine in TOPOLOGIES]
+
+
+def config_of(name: str, machine: str) -> RunConfig:
+    return load(f"configs/scale/{name}.py:{machine}")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_has_as_many_parameters_as_published(name):
+    config = config_of(name, "h100x64")
+    assert size(abstract(stage_model(config, "pretrain", "bfloat16")).shapes) == pytest.approx(
+        PUBLISHED[name], rel=1e-3
+    )
+
+
+@pytest.mark.parametrize(("name", "machine"), VARIANTS)
+def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
+    config = config_of(name, machine)
+    order = stages.check(config)
+    # 70B do not fit on 8 GPUs while they train
+    assert order == ["pretrain", "posttrain", "finetune"][(name, machine) == ("llama3_70b", "h100x8") :]
+    with on_paper(config, parse(TOPOLOGIES[machine])) as mesh:
+        for stage in config.stages.values():
+            check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, "stage")
+        for evaluation in config.evaluations.values():
+            check_batch(mesh, evaluation.batch_size, evaluation.sequence_length, 1, "evaluation")
+
+
+@pytest.mark.parametrize(("name", "machine"), [pytest.param(*each, marks=pytest.mark.slow) for each in VARIANTS])
+def test_every_stage_of_a_variant_fits_as_it_is_configured(name, machine):
+    config, chips = config_of(name, machine), parse(TOPOLOGIES[machine])
+    for stage in config.stages:
+        for each in forecasts(config, stage, chips, (config.model.remat,)):
+            assert each.fits(config.model.remat, chips), f"{stage}: {each.total(config.model.remat) / 2**30:.1f} GiB"
+
+
+def test_a_machine_that_a_config_does_not_know_is_refused_with_those_it_knows():
+    with pytest.raises(UserError, match=r"'h200x8': expected h100x8, h100x64, v5p-512"):
+        config_of("llama3_8b", "h200x8")
+
+
+def test_70_billion_parameters_on_64_devices_are_planned_without_texts_or_devices(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    command = ["plan", "--config=configs/scale/llama3_70b.py:h100x64", "--topology=h100x64", "--stages=pretrain"]
+    assert main([*command, f"--workdir={workdir}"]) == 0
+    told = capsys.readouterr().out
+    rows = {line[:44].strip(): line[44:].split() for line in told.splitlines()}
+    # 4 bytes of parameters, 8 of moments, of which each device has a 64th
+    assert rows["parameters"] == [f"{4 * 70.5537e9 / 64 / 2**30:.2f}"] * 3
+    assert rows["moments"] == [f"{8 * 70.5537e9 / 64 / 2**30:.2f}"] * 3
+    assert rows["fits into 90% of 80.00"] == ["no", "no", "yes"]
+    kept = 80 * 8192 * 8192 * 2 / 2**30  # the input of each layer, for a window
+    assert kept < float(rows["activations kept for the backward pass"][2]) < 1.2 * kept
+    assert "fsdp 64: 70.6G of 70.6G parameters train" in told and "the fastest that fits: remat full" in told
+    assert "8 in a host at 450 GB/s, 8 hosts at 8 x 50 GB/s" in told
+    assert max(map(len, told.splitlines())) <= 120
+    assert not workdir.exists()
+
+
+def test_a_machine_of_another_size_than_the_mesh_is_refused(capsys):
+    assert main(["plan", "--config=configs/scale/llama3_8b.py:v5p-512", "--topology=h100x8"]) == 2
+    assert "does not fit 8 devices" in capsys.readouterr().err
+
+
+def test_the_cpu_of_this_machine_is_a_topology_too(capsys):
+    assert main(["plan", "--config=configs/quickstart.py", "--topology=cpu", "--stages=finetune"]) == 0
+    told = capsys.readouterr().out
+    assert "finetune on cpu, one device" in told and "1 is counted" in told

@@ -1,0 +1,120 @@
+"""What an evaluation shares with the training data is found, and nothing else, wherever it lies in the stream."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm3.data import contamination as overlaps
+from llm3.data.contamination import Overlap, ngrams_found, overlap, sentence
+from llm3.errors import UserError
+from tests.helpers.tiny_tokens import BOS, EOS, TokensInMemory, make_documents
+
+# Few tokens, so that n-grams meet by chance, and texts of all lengths around n.
+texts = st.lists(st.lists(st.integers(3, 5), max_size=9), max_size=8)
+
+
+def cache_of(texts, **options):
+    return TokensInMemory([[BOS, *text, EOS] for text in texts], **options)
+
+
+def by_definition(evaluation, training, n):
+    """(n-grams, those of them in the training data) of each text, by sets of tuples."""
+
+    def grams(text, size):
+        return [tuple(text[i : i + size]) for i in range(len(text) - size + 1)] if size else []
+
+    counts = []
+    for text in evaluation:
+        size = min(n, len(text))
+        known = set(itertools.chain.from_iterable(grams(other, size) for other in itertools.chain(*training)))
+        wanted = grams(text, size)
+        counts.append((len(wanted), sum(gram in known for gram in wanted)))
+    return counts
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
+@given(evaluation=texts, training=st.lists(texts, max_size=2), n=st.integers(1, 6))
+@settings(max_examples=100, deadline=None)
+def test_shared_ngrams_are_those_of_the_definition_whatever_chunks_are_read(chunk, evaluation, training, n):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(overlaps, "CHUNK", chunk)
+        grams, found = ngrams_found(cache_of(evaluation), [cache_of(each) for each in training], n)
+    assert list(zip(grams.tolist(), found.tolist(), strict=True)) == by_definition(evaluation, training, n)
+
+
+@given(evaluation=texts, training=st.lists(texts, max_size=2))
+@settings(max_examples=100, deadline=None)
+def test_an_overlap_counts_documents_with_text_by_how_much_they_share(evaluation, training):
+    rows = [100 + i for i in range(len(evaluation))]
+    found = overlap(cache_of(evaluation, rows=rows), [cache_of(each) for each in training], n=4)
+    counts = by_definition(evaluation, training, 4)
+    shares = [part / total if total else 0 for total, part in counts]
+    assert found.documents == sum(map(bool, evaluation))
+    assert found.exact == sum(bool(text) and any(text in each for each in training) for text in evaluation)
+    assert found.near == sum(share >= 0.5 for share in shares)
+    assert found.any == sum(share > 0 for share in shares)
+    assert found.share == pytest.approx(sum(part for _, part in counts) / max(sum(total for total, _ in counts), 1))
+    assert [share for _, share in found.worst] == pytest.approx(sorted(filter(None, shares), reverse=True)[:5])
+    assert all(share == pytest.approx(shares[row - 100]) for row, share in found.worst)
+
+
+def test_a_document_inside_a_longer_one_is_a_near_duplicate_and_a_changed_one_is_too():
+    written = [document[1:-1] for document in make_documents(40, least=42, most=60)]
+    changed = [*written[1][:20], 999, *written[1][21:]]
+    evaluation = cache_of([written[0], changed, written[2][:13] + written[30], written[31]])
+    found = overlap(evaluation, [cache_of([written[5] + written[0] + written[6], *written[1:5]])])
+    assert found[:4] == (4, 0, 2, 3)
+    assert [row for row, _ in found.worst] == [0, 1, 2]
+
+
+def test_words_on_both_sides_of_a_documents_end_are_no_ngram():
+    found = overlap(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])], n=4)
+    assert not found.any
+    assert overlap(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4, 5, 6, 7]])], n=4).any
+
+
+def test_the_parts_of_one_document_may_lie_in_several_training_sources():
+    training = [cache_of([list(range(10, 30))]), cache_of([list(range(30, 50))])]
+    assert ngrams_found(cache_of([list(range(10, 50))]), training, 5)[1].tolist() == [32]
+
+
+def test_hashes_of_different_ngrams_do_not_meet():
+    """Also those of runs of one token and of few different ones, on which weak hashes fail."""
+    grams = np.array(list(itertools.product(range(4), repeat=9)), np.uint64)
+    scrambled = overlaps._scrambled(np.concatenate([grams.ravel(), np.zeros(9, np.uint64)]))
+    assert len(np.unique(overlaps._rolling(scrambled, [9], grams.size)[9][::9])) == len(grams)
+
+
+def test_without_training_data_or_documents_nothing_is_shared():
+    empty = Overlap(0, 0, 0, 0, 0.0, (), 13)
+    assert overlap(cache_of([]), [cache_of([[3, 4]])]) == empty
+    assert overlap(cache_of([[3, 4], []]), []) == empty._replace(documents=1)
+
+
+def test_a_sentence_names_the_worst_rows():
+    found = Overlap(815, 3, 10, 45, 0.0123, ((12, 1.0), (7, 0.504)), 13)
+    assert sentence("medical_test", found) == (
+        "medical_test: of 815 documents 3 are in the training data, 10 by half or more of their 13-grams, "
+        "45 by at least one"
+    )
+    assert "none of its 2 documents" in sentence("x", Overlap(2, 0, 0, 0, 0.0, (), 13))
+
+
+def test_ngrams_of_no_token_are_refused():
+    with pytest.raises(UserError, match="n=0"):
+        overlap(cache_of([[3]]), [], n=0)
+
+
+def test_what_was_found_once_is_not_computed_again(tmp_path, monkeypatch):
+    evaluation, training = cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])]
+    first = overlaps.remembered(evaluation, training, tmp_path, n=2)
+    assert first == overlap(evaluation, training, n=2)
+    monkeypatch.setattr(overlaps, "overlap", lambda *_: pytest.fail("computed again"))
+    assert overlaps.remembered(evaluation, training, tmp_path, n=2) == first
+    (file,) = tmp_path.iterdir()
+    file.write_text("{")  # damaged
+    monkeypatch.setattr(overlaps, "overlap", lambda *_: first._replace(any=9))
+    assert overlaps.remembered(evaluation, training, tmp_path, n=2).any == 9

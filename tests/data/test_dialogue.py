@@ -1,0 +1,340 @@
+"""Conversations become tokens of which exactly the answers and their ends are labelled, and windows keep them whole."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm3.config.schema import SourceConfig
+from llm3.data import tokenizer
+from llm3.data.chat_templates import BOS, load_template
+from llm3.data.formats import BadRow, Document, choice, dialogue
+from llm3.data.tokenizer import SPECIALS
+from llm3.data.windows.dialogue import Table
+from llm3.errors import UserError
+from tests.helpers.tiny_answers import DIALOGUE, TALK, AnswerCache, encoded, questions, runs
+from tests.helpers.tiny_cache import BYTES
+
+EOS = BYTES.eos_id
+CHATML = """{% for message in messages %}
+<|im_start|>{{ message['role'] }}
+{% if message['role'] == 'assistant' %}
+{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}
+
+{% else %}
+{{ message['content'] }}<|im_end|>
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ZEPHYR = """{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' }}{% if m['role'] == 'assistant' %}\
+{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{{ '\\n' }}{% else %}\
+{{ m['content'] + eos_token + '\\n' }}{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}\
+{% endif %}{% endfor %}"""
+LLAMA = """{{ bos_token }}{% for message in messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}\
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}{% else %}\
+{% generation %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+TEMPLATES = {"chatml": CHATML, "zephyr": ZEPHYR, "llama": LLAMA, "plain": PLAIN}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(str.strip)
+SAFE = TEXT.filter(lambda text: not any("\U0010ff00" < each < "\U0010ff04" for each in text))
+
+
+def talk(*contents: str, system: str = "") -> dict:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + turns}
+
+
+@functools.cache
+def trained():
+    return tokenizer.train(["question answer: yes no <|eos|> ünïcödé 漢字 🙂 "] * 5, 330)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXT, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0), st.one_of(st.just(""), TEXT))
+def test_without_a_template_the_labels_are_exactly_each_answer_and_its_eos_and_no_byte_is_lost(contents, system):
+    tok, found = trained(), encoded(talk(*contents, system=system), TALK, trained())
+    assert [tok.decode(run) for run in runs(found)] == contents[1::2]
+    assert all(run[-1] == EOS and run.count(EOS) == 1 for run in runs(found))
+    head = f"{system}\n\n" if system else ""
+    assert tok.decode(found.tokens) == head + "".join(contents)
+    assert found.tokens[0] == tok.bos_id and found.tokens.tolist().count(tok.bos_id) == 1
+    assert found.text_bytes == len("".join([system, *contents]).encode())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(SAFE, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0), st.sampled_from(sorted(TEMPLATES)))
+def test_with_a_template_there_is_one_bos_and_each_answer_has_one_labelled_end(contents, name):
+    found = encoded(talk(*contents), TALK, trained(), TEMPLATES[name])
+    assert found.tokens[0] == trained().bos_id and found.tokens.tolist().count(trained().bos_id) == 1
+    end = "<|im_end|>" if name == "chatml" else ""
+    answers = [trained().decode(run) for run in runs(found)]
+    kept = [f" {each.strip()} " if name == "llama" else each for each in contents[1::2]]
+    assert answers == [each + end for each in kept]
+    if name != "chatml":
+        assert [run[-1] for run in runs(found)] == [EOS] * len(answers)
+
+
+@pytest.mark.parametrize("name", ["chatml", "zephyr", "llama"])
+@pytest.mark.parametrize("contents", [("Why?", "So."), (" a b ", "c\nd", "漢字?", "🙂 \"x\" <&> 'y'", "e", "f ")])
+def test_what_a_template_writes_and_what_it_marks_as_generated_is_what_transformers_makes_of_it(name, contents):
+    transformers = pytest.importorskip("transformers")
+    named = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=False))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=_backend(), **named)
+    theirs.chat_template = TEMPLATES[name]
+    messages = talk(*contents)["messages"]
+    found = encoded({"messages": messages}, TALK, BYTES, TEMPLATES[name])
+    made = theirs.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+    )
+    ids, mask = np.array(made["input_ids"]), np.array(made["assistant_masks"], bool)
+    if ids[0] != BYTES.bos_id:
+        ids, mask = np.insert(ids, 0, BYTES.bos_id), np.insert(mask, 0, False)
+    size = len(found.tokens)  # transformers goes on with the white space behind the last end
+    assert found.tokens.tolist() == ids[:size].tolist() and not BYTES.decode(ids[size:]).strip()
+    assert found.labelled.tolist() == mask[:size].tolist()
+
+
+def _backend():
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(BYTES._json)
+
+
+def test_white_space_behind_an_end_is_not_learnt_and_begins_the_next_prompt():
+    found = encoded(talk("a", "b", "c", "d"), TALK, BYTES, ZEPHYR)
+    assert runs(found) == [[*BYTES.encode("b"), EOS], [*BYTES.encode("d"), EOS]]
+    assert BYTES.decode(found.tokens) == "<|user|>\na\n<|assistant|>\nb\n<|user|>\nc\n<|assistant|>\nd"
+
+
+def test_a_template_without_an_end_gets_eos_behind_each_answer():
+    found = encoded(talk("a", "b", "c", "d "), TALK, BYTES, PLAIN)
+    assert runs(found) == [[*BYTES.encode("b"), EOS], [*BYTES.encode("d "), EOS]]
+    assert found.note is None
+
+
+def test_what_a_template_has_the_assistant_say_first_is_learnt_and_noted():
+    template = PLAIN.replace(
+        "m.role + ': ' + m.content", "m.role + ': ' + ('<think></think> ' if m.role == 'assistant' else '') + m.content"
+    )
+    found = encoded(talk("a", "b"), TALK, BYTES, template)
+    assert runs(found) == [[*BYTES.encode("<think></think> b"), EOS]] and found.note == {"lead": "<think></think>"}
+
+
+def test_an_end_other_than_eos_is_noted():
+    found = encoded(talk("a", "b"), TALK, BYTES, CHATML)
+    assert found.note == {"end": BYTES.encode("<|im_end|>")}
+
+
+def test_a_template_may_spell_the_special_tokens_and_a_content_may_not():
+    template = (
+        "<|bos|>{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|eos|>{% endif %}{% endfor %}"
+    )
+    found = encoded(talk("<|bos|>", "x<|eos|>y"), TALK, BYTES, template)
+    prompt, answer = BYTES.encode("<|bos|>"), BYTES.encode("x<|eos|>y")
+    assert found.tokens.tolist() == [BYTES.bos_id, *prompt, *answer, EOS]
+    with pytest.raises(BadRow, match=r"stand for special tokens"):
+        encoded(talk("a", f"b{BOS}"), TALK, BYTES, template)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "reason"),
+    [
+        (LLAMA, talk("a", "b", system="s"), "stops: TemplateError: roles must alternate"),
+        (
+            "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% else %}?{% endif %}{% endfor %}",
+            talk("a", "b"),
+            "writes the turns before an answer in another way",
+        ),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", talk("a", "b"), "changes an answer"),
+        ("{% for m in messages %}{{ m.content.nothing.at_all }}{% endfor %}", talk("a", "b"), "stops: UndefinedError"),
+        ("{% for m in messages %}{{ m.content.__class__.mro() }}{% endfor %}", talk("a", "b"), "stops: SecurityError"),
+    ],
+)
+def test_a_row_that_a_template_cannot_write_is_a_bad_one(template, turns, reason):
+    with pytest.raises(BadRow, match=reason):
+        encoded(turns, TALK, BYTES, template)
+
+
+def test_a_template_is_itself_or_a_file_or_in_a_tokenizers_configuration(tmp_path):
+    (tmp_path / "chat.jinja").write_text(ZEPHYR)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ZEPHYR}))
+    assert load_template("") == "" and load_template(ZEPHYR) == ZEPHYR
+    for name in ("chat.jinja", "tokenizer_config.json"):
+        assert load_template(str(tmp_path / name)) == ZEPHYR
+
+
+@pytest.mark.parametrize(
+    ("given_template", "expected"),
+    [
+        ("nowhere.jinja", r"chat_template='nowhere.jinja': no such file, and no jinja template"),
+        ("{% for m in messages %}\n\n{{ m.content }", r"chat_template: line 3: "),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", r"with a question and its answer: .*changes an"),
+        ("{{ raise_exception('no') }}", r"with a question and its answer: the chat template stops: TemplateError: no"),
+    ],
+)
+def test_a_template_that_cannot_work_is_refused_at_once(given_template, expected):
+    with pytest.raises(UserError, match=expected):
+        load_template(given_template)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("hello", "messages is not a list of {role, content}"),
+        (["hello"], "messages is not a list of {role, content}"),
+        ([{"role": "user"}], "no field 'content'"),
+        ([{"role": "user", "content": None}], "content is null"),
+        ([{"role": "user", "content": 3}], "a content of messages is of type int, not a text"),
+        ([{"role": "user", "content": " "}], "a content of messages is empty"),
+        ([{"role": "user", "content": "\ud800"}], "a content of messages is not valid Unicode"),
+        ([{"role": "tool", "content": "x"}], "messages: a role is none of system, user, assistant"),
+        ([], "messages: the assistant says nothing"),
+        (talk("a")["messages"], "messages: the assistant says nothing"),
+        (talk("a", "b", "c")["messages"], "messages: the last turn is not the assistant's"),
+        (talk("a", "b")["messages"][1:], "messages: user and assistant do not take turns"),
+        (talk("a", "b")["messages"] * 2 + talk("", "c")["messages"][1:], "messages: user and assistant do not"),
+        (talk("a", "b")["messages"] + talk("a", "b", system="s")["messages"], "messages: a system's text is not at"),
+    ],
+)
+def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
+    with pytest.raises(BadRow) as raised:
+        dialogue.read({"messages": messages}, TALK)
+    assert str(raised.value).startswith(reason)
+
+
+def test_an_empty_system_text_is_none():
+    assert dialogue.read({"messages": [{"role": "system", "content": ""}, *talk("a", "b")["messages"]]}, TALK) == {
+        "turns": [["user", "a"], ["assistant", "b"]],
+        "references": ["b"],
+    }
+
+
+def test_of_several_answers_the_first_is_learnt_and_all_are_references():
+    found = encoded({"question": "q", "answer": ["first", "second"]}, DIALOGUE, BYTES)
+    assert runs(found) == [[*BYTES.encode("first"), EOS]] and found.note == {"references": ["first", "second"]}
+    for answer, reason in (([], "answer is empty"), (["a", 3], "answer is of type int"), (None, "answer is null")):
+        with pytest.raises(BadRow, match=reason):
+            dialogue.read({"question": "q", "answer": answer}, DIALOGUE)
+
+
+def test_prompt_and_answer_may_be_templates_over_columns():
+    source = SourceConfig("x", prompt="{q}\n{context}\n", answer="It is {label}.")
+    found = encoded({"q": "why", "context": "because", "label": "so"}, source, BYTES)
+    assert BYTES.decode(found.tokens) == "why\nbecause\nIt is so." and runs(found) == [
+        [*BYTES.encode("It is so."), EOS]
+    ]
+
+
+CHOICES = SourceConfig("x", prompt="q", choices="options", answer="answer")
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "correct"),
+    [
+        (["no", "yes"], "yes", 1),
+        (["no", "yes"], True, 1),
+        (["a", "b", "c"], 2, 2),
+        (["a", "b", "c"], "2", 2),
+        (["2", "1", "0"], "2", 0),
+    ],
+)
+def test_the_right_choice_is_named_by_its_text_or_else_by_its_number(options, answer, correct):
+    assert choice.read({"q": "?", "options": options, "answer": answer}, CHOICES)["correct"] == correct
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "reason"),
+    [
+        (["a", "b"], "c", "answer is none of the choices"),
+        (["a", "b"], 2, "answer is not the number of a choice"),
+        (["a", "b"], "-1", "answer is none of the choices"),
+        (["a", "b"], 0.5, "answer is of type float"),
+        (["a"], 0, "options has fewer than 2"),
+        (["a", "a"], 0, "options has one twice"),
+        (["a", None], 0, "one of options is null"),
+        (["a", 1], 0, "one of options is of type int"),
+        ("ab", 0, "options is of type str, not a list"),
+    ],
+)
+def test_choices_that_cannot_be_asked_are_bad_rows_by_reason(options, answer, reason):
+    with pytest.raises(BadRow, match=reason):
+        choice.read({"q": "?", "options": options, "answer": answer}, CHOICES)
+
+
+YES_NO = SourceConfig("x", prompt="{q}\nAnswer: ", choices=["yes", "no"], answer="label")
+
+
+def test_a_choice_is_encoded_jointly_with_its_prompt_and_labelled_from_the_first_token_that_holds_a_byte_of_it():
+    tok = tokenizer.train(["Answer: yes Answer: no Is it so "] * 9, 330)
+    found = encoded({"q": "Is it so", "label": "yes"}, YES_NO, tok)
+    assert found.tokens.tolist() == [tok.bos_id, *tok.encode("Is it so\nAnswer: yes"), EOS]
+    assert [tok.decode(run) for run in runs(found)] == [" yes"]
+    assert found.note == {"prompt": [tok.bos_id, "Is it so\nAnswer: "], "choices": ["yes", "no"], "correct": 0}
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXT, TEXT)
+def test_the_labelled_tokens_of_a_choice_are_exactly_those_that_hold_a_byte_of_it(prompt, right):
+    row = {"q": prompt, "options": [right, right + "x"], "answer": 0}
+    found, tok = encoded(row, CHOICES, trained()), trained()
+    sizes = tok.byte_lengths[found.tokens]
+    behind = np.cumsum(sizes)  # bytes up to and with each token
+    assert found.labelled[:-1].tolist() == (behind > len(prompt.encode()))[:-1].tolist() and found.labelled[-1]
+    assert tok.decode(found.tokens) == prompt + right
+
+
+def test_a_choice_goes_through_the_template():
+    found = encoded({"q": " q ", "options": [" a", "b"], "answer": 0}, CHOICES, BYTES, LLAMA)
+    assert BYTES.decode(found.tokens) == "[INST] q [/INST] a "
+    assert runs(found) == [[*BYTES.encode("a "), EOS]] and found.note["choices"] == ["a", "b"]
+
+
+def test_a_tokenizer_learns_from_all_texts_of_a_row():
+    assert dialogue.texts(dialogue.read(talk("a", "b", system="s"), TALK)) == ["s", "a", "b"]
+    row = {"q": "q", "options": ["x", "y"], "answer": 0}
+    assert choice.texts(choice.read(row, CHOICES)) == ["q", "x", "y"]
+
+
+def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_nowhere_else():
+    cache = questions([("what", "that"), ("who", "she"), ("a longer one?", "no"), ("x", "y")], BYTES)
+    table = Table(cache, 24)
+    seen = []
+    for number in range(len(table)):
+        window, at = table[number], 0
+        for segment, document, (first, stop) in table.documents_of(number):
+            tokens, size = cache.document(document), stop - first - 1
+            place = slice(at, at + size)
+            assert window.tokens[place].tolist() == tokens[:-1].tolist()
+            assert window.targets[place].tolist() == tokens[1:].tolist()
+            assert window.weights[place].tolist() == cache.answered(document)[1:].tolist()
+            assert window.positions[place].tolist() == list(range(size))
+            assert (window.segments[place] == segment).all()
+            at += size
+            seen.append(document)
+        assert not window.weights[at:].any() and not window.segments[at:].any()
+    assert sorted(seen) == [0, 1, 2, 3] and len(table) == 2
+    assert (table.truncated, table.dropped) == (0, 0)
+    assert table.waste == pytest.approx(1 - (sum(len(cache.document(i)) for i in range(4)) - 4) / 48)
+
+
+def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_labels_is_dropped_and_counted():
+    cache = questions([("p" * 9, "a" * 9), ("p" * 12, "a"), ("p", "a"), ("p" * 11, "a")], BYTES)
+    table = Table(cache, 12)
+    assert (table.truncated, table.dropped) == (3, 1)
+    kept = sorted(each for number in range(len(table)) for each in table.documents_of(number))
+    assert [document for _, document, _ in sorted(kept, key=lambda each: each[1])] == [0, 2, 3]
+    windows = {document: table[number] for number in range(len(table)) for _, document, _ in table.documents_of(number)}
+    assert windows[0].weights.tolist() == [0] * 9 + [1] * 3 and windows[0].tokens[0] == BYTES.bos_id
+    assert windows[3].weights.tolist() == [0] * 11 + [1] and windows[3].targets[11] == BYTES.encode("a")[0]
+
+
+def test_documents_without_labels_of_their_own_are_learnt_as_a_whole():
+    cache = AnswerCache([Document(np.arange(1, 9, dtype=np.int32), None, 8)])
+    window = Table(cache, 10)[0]
+    assert window.weights.tolist() == [1] * 7 + [0] * 3

@@ -1,0 +1,138 @@
+"""What the datasets library reads comes in parts by rows, on disk or as a stream, in any process."""
+
+import itertools
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import datasets
+import pytest
+
+from llm3.config.schema import SourceConfig
+from llm3.data.formats import BadRow
+from llm3.data.sources import lines, tables
+from llm3.data.sources import split as sources
+from llm3.errors import UserError
+
+TEXTS = [f"text {i} " + "xyz" * (i % 7) for i in range(500)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def as_json(texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def open_split(split="train", path="json", **fields):
+    return sources.open_split(SourceConfig(path, **fields), split, cache_dir=Path("cache"))
+
+
+def read(*args, **fields):
+    opened = open_split(*args, **fields)
+    return [row for part in opened.parts() for row in opened.read(part)]
+
+
+def texts(*args, **fields):
+    return list(open_split(*args, **fields).texts())
+
+
+def read_part(records, part):
+    return [(number, str(row)) for number, row in records.read(part)]
+
+
+def test_what_datasets_reads_is_read():
+    table = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(500))})
+    table.to_csv("rows.csv")
+    table.to_parquet("rows.parquet")
+    table.save_to_disk("saved")
+    arrow = str(next(Path("saved").glob("*.arrow")))
+    for path, file in (("csv", "rows.csv"), ("parquet", "rows.parquet"), ("arrow", arrow)):
+        assert read(path=path, data_files=file) == [(number, {"text": text}) for number, text in enumerate(TEXTS)]
+    Path("rows.jsonl").write_bytes(as_json(TEXTS))
+    assert texts(data_files="rows.jsonl", train="train[10%:20%]") == TEXTS[50:100]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_a_csv_file_that_is_not_utf8_costs_itself_only(streaming):
+    good = b'\xef\xbb\xbftext,n\ncaf\xc3\xa9 \xe4\xb8\xad,1\n"of \xf0\x9f\x99\x82\ntwo lines",2\n'
+    Path("rows.csv").write_bytes(good + b"caf\xe9,3\nlast,4\n\xe4\xb8,5\n")
+    rows = read(path="csv", data_files="rows.csv", streaming=streaming)
+    assert [number for number, _ in rows] == list(range(5))
+    found = [str(row) if isinstance(row, BadRow) else row["text"] for _, row in rows]
+    assert found == ["café 中", "of 🙂\ntwo lines", "not UTF-8", "last", "not UTF-8"]
+    assert rows[2][1].start.startswith('{"')
+
+
+def test_class_numbers_become_names_also_in_lists_and_a_row_without_a_class_is_a_bad_one():
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = {"text": datasets.Value("string"), "kind": names, "kinds": datasets.List(names)}
+    columns = {"text": ["x", "y", "z"], "kind": [1, 0, -1], "kinds": [[1, 0], [], [0]]}
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet("rows.parquet")
+    for streaming in (False, True):
+        options = dict(path="parquet", data_files="rows.parquet", streaming=streaming)
+        one = [row for _, row in read(label="kind", **options)]
+        assert one[:2] == [{"text": "x", "labels": ["yes"]}, {"text": "y", "labels": ["no"]}]
+        assert str(one[2]) == "kind is null"
+        several = [row["labels"] for _, row in read(label="kinds", **options)]
+        assert several == [["no", "yes"], [], ["no"]]
+
+
+def test_tables_and_streams_come_in_parts_by_rows(monkeypatch):
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    table.select(range(320)).to_parquet("rows-1.parquet", batch_size=90)
+    table.select(range(320, 500)).to_parquet("rows-2.parquet")
+    monkeypatch.setattr(lines, "PART_BYTES", table.data.nbytes // 4)
+    monkeypatch.setattr(tables, "STREAM_PART_ROWS", 120)
+    monkeypatch.setattr(tables, "ROWS_AT_A_TIME", 50)
+    for streaming, firsts in ((False, [0, 125, 250, 375]), (True, [0, 120, 240, 360, 480])):
+        files = ["rows-1.parquet", "rows-2.parquet"]
+        opened = open_split(path="parquet", data_files=files, streaming=streaming)
+        parts = opened.parts()
+        assert [part.first for part in parts] == firsts
+        pieces = [opened.reader.rows(part.first, part.place) for part in parts]
+        in_turn = itertools.zip_longest(*pieces)  # all of them at the same time
+        rows = sorted((row for each in in_turn for row in each if row), key=lambda row: row[0])
+        assert rows == [(number, {"text": text}) for number, text in enumerate(TEXTS)]
+
+
+def test_a_stream_says_which_splits_there_are():
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
+    with pytest.raises(UserError, match="unknown split 'trian': did you mean 'train'"):
+        open_split(path="parquet", data_files="rows.parquet", train="trian", streaming=True)
+
+
+def test_a_stream_that_breaks_off_is_an_error_that_names_its_source():
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
+    opened = open_split(path="parquet", data_files="rows.parquet", streaming=True)
+    Path("rows.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-500])
+    with pytest.raises(UserError, match=r"source parquet rows\.parquet: the stream cannot be read on"):
+        opened.parts()
+
+
+def test_local_files_are_opened_without_asking_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **_: asked.append(args))
+    datasets.Dataset.from_dict({"text": TEXTS}).to_csv("rows.csv")
+    assert texts(path="csv", data_files="rows.csv") == TEXTS
+    assert not asked
+
+
+def test_another_process_reads_the_same_parts(monkeypatch):
+    monkeypatch.setattr(lines, "PART_BYTES", 5000)
+    Path("rows.jsonl").write_bytes(as_json(TEXTS))
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
+    parquet = dict(path="parquet", data_files="rows.parquet")
+    opened = [open_split(data_files="rows.jsonl", max_documents=300)]
+    opened += [open_split(**parquet, streaming=streaming) for streaming in (False, True)]
+    opened.append(open_split(**parquet, train="train[50%:]"))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        for records in opened:
+            parts = records.parts()
+            there = [row for part in parts for row in process.submit(read_part, records, part).result()]
+            assert there == [row for part in parts for row in read_part(records, part)]
+            assert len(there) >= 250

@@ -1,0 +1,108 @@
+"""Machines by name: what is known of them, what is refused, and by what the axes of a mesh are linked."""
+
+import math
+
+import pytest
+
+from llm3.distributed.machines import CHIPS, EXAMPLES, Link, links, parse, peak_flops
+from llm3.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "devices", "hosts", "shape"),
+    [
+        ("h100x8", 8, 1, ()),
+        ("h100x64", 64, 8, ()),
+        ("a100x1", 1, 1, ()),
+        ("v5p:8x8x4", 256, 64, (8, 8, 4)),
+        ("v5e:16x16", 256, 64, (16, 16)),
+    ],
+)
+def test_a_topology_is_its_chips(text, devices, hosts, shape):
+    machine = parse(text)
+    assert (machine.devices, machine.hosts, machine.shape) == (devices, hosts, shape)
+    assert text.startswith(machine.chip.name)
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_example_is_one(text):
+    assert parse(text).name == text
+
+
+def test_the_cpu_is_this_machine_as_measured():
+    chip = parse("cpu").chip
+    assert chip.host == parse("cpu").devices == 1
+    assert 2**28 < chip.memory < 2**45
+    assert 1e8 < chip.peak < 1e14 and 1e8 < chip.bandwidth < 1e13
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("h100", "expected its devices, as 'h100x8'"),
+        ("v5p", "expected its torus, as 'v5p:8x8x8'"),
+        ("h1000x8", "no such chip; did you mean 'h100'"),
+        ("v5:2x2x1", "no such chip; did you mean 'v5[ep]' or 'v5[ep]'"),
+        ("tpu", "no such chip; .*valid: .*v5p"),
+        ("cpux2", "no such chip; did you mean 'cpu'"),
+        ("h100:8", "expected its devices"),
+        ("v5p:4x4", "a torus of 3 dimensions, as 'v5p:8x8x8'"),
+        ("v5e:4x4x4", "a torus of 2 dimensions"),
+        ("v5px8", "expected its torus"),
+        ("h100x12", "above 8 a multiple"),
+        ("h100x0", "at least 1"),
+    ],
+)
+def test_an_unknown_topology_is_refused_with_the_nearest_right_one(text, complaint):
+    with pytest.raises(UserError, match=complaint):
+        parse(text)
+
+
+def test_the_peaks_are_those_of_the_one_table():
+    for name, kind in {
+        "h100": "NVIDIA H100 80GB HBM3",
+        "b200": "NVIDIA B200",
+        "v5p": "TPU v5p",
+        "v6e": "TPU v6e",
+    }.items():
+        assert CHIPS[name].peak == peak_flops(kind)
+
+
+def test_gpus_are_linked_inside_of_a_host_and_over_the_network_between_hosts():
+    of = links(parse("h100x64"), {"data": 2, "fsdp": 8, "tensor": 4})
+    assert (of["tensor"].size, of["tensor"].hosts) == (4, 1)
+    # two pieces of fsdp in each host, with a network adapter each
+    assert (of["fsdp"].size, of["fsdp"].hosts, of["fsdp"].between) == (8, 4, 2 * 50e9)
+    assert (of["data"].size, of["data"].hosts, of["data"].between) == (2, 2, 50e9)
+
+
+def test_the_axis_across_is_laid_over_the_hosts_and_no_other():
+    of = links(parse("h100x16"), {"data": 1, "fsdp": 8, "tensor": 2}, across="tensor")
+    assert {axis: link.hosts for axis, link in of.items()} == {"data": 1, "fsdp": 1, "context": 1, "tensor": 2}
+    with pytest.raises(UserError, match=r"mesh\.fsdp is 1: 2 hosts"):
+        links(parse("h100x16"), {"data": 16}, across="fsdp")
+    with pytest.raises(UserError, match="no such mesh axis"):
+        links(parse("h100x16"), {"data": 16}, across="host")
+
+
+def test_a_tpu_axis_takes_the_dimensions_of_the_torus_that_multiply_to_it():
+    of = links(parse("v5p:8x8x4"), {"data": 8, "fsdp": 32})
+    assert of["fsdp"].inside == 2 * 2 * 100e9  # two rings, in both directions
+    assert of["data"].inside == 2 * 100e9
+    assert links(parse("v5p:2x2x1"), {"fsdp": 4})["fsdp"].inside == 2 * 100e9  # lines, that do not close
+    assert links(parse("v5e:16x16"), {"data": 16, "tensor": 16})["tensor"].inside == 2 * 50e9
+
+
+def test_a_mesh_that_does_not_fit_is_refused_as_for_devices():
+    with pytest.raises(UserError, match="does not fit 64 devices"):
+        links(parse("h100x64"), {"data": 3, "fsdp": -1})
+
+
+def test_a_gather_takes_as_long_as_the_slower_of_host_and_network():
+    link = Link("", 64, 8, 400e9, 8 * 50e9)
+    inside, between = 1e9 * 63 / 64 / 400e9, 1e9 * 7 / 8 / 400e9
+    assert link.gather_seconds(1e9) == pytest.approx(max(inside, between))
+    slow = link._replace(between=50e9)
+    assert slow.gather_seconds(1e9) == pytest.approx(1e9 * 7 / 8 / 50e9)
+    assert link._replace(size=1, hosts=1).gather_seconds(1e9) == 0
+    assert math.isfinite(Link("", 1, 1, 1.0, 0.0).gather_seconds(1))

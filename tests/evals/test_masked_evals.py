@@ -1,0 +1,143 @@
+"""Masked accuracy and pseudo-perplexity against hand computations, however documents are batched and packed."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from llm3 import evals
+from llm3.distributed.sharding import place_batch, tree_shardings
+from llm3.errors import UserError
+from llm3.evals import masked, pseudo_perplexity
+from llm3.models.transformer import abstract, segmented
+from llm3.objectives import read_options
+from tests.helpers import reference
+from tests.helpers.meshes import mesh_of
+from tests.helpers.tiny import make_params, make_row, model_config, stack
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_test, plain
+
+ENCODER = {"causal": False, "pool": "mean"}
+WORDS = ["the", "cat", "naïve", "中文", "mat,", "and", "so", "👍"]
+
+
+@functools.cache
+def documents(count: int = 9) -> list:
+    """Of 6 to 40 tokens, all different."""
+    random = np.random.default_rng(1)
+    texts = [" ".join(random.choice(WORDS, random.integers(1, 8))) + f" {i}" for i in range(count)]
+    return [plain(BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id) for text in texts]
+
+
+def figures(peer, order=None, options=None, **changes) -> dict[str, float]:
+    cache = MemoryCache([documents()[i] for i in (order or range(len(documents())))])
+    return peer.figures(make_test(peer, cache, options=options, **ENCODER | {"length": 32} | changes))
+
+
+@functools.cache
+def model():
+    config = model_config(vocab_size=BYTES.vocab_size, **ENCODER)
+    return config, make_params(config)
+
+
+def logits_of(tokens: np.ndarray) -> np.ndarray:
+    config, params = model()
+    row = make_row(tokens, length=len(tokens))
+    return reference.row_logits(config, params, reference.row_hidden(config, params, row))
+
+
+def pieces(length: int = 32) -> list[np.ndarray]:
+    """What a document's windows hold of it: all but its last token."""
+    return [each.tokens[i:-1][:length] for each in documents() for i in range(0, len(each.tokens) - 1, length)]
+
+
+def hidden_by_hand(options: masked.Options) -> dict[str, float]:
+    """From each piece alone."""
+    nats, right, targets = 0.0, 0, []
+    for piece in pieces():
+        row = masked.hide(stack(make_row(piece, length=len(piece))), options, BYTES)
+        chosen = row.weights[0] > 0
+        assert not np.any(piece[chosen] < 4)
+        np.testing.assert_array_equal(row.tokens[0], np.where(chosen, BYTES.mask_id, piece))
+        logits = logits_of(row.tokens[0])[chosen]
+        nats += reference.nats(logits, piece[chosen]).sum()
+        right += np.sum(logits.argmax(axis=-1) == piece[chosen])
+        targets.extend(piece[chosen].tolist())
+    most = max(map(targets.count, targets))
+    return {
+        "accuracy": right / len(targets),
+        "nll": nats / len(targets),
+        "majority_accuracy": most / len(targets),
+        "items": len(targets),
+    }
+
+
+@pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
+def test_masked_figures_are_those_of_each_piece_alone(options):
+    assert figures(masked, options=options) == pytest.approx(hidden_by_hand(options), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
+def test_the_share_of_the_text_is_hidden_whatever_the_sizes_of_documents(options):
+    texts = [document.tokens[1:] for document in documents(400)]
+    counts = [masked.hide(stack(make_row(text, length=len(text))), options, BYTES).weights.sum() for text in texts]
+    shares = np.array(counts) - options.share * np.array([len(text) - 1 for text in texts])
+    assert abs(shares.mean()) < 4 * shares.std() / np.sqrt(len(shares))
+
+
+@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
+def test_figures_do_not_depend_on_batch_size_or_packing(peer):
+    shuffled = np.random.default_rng(0).permutation(len(documents())).tolist()
+    assert figures(peer, order=shuffled, batch_size=3) == pytest.approx(figures(peer), rel=1e-5)
+
+
+@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
+def test_figures_are_the_same_on_eight_devices(peer):
+    config, params = model()
+    mesh, whole, cut = mesh_of(8, data=2, fsdp=2, tensor=2), abstract(config), segmented(params, ((0, 3),))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(jax.device_put, cut, tree_shardings(mesh, whole.shapes, whole.axes))
+        found = figures(peer, params=placed, place=lambda batch: place_batch(mesh, batch))
+    assert found == pytest.approx(figures(peer), rel=1e-5)
+
+
+def test_other_tokens_are_hidden_with_another_seed_and_the_same_with_the_same():
+    one, same, other = (figures(masked, options=masked.Options(seed=seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_pseudo_perplexity_hides_each_token_in_turn():
+    nats = count = size = 0.0
+    for piece in pieces():
+        for place in np.flatnonzero(piece >= 4):
+            hidden = piece.copy()
+            hidden[place] = BYTES.mask_id
+            nats += reference.nats(logits_of(hidden)[place], piece[place])
+            count, size = count + 1, size + BYTES.byte_lengths[piece[place]]
+    assert figures(pseudo_perplexity) == {
+        "pseudo_perplexity": pytest.approx(math.exp(nats / count), rel=1e-4),
+        "pseudo_bits_per_byte": pytest.approx(nats / math.log(2) / size, rel=1e-5),
+        "items": count,
+    }
+
+
+def test_a_uniform_model_has_the_vocabulary_as_its_pseudo_perplexity():
+    _, params = model()
+    uniform = params | {"embed": {"embedding": np.zeros_like(params["embed"]["embedding"])}}
+    found = figures(pseudo_perplexity, params=segmented(uniform, ((0, 3),)))
+    assert found["pseudo_perplexity"] == pytest.approx(BYTES.vocab_size, rel=1e-4)
+    assert found["pseudo_bits_per_byte"] == pytest.approx(math.log2(BYTES.vocab_size), rel=1e-5)
+
+
+@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
+def test_a_source_without_text_is_an_error_not_a_division_by_zero(peer):
+    empty = MemoryCache([plain(BYTES.bos_id, BYTES.eos_id)])
+    with pytest.raises(UserError, match="source"):
+        peer.figures(make_test(peer, empty, length=32, **ENCODER))
+
+
+def test_options_that_make_no_sense_are_refused():
+    assert read_options(evals.load("masked"), {"share": 0.3}, "evaluations.x") == masked.Options(share=0.3)
+    with pytest.raises(UserError, match=r"evaluations.x: share=2"):
+        read_options(evals.load("masked"), {"share": 2}, "evaluations.x")

@@ -1,0 +1,53 @@
+"""A parent that vanishes, is trained on or is damaged while its child's run is already under way."""
+
+import re
+import shutil
+
+import pytest
+
+from llm3.__main__ import main
+from tests.handoff.test_refusals import parent, start  # noqa: F401  (a fixture)
+from tests.helpers import tiny_run as tiny
+from tests.helpers.tiny_damage import edited, in_file, truncate
+
+# Orbax leaves coroutines behind when it fails on a damaged file
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning", "ignore:coroutine:RuntimeWarning"
+)
+
+DATA = "params/ocdbt.process_0/d/*"
+MEANWHILE = {
+    "deleted": (lambda found: shutil.rmtree(found.parents[1]), ("the run RUN does not exist",)),
+    "its step deleted": (lambda found: shutil.rmtree(found / "10"), ("step 8 of 10", "finish it")),
+    "truncated": (in_file(DATA, truncate), ("10/params cannot be read", "restore it from a copy")),
+    "other metadata": (
+        edited(lambda meta: meta.update(tokenizer_hash="0" * 64), sealed=True),
+        ("was trained with the tokenizer 000000000000", "tokenizer.path"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEANWHILE)
+def test_a_parent_that_changes_after_the_preflight_is_refused_and_no_stage_begins(
+    case,
+    capsys,
+    monkeypatch,
+    tmp_path,
+    parent,  # noqa: F811
+):
+    """Between the preflight, which finds it whole, and the stage itself: while the untrained model is evaluated."""
+    damage, said = MEANWHILE[case]
+    run, child = tmp_path / "run", tmp_path / "child"
+    shutil.copytree(parent.run, run)
+    monkeypatch.setattr(
+        "llm3.stages.session.Session.evaluate_init", lambda _: damage(run / "posttrain" / "checkpoints")
+    )
+    override = start("posttrain").replace("RUN", str(run))
+    command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
+    assert main([*command, f"--config.{override}"]) == 2
+    error = capsys.readouterr().err.replace(str(run), "RUN")
+    for part in said:
+        assert re.search(part, error), error
+    assert "config.stages.finetune.start" in error
+    written = [path for path in tiny.files(child) if "checkpoints/" in path or path.startswith("finetune/")]
+    assert written == [], "nothing of the stage"

@@ -1,0 +1,36 @@
+"""Dialogues in memory, as a token cache holds them."""
+
+import numpy as np
+
+from llm3.config.schema import SourceConfig
+from llm3.data import formats as forms
+from tests.helpers.tiny_cache import MemoryCache
+
+DIALOGUE = SourceConfig("x", prompt="question", answer="answer")
+TALK = SourceConfig("x", messages="messages")
+
+
+class AnswerCache(MemoryCache):
+    """A MemoryCache that knows which tokens are labelled."""
+
+    def answered(self, index: int) -> np.ndarray:
+        labelled = self._documents[index].labelled
+        return np.ones(len(self.document(index)), bool) if labelled is None else labelled
+
+
+def encoded(row: dict, source: SourceConfig, tokenizer, template: str = ""):
+    """A row as a document."""
+    form = forms.load(source.form)
+    return form.encode(form.read(row, source), tokenizer, template)
+
+
+def questions(pairs, tokenizer) -> AnswerCache:
+    """A cache of (question, answer) rows."""
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    return AnswerCache([encoded(row, DIALOGUE, tokenizer) for row in rows])
+
+
+def runs(document) -> list[list[int]]:
+    """The tokens of each run of labelled tokens."""
+    edges = np.flatnonzero(np.diff(np.pad(document.labelled.astype(int), 1)))
+    return [document.tokens[a:b].tolist() for a, b in edges.reshape(-1, 2)]

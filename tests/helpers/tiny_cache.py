@@ -1,0 +1,67 @@
+"""Documents in memory, as a token cache holds them, and a model to test on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm3 import evals
+from llm3.config.schema import EvaluationConfig
+from llm3.data.formats import Document
+from llm3.data.tokenizer import train
+from llm3.models.transformer import segmented
+from tests.helpers.tiny import make_params, model_config
+
+BYTES = train([], 260)  # a token for every byte
+COMPILED: dict = {}  # what any test compiled
+
+
+class MemoryCache:
+    """What windows and evaluations read of a cache. labels: numbers of classes (or of `label_sets`), or None."""
+
+    def __init__(self, documents: list[Document], labels=None, label_names=(), label_sets=None):
+        self._documents = documents
+        self.offsets = np.cumsum([0, *(len(each.tokens) for each in documents)])
+        self.labels = None if labels is None else np.array(labels, np.int32)
+        self.label_names, self.label_sets = list(label_names), label_sets
+
+    @property
+    def documents(self) -> int:
+        return len(self._documents)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def document(self, index: int) -> np.ndarray:
+        return self._documents[index].tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([np.empty(0, np.int32), *(each.tokens for each in self._documents)])[start:stop]
+
+    def note(self, index: int):
+        return self._documents[index].note
+
+    def subset(self, indices) -> "MemoryCache":
+        labels = None if self.labels is None else self.labels[indices]
+        return MemoryCache([self._documents[i] for i in indices], labels, self.label_names, self.label_sets)
+
+
+def plain(*tokens) -> Document:
+    """A document of these tokens, with nothing else to it."""
+    return Document(np.array(tokens, np.int32), None, len(tokens))
+
+
+def make_test(peer, cache, *, options=None, tokenizer=BYTES, length=16, batch_size=4, place=None, params=None, **model):
+    """A test of a tiny model of random parameters on the documents of a cache."""
+    config = model_config(**{"vocab_size": tokenizer.vocab_size} | model)
+    return evals.Test(
+        params=segmented(make_params(config), ((0, config.layers),)) if params is None else params,
+        model=config,
+        config=EvaluationConfig(peer.__name__.split(".")[-1], "source", sequence_length=length, batch_size=batch_size),
+        options=options or (peer.Options() if hasattr(peer, "Options") else None),
+        kind=next(iter(peer.WINDOWS.values())),
+        cache=cache,
+        tokenizer=tokenizer,
+        place=place or (lambda batch: jax.tree.map(jnp.asarray, batch)),
+        compiled=COMPILED,
+    )

@@ -1,0 +1,91 @@
+"""Classification at the last token: the last layer is computed only where labels stand, and nothing changes by it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm3.config.schema import AdapterConfig
+from llm3.data.batch import Batch
+from llm3.distributed.sharding import make_mesh, place_batch
+from llm3.models.transformer import abstract, canonical, init, segmented
+from llm3.objectives import classify
+from llm3.tree import flatten
+from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, model_config
+
+ROWS, MOST = 4, 3
+
+
+def labelled() -> Batch:
+    """One to three labels a row, at ends of documents and elsewhere; the rest of `targets` is of no consequence."""
+    batch, rng = make_batch(ROWS), np.random.default_rng(1)
+    weights = np.zeros(batch.tokens.shape, np.float32)
+    for row, count in enumerate((1, 3, 2, 3)):
+        weights[row, rng.choice(np.flatnonzero(batch.segments[row]), count, replace=False)] = 1
+    return batch._replace(targets=rng.integers(0, CLASSES, batch.tokens.shape).astype(np.int32), weights=weights)
+
+
+def gradients(config, segments):
+    graph = abstract(config, segments).graph
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    params = init(config, 0, mesh)
+
+    @jit
+    @jax.value_and_grad
+    def loss(params):
+        return classify.loss(nnx.merge(graph, segmented(params, segments)), labelled(), jax.random.key(0), TASK).loss
+
+    value, gradient = loss(params)
+    return float(value), flatten(canonical(segmented(gradient, segments)))
+
+
+REMAT = {"remat": "full", "qk_norm": True, "attention_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("segments", "changes"), [(((0, 3),), {}), (((0, 2), (2, 3)), REMAT), (((0, 1), (1, 3)), {})], ids=str
+)
+def test_loss_and_gradients_are_those_of_all_positions(segments, changes):
+    adapters = (("x", AdapterConfig(rank=2)),)
+    config = model_config(classes=CLASSES, adapters=adapters, **changes)
+    value, expected = gradients(config, segments)
+    found, gradient = gradients(dataclasses.replace(config, read_out=MOST), segments)
+    assert found == pytest.approx(value, rel=1e-6)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(gradient[path], leaf, atol=2e-5, err_msg=path)
+    assert np.abs(expected["layers/mlp/down/kernel"][-1]).max() > 1e-4
+
+
+def test_it_is_the_same_on_eight_devices():
+    config = model_config(classes=CLASSES, vocab_size=64, read_out=MOST)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8])
+    graph, segments = abstract(config).graph, ((0, config.layers),)
+
+    def loss(params, batch):
+        model = nnx.merge(graph, segmented(params, segments))
+        return classify.loss(model, batch, jax.random.key(0), TASK).loss
+
+    one = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    expected, gradient = jit(jax.value_and_grad(loss))(init(config, 0, one), labelled())
+    with jax.set_mesh(mesh):
+        found, on_eight = jit(jax.value_and_grad(loss))(init(config, 0, mesh), place_batch(mesh, labelled()))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for path, leaf in flatten(gradient).items():
+        np.testing.assert_allclose(flatten(on_eight)[path], leaf, atol=1e-4, err_msg=path)
+
+
+def test_the_sums_and_metrics_are_the_same():
+    config = model_config(classes=CLASSES)
+    params = init(config, 0, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+
+    results = []
+    for read_out in (0, MOST, 10):
+        graph = abstract(dataclasses.replace(config, read_out=read_out)).graph
+        model = nnx.merge(graph, segmented(params, ((0, config.layers),)))
+        results.append(classify.loss(model, labelled(), jax.random.key(0), TASK))
+    assert results[0].weight == 9
+    for each in results[1:]:
+        assert each.weight == results[0].weight and each.metrics["accuracy"] == results[0].metrics["accuracy"]
+        np.testing.assert_allclose(each.loss, results[0].loss, rtol=1e-6)

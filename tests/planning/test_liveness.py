@@ -1,0 +1,99 @@
+"""The model of what a program holds and moves, on programs that can be counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llm3.planning import liveness as footprint
+from llm3.planning.liveness import Shares
+
+ROWS, T, D = 7, 64, 32
+ALONE = Shares(rows=ROWS, own=ROWS, lengths=1, pieces=1)
+X, W = jax.ShapeDtypeStruct((ROWS, T, D), jnp.float32), jax.ShapeDtypeStruct((D, D), jnp.float32)
+BYTES = ROWS * T * D * 4  # of an array like X
+
+
+def of(function, *shapes, shares=ALONE):
+    return footprint.of(jax.make_jaxpr(function)(*shapes).jaxpr, shares)
+
+
+def test_a_product_counts_two_flops_a_multiplication_and_moves_what_it_reads_and_writes():
+    found = of(lambda x, w: x @ w, X, W)
+    assert found.flops == 2 * ROWS * T * D * D
+    assert found.moved == 2 * BYTES + 4 * D * D
+    assert found.peak == 0, "its result takes the place of the input"
+
+
+def test_element_wise_work_is_not_written_on_its_way():
+    assert of(lambda x: jnp.sum(jnp.exp(2 * x) + jnp.tanh(x)), X).peak == 0
+    one = of(lambda x, w: jnp.sum(jnp.exp(x @ w) * 2), X, W)
+    assert one.peak == BYTES, "a reduction needs the product written, and nothing else"
+
+
+def test_a_product_is_written_where_it_is_smallest():
+    def through(dtype):
+        return lambda x, w: jnp.sum((jnp.exp(x @ w).astype(dtype) @ w.astype(dtype)).astype(jnp.float32) ** 2)
+
+    # the kernel's cast beside it
+    assert of(through(jnp.bfloat16), X, W).peak == 2 * BYTES / 2 + 2 * D * D
+    assert of(through(jnp.float32), X, W).peak == 2 * BYTES
+
+
+def test_the_scores_of_attention_are_held_in_float32_and_its_weights_beside_them():
+    q = jax.ShapeDtypeStruct((ROWS, T, D), jnp.bfloat16)
+
+    def attention(q, k, v):
+        scores = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32)
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores).astype(q.dtype), v)
+
+    small = 2 * ROWS * T * 4  # the maxima and sums of the rows
+    assert 6 * ROWS * T * T <= of(attention, q, q, q).peak <= 6 * ROWS * T * T + small
+
+
+def test_a_loop_holds_what_it_stacks_and_what_its_body_holds_at_most():
+    layers = jax.ShapeDtypeStruct((5, D, D), jnp.float32)
+
+    def run(x, w):
+        return jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, w)[1])
+
+    found = of(run, X, layers)
+    assert 5 * BYTES < found.peak <= 8 * BYTES
+    assert found.flops == 5 * 2 * ROWS * T * D * D
+    assert list(found.largest) == [f"float32[5,{ROWS},{T},{D}]", f"float32[{ROWS},{T},{D}]"]
+
+
+def test_what_grows_with_the_batch_is_a_devices_rows_and_the_rest_its_piece():
+    half = Shares(rows=ROWS, own=ROWS / 2, lengths=1, pieces=4)
+
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.sum(jnp.square(x @ w)))(w) * 2
+
+    assert of(gradient, W, X).peak == BYTES + 4 * D * D
+    # the kernel is gathered, its gradient made whole and then cut
+    assert of(gradient, W, X, shares=half).peak == BYTES / 2 + 4 * D * D
+    assert of(lambda w: w.T @ w, W, shares=half).moved == 2 * 4 * D * D
+
+
+def test_unused_work_is_left_out():
+    def function(x, w):
+        _ = jnp.sum(x @ w)
+        return x * 2
+
+    assert of(function, X, W).flops == 0
+
+
+def test_calls_are_looked_into():
+    nested = jax.jit(lambda x, w: jax.checkpoint(lambda x: x @ w)(x))
+    assert of(nested, X, W).flops == 2 * ROWS * T * D * D
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
+def test_remat_is_seen_as_products_that_are_made_again(policy):
+    def loss(w, x):
+        layer = jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x @ w) @ w), policy=policy)
+        return jnp.sum(layer(x))
+
+    product = 2 * ROWS * T * D * D
+    # forward; backward, one for the input of the second and two for weights; again
+    expected = (2 + 3 + 2 * (policy is None)) * product
+    assert of(jax.value_and_grad(loss), W, X).flops == expected

@@ -1,0 +1,280 @@
+"""The estimate of a step: its bytes against the compiler's, what it keeps as formulas, its collectives, its seconds."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from llm3.config.schema import (
+    AdapterConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    TokenizerConfig,
+)
+from llm3.distributed.machines import links, parse
+from llm3.distributed.sharding import MESH_AXES
+from llm3.planning import trace as estimate
+from llm3.planning.roofline import Collective, Times, collectives, lowest, times
+from llm3.stages.planned import abstract_batch, stage_model, stage_trainers
+from llm3.tree import size
+from tests.distributed.test_scaling import expected_bytes
+from tests.helpers.meshes import mesh_of
+from tests.helpers.tiny_hlo import collective_bytes
+
+LAYERS, D, HEADS, KV, FF, VOCAB, T = 4, 64, 8, 8, 128, 256, 64
+LORA = {"train": "lora", "adapters": {"x": AdapterConfig(rank=4)}, "start": {"stage": "a", "fresh": [".*/lora/.*"]}}
+
+
+def config_of(stage=None, mesh=None, **model) -> RunConfig:
+    """A run of one stage "s", on 16 windows a step."""
+    shape = {"layers": LAYERS, "d_model": D, "heads": HEADS, "kv_heads": KV, "d_ff": FF, "compute_dtype": "bfloat16"}
+    fields = {
+        "kind": "posttrain",
+        "data": {"a": 1.0},
+        "steps": 10,
+        "batch_size": 16,
+        "sequence_length": T,
+        "start": "a",
+    }
+    return RunConfig(
+        model=ModelConfig(**shape | model),
+        tokenizer=TokenizerConfig(vocab_size=VOCAB),
+        sources={"a": SourceConfig(path="a")},
+        stages={"s": StageConfig(**fields | (stage or {}))},
+        mesh=MeshConfig(**{"data": 1} | (mesh or {})),
+    )
+
+
+def on_paper(**sizes: int) -> AbstractMesh:
+    shape = dict.fromkeys(MESH_AXES, 1) | sizes
+    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def step_of(config: RunConfig, mesh=None, phase: int = 0) -> estimate.Step:
+    return estimate.step(config, "s", stage_model(config, "s", "bfloat16"), mesh or on_paper(), phase)
+
+
+def trainer_of(config: RunConfig, mesh, phase: int = 0):
+    return stage_trainers(config, "s", config.stages["s"], stage_model(config, "s", "bfloat16"), mesh)[phase]
+
+
+def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
+    with jax.set_mesh(mesh):
+        trainer = trainer_of(config, mesh)
+        return trainer.train_step.lower(trainer.abstract_state, abstract_batch(config.stages["s"], mesh)).compile()
+
+
+@pytest.mark.parametrize(
+    ("stage", "sizes"),
+    [
+        pytest.param({}, {"data": 2, "fsdp": 2, "tensor": 2}, id="all"),
+        pytest.param(
+            {"train": "top(1)", "frozen": "int8"}, {"fsdp": 4, "context": 2}, id="top", marks=pytest.mark.slow
+        ),
+        pytest.param(LORA | {"frozen": "compute"}, {"fsdp": 8}, id="lora", marks=pytest.mark.slow),
+    ],
+)
+def test_the_stored_bytes_are_the_arguments_of_the_compiled_step(stage, sizes):
+    config, mesh = config_of(stage), mesh_of(8, **sizes)
+    stored = estimate.stored(trainer_of(config, on_paper(**sizes)), config.stages["s"], on_paper(**sizes))
+    assert stored.arguments == compiled(config, mesh).memory_analysis().argument_size_in_bytes
+
+
+def test_moments_and_gradients_are_those_of_what_trains():
+    config = config_of({"train": "top(1)"})
+    trainer = trainer_of(config, on_paper(fsdp=2))
+    stored = estimate.stored(trainer, config.stages["s"], on_paper(fsdp=2))
+    trainable = size(trainer.abstract_state.trainable)
+    assert stored.gradients == 4 * trainable / 2
+    assert stored.moments == pytest.approx(2 * stored.gradients, abs=64)  # and counters
+    assert stored.parameters == 4 * size(trainer.abstract_params) / 2
+
+
+KEPT_BY_HAND = {  # bytes of a token and layer that the backward pass finds, beside attention's of T^2
+    "full": 2 * D,  # its input
+    "dots": 2 * (D + 2 * D + 2 * D + 2 * FF),  # and the results of all products but the last: q, k, v, out, gate, up
+}
+
+
+@pytest.mark.parametrize("policy", KEPT_BY_HAND)
+def test_the_activations_kept_are_those_of_the_formula_times_batch_and_layers(policy):
+    rows = 16
+
+    def kept(layers: int, rows: int = rows) -> float:
+        return step_of(config_of({"batch_size": rows}, layers=layers, remat=policy)).kept
+
+    a_layer = (kept(8) - kept(4)) / 4
+    assert a_layer == rows * T * KEPT_BY_HAND[policy]
+    assert kept(4, 2 * rows) == 2 * kept(4)
+
+
+def test_without_remat_the_weights_of_attention_are_kept_for_every_pair_of_positions():
+    def a_layer(length: int) -> float:
+        of = {n: step_of(config_of({"sequence_length": length}, layers=n)).kept for n in (2, 4)}
+        return (of[4] - of[2]) / 2
+
+    per_pair = (a_layer(4 * T) / 4 - a_layer(T)) / (16 * HEADS * (4 * T * T - T * T))
+    assert per_pair == 2  # bytes
+
+
+def test_a_long_window_holds_its_scores_in_float32_and_its_weights():
+    length = 2048
+    step = step_of(config_of({"batch_size": 1, "sequence_length": length}, remat="full", layers=2, logit_chunk=64))
+    scores = HEADS * length * length
+    assert 6 * scores < step.temporary < 7 * scores
+    assert list(step.largest)[:2] == [f"{kind}[1,{HEADS},{length},{length}]" for kind in ("float32", "bfloat16")]
+
+
+def test_logits_in_chunks_are_not_held_together():
+    """All of them, in the compute dtype and in float32, against an eighth of the positions."""
+    vocab = 8192
+    configs = [config_of(layers=1, remat="full", logit_chunk=chunk) for chunk in (0, 8)]
+    large = [dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=vocab)) for config in configs]
+    whole, chunks = (step_of(config).temporary for config in large)
+    saved = 16 * (T - 8) * vocab * (2 + 4)
+    assert 0.8 * saved < whole - chunks < saved
+
+
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [
+        ({}, {}),
+        ({}, {"remat": "full", "logit_chunk": 16}),
+        ({"micro_batches": 4}, {"remat": "dots", "tie_embeddings": False}),
+        ({}, {"kv_heads": 4, "qk_norm": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
+def test_what_is_traced_for_a_device_is_its_share_of_the_flops_by_formula(stage, model, sizes):
+    config, mesh = config_of(stage, **model), on_paper(**sizes)
+    expected = trainer_of(config, mesh).flops_per_step / mesh.size
+    assert step_of(config, mesh).flops == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [
+        ({"train": "top(2)"}, {"remat": "full"}),
+        (LORA, {"remat": "full"}),
+        ({"kind": "finetune", "objective": "classify"}, {"pool": "mean"}),
+    ],
+    ids=["top", "lora", "classify"],
+)
+def test_a_loop_does_a_little_more_than_the_formula_and_so_does_what_tensor_does_not_cut(stage, model):
+    """The gradient of the lowest layer's input; the narrow side of an adapter, and the classes."""
+    config = config_of(stage, **model)
+    for mesh in (on_paper(), on_paper(tensor=2)):
+        share = step_of(config, mesh).flops / (trainer_of(config, mesh).flops_per_step / mesh.size)
+        assert 1 <= share < 1.1
+
+
+def test_a_device_has_its_share_of_batch_heads_and_length():
+    alone, cut = (step_of(config_of(remat="full"), mesh).kept for mesh in (on_paper(), on_paper(data=2, context=2)))
+    assert cut == alone / 4
+    scores = [step_of(config_of(layers=2), on_paper(tensor=n)).largest for n in (1, 2)]
+    assert any(f"16,{HEADS},{T},{T}]" in array for array in scores[0])
+    assert any(f"16,{HEADS // 2},{T},{T}]" in array for array in scores[1])
+
+
+def test_windows_that_are_cut_hold_the_keys_and_values_of_all():
+    keys_and_values = 2 * 16 * T * KV * (D // HEADS) * 2
+    alone, cut = (step_of(config_of(layers=2), on_paper(context=n)).kept for n in (1, 2))
+    assert cut == alone / 2 + 2 * keys_and_values / 2
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data": 8}, id="data", marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, id="fsdp", marks=pytest.mark.slow),
+        pytest.param({"context": 8}, id="context", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 4}, id="data and fsdp"),
+    ],
+)
+def test_the_collectives_are_those_of_the_compiled_step(sizes):
+    """On a CPU, all is float32, a reduce-scatter an all-reduce, and both uses of the embedding are reduced."""
+    config = config_of({"kind": "pretrain", "start": None}, compute_dtype="float32")
+    text = compiled(config, mesh_of(8, **sizes)).as_text()
+    found = dict.fromkeys(("all-gather", "all-reduce"), 0.0)
+    for each in collectives(
+        config.stages["s"], stage_model(config, "s", "float32"), _on(config, sizes), on_paper(**sizes)
+    ):
+        embedding = each.what == "embed/embedding" and each.kind != "all-gather"
+        found["all-gather" if each.kind == "all-gather" else "all-reduce"] += each.bytes * (1 + embedding)
+    for kind, own in found.items():
+        assert own == pytest.approx(collective_bytes(text).get(kind, 0), rel=0.05, abs=1024 * LAYERS), kind
+
+
+def _on(config, sizes):
+    return trainer_of(config, on_paper(**sizes))
+
+
+def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
+    config = config_of()
+    sent = collectives(
+        config.stages["s"], stage_model(config, "s", "bfloat16"), _on(config, {"tensor": 4}), on_paper(tensor=4)
+    )
+    assert sent == [Collective("tensor", "activations", "all-reduce", 16 * T * D * 2, 4 * LAYERS + 2)]
+
+
+def test_nothing_is_gathered_again_or_reduced_below_the_lowest_layer_that_trains():
+    config, mesh = config_of({"train": "top(1)"}, tie_embeddings=False), on_paper(fsdp=4)
+    trainer = trainer_of(config, mesh)
+    sent = collectives(config.stages["s"], stage_model(config, "s", "bfloat16"), trainer, mesh)
+    assert lowest(trainer) == LAYERS - 1
+    of = {
+        kind: {each.what: each.times for each in sent if each.kind == kind} for kind in ("all-gather", "reduce-scatter")
+    }
+    assert of["all-gather"]["layers/0:3/mlp/up/kernel"] == 1 and of["all-gather"]["layers/3:4/mlp/up/kernel"] == 2
+    assert all(what.startswith(("layers/3:4/", "final_norm/", "lm_head/")) for what in of["reduce-scatter"])
+
+
+def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
+    plain, cut = config_of(tie_embeddings=False), config_of({"micro_batches": 2}, tie_embeddings=False, logit_chunk=16)
+    sent = [
+        {
+            (each.what, each.kind): each.times
+            for each in collectives(
+                config.stages["s"], stage_model(config, "s", "bfloat16"), _on(config, {"fsdp": 8}), on_paper(fsdp=8)
+            )
+        }
+        for config in (plain, cut)
+    ]
+    layer, head = ("layers/0:4/mlp/up/kernel", "all-gather"), ("lm_head/kernel", "reduce-scatter")
+    assert (sent[0][layer], sent[1][layer]) == (2, 4)
+    assert (sent[0][head], sent[1][head]) == (1, 2 * T / 16)
+
+
+def test_seconds_are_work_over_rates_and_an_all_reduce_takes_a_gather_and_a_scatter():
+    machine = parse("h100x8")
+    link = links(machine, {"fsdp": 8, "data": 1})
+    sent = [Collective("fsdp", "x", "all-gather", 1e9, 3), Collective("fsdp", "x", "all-reduce", 1e9, 1)]
+    found = times(989e12, 3.35e12, sent, machine, link)
+    assert found.compute == pytest.approx(1 / 0.6) and found.memory == pytest.approx(1)
+    assert found.collectives == {"fsdp": pytest.approx(5 * 1e9 * 7 / 8 / 450e9)}
+
+
+def test_a_step_takes_between_the_longest_part_and_their_sum():
+    found = Times(3.0, 1.0, {"fsdp": 2.0, "data": 0.5})
+    assert (found.overlapped, found.in_turn) == (3.0, 6.5)
+
+
+def test_a_sweep_of_phases_is_estimated_each_with_what_trains_in_it():
+    config = config_of({"train": "top(1)", "unfreeze": [[5, "all"]]}, remat="full")
+    first, last = (step_of(config, phase=phase) for phase in (0, 1))
+    assert first.flops < last.flops and first.kept < last.kept
+
+
+def test_the_formula_of_the_collectives_is_that_of_the_scaling_test():
+    """Of the same model; see there what a GPU's or TPU's compiler merges."""
+    config = config_of({"kind": "pretrain", "start": None, "batch_size": 8}, layers=2, compute_dtype="float32")
+    found = collectives(
+        config.stages["s"], stage_model(config, "s", "float32"), _on(config, {"fsdp": 8}), on_paper(fsdp=8)
+    )
+    gathered = sum(each.bytes for each in found if each.kind == "all-gather")
+    assert gathered == pytest.approx(expected_bytes(8, fsdp=8)["all-gather"], rel=0.01)

@@ -1,0 +1,151 @@
+"""Runs on several devices and in several processes: the same losses, and no kind of death that changes them."""
+
+import shutil
+import types
+
+import numpy as np
+import pytest
+from tests.helpers import tiny_cluster as cluster
+from tests.helpers import tiny_run as tiny
+
+from llm3.errors import Exit
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+LAYOUTS = {"1 x 1": (1, 1), "1 x 4": (1, 4), "1 x 8": (1, 8), "2 x 2": (2, 2)}  # processes x devices of each
+MESHES = {
+    "1 x 1": {},
+    "1 x 4": {"fsdp": 2},
+    "1 x 8": {"fsdp": 2, "tensor": 2},
+    "2 x 2": {"data": 1, "fsdp": -1},  # every parameter lies in pieces on both processes
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cluster") / "base"
+    tiny.write_texts(directory / "texts")
+    return directory
+
+
+def started(base, name, *more):
+    """A config of three stages of 20 steps, and the command that runs it in base/NAME."""
+    extra = "\n".join(
+        [
+            "for stage in c.stages.values():",
+            f"    stage.update(steps={STEPS}, log_every=1, save_every=8)",
+            "c.stages.finetune.train = 'top(1)'",
+        ]
+    )
+    config = tiny.write_config(base / "config.py", base, extra)
+    return ("run", f"--config={config}", f"--workdir={base / name}", *more)
+
+
+def run(base, name, layout, *more, status=0, points=None):
+    processes, devices = LAYOUTS[layout]
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in MESHES[layout].items()]
+    command = started(base, name, *mesh, *more)
+    ended = cluster.run(base, *command, processes=processes, devices=devices, points=points)
+    if status is not None:
+        assert [each.status for each in ended] == [status] * processes, "\n".join(each.stderr for each in ended)
+    return ended
+
+
+STAGES = "--stages=pretrain,posttrain,finetune"
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """The three stages on each layout."""
+    outputs = {layout: run(base, layout, layout, STAGES) for layout in LAYOUTS}
+    return types.SimpleNamespace(outputs=outputs, workdir=lambda layout: base / layout)
+
+
+def losses(workdir, stage):
+    return [line["loss"] for line in tiny.metrics(workdir / stage)]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "posttrain", "finetune"])
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_layout_of_devices_and_processes_gives_the_same_losses(whole, stage, layout):
+    expected = losses(whole.workdir("1 x 1"), stage)
+    assert len(expected) == STEPS
+    np.testing.assert_allclose(losses(whole.workdir(layout), stage), expected, rtol=0, atol=1e-5)
+
+
+def test_every_layout_gives_the_same_figures(whole):
+    rows = {layout: tiny.rows(whole.workdir(layout)) for layout in LAYOUTS}
+    for layout in list(LAYOUTS)[1:]:
+        for stage, row in rows["1 x 1"].items():
+            for key in ("general_bits_per_byte", "domain_bits_per_byte", "task_accuracy", "tokens", "flops"):
+                expected = row[key] and pytest.approx(row[key], rel=1e-4)
+                assert rows[layout][stage][key] == expected, (layout, stage, key)
+
+
+def test_the_first_process_speaks_and_the_others_are_silent(whole):
+    first, second = whole.outputs["2 x 2"]
+    assert "process 0 of 2" in first.stderr and "4 x cpu of 2 processes" in first.stdout
+    assert "pretrain" in first.stdout and "pretrain" not in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "layout", "stage"),
+    [
+        ("2 x 2", "1 x 1", "pretrain"),
+        ("2 x 2", "1 x 4", "pretrain"),
+        ("2 x 2", "1 x 8", "finetune"),
+        ("1 x 1", "2 x 2", "finetune"),
+        ("1 x 4", "2 x 2", "pretrain"),
+        ("1 x 8", "2 x 2", "pretrain"),
+    ],
+)
+def test_a_checkpoint_goes_on_on_another_number_of_processes_with_the_same_losses(base, whole, saved_on, layout, stage):
+    """A stage that trains all, and one that trains a part. Between meshes of one process: test_checkpoint_meshes."""
+    moved = base / f"from {saved_on} to {layout}"
+    shutil.copytree(whole.workdir(saved_on), moved)
+    (moved / stage / "evaluation.json").unlink()
+    shutil.rmtree(moved / stage / "checkpoints" / str(STEPS))
+    output = run(base, moved.name, layout, f"--stages={stage}")[0].stdout
+    assert f"{stage}: resumes at step 16" in output
+    np.testing.assert_allclose(losses(moved, stage), losses(whole.workdir("1 x 1"), stage), rtol=0, atol=1e-5)
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command_goes_on(base, whole):
+    """First one, later the other, then to the end: bit for bit what the run that was not killed gave."""
+    for victim, step in ((1, 19), (0, 22)):  # of each start; at 19, the save of step 16 has waited for that of step 8
+        ended = run(base, "killed", "2 x 2", STAGES, status=None, points={victim: f"SIGKILL@step::{step}"})
+        assert ended[victim].status == -9
+        assert ended[1 - victim].status not in (0, -9), "it is the harness that kills a process that does not end"
+    assert "pretrain: resumes at step" in ended[0].stdout
+    run(base, "killed", "2 x 2", STAGES)
+    assert tiny.digests(base / "killed") == tiny.digests(whole.workdir("2 x 2"))
+
+
+def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_own(base, whole):
+    ended = run(base, "stopped", "2 x 2", STAGES, status=Exit.PREEMPTED, points={1: "SIGTERM@step::26"})
+    assert "Stopped by signal 15; all is saved" in ended[0].stdout
+    done = run(base, "stopped", "2 x 2", STAGES)
+    resumed = next(line for line in done[0].stdout.splitlines() if "resumes at step" in line)
+    assert resumed.startswith("posttrain: resumes at step ") and 6 <= int(resumed.split()[-1]) < STEPS
+    assert tiny.digests(base / "stopped") == tiny.digests(whole.workdir("2 x 2"))
+
+
+@pytest.mark.parametrize("where", ["data", "step"])
+def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(base, whole, where):
+    points = {1: f"HANG@{where}::6"}
+    ended = run(base, f"hung {where}", "2 x 2", STAGES, "--config.hang_seconds=10", status=Exit.HUNG, points=points)
+    for process, each in enumerate(ended):
+        assert f"process {process} of 2" in each.stderr and "late: process 1\n" in each.stderr
+        assert "Current thread" in each.stderr or "Thread 0x" in each.stderr
+    assert "sleep" not in ended[0].stderr
+    assert "in patched" in ended[1].stderr, "the stack of the late one says where it hangs"
+
+
+def test_a_workdir_in_use_is_refused_by_all_processes(base, whole):
+    from llm3.stages.workdir import lock
+
+    with lock(base / "used"):
+        ended = run(base, "used", "2 x 2", STAGES, status=Exit.BAD_INPUT)
+    assert "is in use by process" in ended[0].stderr
+    assert ended[1].stderr.count("is in use") == 0

@@ -1,0 +1,261 @@
+"""Whole runs: what they leave, and that no kind of death changes what they compute."""
+
+import json
+import types
+
+import pytest
+from tests.helpers import tiny_run as tiny
+
+from llm3.__main__ import main
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.report.matrix import KEYS
+from llm3.cli.run import is_reported
+from llm3.tree import params_digest
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    tiny.write_texts(directory / "texts")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """An uninterrupted run of all stages."""
+    config, workdir = tiny.write_config(base / "config.py", base), base / "whole"
+    command = ("run", f"--config={config}", f"--workdir={workdir}")
+    output = tiny.process(base, command).stdout
+    return types.SimpleNamespace(base=base, config=config, workdir=workdir, command=command, output=output)
+
+
+def newest(workdir, stage) -> Checkpoints:
+    return Checkpoints(workdir / stage / "checkpoints", read_only=True)
+
+
+def assert_same_results(workdir, whole):
+    """The same parameters after every stage, and each step logged once."""
+    assert tiny.digests(workdir) == tiny.digests(whole.workdir)
+    for stage in tiny.STAGES:
+        lines, expected = tiny.metrics(workdir / stage), tiny.metrics(whole.workdir / stage)
+        assert len({line["step"] for line in lines}) == len(lines)
+        losses = {line["step"]: line["loss"] for line in lines}
+        assert all(losses[line["step"]] == line["loss"] for line in expected[-1:])
+        assert lines[-1]["tokens"] == expected[-1]["tokens"]
+
+
+def test_a_run_leaves_a_matrix_with_every_key_and_null_where_nothing_applies(whole):
+    matrix = json.loads((whole.workdir / "matrix.json").read_text())
+    assert [row["stage"] for row in matrix["rows"]] == ["init", "pretrain", "posttrain", "finetune"]
+    assert [row["stage"] for row in matrix["baselines"]] == ["scratch"]
+    rows = tiny.rows(whole.workdir)
+    for row in rows.values():
+        assert set(KEYS) <= set(row)
+    for stage in ("init", "pretrain", "posttrain"):
+        assert [rows[stage][key] for key in ("task_accuracy", "task_macro_f1", "majority_accuracy")] == [None] * 3
+    assert rows["init"]["peak_bytes"] is None
+    for stage in tiny.STAGES:
+        applies = [key for key in KEYS if not key.startswith("task_") and key != "majority_accuracy"]
+        assert None not in [rows[stage][key] for key in applies]
+    for stage in ("finetune", "scratch"):
+        assert 0 <= rows[stage]["task_accuracy"] <= 1 and 0.5 <= rows[stage]["majority_accuracy"] <= 1
+    assert rows["pretrain"]["tokens"] <= 10 * 8 * 32 and rows["pretrain"]["flops"] > 0
+
+
+def test_a_run_trains(whole):
+    rows = tiny.rows(whole.workdir)
+    assert rows["pretrain"]["general_bits_per_byte"] < rows["init"]["general_bits_per_byte"]
+    assert rows["posttrain"]["domain_bits_per_byte"] < rows["pretrain"]["domain_bits_per_byte"]
+
+
+def test_a_run_leaves_a_report_with_plots(whole):
+    report = (whole.workdir / "report.md").read_text()
+    assert all(stage in report for stage in tiny.STAGES)
+    for plot in ("loss.png", "matrix.png"):
+        assert (whole.workdir / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_is_of_the_parameters_in_the_last_checkpoint(whole):
+    for stage, digest in tiny.digests(whole.workdir).items():
+        if stage != "init":
+            checkpoints = newest(whole.workdir, stage)
+            assert checkpoints.latest() == 10
+            assert params_digest(checkpoints.load_params(10)) == digest == checkpoints.meta(10)["params_digest"]
+
+
+def test_a_checkpoint_tells_its_lineage_back_to_the_first_stage(whole):
+    digests = tiny.digests(whole.workdir)
+    meta = newest(whole.workdir, "finetune").meta(10)
+    assert [each["stage"] for each in meta["lineage"]] in (["pretrain", "posttrain"], ["posttrain", "pretrain"])
+    for each in meta["lineage"]:
+        assert each["params_digest"] == digests[each["stage"]] and each["step"] == 10
+    assert meta["parent"]["stage"] == "posttrain" and meta["fresh"] == ["head/bias", "head/kernel"]
+    assert newest(whole.workdir, "scratch").meta(10)["parent"] is None
+
+
+@pytest.fixture(scope="module")
+def answers(whole):
+    """What the verbs say of the finished run, and whether they leave it as it was."""
+    common, prompt = whole.command[1:], ("--prompt=The president", "--max_tokens=4", "--seed=1")
+    before = tiny.files(whole.workdir)
+    done = tiny.process(
+        whole.base,
+        whole.command,
+        ("eval", *common),
+        ("generate", common[1], *prompt),
+        ("generate", *common, *prompt, "--stage=pretrain"),
+        ("bench", common[0], f"--workdir={whole.base / 'bench'}", "--stage=pretrain", "--json"),
+        ("plan", *common, "--stages=finetune", "--config.stages.finetune.train=top(1)"),
+        ("lineage", common[1]),
+    )
+    names = ("again", "eval", "generate", "generate_stage", "bench", "plan", "lineage")
+    outputs = dict(zip(names, done.stdout.split(tiny.NEXT), strict=False))
+    return types.SimpleNamespace(**outputs, unchanged=tiny.files(whole.workdir) == before)
+
+
+def test_the_same_command_again_says_so_and_does_nothing(answers):
+    assert "Nothing left to do" in answers.again and "report.md" in answers.again
+    assert "evaluating" not in answers.again
+
+
+def test_no_verb_changes_a_file_of_a_finished_run(answers):
+    assert answers.unchanged
+
+
+def test_a_run_without_a_whole_report_has_something_left_to_do(tmp_path, whole):
+    names = ["init", *tiny.STAGES]
+    for name in ("matrix.json", "report.md"):
+        assert not is_reported(tmp_path, names)
+        (tmp_path / name).write_bytes((whole.workdir / name).read_bytes())
+    assert is_reported(tmp_path, names) and not is_reported(tmp_path, [*names, "another"])
+
+
+def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole):
+    """One run, killed in every stage: while texts are read, steps logged, checkpoints written, rows evaluated."""
+    config, workdir = tiny.write_config(whole.base / "killed.py", whole.base), whole.base / "killed"
+    cache = f"--config.cache_dir={whole.base / 'killed-cache'}"
+    command = ("run", f"--config={config}", f"--workdir={workdir}", cache)
+    for point in ("tokenizer", "tokens", "log:pretrain:6", "saving:posttrain:4", "saved:finetune:8", "row:scratch"):
+        tiny.process(whole.base, command, point=f"SIGKILL@{point}", status=-9)
+    done = tiny.process(whole.base, command)
+    assert "scratch: resumes at step 10" in done.stdout
+    assert_same_results(workdir, whole)
+
+
+def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same(whole):
+    workdir = whole.base / "damaged"
+    command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
+    tiny.process(whole.base, command, point="SIGKILL@saved:pretrain:8", status=-9)
+    params = workdir / "pretrain" / "checkpoints" / "8" / "params"
+    largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+    stopped = tiny.process(whole.base, command, point="SIGINT@log:posttrain:6", status=130)
+    assert "step 8 is damaged and was skipped" in stopped.stdout and "pretrain: resumes at step 4" in stopped.stdout
+    # the status says that nothing was raised; Orbax may log what became of its other reads of the damaged step
+    assert "The same command resumes" in stopped.stdout
+    assert newest(workdir, "posttrain").latest() == 7
+
+    stopped = tiny.process(whole.base, command, point="SIGTERM@log:finetune:4", status=75)
+    assert "posttrain: resumes at step 7" in stopped.stdout
+    assert newest(workdir, "finetune").latest() == 5
+
+    assert "finetune: resumes at step 5" in tiny.process(whole.base, command).stdout
+    assert_same_results(workdir, whole)
+
+
+def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
+    """pretrain in one run; from its directory, posttrain in a second one; then what is left of that one."""
+    parent, child = whole.base / "parent", whole.base / "child"
+    start = f"--config.stages.posttrain.start={{'run': '{parent}', 'stage': 'pretrain'}}"
+    here, there = (("run", f"--config={whole.config}", f"--workdir={each}") for each in (parent, child))
+    tiny.process(
+        whole.base,
+        (*here, "--stages=pretrain"),
+        (*there, "--stages=posttrain", start),
+        (*there, "--stages=finetune,scratch", start),
+    )
+    expected = tiny.digests(whole.workdir)
+    assert tiny.digests(parent) == {stage: expected[stage] for stage in ("init", "pretrain")}
+    assert tiny.digests(child) == {stage: digest for stage, digest in expected.items() if stage != "pretrain"}
+    assert newest(child, "finetune").meta(10)["lineage"][0]["run"] == str(parent)
+    # a parent outside of the run is no row of it: nothing is said of a change since "the row before"
+    row = tiny.rows(child)["posttrain"]
+    assert row["parent"] == f"{parent}/pretrain" and row["general_bits_per_byte_change"] is None
+    assert tiny.rows(whole.workdir)["posttrain"]["general_bits_per_byte_change"] is not None
+
+
+def test_a_run_goes_on_with_the_same_examples_on_another_number_of_devices(whole):
+    workdir = whole.base / "moved"
+    command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain")
+    tiny.process(whole.base, command, point="SIGKILL@saved:pretrain:4", status=-9)
+    assert main([*command]) == 0  # one device until step 4, eight from there on
+    moved, stayed = tiny.metrics(workdir / "pretrain"), tiny.metrics(whole.workdir / "pretrain")
+    assert [line["step"] for line in moved] == [line["step"] for line in stayed]
+    for one, other in zip(moved, stayed, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_stage_whose_parent_was_trained_anew_is_refused(whole, capsys):
+    row = whole.workdir / "pretrain" / "evaluation.json"
+    before = row.read_text()
+    row.write_text(before.replace(tiny.digests(whole.workdir)["pretrain"], "0" * 64))
+    try:
+        assert main([*whole.command]) == 2
+    finally:
+        row.write_text(before)
+    error = capsys.readouterr().err
+    assert "posttrain was trained from other parameters of 'pretrain'" in error and "000000000000 now" in error
+
+
+def test_a_report_that_was_cut_short_is_written_again(whole):
+    """matrix.json is written last: without it, the report is not taken for whole."""
+    matrix = whole.workdir / "matrix.json"
+    before = matrix.read_text()
+    matrix.unlink()
+    output = tiny.process(whole.base, whole.command).stdout
+    assert "Report:" in output and matrix.read_text() == before
+
+
+def test_eval_prints_the_figures_of_the_rows(whole, answers):
+    lines = {line.split()[0]: line for line in answers.eval.splitlines() if line.strip() and "evaluating" not in line}
+    for stage in tiny.STAGES:
+        row, line = tiny.rows(whole.workdir)[stage], lines[stage]
+        assert f"{row['general_bits_per_byte']:.3f}" in line and f"{row['domain_bits_per_byte']:.3f}" in line
+        if row["task_accuracy"] is not None:
+            assert f"{100 * row['task_accuracy']:.1f} %" in line and f"{100 * row['task_macro_f1']:.1f} %" in line
+
+
+def test_generate_continues_the_prompt_with_every_stage_or_with_one(answers):
+    heads = [line.split()[0] for line in answers.generate.splitlines() if "───" in line]
+    assert heads == list(tiny.STAGES)
+    assert answers.generate.count("The president") == len(tiny.STAGES)
+    assert answers.generate_stage.strip() in answers.generate and "───" not in answers.generate_stage
+
+
+def test_bench_prints_one_line_of_json(whole, answers):
+    figures = json.loads(answers.bench)
+    assert figures["step_seconds_min"] <= figures["step_seconds"] <= figures["step_seconds_max"]
+    keys = ("tokens_per_second", "flops_per_step", "compile_seconds", "temp_bytes", "params", "trainable_params")
+    assert all(figures[key] > 0 for key in keys)
+    row = tiny.rows(whole.workdir)["pretrain"]
+    assert figures["params"] == row["params"] and 10 * figures["flops_per_step"] == row["flops"]
+
+
+def test_bench_leaves_no_tokenizer_for_a_later_run_with_another_config(whole, answers):
+    assert not (whole.base / "bench" / "tokenizer.json").exists()
+
+
+def test_plan_shows_which_layers_of_a_leaf_train_and_what_the_step_costs_beside_full_training(answers):
+    lines = {line.split()[0]: line.split() for line in answers.plan.splitlines() if line.strip()}
+    assert lines["embed/embedding"][-4] == "no" and lines["head/kernel"][-4] == "yes"
+    # of 2 layers of 16 x 32, the second trains
+    assert lines["layers/mlp/up/kernel"][-5:-1] == ["layers", "1", "1.02k", "512"]
+    assert "of full training's" in answers.plan
+
+
+def test_lineage_goes_back_to_the_first_pretraining_step(whole, answers):
+    digests = tiny.digests(whole.workdir)
+    chain = answers.lineage.split("\nfinetune\n")[1].split("\n\n")[0].splitlines()
+    assert [f"/{stage} step 10" in line for stage, line in zip(tiny.STAGES, chain, strict=False)] == [True] * 3
+    assert all(digests[stage][:12] in line for stage, line in zip(tiny.STAGES, chain, strict=False))

@@ -1,0 +1,154 @@
+"""Every objective, evaluation, form of row and kind of window, held to the contract of its folder."""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm3 import evals, objectives
+from llm3.config.data_schema import SourceConfig
+from llm3.data import formats as forms
+from llm3.data import windows
+from llm3.data.batch import Batch
+from llm3.data.windows.spans import CHOICE, END, START
+from llm3.errors import UserError
+from llm3.models.transformer import abstract, segmented
+from llm3.objectives import Sums
+from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, make_params, make_row, model_config, stack
+
+FOLDERS = (objectives, evals)
+PEERS = [(folder, name) for folder in FOLDERS for name in folder.names()]
+each_peer = pytest.mark.parametrize(("folder", "name"), PEERS, ids=[f"{f.__name__}.{n}" for f, n in PEERS])
+each_objective = pytest.mark.parametrize("name", objectives.names())
+
+
+@functools.cache
+def flat_sums(name: str):
+    """batch -> the sums of an objective, as a flat dict of arrays; every model has a task head here."""
+    peer = objectives.load(name)
+    heads = CLASSES if isinstance(peer.HEAD, str) else len(peer.HEAD)
+    config = model_config(classes=heads)
+    graph, params = abstract(config).graph, segmented(make_params(config), ((0, config.layers),))
+
+    @jit
+    def run(params: dict, batch: Batch):
+        result = peer.loss(nnx.merge(graph, params), batch, jax.random.key(0), TASK)
+        assert isinstance(result, Sums)
+        return {"loss": result.loss, "weight": result.weight} | result.metrics
+
+    return lambda batch: jax.device_get(run(params, batch))
+
+
+def batch_for(name: str, rows: int) -> Batch:
+    """Two documents a row, labelled as the objective has them."""
+    kinds = set(objectives.load(name).WINDOWS.values())
+    if "examples" in kinds:
+        return make_labelled(rows)
+    return with_spans(make_batch(rows)) if "spans" in kinds else make_batch(rows)
+
+
+def with_spans(batch: Batch) -> Batch:
+    """The answer of each document is its second token; every token may be chosen."""
+    first = (batch.positions == 0) & (batch.segments > 0)
+    second = np.roll(first, 1, axis=1)
+    targets = CHOICE * (batch.segments > 0) + (START | END) * second
+    return batch._replace(targets=targets.astype(np.int32), weights=first.astype(np.float32))
+
+
+def test_the_peers_are_the_files_of_the_folder():
+    assert set(objectives.names()) >= {"causal", "classify", "instruct", "masked", "prefix", "span"}
+    assert set(evals.names()) >= {"choice", "classification", "generation", "masked", "perplexity", "span"}
+    assert set(forms.names()) == {"choice", "dialogue", "span", "text"}
+    assert set(windows.names()) == {"dialogue", "examples", "pieces", "spans", "stream"}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)
+def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
+    name = folder.names()[0]
+    with pytest.raises(UserError, match=f"{name}x.*did you mean '{name}'"):
+        folder.load(f"{name}x")
+
+
+@each_peer
+def test_a_peer_has_what_its_folder_promises(folder, name):
+    peer = folder.load(name)
+    assert peer.__doc__
+    assert peer.WINDOWS and set(peer.WINDOWS) <= set(forms.names())
+    assert set(peer.WINDOWS.values()) <= set(windows.names())
+    assert peer.HEAD in ("", "labels") or all(isinstance(output, str) for output in peer.HEAD)
+    assert peer.CAUSAL in (True, False, None)
+    if hasattr(peer, "Options"):
+        assert dataclasses.is_dataclass(peer.Options) and peer.Options.__dataclass_params__.frozen
+        hash(peer.Options())
+    if folder is objectives:
+        assert list(inspect.signature(peer.loss).parameters) == ["model", "batch", "key", "task"]
+        assert isinstance(peer.LABELLED, bool)
+    else:
+        assert list(inspect.signature(peer.figures).parameters) == ["test"]
+        assert peer.BETTER and set(peer.BETTER.values()) <= {"higher", "lower"}
+
+
+@pytest.mark.parametrize("name", forms.names())
+def test_a_form_reads_encodes_and_names_its_texts(name):
+    peer = forms.load(name)
+    assert list(inspect.signature(peer.read).parameters) == ["row", "source"]
+    assert list(inspect.signature(peer.encode).parameters) == ["record", "tokenizer", "template"]
+    assert list(inspect.signature(peer.texts).parameters) == ["record"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({}, "text"),
+        ({"label": "kind", "pair": "other"}, "text"),
+        ({"prompt": "q", "answer": "a"}, "dialogue"),
+        ({"messages": "turns"}, "dialogue"),
+        ({"prompt": "q", "answer": "a", "choices": ["yes", "no"]}, "choice"),
+        ({"prompt": "q", "answers": "spans"}, "span"),
+    ],
+)
+def test_the_fields_that_are_named_say_what_form_a_row_has(fields, form):
+    assert SourceConfig("hub/name", **fields).form == form
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)
+def test_an_unknown_option_is_an_error_with_the_nearest_name(folder):
+    peer = folder.load("masked")
+    with pytest.raises(UserError, match=r"where\.shar: no such option; did you mean 'share'"):
+        objectives.read_options(peer, {"shar": 0.1}, "where")
+
+
+@each_objective
+def test_sums_over_a_batch_are_the_sums_over_its_rows(name):
+    run, batch = flat_sums(name), batch_for(name, 4)
+    whole = run(batch)
+    rows = [run(stack(row, *[make_row()] * 3)) for row in (Batch(*each) for each in zip(*batch, strict=True))]
+    assert whole["loss"] != 0 and whole["weight"] != 0
+    for key, value in whole.items():
+        np.testing.assert_allclose(sum(row[key] for row in rows), value, rtol=1e-5, err_msg=key)
+
+
+@each_objective
+def test_rows_without_a_label_add_zero_and_never_nan(name):
+    run, batch = flat_sums(name), batch_for(name, 4)
+    for empty in (batch._replace(weights=np.zeros_like(batch.weights)), stack(*[make_row()] * 4)):
+        for key, value in run(empty).items():
+            assert np.all(value == 0), key
+
+
+@each_objective
+def test_the_loss_and_the_weight_of_an_objective_are_scalars_in_float32(name):
+    found = flat_sums(name)(batch_for(name, 4))
+    assert all((value.dtype, value.shape) == (np.float32, ()) for value in found.values())
+
+
+@each_objective
+def test_a_weight_scales_what_a_target_adds(name):
+    run, batch = flat_sums(name), batch_for(name, 4)
+    one, three = run(batch), run(batch._replace(weights=3 * batch.weights))
+    for key, value in one.items():
+        assert three[key] == pytest.approx(3 * value, rel=1e-5), key

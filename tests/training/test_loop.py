@@ -1,0 +1,84 @@
+"""The loop's own figures, and how it ends."""
+
+import math
+
+import numpy as np
+import pytest
+
+from llm3.distributed.watchdog import Watchdog
+from llm3.errors import Diverged
+from llm3.training.loop import Cost, Meter, StopRequest, train
+
+
+def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
+    named = {"loss": loss, "weight": weight, "skipped": skipped, "tokens": tokens, "grad_norm": loss / 2}
+    return named | {"skipped_in_a_row": in_a_row}
+
+
+def test_a_log_line_weights_steps_by_their_targets_and_leaves_skipped_ones_out():
+    meter = Meter(Cost(), flops_per_step=10.0, peak_flops=None)
+    meter.pending = [metrics(2.0, 3.0), metrics(math.nan, 5.0, skipped=1.0), metrics(4.0, 1.0)]
+    line = meter.log_line()
+    assert line["loss"] == pytest.approx((3 * 2.0 + 1 * 4.0) / 4)
+    assert line["gradient_norm"] == 2.0 and line["skipped_steps"] == 1
+    assert (meter.cost.tokens, meter.cost.flops, meter.cost.skipped_steps) == (24, 30.0, 1)
+
+
+def test_a_log_line_of_skipped_steps_only_has_no_loss():
+    meter = Meter(Cost(), flops_per_step=10.0, peak_flops=None)
+    meter.pending = [metrics(math.nan, 0.0, skipped=1.0)]
+    line = meter.log_line()
+    assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_steps"] == 1
+
+
+def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
+    """The steps at which a loop logged and saved, the batches it took, and where it ended."""
+    logged, saved, batches, request = [], [], [], request or StopRequest()
+    run.seen = logged, saved
+
+    def step(state, batch):
+        batches.append(batch)
+        if len(batches) == ask_at:
+            request.signal = 15
+        in_a_row = max(0, len(batches) - bad_from) if bad_from is not None else 0
+        return state + 1, metrics(np.float64(1.0), 1.0, skipped=float(in_a_row > 0), in_a_row=float(in_a_row))
+
+    _, end = train(
+        0,
+        step,
+        lambda i: i,
+        Meter(Cost(), 1.0, None),
+        start=start,
+        stop=stop,
+        log_every=3,
+        save_every=4,
+        stop_after=3,
+        on_log=lambda done, line: logged.append(done),
+        on_save=lambda done, state: saved.append(done),
+        request=request,
+        watchdog=Watchdog(0),
+    )
+    return logged, saved, batches, end
+
+
+def test_the_loop_logs_and_saves_on_its_multiples_and_at_the_end():
+    assert run() == ([3, 4, 6, 8, 9, 10], [4, 8, 10], list(range(10)), 10)
+
+
+def test_a_resumed_loop_takes_the_batches_that_are_left():
+    assert run(start=8) == ([9, 10], [10], [8, 9], 10)
+    assert run(start=10) == ([], [], [], 10)
+
+
+def test_a_requested_stop_saves_after_the_step_in_flight():
+    assert run(ask_at=6) == ([3, 4, 6], [4, 6], list(range(6)), 6)
+
+
+def test_a_loop_that_leaves_out_too_many_steps_in_a_row_ends_without_another_save():
+    with pytest.raises(Diverged, match=r"^step 8: the last 3 steps .* \(guard\.stop_after=3\)"):
+        run(bad_from=5)
+    assert run.seen == ([3, 4, 6, 8], [4])
+
+
+def test_steps_left_out_now_and_then_do_not_end_a_loop():
+    assert run(bad_from=8)[3] == 10
