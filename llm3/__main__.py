@@ -134,7 +134,7 @@ def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
         if args.aot and not args.topology:
             raise UserError("--aot: expected --topology=NAME beside it, a TPU")
         if args.topology:
-            return describe.plan_on(config, names, args.topology, args.aot)
+            return describe.plan_on(config, args.workdir, names, args.topology, args.aot)
         return describe.plan(config, args.workdir, names)
     if args.verb == "lineage":
         from llm3.cli.plan import lineage

@@ -12,14 +12,13 @@ from rich.console import Console
 from llm3.config.schema import RunConfig
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
-from llm3.handoff.parent import INIT
 from llm3.models.transformer import init
 from llm3.report.units import digits
 from llm3.stages import rules as stages
 from llm3.stages.cost import byte_report
 from llm3.stages.experiment import prepare
-from llm3.stages.run_stage import abstract_batch
 from llm3.stages.session import Session
+from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import size
 
@@ -45,31 +44,29 @@ def bench(config: RunConfig, workdir: Path, name: str, as_json: bool, alone: boo
     order = stages.check(config)
     if name not in order:
         raise UserError(f"--stage={name}: no such stage; {nearest(name, order)}")
-    experiment = prepare(config, workdir, [name])
-    session = Session(experiment, Console(stderr=True, highlight=False))
+    session = Session(prepare(config, workdir, [name]), Console(stderr=True, highlight=False))
     with session.on_mesh():
-        figures = measure(session, name, alone)
+        figures = measure(session, session.experiment.stages[name], alone)
     print(json.dumps(figures) if as_json else table(figures))
     return 0
 
 
-def measure(session: Session, name: str, alone: bool = False) -> dict:
+def measure(session: Session, stage: Stage, alone: bool = False) -> dict:
     """The figures of a stage's step: `step_seconds` is the median of wall times, bytes are those of one device.
 
     Where it is compared, `full` has the same figures of full training, and `ratios` those of `COMPARED` over them.
     """
-    trainers = [session.trainer(name)]
+    trainers = [session.phases(stage)[0]]
     if not alone and _trains_a_part(trainers[0]):
-        trainers.append(session.full_trainer(name))
-    steps = [_Step(session, name, trainer) for trainer in trainers]
-    mixture = session.experiment.mixture(name)
+        trainers.append(stage.full_training().phases(session.mesh)[0])
+    steps = [_Step(session, stage, trainer) for trainer in trainers]
     for i in range(WARM_UP + TIMED):
-        batch = jax.block_until_ready(place_batch(session.mesh, mixture.batch(i)))
+        batch = jax.block_until_ready(place_batch(session.mesh, stage.data.mixture.batch(i)))
         for step in steps:
             step.take(batch)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     own, *full = (step.figures() for step in steps)
-    result = {"stage": name, "device": device, **own}
+    result = {"stage": stage.name, "device": device, **own}
     return result | {"full": full[0], "ratios": _ratios(own, full[0])} if full else result
 
 
@@ -84,12 +81,12 @@ def _ratios(own: dict, full: dict) -> dict[str, float | None]:
 class _Step:
     """A trainer's compiled step, its state, and the wall time of each step that it took."""
 
-    def __init__(self, session: Session, name: str, trainer: Trainer):
-        self._session, self._stage, self._trainer = session, session.config.stages[name], trainer
+    def __init__(self, session: Session, stage: Stage, trainer: Trainer):
+        self._session, self._stage, self._trainer = session, stage, trainer
         before = time.perf_counter()
-        self._compiled = trainer.train_step.lower(trainer.abstract_state, abstract_batch(session, name)).compile()
+        self._compiled = trainer.train_step.lower(trainer.abstract_state, stage.abstract_batch(session.mesh)).compile()
         self._compile_seconds, self._seconds = time.perf_counter() - before, []
-        self._state = trainer.state(init(trainer.model, session.experiment.seed(INIT), session.mesh))
+        self._state = trainer.state(init(trainer.model, session.experiment.init_seed, session.mesh))
 
     def take(self, batch: Any) -> None:
         """One step, timed from its call until everything that it computes is there."""
@@ -105,7 +102,7 @@ class _Step:
             "step_seconds": median,
             "step_seconds_min": min(timed),
             "step_seconds_max": max(timed),
-            "tokens_per_second": self._stage.batch_size * self._stage.sequence_length / median,
+            "tokens_per_second": self._stage.step_tokens / median,
             "flops_per_step": trainer.flops_per_step,
             "compiler_flops": self._compiler_flops(),
             "flops_per_second": trainer.flops_per_step / median,
@@ -122,7 +119,7 @@ class _Step:
     def _compiler_flops(self) -> float | None:
         """The compiler's count, with element-wise work; None where it counts one round of a loop, or one device."""
         model = self._trainer.model
-        whole = model.scan_unroll >= model.layers and self._stage.micro_batches == 1 and jax.device_count() == 1
+        whole = model.scan_unroll >= model.layers and self._stage.config.micro_batches == 1 and jax.device_count() == 1
         return self._compiled.cost_analysis()["flops"] if whole else None
 
 

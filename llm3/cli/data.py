@@ -3,14 +3,12 @@
 import itertools
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm3 import objectives
 from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
@@ -19,6 +17,7 @@ from llm3.errors import UserError
 from llm3.report.units import count, percent
 from llm3.stages import rules as stages
 from llm3.stages.experiment import Experiment, prepare, read_library
+from llm3.stages.stage import Stage
 
 SHOWN_ROWS, SHOWN_TOKENS = 10, 96
 
@@ -31,19 +30,19 @@ def data(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     order = stages.chosen(config, names)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     experiment = prepare(config, workdir, order)
-    for name in order:
-        stage = config.stages[name]
-        shape = f"{stage.batch_size} x {stage.sequence_length} tokens a step, {stage.steps} steps"
-        console.print(f"\n{name}: {stage.objective_name}, {shape}")
-        console.print(source_table(experiment, name))
-        for first, weights in experiment.schedule(name)[1:]:
+    for stage in experiment.stages.values():
+        own = stage.config
+        shape = f"{own.batch_size} x {own.sequence_length} tokens a step, {own.steps} steps"
+        console.print(f"\n{stage.name}: {own.objective_name}, {shape}")
+        console.print(source_table(stage))
+        for first, weights in stage.data.schedule[1:]:
             console.print(f"  from step {first}: " + ", ".join(f"{s} {percent(w)}" for s, w in shares(weights).items()))
-        for source in experiment.sources(name):
-            for reason, rows in experiment.library.cache(source, "train").bad.items():
+        for source, tokens in stage.data.caches.items():
+            for reason, rows in tokens.bad.items():
                 console.print(f"  {source}: {rows:,} rows set aside: {reason}")
         console.print(f"  ten rows of the first batches; what is learned is {marked('so', sys.stdout.isatty())}:")
-        for row in first_rows(experiment, name):
-            console.print(Text("  | ") + decoded(experiment, name, row), soft_wrap=True)
+        for row in first_rows(stage):
+            console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)
     print_overlaps(experiment, console)
     return 0
 
@@ -74,15 +73,15 @@ def shares(weights: dict[str, float]) -> dict[str, float]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-def source_table(experiment: Experiment, name: str) -> Table:
+def source_table(stage: Stage) -> Table:
     """One row a source: what it holds, how it is packed, and how much of it is drawn."""
-    mixture, stage = experiment.mixture(name), experiment.config.stages[name]
+    data = stage.data
     table = Table("source", box=None, header_style="bold")
     for column in ("documents", "tokens", "bytes/token", "windows", "padding", "cut", "left out", "share", "epochs"):
         table.add_column(column, justify="right")
-    weights, epochs = shares(experiment.schedule(name)[0][1]), mixture.epochs(stage.steps)
-    for source, windows in experiment.tables(name).items():
-        tokens = experiment.library.cache(source, "train")
+    weights, epochs = shares(data.schedule[0][1]), data.mixture.epochs(stage.config.steps)
+    for source, windows in data.tables.items():
+        tokens = data.caches[source]
         text_tokens = tokens.tokens - 2 * tokens.documents  # without <bos> and <eos>
         table.add_row(
             source,
@@ -99,18 +98,17 @@ def source_table(experiment: Experiment, name: str) -> Table:
     return table
 
 
-def first_rows(experiment: Experiment, name: str) -> list[Batch]:
+def first_rows(stage: Stage) -> list[Batch]:
     """The first rows that a stage will see, without the batch axis."""
-    size = experiment.config.stages[name].batch_size
+    size = stage.config.batch_size
     rows = (divmod(row, size) for row in range(SHOWN_ROWS))
-    batches = (experiment.mixture(name).batch(step, [row]) for step, row in rows)
+    batches = (stage.data.mixture.batch(step, [row]) for step, row in rows)
     return [Batch(*(field[0] for field in batch)) for batch in batches]
 
 
-def decoded(experiment: Experiment, name: str, row: Batch) -> Text:
+def decoded(stage: Stage, row: Batch) -> Text:
     """The beginning of a row as text, what is learned from it marked."""
-    peer = objectives.load(experiment.config.stages[name].objective_name)
-    parts = (_labels if peer.HEAD else _tokens)(peer, experiment, name, row)
+    parts = (_labels if stage.objective.HEAD else _tokens)(stage, row)
     return Text.assemble(*(_piece(text, learned) for text, learned in parts))
 
 
@@ -125,14 +123,13 @@ def _piece(text: str, learned: bool) -> Text:
     return Text(text, style="reverse" if learned else "")
 
 
-def _tokens(peer: ModuleType, experiment: Experiment, name: str, row: Batch) -> list[tuple[str, bool]]:
+def _tokens(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
     """Runs of tokens that are targets and that are not: the next ones, or in a bidirectional model the hidden ones."""
-    del name
     tokens, learned = [], []
     for segment in range(1, int(row.segments.max(initial=0)) + 1):
         places = np.flatnonzero(row.segments == segment)
         weighted = row.weights[places] > 0
-        if peer.CAUSAL is False:
+        if stage.objective.CAUSAL is False:
             tokens.append(np.where(weighted, row.targets[places], row.tokens[places]))
             learned.append(weighted)
         else:  # a target follows its place; the last one is no input
@@ -141,11 +138,11 @@ def _tokens(peer: ModuleType, experiment: Experiment, name: str, row: Batch) -> 
     whole, marks = np.concatenate(tokens), np.concatenate(learned)
     first = int(np.argmax(marks)) if marks.any() else 0
     if first < SHOWN_TOKENS * 3 // 4:
-        return _runs(whole[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], experiment.tokenizer)
+        return _runs(whole[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], stage.task.tokenizer)
     third = SHOWN_TOKENS // 3  # what is learned comes late, as after a long prompt
     around = slice(first - third, first + third)
-    begin = (spelled(whole[:third], experiment.tokenizer) + " ... ", False)
-    return [begin, *_runs(whole[around], marks[around], experiment.tokenizer)]
+    begin = (spelled(whole[:third], stage.task.tokenizer) + " ... ", False)
+    return [begin, *_runs(whole[around], marks[around], stage.task.tokenizer)]
 
 
 def _runs(tokens: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -154,20 +151,20 @@ def _runs(tokens: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer) -> list[t
     return [(spelled(tokens[first:last], tokenizer), bool(marks[first])) for first, last in runs]
 
 
-def _labels(peer: ModuleType, experiment: Experiment, name: str, row: Batch) -> list[tuple[str, bool]]:
+def _labels(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
     """Documents, and what the task head is to say of them."""
-    labels, parts = experiment.labels(name), []
-    sets = experiment.task(name).label_sets
+    labels, parts = stage.labels, []
+    sets = stage.task.label_sets
     for segment in range(1, int(row.segments.max(initial=0)) + 1):
         places = np.flatnonzero(row.segments == segment)
-        parts.append((spelled(row.tokens[places[:SHOWN_TOKENS]], experiment.tokenizer), False))
-        if peer.HEAD == "labels":
+        parts.append((spelled(row.tokens[places[:SHOWN_TOKENS]], stage.task.tokenizer), False))
+        if stage.objective.HEAD == "labels":
             target = int(row.targets[places][row.weights[places] > 0][0])
             classes = [target] if sets is None else np.flatnonzero(sets[target])
             parts.append((", ".join(labels[each] for each in classes) or "none", True))
         else:  # the tokens from the first output's place to the last one's: bits 1 and 2 of the targets
             first, last = (places[np.flatnonzero(row.targets[places] & bit)] for bit in (1, 2))
-            parts.append((spelled(row.tokens[int(first[0]) : int(last[0]) + 1], experiment.tokenizer), True))
+            parts.append((spelled(row.tokens[int(first[0]) : int(last[0]) + 1], stage.task.tokenizer), True))
     return parts
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from llm3 import objectives
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import RunConfig
+from llm3.config.schema import MeshConfig, RunConfig
 from llm3.distributed import machines as topology
 from llm3.distributed.machines import Topology
 from llm3.distributed.sharding import mesh_shape
@@ -20,7 +20,7 @@ from llm3.handoff.parent import CHECKPOINTS, changes, trained_stages
 from llm3.optim.optimizer import state_bytes
 from llm3.optim.partition import canonical_path
 from llm3.planning import aot
-from llm3.planning.plan import Forecast, forecasts, on_paper
+from llm3.planning.plan import Forecast, forecasts, on_paper, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent
@@ -28,6 +28,7 @@ from llm3.stages import rules as stages
 from llm3.stages.cost import savings
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
+from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import flatten, size
 
@@ -37,69 +38,70 @@ def plan(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
 
     The texts are read (for the vocabulary and the classes) and cached; nothing is trained or allocated.
     """
-    order, console = stages.chosen(config, names), _console()
-    session = Session(prepare(config, workdir, order), console)
+    console = _console()
+    session = Session(prepare(config, workdir, stages.chosen(config, names)), console)
     with session.on_mesh():
-        for name in order:
-            _show(session, name)
+        for stage in session.experiment.stages.values():
+            for trainer in session.phases(stage):
+                _show(stage, trainer, session.mesh, console)
     return 0
 
 
-def _show(session: Session, name: str) -> None:
-    """The leaves and the cost of each phase of a stage."""
-    stage, console = session.config.stages[name], session.console
-    for trainer in session.phases(name):
-        added = [rule for step, rule in stage.unfreeze if step <= trainer.first]
-        later = f", and {added!r} from step {trainer.first}" if added else ""
-        console.print(f"\n{name}: train={stage.train!r}{later}")
-        console.print(leaf_table(trainer))
-        for line in [*summary(session, name, trainer), *(f"  {note}" for note in trainer.notes)]:
-            console.print(line)
+def _show(stage: Stage, trainer: Trainer, mesh: Mesh, console: Console) -> None:
+    """The leaves and the cost of one phase of a stage."""
+    added = [rule for step, rule in stage.config.unfreeze if step <= trainer.first]
+    later = f", and {added!r} from step {trainer.first}" if added else ""
+    console.print(f"\n{stage.name}: train={stage.config.train!r}{later}")
+    console.print(leaf_table(trainer))
+    for line in [*summary(stage, trainer, mesh), *(f"  {note}" for note in trainer.notes)]:
+        console.print(line)
 
 
 def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def plan_on(config: RunConfig, names: list[str] | None, name_of_machine: str, compiled: bool) -> int:
+def plan_on(config: RunConfig, workdir: Path, names: list[str] | None, name_of_machine: str, compiled: bool) -> int:
     """Print for each stage what a step takes of a device of a machine that need not be there, and how long.
 
-    No text is read and no device used. compiled: with what the TPU's compiler says beside it. Raises UserError.
+    No device is used. compiled: with what the TPU's compiler says beside it. Raises UserError.
     """
     jax.config.update("jax_platforms", "cpu")
     order, console, machine = stages.chosen(config, names), _console(), topology.parse(name_of_machine)
     if compiled:
         aot.check(machine)
     for name in order:
-        for phase, each in enumerate(forecasts(config, name, machine)):
-            for line in _heading(config, name, each, machine):
+        stage, notes = stage_on(config, name, workdir, machine)
+        for phase, each in enumerate(forecasts(stage, config.mesh, machine)):
+            for line in _heading(stage, config.mesh, each, machine):
                 console.print(line)
-            console.print(forecast_table(config, name, each, machine))
-            for line in _remarks(config, name, each, machine):
+            console.print(forecast_table(stage, each, machine))
+            for line in [*_remarks(each, machine), *notes]:
                 console.print(f"  {line}")
             if compiled:
-                console.print(_beside(each, _compile(config, name, each, machine, phase)))
-    for line in assumptions(config, machine):
+                with on_paper(config.mesh, machine):
+                    found = aot.compile_step(stage, config.mesh, machine, phase)
+                console.print(_beside(each, found))
+    for line in assumptions(config.mesh, machine):
         console.print(line)
     return 0
 
 
-def _heading(config: RunConfig, name: str, each: Forecast, machine: Topology) -> list[str]:
-    stage, state = config.stages[name], each.trainer.abstract_state
-    mesh = ", ".join(f"{k} {v}" for k, v in mesh_shape(vars(config.mesh), machine.devices).items() if v > 1)
-    cut = f" in {stage.micro_batches} micro-batches" if stage.micro_batches > 1 else ""
+def _heading(stage: Stage, config: MeshConfig, each: Forecast, machine: Topology) -> list[str]:
+    own, state = stage.config, each.trainer.abstract_state
+    mesh = ", ".join(f"{k} {v}" for k, v in mesh_shape(vars(config), machine.devices).items() if v > 1)
+    cut = f" in {own.micro_batches} micro-batches" if own.micro_batches > 1 else ""
     after = f" from step {each.trainer.first}" if each.trainer.first else ""
     return [
-        f"\n[bold]{name}[/bold]{after} on {machine.name}, {mesh or 'one device'}: {count(size(state.trainable))} of "
-        f"{count(size(each.trainer.abstract_params))} parameters train, "
-        f"{stage.batch_size} x {stage.sequence_length} tokens a step{cut}"
+        f"\n[bold]{stage.name}[/bold]{after} on {machine.name}, {mesh or 'one device'}: "
+        f"{count(size(state.trainable))} of {count(size(each.trainer.abstract_params))} parameters train, "
+        f"{own.batch_size} x {own.sequence_length} tokens a step{cut}"
     ]
 
 
-def forecast_table(config: RunConfig, name: str, each: Forecast, machine: Topology) -> Table:
+def forecast_table(stage: Stage, each: Forecast, machine: Topology) -> Table:
     """A row a figure, a column a remat policy; that of the config has a star."""
-    tokens = config.stages[name].batch_size * config.stages[name].sequence_length
-    peak, own = machine.chip.peak * machine.devices, each.model.remat
+    tokens, peak, own = stage.step_tokens, machine.chip.peak * machine.devices, each.model.remat
     large = each.total(own) >= 2**30
     unit, amount = ("GiB", gibibytes) if large else ("MiB", mebibytes)
     grid = Table(f"{unit} of a device", box=None, header_style="bold")
@@ -134,20 +136,13 @@ def forecast_table(config: RunConfig, name: str, each: Forecast, machine: Topolo
     return grid
 
 
-def _remarks(config: RunConfig, name: str, each: Forecast, machine: Topology) -> list[str]:
-    """What fits best, what is largest, and what the config alone does not tell."""
+def _remarks(each: Forecast, machine: Topology) -> list[str]:
+    """What fits best, and what is largest."""
     best, own = each.best(machine), each.model.remat
     arrays = list(each.steps[own].largest.items())[:3]
     largest = ", ".join(f"{array} {mebibytes(size)} MiB" for array, size in arrays)
-    lines = [f"the fastest that fits: remat {best}" if best else "no remat policy fits", f"largest: {largest}"]
-    if objectives.load(config.stages[name].objective_name).HEAD == "labels":
-        lines.append("how many classes there are, only the texts tell: 1 is counted")
-    return lines + each.trainer.notes
-
-
-def _compile(config: RunConfig, name: str, each: Forecast, machine: Topology, phase: int) -> aot.Compiled:
-    with on_paper(config, machine):
-        return aot.compile_step(config, name, each.model, machine, phase)
+    fits = f"the fastest that fits: remat {best}" if best else "no remat policy fits"
+    return [fits, f"largest: {largest}", *each.trainer.notes]
 
 
 def _beside(each: Forecast, found: aot.Compiled) -> Table | str:
@@ -167,10 +162,10 @@ def _beside(each: Forecast, found: aot.Compiled) -> Table | str:
     return grid
 
 
-def assumptions(config: RunConfig, machine: Topology) -> list[str]:
+def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
     """What a forecast rests on."""
     chip = machine.chip
-    links = topology.links(machine, vars(config.mesh), config.mesh.across)
+    links = topology.links(machine, vars(config), config.across)
     return [
         f"\nAssumed: {chip.name}: {count(chip.peak)}FLOP/s at most, of which products reach {EFFICIENCY:.0%}; "
         f"{count(chip.bandwidth)}B/s of memory; each kernel reads and writes its arrays once",
@@ -222,11 +217,11 @@ def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
     return len(chosen) == trainer.model.layers or chosen
 
 
-def summary(session: Session, name: str, trainer: Trainer) -> list[str]:
+def summary(stage: Stage, trainer: Trainer, mesh: Mesh) -> list[str]:
     """Parameters, bytes for one device's worth of the whole state, and FLOPs a token, beside full training."""
-    stage, takes = session.config.stages[name], savings(session, name, trainer)
+    takes = savings(stage, trainer, mesh)
     trainable, every = takes["trainable_params"], size(trainer.abstract_params)
-    tokens, steps = stage.batch_size * stage.sequence_length, trainer.stop - trainer.first
+    tokens, steps = stage.step_tokens, trainer.stop - trainer.first
 
     def mebibytes(key: str) -> str:
         full = takes.get(f"full_{key}")

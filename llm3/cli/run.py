@@ -19,6 +19,7 @@ from llm3.report import page, table
 from llm3.report.logs import read_metrics
 from llm3.stages import rules as stages
 from llm3.stages.cost import with_full_step_seconds
+from llm3.stages.evaluate import evaluate_init, evaluate_stage
 from llm3.stages.experiment import prepare
 from llm3.stages.run_stage import preflight, run_stage
 from llm3.stages.session import Session
@@ -35,7 +36,7 @@ from llm3.stages.workdir import (
     stage_record,
     write_json,
 )
-from llm3.training.loop import StopRequest, stop_on_signals
+from llm3.training.loop import stop_on_signals
 
 
 def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
@@ -57,12 +58,15 @@ def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     with ExitStack() as held:
         held.enter_context(saying_what_is_whole(workdir, order))
         processes.from_first(lambda: held.enter_context(lock(workdir)))
-        session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
+        experiment = processes.first_ahead(lambda: prepare(config, workdir, order))
+        session = Session(experiment, console)
         request = held.enter_context(stop_on_signals())
         with session.on_mesh():
-            if not train(session, to_train, request):
-                console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
-                return request.exit
+            begin(session, to_train)
+            for stage in (experiment.stages[name] for name in to_train):
+                if request.signal or not run_stage(stage, session, request):
+                    console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
+                    return request.exit
         check_ancestry(workdir, order)
         if processes.is_first():
             report(config, workdir, session.facts(), console)
@@ -91,17 +95,16 @@ def what_is_whole(workdir: Path, order: list[str]) -> str:
     return "no checkpoint was saved before, and the same command begins anew"
 
 
-def train(session: Session, to_train: list[str], request: StopRequest) -> bool:
-    """Train and evaluate the stages; False where a signal asked to stop."""
+def begin(session: Session, to_train: list[str]) -> None:
+    """Check all stages that are to be trained, then write what belongs to the run and evaluate the untrained model."""
     for name in to_train:
-        preflight(session, name, to_train)
+        preflight(session, session.experiment.stages[name], to_train)
     if processes.is_first():
         write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         session.print_header()
-    session.evaluate_init()
-    return all(not request.signal and run_stage(session, name, request) for name in to_train)
+    evaluate_init(session)
 
 
 def speaker() -> Console:
@@ -118,12 +121,12 @@ def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
     rows = []
     with session.on_mesh():
-        for name in order:
+        for name, stage in session.experiment.stages.items():
             params, model, _ = load_stage(workdir, name, mesh=session.mesh)
-            now = replace(session.experiment.model(name), compute_dtype=model.compute_dtype, read_out=model.read_out)
+            now = replace(stage.model, compute_dtype=model.compute_dtype, read_out=model.read_out)
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
-            rows.append(session.evaluate(name, params)[0])
+            rows.append(evaluate_stage(session, stage, params)[0])
     table.print_table(rows, [], console)
     return 0
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from llm3.config.schema import ModelConfig, RunConfig
+from llm3.config.schema import MeshConfig
 from llm3.distributed.machines import Topology
 from llm3.distributed.sharding import make_mesh
 from llm3.errors import UserError
-from llm3.stages.planned import abstract_batch, stage_trainers
+from llm3.stages.stage import Stage
 
 # libtpu looks for the TPU of this machine, and for its own file lock, unless it is told that there is none
 ALONE = {
@@ -46,7 +46,7 @@ def check(topology: Topology) -> None:
         raise UserError("--aot: needs the TPU's compiler: pip install 'llm3[aot]'")
 
 
-def compile_step(config: RunConfig, name: str, model: ModelConfig, topology: Topology, phase: int = 0) -> Compiled:
+def compile_step(stage: Stage, config: MeshConfig, topology: Topology, phase: int = 0) -> Compiled:
     """Compile the step of phase number `phase` of a stage. Takes minutes. Raises UserError."""
     check(topology)
     os.environ.update({key: os.environ.get(key, value) for key, value in ALONE.items()})
@@ -56,11 +56,11 @@ def compile_step(config: RunConfig, name: str, model: ModelConfig, topology: Top
         raise UserError(f"--topology={topology.name!r}: libtpu has no such one: {error}") from error
     if len(devices) != topology.devices:
         raise UserError(f"--aot: libtpu counts {len(devices)} devices in {topology.name}, not {topology.devices}")
-    mesh = make_mesh(vars(config.mesh), list(devices), across=config.mesh.across)
+    mesh = make_mesh(vars(config), list(devices), across=config.across)
     before = time.perf_counter()
     with jax.set_mesh(mesh):
-        trainer = stage_trainers(config, name, config.stages[name], model, mesh)[phase]
-        lowered = trainer.train_step.lower(trainer.abstract_state, abstract_batch(config.stages[name], mesh))
+        trainer = stage.phases(mesh)[phase]
+        lowered = trainer.train_step.lower(trainer.abstract_state, stage.abstract_batch(mesh))
         try:
             took = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:

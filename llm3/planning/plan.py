@@ -3,20 +3,22 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, AxisType
 
-from llm3 import objectives
-from llm3.config.schema import ModelConfig, RunConfig
+from llm3.config.schema import MeshConfig, ModelConfig, RunConfig
 from llm3.distributed import machines as topology
 from llm3.distributed.machines import Link, Topology
 from llm3.distributed.sharding import mesh_shape, rules_in_force, table
+from llm3.errors import UserError
 from llm3.models.flops import step_flops
 from llm3.planning import trace as estimate
 from llm3.planning.roofline import USABLE, Collective, Times, collectives, times
 from llm3.planning.trace import POLICIES, Step, Stored
-from llm3.stages.planned import stage_model, stage_trainers
+from llm3.stages.experiment import read_library
+from llm3.stages.stage import Stage, plan_stage, read_stage
 from llm3.training.phase import Trainer
 
 
@@ -48,51 +50,63 @@ class Forecast(NamedTuple):
 
 
 @contextmanager
-def on_paper(config: RunConfig, machine: Topology) -> Iterator[AbstractMesh]:
+def on_paper(config: MeshConfig, machine: Topology) -> Iterator[AbstractMesh]:
     """The mesh of a config on a machine, without devices, its table of axes in force. Raises UserError."""
-    shape = mesh_shape(vars(config.mesh), machine.devices)
-    with rules_in_force(table(config.mesh.rules)):
+    shape = mesh_shape(vars(config), machine.devices)
+    with rules_in_force(table(config.rules)):
         yield AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def dtype_on(machine: Topology) -> str:
-    """What is computed in where the config says "auto"."""
-    return "float32" if machine.name == "cpu" else "bfloat16"
+def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> tuple[Stage, list[str]]:
+    """The stage as a machine would train it, and notes on what had to be assumed. Raises UserError.
+
+    Its documents are read only where the size of a step depends on them: classes, and how many documents a window
+    holds. Where they cannot be read, the config alone is used.
+    """
+    dtype = "float32" if machine.name == "cpu" else "bfloat16"
+    dtype = dtype if config.model.compute_dtype == "auto" else config.model.compute_dtype
+    stage, notes = plan_stage(config, name), []
+    if stage.objective.HEAD == "labels":
+        try:
+            stage = read_stage(config, name, workdir, read_library(config, workdir))
+        except UserError as error:
+            reason = str(error).splitlines()[0]
+            notes = [f"assumed 1 class, and a loss that reads every position: the documents cannot be read ({reason})"]
+    return stage.computed_in(dtype), notes
 
 
-def forecasts(config: RunConfig, name: str, machine: Topology, policies: tuple[str, ...] = POLICIES) -> list[Forecast]:
+def forecasts(
+    stage: Stage, config: MeshConfig, machine: Topology, policies: tuple[str, ...] = POLICIES
+) -> list[Forecast]:
     """The phases of a stage, under remat policies among which is the config's own.
 
     Raises UserError for a config that does not fit the machine's number of devices.
     """
-    links = topology.links(machine, vars(config.mesh), config.mesh.across)
+    links = topology.links(machine, vars(config), config.across)
     with on_paper(config, machine) as mesh:
-        model = stage_model(config, name, dtype_on(machine))
-        phases = stage_trainers(config, name, config.stages[name], model, mesh)
-        return [_forecast(config, name, model, mesh, machine, links, phase, policies) for phase in range(len(phases))]
+        phases = range(len(stage.phases(mesh)))
+        return [_forecast(stage, mesh, machine, links, phase, policies) for phase in phases]
 
 
 def _forecast(
-    config: RunConfig,
-    name: str,
-    model: ModelConfig,
+    stage: Stage,
     mesh: AbstractMesh,
     machine: Topology,
     links: dict[str, Link],
     phase: int,
     policies: tuple[str, ...],
 ) -> Forecast:
-    stage, steps, taken = config.stages[name], {}, {}
+    model, steps, taken = stage.model, {}, {}
     for policy in policies:
-        of_policy = replace(model, remat=policy)
-        each = stage_trainers(config, name, stage, of_policy, mesh)[phase]
-        sent = collectives(stage, of_policy, each, mesh)
-        steps[policy] = estimate.step(config, name, of_policy, mesh, phase)
+        of_policy = replace(stage, model=replace(model, remat=policy))
+        each = of_policy.phases(mesh)[phase]
+        sent = collectives(of_policy, each, mesh)
+        steps[policy] = estimate.step(of_policy, mesh, phase)
         taken[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
         if policy == model.remat:
             trainer, own_sent = each, sent
-    plain, head = replace(model, remat="none", logit_chunk=0), objectives.load(stage.objective_name).HEAD
-    shape = (stage.batch_size, stage.sequence_length, "task" if head else "lm")
+    plain = replace(model, remat="none", logit_chunk=0)
+    shape = (stage.config.batch_size, stage.config.sequence_length, stage.head)
     wanted = sum(step_flops(plain, *shape, trainer.partition.segments, trainer.partition.trainable))
     stored = estimate.stored(trainer, stage, mesh)
     return Forecast(model, trainer, stored, steps, taken, own_sent, wanted)

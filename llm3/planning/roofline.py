@@ -14,6 +14,7 @@ from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.machines import Link, Topology
 from llm3.distributed.sharding import axis_size, spec
 from llm3.optim.frozen import computed_low
+from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import flatten
 
@@ -62,7 +63,7 @@ def times(flops: float, moved: float, sent: list[Collective], topology: Topology
     return Times(flops / (chip.peak * EFFICIENCY), moved / chip.bandwidth, {k: v for k, v in seconds.items() if v})
 
 
-def collectives(stage: StageConfig, model: ModelConfig, trainer: Trainer, mesh: Any) -> list[Collective]:
+def collectives(stage: Stage, trainer: Trainer, mesh: Any) -> list[Collective]:
     """What the devices of a mesh send each other in a step.
 
     Parameters that are cut along an axis that the batch is cut along are gathered where they are used, in the forward
@@ -72,13 +73,14 @@ def collectives(stage: StageConfig, model: ModelConfig, trainer: Trainer, mesh: 
     Windows that are cut need the keys and values of all pieces. Each micro-batch does it all again, and each chunk of
     logits gathers its kernel and reduces its gradient.
     """
+    config, model = stage.config, stage.model
     found: list[Collective] = []
     state, first = trainer.abstract_state, lowest(trainer)
     for trains, tree in ((True, state.trainable), (False, state.frozen)):
         for path, leaf in flatten(tree).items():
             for part in jax.tree.leaves(leaf):  # of a quantised one, codes and scales
-                found += _of_leaf(path, part, trains, stage, model, first, mesh)
-    return [each for each in (*found, *_of_activations(stage, model, trainer, mesh)) if each.times]
+                found += _of_leaf(path, part, trains, config, model, first, mesh)
+    return [each for each in (*found, *_of_activations(config, model, trainer, mesh)) if each.times]
 
 
 def lowest(trainer: Trainer) -> int:

@@ -14,13 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from llm3 import objectives
-from llm3.config.schema import ModelConfig, RunConfig, StageConfig
+from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import MESH_AXES, axis_size
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
 from llm3.planning import liveness as footprint
-from llm3.stages.planned import abstract_batch, stage_task, stage_trainers
+from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import flatten
 
@@ -63,31 +62,32 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(shape) * size for shape, size in shards))
 
 
-def stored(trainer: Trainer, stage: StageConfig, mesh: Any) -> Stored:
+def stored(trainer: Trainer, stage: Stage, mesh: Any) -> Stored:
     """The bytes that a stage stores on each device of a mesh."""
     state = trainer.abstract_state
     trainable = device_bytes(state.trainable)
     moments = device_bytes((state.opt, state.guard, state.step))
-    batch = device_bytes(abstract_batch(stage, mesh))
+    batch = device_bytes(stage.abstract_batch(mesh))
     return Stored(trainable + device_bytes(state.frozen), trainable, moments, batch)
 
 
-def step(config: RunConfig, name: str, model: ModelConfig, mesh: Any, phase: int = 0) -> Step:
-    """A step of phase number `phase` of a stage, of `model` as the whole mesh computes it."""
-    stage, share = config.stages[name], device_model(model, mesh)
-    rows = _traced_rows(share, stage)
+def step(stage: Stage, mesh: Any, phase: int = 0) -> Step:
+    """A step of phase number `phase` of a stage, as the whole mesh computes it."""
+    config, model, share = stage.config, stage.model, device_model(stage.model, mesh)
+    rows = _traced_rows(share, config)
     alone = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    traced = replace(stage, batch_size=rows * stage.micro_batches)
-    trainer = stage_trainers(config, name, traced, share, alone)[phase]
-    own_rows = stage.batch_size / stage.micro_batches / axis_size(mesh, "batch")
+    traced = replace(stage, config=replace(config, batch_size=rows * config.micro_batches), model=share)
+    trainer = traced.phases(alone)[phase]
+    own_rows = config.batch_size / config.micro_batches / axis_size(mesh, "batch")
     context = axis_size(mesh, "length")
     shares = footprint.Shares(rows, own_rows, context, axis_size(mesh, "embed"))
-    state, batch = _bare(trainer.abstract_state), _bare(abstract_batch(traced, alone))
+    state, batch = _bare(trainer.abstract_state), _bare(traced.abstract_batch(alone))
     program = jax.make_jaxpr(trainer.train_step)(state, batch)
     found = footprint.of(program.jaxpr, shares)
-    gathered = _gathered_keys(share, stage, own_rows, context)
+    gathered = _gathered_keys(share, config, own_rows, context)
     layers = model.layers if model.remat == "none" else 0
-    kept = _kept(config, name, trainer, replace(traced, batch_size=rows), shares) + layers * gathered
+    one_micro_batch = replace(traced, config=replace(config, batch_size=rows))
+    kept = _kept(one_micro_batch, trainer, shares) + layers * gathered
     extra = _casts(trainer, model, axis_size(mesh, "embed")) + max(layers, 1) * gathered
     return Step(kept, found.peak + extra, found.largest, found.moved, found.flops * shares.share)
 
@@ -118,15 +118,15 @@ def _bare(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _kept(config: RunConfig, name: str, trainer: Trainer, stage: StageConfig, shares: footprint.Shares) -> float:
+def _kept(stage: Stage, trainer: Trainer, shares: footprint.Shares) -> float:
     """The bytes of activations that the backward pass finds of the forward pass: what jax.vjp keeps."""
     graph = abstract(trainer.model, trainer.partition.segments).graph
-    objective, task = objectives.load(stage.objective_name), stage_task(stage, f"config.stages.{name}")
-    state, batch = _bare(trainer.abstract_state), _bare(abstract_batch(stage, None))
+    state, batch = _bare(trainer.abstract_state), _bare(stage.abstract_batch(None))
 
     def forward(trainable: dict, frozen: dict, batch: Any) -> Any:
         key = jax.random.key(0)
-        return jax.vjp(lambda p: objective.loss(nnx.merge(graph, p, frozen), batch, key, task).loss, trainable)[1]
+        merged = lambda p: nnx.merge(graph, p, frozen)  # noqa: E731
+        return jax.vjp(lambda p: stage.objective.loss(merged(p), batch, key, stage.task).loss, trainable)[1]
 
     program = footprint.read(jax.make_jaxpr(forward)(state.trainable, state.frozen, batch).jaxpr, shares)
     kept = {value for value in program.results if not value.given and shares.batched(value)}

@@ -6,10 +6,10 @@ import statistics
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llm3.optim.optimizer import state_bytes
-from llm3.stages.session import Session
-from llm3.stages.workdir import stage_record
+from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.training.step import TrainState
 from llm3.tree import size
@@ -25,14 +25,13 @@ def byte_report(state: TrainState) -> dict[str, int]:
 
 
 def savings(
-    session: Session, name: str, trainer: Trainer, temp_bytes: int | None = None, metrics: list[dict] | None = None
+    stage: Stage, trainer: Trainer, mesh: Mesh, temp_bytes: int | None = None, metrics: list[dict] | None = None
 ) -> dict[str, Any]:
     """The keys of a row that say what a step takes; `full_*` are those of training all of the plain model.
 
     metrics: the stage's log lines; `step_seconds` is the median over those of this trainer.
     """
-    stage, full = session.config.stages[name], session.full_trainer(name)
-    tokens = stage.batch_size * stage.sequence_length
+    full, tokens = stage.full_training().phases(mesh)[0], stage.step_tokens
     forward, backward = trainer.flops
     seconds = [line["step_seconds"] for line in metrics or () if line["step"] > trainer.first]
     full_bytes = byte_report(full.abstract_state)
@@ -50,11 +49,10 @@ def savings(
     }
 
 
-def recipe(session: Session, name: str) -> str:
+def recipe(stage: Stage) -> str:
     """What a stage computes but for its seed, as a short digest."""
-    record = stage_record(session.config, name)
-    record["stage"].pop("seed")
-    record["devices"] = jax.device_count()
+    own = {key: value for key, value in stage.record["stage"].items() if key != "seed"}
+    record = stage.record | {"stage": own, "devices": jax.device_count()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 

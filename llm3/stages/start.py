@@ -16,7 +16,8 @@ from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, canonical, init
 from llm3.stages.experiment import Experiment
 from llm3.stages.session import Session
-from llm3.stages.workdir import ROW, read_json, stage_record
+from llm3.stages.stage import Stage
+from llm3.stages.workdir import ROW, read_json
 from llm3.training.phase import Trainer
 from llm3.tree import flatten, unflatten
 
@@ -73,82 +74,81 @@ def kept_steps(stage: StageConfig) -> list[int]:
     return saved[-stage.keep :]
 
 
-def find_parent(experiment: Experiment, name: str, in_this_run: list[str]) -> Parent | None:
+def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) -> Parent | None:
     """The parent of a stage, found and accounted for leaf by leaf. Raises UserError.
 
     None for a stage that resumes or starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to
     come, but its shapes are known and checked.
     """
-    where = f"config.stages.{name}.start"
-    start, parent = locate_parent(experiment.config, experiment.workdir, name, in_this_run)
+    where = f"{stage.where}.start"
+    start, parent = locate_parent(experiment.config, experiment.workdir, stage.name, in_this_run)
     if start is None:
         return None
     if parent is None:
-        leaves, before = _shapes(experiment, start.stage), experiment.model(start.stage)
+        before = experiment.stages[start.stage]
+        leaves, model, labels = _shapes(before.model), before.model, before.labels
     else:
         grows = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
         parent = parent._replace(added=len(experiment.config.tokenizer.add) if grows else 0)
-        leaves, before = parent.shapes(), ModelConfig(**parent.meta["model"])
-    account = handoff.account(_shapes(experiment, name), leaves, start, where, parent.added if parent else 0)
-    check_function(before, experiment.model(name), account, where)
+        leaves, model, labels = parent.shapes(), ModelConfig(**parent.meta["model"]), parent.meta["labels"]
+    account = handoff.account(_shapes(stage.model), leaves, start, where, parent.added if parent else 0)
+    check_function(model, stage.model, account, where)
     if "head/kernel" in account.loaded:
-        known = parent.meta["labels"] if parent else experiment.labels(start.stage)
-        handoff.check_labels(known, experiment.labels(name), where)
+        handoff.check_labels(labels, stage.labels, where)
     return parent
 
 
-def _shapes(experiment: Experiment, name: str) -> dict[str, tuple[int, ...]]:
-    shapes = canonical(abstract(experiment.model(name)).shapes)
-    return {path: leaf.shape for path, leaf in flatten(shapes).items()}
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return {path: leaf.shape for path, leaf in flatten(canonical(abstract(model).shapes)).items()}
 
 
-def check_same_data(experiment: Experiment, name: str, meta: dict) -> None:
-    """Raise UserError where a stage was begun with another tokenizer or on other texts."""
-    now = {"tokenizer_hash": experiment.tokenizer.hash, "data": experiment.fingerprints(name)}
+def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: dict) -> None:
+    """Raise UserError where a stage was begun with another tokenizer or on other documents."""
+    now = {"tokenizer_hash": tokenizer_hash, "data": stage.data.fingerprints}
     for key, value in now.items():
         if meta[key] != value:
             raise UserError(
-                f"{experiment.workdir / name} was trained on other data ({key}: {meta[key]} there, {value} now): "
+                f"{directory} was trained on other data ({key}: {meta[key]} there, {value} now): "
                 f"bring the data back, or use another --workdir"
             )
 
 
-def first_params(session: Session, name: str, parent: Parent | None, trainer: Trainer) -> tuple[dict, dict]:
+def first_params(session: Session, stage: Stage, parent: Parent | None, trainer: Trainer) -> tuple[dict, dict]:
     """The canonical parameters that a stage starts with, and what the metadata says of them."""
-    seed = session.experiment.fresh_seed(name)
+    seed = stage.fresh_seed
     if parent is None:
         params, fresh = init(trainer.model, seed, session.mesh), sorted(flatten(trainer.abstract_params))
         said = {"fresh": fresh}
     else:
-        params, account = handoff.load(parent, trainer.abstract_params, f"config.stages.{name}.start")
+        params, account = handoff.load(parent, trainer.abstract_params, f"{stage.where}.start")
         fresh, said = account.fresh, account.said()
         if fresh:
             params = unflatten(flatten(params) | flatten(init(trainer.model, seed, session.mesh, only=fresh)))
         session.console.print(
-            f"{name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, {account.describe()}"
+            f"{stage.name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, "
+            f"{account.describe()}"
         )
-    if (kind := session.config.stages[name].frozen) in CODEBOOKS:
-        session.console.print(f"{name}: frozen kernels go on as what their {kind} codes stand for")
+    if (kind := stage.config.frozen) in CODEBOOKS:
+        session.console.print(f"{stage.name}: frozen kernels go on as what their {kind} codes stand for")
         params, said = trainer.rounded(params), said | {"rounded": kind}
     return with_magnitudes(params, fresh), said  # of the kernels that are computed with
 
 
-def base_meta(experiment: Experiment, name: str, parent: Parent | None) -> dict:
+def base_meta(stage: Stage, parent: Parent | None) -> dict:
     """What every checkpoint of a stage says of where it comes from."""
-    config, stage = experiment.config, experiment.config.stages[name]
     return {
-        "stage": name,
-        "kind": stage.kind,
-        "steps": stage.steps,
-        "seed": experiment.given_seed(name),
+        "stage": stage.name,
+        "kind": stage.config.kind,
+        "steps": stage.config.steps,
+        "seed": stage.given_seed,
         "parent": parent and parent.describe(),
         "lineage": handoff.lineage(parent),
         "reset": ["step", "optimizer", "schedule", "data"],
-        "tokenizer_hash": experiment.tokenizer.hash,
-        "data": experiment.fingerprints(name),
-        "labels": experiment.labels(name),
-        "model": as_dict(experiment.model(name)),
-        "config": stage_record(config, name),
+        "tokenizer_hash": stage.task.tokenizer.hash,
+        "data": stage.data.fingerprints,
+        "labels": stage.labels,
+        "model": as_dict(stage.model),
+        "config": stage.record,
         "version": __version__,
     }
 

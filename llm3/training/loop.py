@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -124,28 +124,36 @@ class Meter:
         return line
 
 
+class Hooks(NamedTuple):
+    """What the loop calls besides the step.
+
+    on_log(step, line) every `log_every` steps; on_save(step, state) every `save_every` steps, at the end and before a
+    requested stop; both with steps counted from 1.
+    """
+
+    log_every: int
+    save_every: int
+    on_log: Callable[[int, dict], None]
+    on_save: Callable[[int, TrainState], None]
+    request: StopRequest
+    watchdog: Watchdog
+
+
 def train(
-    state: TrainState,
     train_step: Callable,
+    state: TrainState,
     make_batch: Callable[[int], Any],
     meter: Meter,
-    *,
-    start: int,
-    stop: int,
-    log_every: int,
-    save_every: int,
+    steps: tuple[int, int],
+    hooks: Hooks,
     stop_after: int,
-    on_log: Callable[[int, dict], None],
-    on_save: Callable[[int, TrainState], None],
-    request: StopRequest,
-    watchdog: Watchdog,
 ) -> tuple[TrainState, int]:
-    """Steps `start` to `stop`; the state and the step reached, which is less than `stop` after a stop request.
+    """Steps (from, up to); the state and the step reached, which is less than asked for after a stop request.
 
-    `make_batch(step)` gives the batch on the devices. `on_save` is called every `save_every` steps, at the end and
-    before a requested stop, with step counted from 1. Raises Diverged, before anything more is saved, where the guard
+    `make_batch(step)` gives the batch on the devices. Raises Diverged, before anything more is saved, where the guard
     has left out `stop_after` steps in a row.
     """
+    (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
     meter.since = time.perf_counter()
     with closing(batches), watchdog.watching():
@@ -159,14 +167,14 @@ def train(
             meter.pending.append(metrics)
             if len(meter.pending) >= IN_FLIGHT:
                 jax.block_until_ready(meter.pending[-IN_FLIGHT])
-            ending = request.at_step() or done == stop
-            saving = ending or done % save_every == 0
-            if saving or done % log_every == 0:
-                on_log(done, meter.log_line())
+            ending = hooks.request.at_step() or done == stop
+            saving = ending or done % hooks.save_every == 0
+            if saving or done % hooks.log_every == 0:
+                hooks.on_log(done, meter.log_line())
                 check_guard(meter, done, stop_after)
             if saving:
                 watchdog.at(done, "saving")
-                on_save(done, state)
+                hooks.on_save(done, state)
                 meter.since = time.perf_counter()  # a save is not a part of the step time
             if ending:
                 return state, done

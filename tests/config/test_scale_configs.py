@@ -11,7 +11,7 @@ from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.planning.plan import forecasts, on_paper
 from llm3.stages import rules as stages
-from llm3.stages.planned import stage_model
+from llm3.stages.stage import plan_stage
 from llm3.tree import size
 
 TOPOLOGIES = {"h100x8": "h100x8", "h100x64": "h100x64", "v5p-512": "v5p:8x8x4"}
@@ -26,9 +26,7 @@ def config_of(name: str, machine: str) -> RunConfig:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_model_has_as_many_parameters_as_published(name):
     config = config_of(name, "h100x64")
-    assert size(abstract(stage_model(config, "pretrain", "bfloat16")).shapes) == pytest.approx(
-        PUBLISHED[name], rel=1e-3
-    )
+    assert size(abstract(plan_stage(config, "pretrain").model).shapes) == pytest.approx(PUBLISHED[name], rel=1e-3)
 
 
 @pytest.mark.parametrize(("name", "machine"), VARIANTS)
@@ -37,7 +35,7 @@ def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
     order = stages.check(config)
     # 70B do not fit on 8 GPUs while they train
     assert order == ["pretrain", "posttrain", "finetune"][(name, machine) == ("llama3_70b", "h100x8") :]
-    with on_paper(config, parse(TOPOLOGIES[machine])) as mesh:
+    with on_paper(config.mesh, parse(TOPOLOGIES[machine])) as mesh:
         for stage in config.stages.values():
             check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, "stage")
         for evaluation in config.evaluations.values():
@@ -48,7 +46,8 @@ def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
 def test_every_stage_of_a_variant_fits_as_it_is_configured(name, machine):
     config, chips = config_of(name, machine), parse(TOPOLOGIES[machine])
     for stage in config.stages:
-        for each in forecasts(config, stage, chips, (config.model.remat,)):
+        planned = plan_stage(config, stage).computed_in("bfloat16")
+        for each in forecasts(planned, config.mesh, chips, (config.model.remat,)):
             assert each.fits(config.model.remat, chips), f"{stage}: {each.total(config.model.remat) / 2**30:.1f} GiB"
 
 

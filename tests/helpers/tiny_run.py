@@ -189,7 +189,6 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     from llm3.handoff import parent as handoff
     from llm3.report import logs
     from llm3.stages import run_stage as training
-    from llm3.stages import session
     from llm3.training import loop
 
     def of_step(checkpoints, at, *_) -> bool:
@@ -218,8 +217,8 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
         "saving_base": (checkpoints, "save_base", of_stage, False),
         "saved_base": (checkpoints, "save_base", once_done(of_stage), False),
         "reading": (handoff, "not_finite", lambda *_: True, True),
-        "handed": (training, "first_params", lambda _, name, *__: name == stage, False),
-        "row": (session.Session, "write_row", lambda _, name, *__: name == stage, True),
+        "handed": (training, "first_params", lambda _, of, *__: of.name == stage, False),
+        "row": (training, "write_row", lambda _, of, *__: of.name == stage, True),
         "tokenizer": (tokenizer, "train", lambda *_: True, True),
         "tokens": (text, "encode", lambda *_: True, False),
     }
@@ -236,7 +235,7 @@ def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
 
         def call(*args):
             result = compiled(*args)
-            if next(steps) == step and run.name == stage:
+            if next(steps) == step and run.stage.name == stage:
                 die()
             return result
 

@@ -19,7 +19,7 @@ from llm3.distributed.machines import links, parse
 from llm3.distributed.sharding import MESH_AXES
 from llm3.planning import trace as estimate
 from llm3.planning.roofline import Collective, Times, collectives, lowest, times
-from llm3.stages.planned import abstract_batch, stage_model, stage_trainers
+from llm3.stages.stage import Stage, plan_stage
 from llm3.tree import size
 from tests.distributed.test_scaling import expected_bytes
 from tests.helpers.meshes import mesh_of
@@ -54,18 +54,23 @@ def on_paper(**sizes: int) -> AbstractMesh:
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
+def stage_of(config: RunConfig) -> Stage:
+    dtype = config.model.compute_dtype
+    return plan_stage(config, "s").computed_in("bfloat16" if dtype == "auto" else dtype)
+
+
 def step_of(config: RunConfig, mesh=None, phase: int = 0) -> estimate.Step:
-    return estimate.step(config, "s", stage_model(config, "s", "bfloat16"), mesh or on_paper(), phase)
+    return estimate.step(stage_of(config), mesh or on_paper(), phase)
 
 
 def trainer_of(config: RunConfig, mesh, phase: int = 0):
-    return stage_trainers(config, "s", config.stages["s"], stage_model(config, "s", "bfloat16"), mesh)[phase]
+    return stage_of(config).phases(mesh)[phase]
 
 
 def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
     with jax.set_mesh(mesh):
         trainer = trainer_of(config, mesh)
-        return trainer.train_step.lower(trainer.abstract_state, abstract_batch(config.stages["s"], mesh)).compile()
+        return trainer.train_step.lower(trainer.abstract_state, stage_of(config).abstract_batch(mesh)).compile()
 
 
 @pytest.mark.parametrize(
@@ -201,9 +206,7 @@ def test_the_collectives_are_those_of_the_compiled_step(sizes):
     config = config_of({"kind": "pretrain", "start": None}, compute_dtype="float32")
     text = compiled(config, mesh_of(8, **sizes)).as_text()
     found = dict.fromkeys(("all-gather", "all-reduce"), 0.0)
-    for each in collectives(
-        config.stages["s"], stage_model(config, "s", "float32"), _on(config, sizes), on_paper(**sizes)
-    ):
+    for each in collectives(stage_of(config), _on(config, sizes), on_paper(**sizes)):
         embedding = each.what == "embed/embedding" and each.kind != "all-gather"
         found["all-gather" if each.kind == "all-gather" else "all-reduce"] += each.bytes * (1 + embedding)
     for kind, own in found.items():
@@ -216,16 +219,14 @@ def _on(config, sizes):
 
 def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
     config = config_of()
-    sent = collectives(
-        config.stages["s"], stage_model(config, "s", "bfloat16"), _on(config, {"tensor": 4}), on_paper(tensor=4)
-    )
+    sent = collectives(stage_of(config), _on(config, {"tensor": 4}), on_paper(tensor=4))
     assert sent == [Collective("tensor", "activations", "all-reduce", 16 * T * D * 2, 4 * LAYERS + 2)]
 
 
 def test_nothing_is_gathered_again_or_reduced_below_the_lowest_layer_that_trains():
     config, mesh = config_of({"train": "top(1)"}, tie_embeddings=False), on_paper(fsdp=4)
     trainer = trainer_of(config, mesh)
-    sent = collectives(config.stages["s"], stage_model(config, "s", "bfloat16"), trainer, mesh)
+    sent = collectives(stage_of(config), trainer, mesh)
     assert lowest(trainer) == LAYERS - 1
     of = {
         kind: {each.what: each.times for each in sent if each.kind == kind} for kind in ("all-gather", "reduce-scatter")
@@ -239,9 +240,7 @@ def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
     sent = [
         {
             (each.what, each.kind): each.times
-            for each in collectives(
-                config.stages["s"], stage_model(config, "s", "bfloat16"), _on(config, {"fsdp": 8}), on_paper(fsdp=8)
-            )
+            for each in collectives(stage_of(config), _on(config, {"fsdp": 8}), on_paper(fsdp=8))
         }
         for config in (plain, cut)
     ]
@@ -273,8 +272,6 @@ def test_a_sweep_of_phases_is_estimated_each_with_what_trains_in_it():
 def test_the_formula_of_the_collectives_is_that_of_the_scaling_test():
     """Of the same model; see there what a GPU's or TPU's compiler merges."""
     config = config_of({"kind": "pretrain", "start": None, "batch_size": 8}, layers=2, compute_dtype="float32")
-    found = collectives(
-        config.stages["s"], stage_model(config, "s", "float32"), _on(config, {"fsdp": 8}), on_paper(fsdp=8)
-    )
+    found = collectives(stage_of(config), _on(config, {"fsdp": 8}), on_paper(fsdp=8))
     gathered = sum(each.bytes for each in found if each.kind == "all-gather")
     assert gathered == pytest.approx(expected_bytes(8, fsdp=8)["all-gather"], rel=0.01)

@@ -5,10 +5,10 @@ import types
 
 import numpy as np
 import pytest
-from tests.helpers import tiny_cluster as cluster
-from tests.helpers import tiny_run as tiny
 
 from llm3.errors import Exit
+from tests.helpers import tiny_cluster as cluster
+from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+
 from tests.helpers import tiny_run
 
 pytestmark = pytest.mark.slow

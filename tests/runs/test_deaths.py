@@ -5,9 +5,9 @@ import re
 import types
 
 import pytest
-from tests.helpers import tiny_run as tiny
 
-from llm3.checkpoints.stage_checkpoints import (BASE, Checkpoints)
+from llm3.checkpoints.stage_checkpoints import BASE, Checkpoints
+from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
 

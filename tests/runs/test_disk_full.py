@@ -9,16 +9,16 @@ from pathlib import Path
 
 import jax
 import pytest
+
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.errors import Exit, NotWritten
+from llm3.report.logs import MetricsWriter, read_metrics
+from llm3.stages import workdir as workdirs
+from llm3.tree import params_digest
 from tests.helpers import tiny_cluster as cluster
 from tests.helpers import tiny_partial as partial
 from tests.helpers import tiny_run as tiny
-from tests.helpers.tiny_checkpoints import (OPT, PARAMS, newest, same)
-
-from llm3.stages import workdir as workdirs
-from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.errors import (Exit, NotWritten)
-from llm3.report.logs import (MetricsWriter, read_metrics)
-from llm3.tree import params_digest
+from tests.helpers.tiny_checkpoints import OPT, PARAMS, newest, same
 
 # Orbax leaves coroutines behind when it fails
 pytestmark = pytest.mark.filterwarnings(

@@ -5,10 +5,10 @@ import random
 
 import numpy as np
 import pytest
-from tests.helpers.tiny_tokens import (TokensInMemory, make_documents)
 
-from llm3.data.mixture import (Mixture, prefetch)
-from llm3.data.windows import (examples, pieces, stream)
+from llm3.data.mixture import Mixture, prefetch
+from llm3.data.windows import examples, pieces, stream
+from tests.helpers.tiny_tokens import TokensInMemory, make_documents
 
 LENGTH, BATCH, STEPS, SAVE_EVERY = 16, 8, 130, 7
 WEIGHTS = {"running": 0.5, "whole": 0.3, "labelled": 0.2}

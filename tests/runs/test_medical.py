@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.helpers import tiny_run
 
 from llm3.config import load as configfile
-from llm3.optim import partition
-from llm3.stages import rules as stages
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
-from llm3.models.transformer import (abstract, canonical)
+from llm3.models.transformer import abstract, canonical
+from llm3.optim import partition
+from llm3.stages import rules as stages
 from llm3.tree import flatten
+from tests.helpers import tiny_run
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"

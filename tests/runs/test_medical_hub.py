@@ -3,8 +3,9 @@
 import json
 
 import pytest
+
 from tests.helpers import tiny_run
-from tests.runs.test_medical import (DATA, MEDICAL)
+from tests.runs.test_medical import DATA, MEDICAL
 
 pytestmark = pytest.mark.slow
 

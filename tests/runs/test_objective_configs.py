@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+
 from tests.helpers import tiny_run
 
 pytestmark = pytest.mark.slow

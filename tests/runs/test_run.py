@@ -4,13 +4,13 @@ import json
 import types
 
 import pytest
-from tests.helpers import tiny_run as tiny
 
 from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.report.matrix import KEYS
 from llm3.cli.run import is_reported
+from llm3.report.matrix import KEYS
 from llm3.tree import params_digest
+from tests.helpers import tiny_run as tiny
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged
-from llm3.training.loop import Cost, Meter, StopRequest, train
+from llm3.training.loop import Cost, Hooks, Meter, StopRequest, train
 
 
 def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
@@ -43,21 +43,15 @@ def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
         in_a_row = max(0, len(batches) - bad_from) if bad_from is not None else 0
         return state + 1, metrics(np.float64(1.0), 1.0, skipped=float(in_a_row > 0), in_a_row=float(in_a_row))
 
-    _, end = train(
-        0,
-        step,
-        lambda i: i,
-        Meter(Cost(), 1.0, None),
-        start=start,
-        stop=stop,
+    hooks = Hooks(
         log_every=3,
         save_every=4,
-        stop_after=3,
         on_log=lambda done, line: logged.append(done),
         on_save=lambda done, state: saved.append(done),
         request=request,
         watchdog=Watchdog(0),
     )
+    _, end = train(step, 0, lambda i: i, Meter(Cost(), 1.0, None), (start, stop), hooks, stop_after=3)
     return logged, saved, batches, end
 
 

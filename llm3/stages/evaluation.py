@@ -1,0 +1,69 @@
+"""An evaluation of a run, resolved: what it measures, on which documents."""
+
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llm3 import evals
+from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig
+from llm3.data import windows
+from llm3.data.cache.cache import TokenCache
+from llm3.data.library import Library
+from llm3.data.tokenizer import Tokenizer
+from llm3.distributed.sharding import place_batch
+from llm3.objectives import read_options
+from llm3.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation, resolved. kind: of windows. labels: the classes of its source, where it measures them."""
+
+    name: str
+    config: EvaluationConfig
+    plugin: ModuleType
+    options: Any
+    kind: str
+    cache: TokenCache
+    labels: list[str] | None
+
+    def applies(self, stage: Stage | None) -> bool:
+        """Whether the stage (None: the untrained model) has the task head that is asked for."""
+        if not self.plugin.HEAD:
+            return True
+        same = stage is not None and self.plugin.HEAD == stage.objective.HEAD
+        return same and (self.labels is None or stage.labels == self.labels)
+
+    def measure(
+        self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled
+    ) -> dict[str, Any]:
+        """Its figures and details of parameters that are cut as one segment. compiled: kept between calls."""
+        return self.plugin.figures(
+            evals.Test(
+                params=params,
+                model=model,
+                config=self.config,
+                options=self.options,
+                kind=self.kind,
+                cache=self.cache,
+                tokenizer=tokenizer,
+                place=partial(place_batch, mesh),
+                compiled=compiled,
+            )
+        )
+
+
+def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluation:
+    """The evaluation of this name with its documents read. Raises UserError."""
+    own = config.evaluations[name]
+    plugin = evals.load(own.kind)
+    options = read_options(plugin, own.options, f"config.evaluations.{name}.options")
+    labels = library.labels(own.source) if plugin.HEAD == "labels" else None
+    tokens = library.cache(own.source, own.split)
+    cache = tokens.first(own.max_documents) if own.max_documents else tokens
+    kind = plugin.WINDOWS[config.sources[own.source].form]
+    windows.load(kind).Table(cache, own.sequence_length)  # refuses documents that do not fit
+    return Evaluation(name, own, plugin, options, kind, cache, labels)

@@ -1,0 +1,292 @@
+"""What a stage is, decided once: from the config and its data, or, for a plan, from the config alone."""
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llm3 import objectives
+from llm3.config.schema import ModelConfig, RunConfig, StageConfig
+from llm3.data.batch import Batch
+from llm3.data.cache.cache import TokenCache
+from llm3.data.library import Library
+from llm3.data.mixture import Mixture
+from llm3.data.mixture_weights import schedule_of
+from llm3.data.packing import Windows
+from llm3.distributed.sharding import named
+from llm3.errors import UserError
+from llm3.handoff.parent import INIT, Start, read_start
+from llm3.objectives import Task
+from llm3.stages.rules import data_sources, parent_name
+from llm3.stages.workdir import RECORD, read_json, stage_record
+from llm3.training.phase import Trainer, build
+
+
+class StageData(NamedTuple):
+    """The training data of a stage, by source, the weights from a first step on, and the batches."""
+
+    caches: dict[str, TokenCache]
+    tables: dict[str, Windows]
+    schedule: list[tuple[int, dict[str, float]]]
+    mixture: Mixture
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """{source: digest of its content}."""
+        return {source: tokens.fingerprint for source, tokens in self.caches.items()}
+
+    def facts(self, steps: int) -> dict[str, list[str]]:
+        """In words, for each source: its size, what packing wastes and cuts, and how often `steps` steps read it."""
+        epochs, facts = self.mixture.epochs(steps), {}
+        for source, table in self.tables.items():
+            tokens = self.caches[source]
+            lost = [f"{table.truncated:,} of them cut to fit a window"] if table.truncated else []
+            lost += [f"{table.dropped:,} left out: nothing to learn from is left of them"] if table.dropped else []
+            lost += [f"{sum(tokens.bad.values()):,} bad rows set aside"] if tokens.bad else []
+            facts[source] = [", ".join([f"{tokens.documents:,} documents", *lost])]
+            facts[source] += [f"{len(table):,} windows", f"{100 * table.waste:.1f} % padding"]
+            facts[source].append(f"{epochs[source]:.2g} epochs")
+        return facts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, resolved; nothing below looks it up by name.
+
+    task: what the objective needs besides batches. seed: of the data order and dropout. fresh_seed: of new leaves.
+    labels: the outputs of the task head. record: the part of the config that decides its result. data: None in a plan
+    without data.
+    """
+
+    name: str
+    config: StageConfig
+    model: ModelConfig
+    objective: ModuleType
+    task: Task
+    start: Start | None
+    seed: int
+    given_seed: int
+    labels: list[str]
+    record: dict
+    data: StageData | None = None
+
+    @property
+    def where(self) -> str:
+        """The stage as error messages name it."""
+        return f"config.stages.{self.name}"
+
+    @property
+    def head(self) -> str:
+        """The head that the loss reads: "task" or "lm"."""
+        return "task" if self.objective.HEAD else "lm"
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions of a batch, padding included."""
+        return self.config.batch_size * self.config.sequence_length
+
+    @property
+    def fresh_seed(self) -> int:
+        """The seed of the leaves that are new in this stage."""
+        return folded_seed(self.given_seed, INIT)
+
+    def is_fresh(self, path: str) -> bool:
+        """Whether a canonical leaf comes from no parent."""
+        from_nothing = self.start is None or self.start.stage == INIT
+        return from_nothing or any(re.fullmatch(rule, path) for rule in self.start.fresh)
+
+    def computed_in(self, dtype: str) -> "Stage":
+        """This stage with a compute dtype for the model instead of "auto"."""
+        return replace(self, model=replace(self.model, compute_dtype=dtype))
+
+    def full_training(self) -> "Stage":
+        """The same model on the same batches with everything trained, to compare this stage with."""
+        plain = replace(self.config.optimizer, learning_rates=[])
+        config = replace(self.config, train="all", unfreeze=[], adapters={}, frozen="float32", optimizer=plain)
+        return replace(self, config=config, model=replace(self.model, adapters=()))
+
+    def phases(self, mesh: Mesh) -> list[Trainer]:
+        """What each phase runs with on a mesh, which may be abstract. Raises UserError for what does not fit."""
+        options = {"task": self.task, "fresh": self.is_fresh, "seed": self.seed, "where": self.where}
+        return build(self.config, self.model, mesh, **options)
+
+    def abstract_batch(self, mesh: Mesh | None) -> Batch:
+        """The shapes of a batch; without a mesh, not sharded."""
+        sharding = None if mesh is None else named(mesh, "batch", "length")
+        shape, kinds = (self.config.batch_size, self.config.sequence_length), {"weights": jnp.float32}
+        fields = (jax.ShapeDtypeStruct(shape, kinds.get(each, jnp.int32), sharding=sharding) for each in Batch._fields)
+        return Batch(*fields)
+
+
+def folded_seed(given: int, name: str) -> int:
+    """A seed for one use, folded by the name of the use."""
+    return int.from_bytes(hashlib.sha256(f"{given}/{name}".encode()).digest()[:4], "little") >> 1
+
+
+def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) -> Stage:
+    """The stage with its data read, tokenized and cut. Raises UserError."""
+    stage, objective = config.stages[name], objectives.load(config.stages[name].objective_name)
+    labels = _read_labels(stage, objective, library, name)
+    options = _options(objective, stage, name)
+    task = Task(options, library.tokenizer, stage.sequence_length, _label_sets(stage, objective, library, labels, name))
+    length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
+    sources = _sources(config, name, library)
+    caches = {source: library.cache(source, "train") for source in sources}
+    kinds = {source: objective.WINDOWS[config.sources[source].form] for source in sources}
+    tables = {source: library.windows(kinds[source], source, "train", length) for source in sources}
+    schedule = _schedule(config, name, library)
+    corrupt = partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
+    seed = _seed(config, name)
+    mixture = Mixture(tables, schedule, stage.batch_size, seed, by=stage.weights, corrupt=corrupt)
+    model = _model(config, stage, library.tokenizer.vocab_size, len(labels))
+    most = _most_positions(config, objective, task, tables)
+    return Stage(
+        name=name,
+        config=stage,
+        model=replace(model, read_out=most),
+        objective=objective,
+        task=task,
+        start=read_start(stage.start, workdir, f"config.stages.{name}.start"),
+        seed=seed,
+        given_seed=given_seed(config, name),
+        labels=labels,
+        record=stage_record(config, name),
+        data=StageData(caches, tables, schedule, mixture),
+    )
+
+
+def plan_stage(config: RunConfig, name: str) -> Stage:
+    """The stage as its config alone describes it. Raises UserError.
+
+    The vocabulary is as large as `tokenizer.vocab_size` says. Of labels, which only the data has, one is counted.
+    """
+    stage, objective = config.stages[name], objectives.load(config.stages[name].objective_name)
+    labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
+    task = Task(_options(objective, stage, name), None, stage.sequence_length)
+    vocab_size = config.tokenizer.vocab_size + len(config.tokenizer.add)
+    model = _model(config, stage, vocab_size, len(labels))
+    return Stage(
+        name=name,
+        config=stage,
+        model=replace(model, read_out=_most_positions(config, objective, task, {})),
+        objective=objective,
+        task=task,
+        start=read_start(stage.start, None, f"config.stages.{name}.start"),
+        seed=_seed(config, name),
+        given_seed=given_seed(config, name),
+        labels=labels,
+        record=stage_record(config, name),
+    )
+
+
+def init_model(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The model before any stage: without adapters or a task head."""
+    return replace(config.model, vocab_size=vocab_size, classes=0)
+
+
+def _model(config: RunConfig, stage: StageConfig, vocab_size: int, classes: int) -> ModelConfig:
+    return replace(init_model(config, vocab_size), classes=classes, adapters=tuple(stage.adapters.items()))
+
+
+def _most_positions(config: RunConfig, objective: ModuleType, task: Task, tables: dict[str, Windows]) -> int:
+    """In how many positions of a window at most the loss reads the model; 0 where that is not known.
+
+    A window that is cut over devices is computed at all of its positions, each where it lies.
+    """
+    if config.mesh.context != 1:
+        return 0
+    if hasattr(objective, "most"):
+        return objective.most(task)
+    if objective.HEAD != "labels" or config.model.pool != "last":
+        return 0
+    return max((table.most for table in tables.values()), default=0)
+
+
+def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:
+    return objectives.read_options(objective, stage.objective_options, f"config.stages.{name}.objective")
+
+
+def given_seed(config: RunConfig, name: str) -> int:
+    """The seed that the config gives a stage: its own, else the run's."""
+    own = config.stages[name].seed
+    return config.seed if own is None else own
+
+
+def _seed(config: RunConfig, name: str) -> int:
+    """Stages of one kind with a seed of their own see the same batches in the same order: they can be paired."""
+    stage = config.stages[name]
+    return folded_seed(given_seed(config, name), name if stage.seed is None else stage.kind)
+
+
+def _read_labels(stage: StageConfig, objective: ModuleType, library: Library, name: str) -> list[str]:
+    """The outputs of the task head; empty without one. Raises UserError where the sources disagree."""
+    if objective.HEAD != "labels":
+        return list(objective.HEAD)
+    labels = {source: library.labels(source) for source in stage.data}
+    first = next(iter(labels.values()))
+    if any(each != first for each in labels.values()):
+        raise UserError(f"config.stages.{name}.data: the sources {', '.join(labels)} have different labels")
+    return first
+
+
+def _label_sets(
+    stage: StageConfig, objective: ModuleType, library: Library, labels: list[str], name: str
+) -> np.ndarray | None:
+    """Which classes each target stands for, float32 [S, C]; None where a target is a class."""
+    if objective.HEAD != "labels":
+        return None
+    sets = [library.cache(source, "train").label_sets for source in stage.data]
+    if any(each != sets[0] for each in sets):
+        raise UserError(f"config.stages.{name}.data: sources with several labels a document cannot be mixed")
+    if sets[0] is None:
+        return None
+    matrix = np.zeros((len(sets[0]), len(labels)), np.float32)
+    for target, classes in enumerate(sets[0]):
+        matrix[target, classes] = 1
+    return matrix
+
+
+def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int, dict[str, float]]]:
+    """The weights of a stage's sources, from which step on."""
+    stage = config.stages[name]
+    return schedule_of(
+        data=stage.data,
+        temperature=stage.temperature,
+        data_schedule=stage.data_schedule,
+        replay=stage.replay,
+        parent=_parent_weights(config, name, library),
+        tokens={source: library.cache(source, "train").tokens for source in _sources(config, name, library)},
+        steps=stage.steps,
+        where=f"config.stages.{name}",
+    )
+
+
+def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str, float] | None:
+    """The weights of the parent's sources that are replayed; None without replay, or a parent that trained."""
+    stage = config.stages[name]
+    if not stage.replay:
+        return None
+    if (parent := parent_name(stage)) in config.stages:
+        return _schedule(config, parent, library)[-1][1]
+    if not (isinstance(stage.start, dict) and stage.start.get("run")):
+        return None
+    record = read_json(Path(stage.start["run"]) / stage.start["stage"] / RECORD)
+    return record and record["stage"]["data"]
+
+
+def _sources(config: RunConfig, name: str, library: Library) -> list[str]:
+    """The sources that a stage draws from. Raises UserError for one of the parent's that this config lacks."""
+    names = data_sources(config, name)
+    for source in _parent_weights(config, name, library) or ():
+        if source not in config.sources:
+            raise UserError(f"config.stages.{name}.replay: the parent's source {source!r} is not in config.sources")
+        names += [] if source in names else [source]
+    return names
