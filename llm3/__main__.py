@@ -1,75 +1,136 @@
 """The command line: `python -m llm3 VERB --config=FILE --workdir=DIR [--config.field=value ...]`."""
 
 import argparse
-import json
+import importlib
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llm3.config.load import load
-from llm3.config.schema import RunConfig
 from llm3.errors import UserError
 
+Flag = tuple[str, dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """A verb of the command line: `call` names its function, which gets the flags as arguments, by name."""
+
+    call: str
+    help: str
+    flags: tuple[Flag, ...]
+    clustered: bool = False  # several processes can do it together
+
+
+def flag(name: str, **options: Any) -> Flag:
+    """One command-line flag, with the options of `argparse`."""
+    return name, options
+
+
+CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
+OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: refuse a run of another config")
+WORKDIR = flag("--workdir", required=True, type=Path, metavar="DIR", help="the run's files")
+CACHE_ONLY = flag("--workdir", default="runs/bench", type=Path, metavar="DIR", help="where a token cache is written")
+STAGES = flag("--stages", type=lambda names: names.split(","), metavar="A,B", help="only these stages (default: all)")
+STAGE = flag("--stage", required=True)
+PROCESSES = (
+    flag("--coordinator", metavar="HOST:PORT", help="process 0, where several processes are one run"),
+    flag("--processes", type=int, metavar="N", help="their number (SLURM, Open MPI and TPUs set it themselves)"),
+    flag("--process", type=int, metavar="I", help="which of them this is, from 0"),
+)
+
 VERBS = {
-    "run": "train and evaluate the stages; the same line again resumes",
-    "eval": "evaluate the checkpoints of a run again",
-    "generate": "sample from a stage, or from every stage of a run",
-    "export": "write a stage as a directory that transformers or PEFT loads",
-    "bench": "time the step of one stage",
-    "data": "show the texts of each stage as the model will see them, or tokenize a shard of them",
-    "overlap": "show what of the evaluations is in the training data",
-    "bench-data": "time the token cache on a generated file, beside datasets.map, with its memory",
-    "plan": "show what each stage trains and costs, before anything runs",
-    "lineage": "show where the stages of a run come from",
+    "run": Verb(
+        "cli.run:run", "train and evaluate the stages; the same line again resumes", (CONFIG, WORKDIR, STAGES), True
+    ),
+    "eval": Verb("cli.run:evaluate", "evaluate the checkpoints of a run again", (CONFIG, WORKDIR, STAGES), True),
+    "generate": Verb(
+        "cli.generate:generate",
+        "sample from a stage, or from every stage of a run",
+        (
+            OPTIONAL_CONFIG,
+            WORKDIR,
+            flag("--stage", help="one stage (default: every stage, one under another)"),
+            flag("--prompt", required=True),
+            flag("--max_tokens", type=int, default=64),
+            flag("--temperature", type=float, default=0.8, help="0: always the most likely token"),
+            flag("--top_k", type=int, default=0, help="0: all"),
+            flag("--top_p", type=float, default=1.0),
+            flag("--seed", type=int, default=0),
+        ),
+    ),
+    "export": Verb(
+        "cli.export:export",
+        "write a stage as a directory that transformers or PEFT loads",
+        (
+            WORKDIR,
+            STAGE,
+            flag("--to", required=True, type=Path, metavar="DIR", help="a new directory"),
+            flag(
+                "--format",
+                dest="form",
+                default="merged",
+                help="merged (default), base: without adapters, or adapters: for PEFT",
+            ),
+            flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
+            flag("--base", help="the base model that the adapters name, for --format=adapters"),
+        ),
+    ),
+    "bench": Verb(
+        "cli.bench:bench",
+        "time the step of one stage",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            flag("--stage", required=True, help="the stage whose step is timed"),
+            flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
+            flag("--alone", action="store_true", help="without full training for comparison, where that does not fit"),
+        ),
+        True,
+    ),
+    "data": Verb(
+        "cli.data:data",
+        "show the documents of each stage as the model will see them, or tokenize a shard of them",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            STAGES,
+            flag("--shard", metavar="I/N", help="only tokenize shard I of N of the training documents into the cache"),
+        ),
+    ),
+    "overlap": Verb(
+        "cli.data:overlap", "show what of the evaluations is in the training data", (CONFIG, CACHE_ONLY, STAGES)
+    ),
+    "bench-data": Verb(
+        "cli.bench_data:bench_data",
+        "time the token cache on a generated file, compared with datasets.map, with its memory",
+        (CACHE_ONLY, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
+    ),
+    "plan": Verb(
+        "cli.plan:plan",
+        "show what each stage trains and costs, before anything runs",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            STAGES,
+            flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
+            flag("--aot", action="store_true", help="compile for that TPU as well: minutes a stage, needs llm3[aot]"),
+        ),
+    ),
+    "lineage": Verb("cli.plan:lineage", "show where the stages of a run come from", (WORKDIR,)),
 }
-CLUSTERED = ("run", "eval", "bench")  # what several processes can do together
-WORKDIR_IS_OPTIONAL = ("bench", "bench-data", "plan", "data", "overlap")  # they write only a token cache
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of all verbs."""
     top = argparse.ArgumentParser(prog="llm3", description="Language models in three stages.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, text in VERBS.items():
+    for name, verb in VERBS.items():
         epilog = "--config.FIELD=VALUE sets a field of the config"
-        add = verbs.add_parser(verb, help=text, description=text, allow_abbrev=False, epilog=epilog).add_argument
-        if verb not in ("lineage", "export", "bench-data"):
-            add("--config", required=verb != "generate", metavar="FILE", help="a config file, as in configs/")
-        default = "runs/bench" if verb in WORKDIR_IS_OPTIONAL else None
-        add("--workdir", required=not default, default=default, type=Path, metavar="DIR", help="the run's files")
-        if verb in CLUSTERED:
-            add("--coordinator", metavar="HOST:PORT", help="of process 0, where several processes are one run")
-            add("--processes", type=int, metavar="N", help="how many (SLURM, Open MPI and TPUs tell it themselves)")
-            add("--process", type=int, metavar="I", help="which of them this is, from 0")
-        if verb in ("run", "eval", "plan", "data", "overlap"):
-            add("--stages", metavar="A,B", help="only these stages (default: all)")
-        if verb == "plan":
-            machine = "what a step takes of v5p:8x8x8, h100x64, ... or cpu, without having it and without texts"
-            add("--topology", metavar="NAME", help=machine)
-            add(
-                "--aot", action="store_true", help="with what the TPU's compiler says: minutes a stage, needs llm3[aot]"
-            )
-        if verb == "bench-data":
-            add("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")
-        if verb == "data":
-            add("--shard", metavar="I/N", help="only tokenize shard I of N of the training texts into the cache")
-        if verb == "bench":
-            add("--stage", required=True, help="the stage whose step is timed")
-            add("--json", action="store_true", help="one line of JSON")
-            add("--alone", action="store_true", help="without full training beside it, where that does not fit")
-        if verb == "generate":
-            add("--stage", help="one stage (default: every stage, one under another)")
-            add("--prompt", required=True)
-            add("--max_tokens", type=int, default=64)
-            add("--temperature", type=float, default=0.8, help="0: always the most likely token")
-            add("--top_k", type=int, default=0, help="0: all")
-            add("--top_p", type=float, default=1.0)
-            add("--seed", type=int, default=0)
-        if verb == "export":
-            add("--stage", required=True)
-            add("--to", required=True, type=Path, metavar="DIR", help="a new directory")
-            add("--format", default="merged", help="merged (default), base: without adapters, or adapters: for PEFT")
-            add("--step", default="latest", help="of the checkpoint (default: the latest)")
-            add("--base", help="the model that the adapters name as theirs, for --format=adapters")
+        own = verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False, epilog=epilog)
+        for flag_name, options in (*verb.flags, *(PROCESSES if verb.clustered else ())):
+            own.add_argument(flag_name, **options)
     return top
 
 
@@ -77,12 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is one of `errors.Exit`, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
-    args = parser().parse_args([each for each in arguments if not each.startswith("--config.")])
+    options = vars(parser().parse_args([each for each in arguments if not each.startswith("--config.")]))
+    verb = VERBS[options.pop("verb")]
     try:
-        if overrides and not getattr(args, "config", None):
+        if overrides and not options.get("config"):
             raise UserError(f"--config.{overrides[0]}: there is no --config=FILE that it could change")
-        config = load(args.config, overrides) if getattr(args, "config", None) else None
-        return cluster(args, config) if args.verb in CLUSTERED else dispatch(args, config)
+        if options.get("config"):
+            options["config"] = load(options["config"], overrides)
+        cluster = [options.pop(name[2:]) for name, _ in PROCESSES] if verb.clustered else None
+        with joined(*cluster) if cluster else nullcontext():
+            return function_of(verb)(**options)
     except UserError as error:
         print(f"llm3: {error}", file=sys.stderr)
         return error.exit
@@ -90,64 +155,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def cluster(args: argparse.Namespace, config: RunConfig) -> int:
-    """Call the verb together with the other processes, if there are any."""
+@contextmanager
+def joined(*cluster: Any) -> Iterator[None]:
+    """One of several processes, if there are any, for as long as the context lasts."""
     from llm3.distributed import processes
 
-    with processes.joined(args.coordinator, args.processes, args.process) as found:
+    with processes.joined(*cluster) as found:
         if processes.count() > 1 and processes.is_first():
             print(f"llm3: {found}", file=sys.stderr)
-        return dispatch(args, config)
+        yield
 
 
-def dispatch(args: argparse.Namespace, config: RunConfig | None) -> int:
-    """Call the verb. Imports come late, so that bad arguments are answered at once."""
-    names = args.stages.split(",") if getattr(args, "stages", None) else None
-    if args.verb == "run":
-        from llm3.cli.run import run
-
-        return run(config, args.workdir, names)
-    if args.verb == "eval":
-        from llm3.cli.run import evaluate
-
-        return evaluate(config, args.workdir, names)
-    if args.verb == "bench":
-        from llm3.cli.bench import bench
-
-        return bench(config, args.workdir, args.stage, args.json, args.alone)
-    if args.verb == "bench-data":
-        from llm3.cli.bench_data import data_bench
-
-        print(json.dumps(data_bench(args.gigabytes, args.workdir), indent=1))
-        return 0
-    if args.verb in ("data", "overlap"):
-        from llm3.cli import data as describe_data
-
-        if args.verb == "overlap":
-            return describe_data.overlaps(config, args.workdir, names)
-        if args.shard:
-            return describe_data.build_shard(config, args.workdir, names, args.shard)
-        return describe_data.data(config, args.workdir, names)
-    if args.verb == "plan":
-        from llm3.cli import plan as describe
-
-        if args.aot and not args.topology:
-            raise UserError("--aot: expected --topology=NAME beside it, a TPU")
-        if args.topology:
-            return describe.plan_on(config, args.workdir, names, args.topology, args.aot)
-        return describe.plan(config, args.workdir, names)
-    if args.verb == "lineage":
-        from llm3.cli.plan import lineage
-
-        return lineage(args.workdir)
-    if args.verb == "export":
-        from llm3.cli.export import export
-
-        return export(args.workdir, args.stage, args.to, args.format, args.step, args.base)
-    from llm3.cli.generate import generate
-
-    options = {key: getattr(args, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    return generate(config, args.workdir, args.stage, args.prompt, **options)
+def function_of(verb: Verb) -> Callable[..., int]:
+    """The function of a verb. It is imported late, so that bad arguments are answered at once."""
+    module, name = verb.call.split(":")
+    return getattr(importlib.import_module(f"llm3.{module}"), name)
 
 
 if __name__ == "__main__":

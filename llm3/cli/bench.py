@@ -14,7 +14,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import init
 from llm3.report.units import digits
-from llm3.stages import rules as stages
+from llm3.stages import rules
 from llm3.stages.cost import byte_report
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
@@ -35,18 +35,18 @@ COMPARED = (
 )
 
 
-def bench(config: RunConfig, workdir: Path, name: str, as_json: bool, alone: bool = False) -> int:
+def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, alone: bool = False) -> int:
     """Compile the step of a stage, warm it up, time 10 steps on its batches from the start, and print the figures.
 
     Where the stage begins with a part of the model frozen, or with adapters, the same stage with `train="all"` is
     timed as well: in the same process, a step of one after a step of the other. `alone` leaves that out.
     """
-    order = stages.check(config)
-    if name not in order:
-        raise UserError(f"--stage={name}: no such stage; {nearest(name, order)}")
-    session = Session(prepare(config, workdir, [name]), Console(stderr=True, highlight=False))
+    order = rules.check(config)
+    if stage not in order:
+        raise UserError(f"--stage={stage}: no such stage; {nearest(stage, order)}")
+    session = Session(prepare(config, workdir, [stage]), Console(stderr=True, highlight=False))
     with session.on_mesh():
-        figures = measure(session, session.experiment.stages[name], alone)
+        figures = measure(session, session.experiment.stages[stage], alone)
     print(json.dumps(figures) if as_json else table(figures))
     return 0
 

@@ -37,7 +37,13 @@ BATCH_SIZE, SEQUENCE_LENGTH, BATCHES = 16, 256, 500
 SAMPLE_SECONDS = 0.05
 
 
-def data_bench(gigabytes: float, workdir: Path) -> dict[str, Any]:
+def bench_data(workdir: Path, gigabytes: float = 0.1) -> int:
+    """Print the figures of `measure_cache` as JSON."""
+    print(json.dumps(measure_cache(gigabytes, workdir), indent=1))
+    return 0
+
+
+def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
     """Generate so much text inside `workdir`, measure, and remove it again. Returns the figures.
 
     peak_rss_bytes: of this process and its children together, sampled while the cache is built (None without /proc);

@@ -15,19 +15,22 @@ from llm3.data.library import Library
 from llm3.data.tokenizer import SPECIALS, Tokenizer
 from llm3.errors import UserError
 from llm3.report.units import count, percent
-from llm3.stages import rules as stages
+from llm3.stages import rules
 from llm3.stages.experiment import Experiment, prepare, read_library
 from llm3.stages.stage import Stage
 
 SHOWN_ROWS, SHOWN_TOKENS = 10, 96
 
 
-def data(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shard: str | None = None) -> int:
     """Print, for each stage, its sources as they are mixed and packed, and ten decoded rows of its first batches.
 
-    The texts are read and tokenized into the cache; nothing else is written. Raises UserError for what will not work.
+    The texts are read and tokenized into the cache; nothing else is written. shard: "I/N", to tokenize only that one.
+    Raises UserError for what will not work.
     """
-    order = stages.chosen(config, names)
+    order = rules.chosen(config, stages)
+    if shard:
+        return build_shard(config, workdir, order, shard)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     experiment = prepare(config, workdir, order)
     for stage in experiment.stages.values():
@@ -47,21 +50,20 @@ def data(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
     return 0
 
 
-def overlaps(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+def overlap(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
     """Print what of each evaluation is in the training data of the stages."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    print_overlaps(prepare(config, workdir, stages.chosen(config, names)), console)
+    print_overlaps(prepare(config, workdir, rules.chosen(config, stages)), console)
     return 0
 
 
-def build_shard(config: RunConfig, workdir: Path, names: list[str] | None, shard: str) -> int:
+def build_shard(config: RunConfig, workdir: Path, order: list[str], shard: str) -> int:
     """Tokenize one shard in n of the training texts, as one task of an array job. Raises UserError."""
-    order = stages.chosen(config, names)
     number, _, of = shard.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
     library: Library = read_library(config, workdir)
-    for source in dict.fromkeys(source for name in order for source in stages.data_sources(config, name)):
+    for source in dict.fromkeys(source for name in order for source in rules.data_sources(config, name)):
         whole = library.build(source, "train", shard=(int(number), int(of)))
         state = "other shards are still to be built" if whole is None else f"whole, {whole.tokens:,} tokens"
         print(f"{source}: shard {shard} is built; {state}", flush=True)

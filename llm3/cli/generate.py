@@ -39,7 +39,7 @@ def load_stage(
     return params, model, meta | {"step": number}
 
 
-def generate(config: RunConfig | None, workdir: Path, stage: str | None, prompt: str, **options) -> int:
+def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options) -> int:
     """Print what a stage (default: every stage of the run, one under another) makes of a prompt.
 
     The run tells all; a config that is given must be the run's. Raises UserError.

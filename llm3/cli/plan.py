@@ -13,18 +13,19 @@ from rich.table import Table
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import MeshConfig, RunConfig
-from llm3.distributed import machines as topology
+from llm3.distributed import machines
 from llm3.distributed.machines import Topology
 from llm3.distributed.sharding import mesh_shape
+from llm3.errors import UserError
 from llm3.handoff.parent import CHECKPOINTS, changes, trained_stages
 from llm3.optim.optimizer import state_bytes
 from llm3.optim.partition import canonical_path
-from llm3.planning import aot
+from llm3.planning import aot as compiler
 from llm3.planning.plan import Forecast, forecasts, on_paper, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent
-from llm3.stages import rules as stages
+from llm3.stages import rules
 from llm3.stages.cost import savings
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
@@ -33,13 +34,24 @@ from llm3.training.phase import Trainer
 from llm3.tree import flatten, size
 
 
-def plan(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+def plan(
+    config: RunConfig,
+    workdir: Path,
+    stages: list[str] | None = None,
+    topology: str | None = None,
+    aot: bool = False,
+) -> int:
     """Print for each stage its leaves, which of them train, and what a step costs beside full training.
 
-    The texts are read (for the vocabulary and the classes) and cached; nothing is trained or allocated.
+    The texts are read (for the vocabulary and the classes) and cached; nothing is trained or allocated. topology: on
+    that machine instead. aot: with what the TPU's compiler says beside it. Raises UserError.
     """
+    if topology:
+        return plan_on(config, workdir, stages, topology, aot)
+    if aot:
+        raise UserError("--aot: expected --topology=NAME beside it, a TPU")
     console = _console()
-    session = Session(prepare(config, workdir, stages.chosen(config, names)), console)
+    session = Session(prepare(config, workdir, rules.chosen(config, stages)), console)
     with session.on_mesh():
         for stage in session.experiment.stages.values():
             for trainer in session.phases(stage):
@@ -61,15 +73,15 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def plan_on(config: RunConfig, workdir: Path, names: list[str] | None, name_of_machine: str, compiled: bool) -> int:
+def plan_on(config: RunConfig, workdir: Path, stages: list[str] | None, topology: str, compiled: bool) -> int:
     """Print for each stage what a step takes of a device of a machine that need not be there, and how long.
 
     No device is used. compiled: with what the TPU's compiler says beside it. Raises UserError.
     """
     jax.config.update("jax_platforms", "cpu")
-    order, console, machine = stages.chosen(config, names), _console(), topology.parse(name_of_machine)
+    order, console, machine = rules.chosen(config, stages), _console(), machines.parse(topology)
     if compiled:
-        aot.check(machine)
+        compiler.check(machine)
     for name in order:
         stage, notes = stage_on(config, name, workdir, machine)
         for phase, each in enumerate(forecasts(stage, config.mesh, machine)):
@@ -80,7 +92,7 @@ def plan_on(config: RunConfig, workdir: Path, names: list[str] | None, name_of_m
                 console.print(f"  {line}")
             if compiled:
                 with on_paper(config.mesh, machine):
-                    found = aot.compile_step(stage, config.mesh, machine, phase)
+                    found = compiler.compile_step(stage, config.mesh, machine, phase)
                 console.print(_beside(each, found))
     for line in assumptions(config.mesh, machine):
         console.print(line)
@@ -145,7 +157,7 @@ def _remarks(each: Forecast, machine: Topology) -> list[str]:
     return [fits, f"largest: {largest}", *each.trainer.notes]
 
 
-def _beside(each: Forecast, found: aot.Compiled) -> Table | str:
+def _beside(each: Forecast, found: compiler.Compiled) -> Table | str:
     """The estimate and the compiler's figures."""
     if found.refused:
         return f"  the compiler refuses it: {found.refused}"
@@ -165,7 +177,7 @@ def _beside(each: Forecast, found: aot.Compiled) -> Table | str:
 def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
     """What a forecast rests on."""
     chip = machine.chip
-    links = topology.links(machine, vars(config), config.across)
+    links = machines.links(machine, vars(config), config.across)
     return [
         f"\nAssumed: {chip.name}: {count(chip.peak)}FLOP/s at most, of which products reach {EFFICIENCY:.0%}; "
         f"{count(chip.bandwidth)}B/s of memory; each kernel reads and writes its arrays once",

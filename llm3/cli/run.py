@@ -17,7 +17,7 @@ from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.handoff.parent import CHECKPOINTS, INIT
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
-from llm3.stages import rules as stages
+from llm3.stages import rules
 from llm3.stages.cost import with_full_step_seconds
 from llm3.stages.evaluate import evaluate_init, evaluate_stage
 from llm3.stages.experiment import prepare
@@ -39,13 +39,13 @@ from llm3.stages.workdir import (
 from llm3.training.loop import stop_on_signals
 
 
-def run(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
-    """Train and evaluate the stages `names` (default: all), resuming what was begun; the exit status.
+def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
+    """Train and evaluate the chosen stages (default: all), resuming what was begun; the exit status.
 
     Raises UserError for what cannot be trained, and NotWritten where the disk refuses, with what was saved before.
     """
     console = speaker()
-    order = stages.chosen(config, names)
+    order = rules.chosen(config, stages)
     for name in [INIT, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
@@ -112,10 +112,10 @@ def speaker() -> Console:
     return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
 
 
-def evaluate(config: RunConfig, workdir: Path, names: list[str] | None) -> int:
+def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
     """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
     console = speaker()
-    order = [name for name in stages.chosen(config, names) if names or (workdir / name / CHECKPOINTS).is_dir()]
+    order = [name for name in rules.chosen(config, stages) if stages or (workdir / name / CHECKPOINTS).is_dir()]
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
     session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
@@ -146,7 +146,7 @@ def step_shape(stage: StageConfig) -> tuple:
 def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
     """Print the matrix of all stages that are finished, and write it with report.md and the plots."""
     rows, baselines, histories = [], [], {}
-    for name in [INIT, *stages.check(config)]:
+    for name in [INIT, *rules.check(config)]:
         row = read_json(workdir / name / ROW)
         if row is None:
             continue
@@ -155,7 +155,7 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
         if name != INIT:
             histories[name] = read_metrics(workdir / name)
     shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
-    full = {name for name, stage in config.stages.items() if stages.trains_all(stage) and not stage.adapters}
+    full = {name for name, stage in config.stages.items() if rules.trains_all(stage) and not stage.adapters}
     timed = with_full_step_seconds(rows + baselines, shapes, full)
     rows, baselines = timed[: len(rows)], timed[len(rows) :]
     table.print_table(rows, baselines, console)

@@ -22,7 +22,7 @@ def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
     monkeypatch.setattr(data_bench.corpus, "load", lambda *_: {"text": DOCUMENTS})
     for name, value in (("VOCAB_SIZE", 300), ("TIMES", 1), ("BATCHES", 2), ("cores", lambda: 1)):
         monkeypatch.setattr(data_bench, name, value)
-    figures = data_bench.data_bench(1e-4, tmp_path)
+    figures = data_bench.measure_cache(1e-4, tmp_path)
     assert figures["peak_rss_bytes"] is None or figures["peak_rss_bytes"] >= figures["rss_before_bytes"] > 1e7
     assert figures["text_bytes"] < figures["file_bytes"] <= 1e5
     assert figures["tokens_per_second"] > 0 < figures["batch_tokens_per_second"]
