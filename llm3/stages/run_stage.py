@@ -29,7 +29,8 @@ from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
 from llm3.stages.workdir import RECORD, write_json
-from llm3.training.loop import Cost, Hooks, Meter, StopRequest, train
+from llm3.training.loop import Hooks, StopRequest, train
+from llm3.training.metrics import Cost, Meter
 from llm3.training.phase import Trainer
 from llm3.training.step import TrainState
 from llm3.tree import flatten, size

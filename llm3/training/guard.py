@@ -21,7 +21,7 @@ class Guard(NamedTuple):
     in_a_row: jax.Array
 
 
-def make(deviations: float, window: int) -> Guard:
+def new_guard(deviations: float, window: int) -> Guard:
     """A guard that has seen nothing."""
     kept = jnp.zeros((window, 2), jnp.float32) if deviations else None
     return Guard(kept, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))

@@ -4,30 +4,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from llm3.data.mixture import prefetch
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged, Exit
+from llm3.training.metrics import Meter
 from llm3.training.step import TrainState
 
 IN_FLIGHT = 2  # steps that the host is ahead of the devices
-
-
-@dataclass
-class Cost:
-    """What a stage has cost since its step 0; carried through its checkpoints."""
-
-    tokens: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    skipped_steps: int = 0
-    peak_bytes: int = 0
 
 
 @dataclass
@@ -76,52 +65,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@dataclass
-class Meter:
-    """Figures of the steps since the last log line."""
-
-    cost: Cost
-    flops_per_step: float
-    peak_flops: float | None  # of all devices together
-    pending: list[dict[str, jax.Array]] = field(default_factory=list)
-    skipped_in_a_row: int = 0  # up to the last log line
-    since: float = field(default_factory=time.perf_counter)
-    waited: float = 0.0
-
-    def log_line(self) -> dict[str, float | None]:
-        """Wait for the pending steps; their means, rates and shares, and the cost so far brought up to date.
-
-        loss and the objective's figures are weighted by the steps' weights, skipped steps left out; seconds are wall
-        time.
-        """
-        steps_metrics = jax.device_get(self.pending)
-        rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
-        now = time.perf_counter()
-        seconds, steps = now - self.since, len(self.pending)
-        tokens = rows.pop("tokens").sum()
-        self.cost.tokens += int(tokens)
-        self.cost.seconds += seconds
-        self.cost.flops += steps * self.flops_per_step
-        kept = rows.pop("skipped") == 0
-        self.skipped_in_a_row = int(rows.pop("skipped_in_a_row")[-1])
-        self.cost.skipped_steps += int(np.sum(~kept))
-        weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
-        rate = steps * self.flops_per_step / seconds
-        mean = (lambda values: float(np.sum(values[kept] * weight) / weight.sum())) if any(kept) else lambda _: None
-        line = {name: mean(values) for name, values in rows.items()} | {
-            "gradient_norm": float(norm[-1]) if any(kept) else None,
-            "skipped_steps": int(np.sum(~kept)),
-            "tokens_per_second": float(tokens / seconds),
-            "flops_per_second": rate,
-            "mfu": rate / self.peak_flops if self.peak_flops else None,
-            "data_wait": self.waited / seconds,
-            "step_seconds": seconds / steps,
-            "tokens": self.cost.tokens,
-        }
-        self.pending, self.since, self.waited = [], now, 0.0
-        return line
 
 
 class Hooks(NamedTuple):

@@ -20,7 +20,7 @@ from llm3.optim import frozen as storages
 from llm3.optim import optimizer as optim
 from llm3.optim import partition as partitions
 from llm3.optim.partition import canonical_path
-from llm3.training import guard as guards
+from llm3.training.guard import Guard, new_guard
 from llm3.training.step import TrainState, make_train_step
 from llm3.tree import flatten, unflatten
 
@@ -35,7 +35,7 @@ class Trainer(NamedTuple):
     optimizer: optim.Optimizer
     train_step: Callable
     init_opt: Callable[[dict], Any]
-    init_guard: Callable[[], guards.Guard]
+    init_guard: Callable[[], Guard]
     storage: storages.Storage  # of what is frozen
     abstract_params: dict  # canonical shapes with shardings
     abstract_state: TrainState
@@ -179,8 +179,8 @@ def _phase(
         optimizer = optim.make(trainable, **shape, **vars(stage.optimizer))
     opt = jax.eval_shape(optimizer.transform.init, trainable)
     opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))
-    new_guard = partial(guards.make, stage.guard.deviations, stage.guard.window)
-    guard = jax.eval_shape(new_guard)
+    empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
+    guard = jax.eval_shape(empty_guard)
     abstract_state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh)),
         with_sharding(trainable, trainable_shardings),
@@ -207,7 +207,7 @@ def _phase(
         optimizer=optimizer,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract_state), named(mesh))),
         init_opt=jax.jit(optimizer.transform.init, out_shardings=opt_shardings),
-        init_guard=jax.jit(new_guard, out_shardings=named(mesh)),
+        init_guard=jax.jit(empty_guard, out_shardings=named(mesh)),
         storage=storage,
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,

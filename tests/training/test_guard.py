@@ -12,7 +12,7 @@ WINDOW, DEVIATIONS = 6, 3.0
 
 def judged(values, deviations=DEVIATIONS, weights=None, start=None):
     """Which (loss, norm) pairs are taken, how many were left out in a row after each, and the guard at the end."""
-    state = guard.make(deviations, WINDOW) if start is None else start
+    state = guard.new_guard(deviations, WINDOW) if start is None else start
     step = jax.jit(lambda g, loss, norm, weight: guard.judge(g, loss, norm, weight, deviations))
     taken, in_a_row = [], []
     for (loss, norm), weight in zip(values, weights or [1.0] * len(values), strict=True):

@@ -7,7 +7,8 @@ import pytest
 
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged
-from llm3.training.loop import Cost, Hooks, Meter, StopRequest, train
+from llm3.training.loop import Hooks, StopRequest, train
+from llm3.training.metrics import Cost, Meter
 
 
 def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):

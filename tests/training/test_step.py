@@ -257,7 +257,7 @@ def scalar_step(loss, seed: int = 0, micro_batches: int = 1):
 
     def run(number: float, at: int = 0):
         trainable = {"number": jnp.float32(number)}
-        state = TrainState(jnp.int32(at), trainable, {}, transform.init(trainable), guard.make(0.0, 2))
+        state = TrainState(jnp.int32(at), trainable, {}, transform.init(trainable), guard.new_guard(0.0, 2))
         after, metrics = step(state, Batch(*[np.ones((2, 3), np.float32)] * 5))
         return float(after.trainable["number"]), jax.device_get(metrics)
 

@@ -1,0 +1,64 @@
+"""What a stage has cost so far, and the metrics of its steps since the last log line."""
+
+import time
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+
+@dataclass
+class Cost:
+    """What a stage has cost since its step 0; carried through its checkpoints."""
+
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    peak_bytes: int = 0
+
+
+@dataclass
+class Meter:
+    """Figures of the steps since the last log line."""
+
+    cost: Cost
+    flops_per_step: float
+    peak_flops: float | None  # of all devices together
+    pending: list[dict[str, jax.Array]] = field(default_factory=list)
+    skipped_in_a_row: int = 0  # up to the last log line
+    since: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+
+    def log_line(self) -> dict[str, float | None]:
+        """Wait for the pending steps; their means, rates and shares, and the cost so far brought up to date.
+
+        loss and the objective's figures are weighted by the steps' weights, skipped steps left out; seconds are wall
+        time.
+        """
+        steps_metrics = jax.device_get(self.pending)
+        rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
+        now = time.perf_counter()
+        seconds, steps = now - self.since, len(self.pending)
+        tokens = rows.pop("tokens").sum()
+        self.cost.tokens += int(tokens)
+        self.cost.seconds += seconds
+        self.cost.flops += steps * self.flops_per_step
+        kept = rows.pop("skipped") == 0
+        self.skipped_in_a_row = int(rows.pop("skipped_in_a_row")[-1])
+        self.cost.skipped_steps += int(np.sum(~kept))
+        weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
+        rate = steps * self.flops_per_step / seconds
+        mean = (lambda values: float(np.sum(values[kept] * weight) / weight.sum())) if any(kept) else lambda _: None
+        line = {name: mean(values) for name, values in rows.items()} | {
+            "gradient_norm": float(norm[-1]) if any(kept) else None,
+            "skipped_steps": int(np.sum(~kept)),
+            "tokens_per_second": float(tokens / seconds),
+            "flops_per_second": rate,
+            "mfu": rate / self.peak_flops if self.peak_flops else None,
+            "data_wait": self.waited / seconds,
+            "step_seconds": seconds / steps,
+            "tokens": self.cost.tokens,
+        }
+        self.pending, self.since, self.waited = [], now, 0.0
+        return line
