@@ -16,20 +16,22 @@ from llm3.data import windows
 from llm3.data.batch import Batch
 from llm3.data.windows.spans import CHOICE, END, START
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import Sums
+from llm3.registry import load_plugin, plugin_names, read_options
+from llm3.segments import segmented
 from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, make_params, make_row, model_config, stack
 
 FOLDERS = (objectives, evals)
-PEERS = [(folder, name) for folder in FOLDERS for name in folder.names()]
+PEERS = [(folder, name) for folder in FOLDERS for name in plugin_names(folder)]
 each_peer = pytest.mark.parametrize(("folder", "name"), PEERS, ids=[f"{f.__name__}.{n}" for f, n in PEERS])
-each_objective = pytest.mark.parametrize("name", objectives.names())
+each_objective = pytest.mark.parametrize("name", plugin_names(objectives))
 
 
 @functools.cache
 def flat_sums(name: str):
     """batch -> the sums of an objective, as a flat dict of arrays; every model has a task head here."""
-    peer = objectives.load(name)
+    peer = load_plugin(objectives, name)
     heads = CLASSES if isinstance(peer.HEAD, str) else len(peer.HEAD)
     config = model_config(classes=heads)
     graph, params = abstract(config).graph, segmented(make_params(config), ((0, config.layers),))
@@ -45,7 +47,7 @@ def flat_sums(name: str):
 
 def batch_for(name: str, rows: int) -> Batch:
     """Two documents a row, labelled as the objective has them."""
-    kinds = set(objectives.load(name).WINDOWS.values())
+    kinds = set(load_plugin(objectives, name).WINDOWS.values())
     if "examples" in kinds:
         return make_labelled(rows)
     return with_spans(make_batch(rows)) if "spans" in kinds else make_batch(rows)
@@ -60,25 +62,25 @@ def with_spans(batch: Batch) -> Batch:
 
 
 def test_the_peers_are_the_files_of_the_folder():
-    assert set(objectives.names()) >= {"causal", "classify", "instruct", "masked", "prefix", "span"}
-    assert set(evals.names()) >= {"choice", "classification", "generation", "masked", "perplexity", "span"}
-    assert set(forms.names()) == {"choice", "dialogue", "span", "text"}
-    assert set(windows.names()) == {"dialogue", "examples", "pieces", "spans", "stream"}
+    assert set(plugin_names(objectives)) >= {"causal", "classify", "instruct", "masked", "prefix", "span"}
+    assert set(plugin_names(evals)) >= {"choice", "classification", "generation", "masked", "perplexity", "span"}
+    assert set(plugin_names(forms)) == {"choice", "dialogue", "span", "text"}
+    assert set(plugin_names(windows)) == {"dialogue", "examples", "pieces", "spans", "stream"}
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)
+@pytest.mark.parametrize("folder", [*FOLDERS, forms, windows], ids=lambda folder: folder.__name__)
 def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
-    name = folder.names()[0]
+    name = plugin_names(folder)[0]
     with pytest.raises(UserError, match=f"{name}x.*did you mean '{name}'"):
-        folder.load(f"{name}x")
+        load_plugin(folder, f"{name}x")
 
 
 @each_peer
 def test_a_peer_has_what_its_folder_promises(folder, name):
-    peer = folder.load(name)
+    peer = load_plugin(folder, name)
     assert peer.__doc__
-    assert peer.WINDOWS and set(peer.WINDOWS) <= set(forms.names())
-    assert set(peer.WINDOWS.values()) <= set(windows.names())
+    assert peer.WINDOWS and set(peer.WINDOWS) <= set(plugin_names(forms))
+    assert set(peer.WINDOWS.values()) <= set(plugin_names(windows))
     assert peer.HEAD in ("", "labels") or all(isinstance(output, str) for output in peer.HEAD)
     assert peer.CAUSAL in (True, False, None)
     if hasattr(peer, "Options"):
@@ -92,9 +94,9 @@ def test_a_peer_has_what_its_folder_promises(folder, name):
         assert peer.BETTER and set(peer.BETTER.values()) <= {"higher", "lower"}
 
 
-@pytest.mark.parametrize("name", forms.names())
+@pytest.mark.parametrize("name", plugin_names(forms))
 def test_a_form_reads_encodes_and_names_its_texts(name):
-    peer = forms.load(name)
+    peer = load_plugin(forms, name)
     assert list(inspect.signature(peer.read).parameters) == ["row", "source"]
     assert list(inspect.signature(peer.encode).parameters) == ["record", "tokenizer", "template"]
     assert list(inspect.signature(peer.texts).parameters) == ["record"]
@@ -117,9 +119,9 @@ def test_the_fields_that_are_named_say_what_form_a_row_has(fields, form):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)
 def test_an_unknown_option_is_an_error_with_the_nearest_name(folder):
-    peer = folder.load("masked")
+    peer = load_plugin(folder, "masked")
     with pytest.raises(UserError, match=r"where\.shar: no such option; did you mean 'share'"):
-        objectives.read_options(peer, {"shar": 0.1}, "where")
+        read_options(peer, {"shar": 0.1}, "where")
 
 
 @each_objective

@@ -4,7 +4,6 @@ A piece is a leaf of a segmented tree: "layers/6:8/mlp/up/kernel" holds layers 6
 "layers/mlp/up/kernel"; a path outside the stack stands for the whole leaf.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,26 +11,20 @@ import jax
 import numpy as np
 
 from llm3.errors import UserError
-
-
-def place(path: str) -> tuple[str, slice | None]:
-    """The canonical path of a piece, and its layers; None for a whole leaf."""
-    if piece := re.fullmatch(r"layers/(\d+):(\d+)/(.+)", path):
-        return f"layers/{piece[3]}", slice(int(piece[1]), int(piece[2]))
-    return path, None
+from llm3.segments import canonical_path, locate
 
 
 def check_pieces(where: str, pieces: Mapping[str, Any], base: Mapping[str, tuple]) -> None:
     """Raise UserError where a piece does not fit into `base`, {path: (shape, dtype)}."""
     wrong = []
     for path, piece in pieces.items():
-        canonical, layers = place(path)
+        canonical, layers = locate(path)
         if canonical not in base:
             wrong.append(f"{path}: not in the base")
             continue
         shape, dtype = base[canonical]
         if layers is not None:
-            shape = (len(range(shape[0])[layers]), *shape[1:])
+            shape = (len(layers), *shape[1:])
         if layers is not None and not 0 <= layers.start < layers.stop <= base[canonical][0][0]:
             wrong.append(f"{path}: the base has {base[canonical][0][0]} layers")
         elif (tuple(piece.shape), np.dtype(piece.dtype)) != (shape, dtype):
@@ -45,7 +38,7 @@ def pieces_like(abstract: Mapping[str, Any], saved: Mapping[str, tuple]) -> dict
 
     A sharding fits the piece of a leaf as well, for the axis of the layers is never cut.
     """
-    leaves = {path: abstract[place(path)[0]] for path in saved}
+    leaves = {path: abstract[canonical_path(path)] for path in saved}
     return {
         path: jax.ShapeDtypeStruct(saved[path][0], leaf.dtype, sharding=leaf.sharding) for path, leaf in leaves.items()
     }
@@ -58,7 +51,7 @@ def overlay(base: dict[str, Any], pieces: Mapping[str, Any]) -> dict[str, Any]:
     """
     if all(isinstance(leaf, np.ndarray) for leaf in base.values()):
         return base | _laid_over(base, pieces)
-    touched = {place(path)[0]: base[place(path)[0]] for path in pieces}
+    touched = {path: base[path] for path in map(canonical_path, pieces)}
     shardings = {path: leaf.sharding for path, leaf in touched.items()}
     return base | jax.jit(_laid_over, out_shardings=shardings, donate_argnums=0)(touched, dict(pieces))
 
@@ -66,13 +59,13 @@ def overlay(base: dict[str, Any], pieces: Mapping[str, Any]) -> dict[str, Any]:
 def _laid_over(base: Mapping[str, Any], pieces: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for path, piece in pieces.items():
-        canonical, layers = place(path)
+        canonical, layers = locate(path)
         leaf = changed.get(canonical, base[canonical])
         if layers is None:
             changed[canonical] = piece
         elif isinstance(leaf, np.ndarray):
-            leaf[layers] = piece
+            leaf[layers.start : layers.stop] = piece
             changed[canonical] = leaf
         else:
-            changed[canonical] = leaf.at[layers].set(piece)
+            changed[canonical] = leaf.at[layers.start : layers.stop].set(piece)
     return changed

@@ -25,6 +25,7 @@ from llm3.planning.plan import Forecast, forecasts, on_paper, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent
+from llm3.segments import in_stack, segment_path
 from llm3.stages import rules
 from llm3.stages.cost import savings
 from llm3.stages.experiment import prepare
@@ -218,13 +219,13 @@ def leaf_bytes(trainer: Trainer) -> Counter[str]:
 def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
     """Whether a canonical leaf trains: True or False, or the layers of it that do where only some of them do."""
     partition = trainer.partition
-    if not path.startswith("layers/"):
+    if not in_stack(path):
         return path in partition.trainable
     chosen = [
         layer
         for first, last in partition.segments
         for layer in range(first, last)
-        if path.replace("layers/", f"layers/{first}:{last}/", 1) in partition.trainable
+        if segment_path(path, first, last) in partition.trainable
     ]
     return len(chosen) == trainer.model.layers or chosen
 

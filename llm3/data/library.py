@@ -15,6 +15,7 @@ from llm3.data.sources import selection
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
+from llm3.registry import load_plugin
 
 
 class Library:
@@ -65,7 +66,7 @@ class Library:
         """A table of windows; for the kinds see `llm3.data.windows`."""
         key = (kind, name, split, length)
         if key not in self._windows:
-            self._windows[key] = windows.load(kind).Table(self.cache(name, split), length)
+            self._windows[key] = load_plugin(windows, kind).Table(self.cache(name, split), length)
         return self._windows[key]
 
 

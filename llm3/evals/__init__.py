@@ -11,10 +11,7 @@ padding or device count. Where a peer has options, they are a frozen dataclass `
 """
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -30,22 +27,10 @@ from llm3.data.mixture import finite_batches
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
-from llm3.errors import UserError, nearest
 from llm3.models.transformer import abstract
+from llm3.registry import load_plugin
 
 Compiled = dict[tuple, Callable]
-
-
-def names() -> list[str]:
-    """The evaluations there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def load(name: str) -> ModuleType:
-    """The evaluation of this name. Raises UserError."""
-    if name not in names():
-        raise UserError(f"evaluation {name!r}: {nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +53,7 @@ class Test:
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
         """The documents (or those of `cache`) cut into windows."""
-        return windows.load(kind or self.kind).Table(cache or self.cache, self.config.sequence_length)
+        return load_plugin(windows, kind or self.kind).Table(cache or self.cache, self.config.sequence_length)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """function(model, *arrays), jitted, as a function of the arrays; compiled once for each function and model.

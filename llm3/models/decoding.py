@@ -11,7 +11,8 @@ from flax import nnx
 
 from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import constrain
-from llm3.models.transformer import Transformer, abstract, make_cache, segmented
+from llm3.models.transformer import Transformer, abstract, make_cache
+from llm3.segments import segmented
 
 NARROWEST = 32  # tokens of a row of prompts
 

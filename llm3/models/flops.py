@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from llm3.config.schema import ModelConfig
 from llm3.models.kernels import query_blocks
-from llm3.models.transformer import Segments
+from llm3.segments import STACK, Segments, segment_name
 
 
 class Shape(NamedTuple):
@@ -64,11 +64,12 @@ def step_flops(
     forward = backward = 0.0
     below = trains("embed/embedding")  # does anything under this point need a gradient?
     for first, last in segments or ((0, config.layers),):
-        differentiated = below or trains.any_of(f"layers/{first}:{last}")
+        segment = f"{STACK}/{segment_name(first, last)}"
+        differentiated = below or trains.any_of(segment)
         for layer in range(first, last):
             here = top if layer == config.layers - 1 else shape
             forward += _layer_forward(config, here) - (0 if differentiated else _skipped(config, here))
-            cost, below = _layer_backward(config, here, _Trains(trainable, f"layers/{first}:{last}/"), below)
+            cost, below = _layer_backward(config, here, _Trains(trainable, f"{segment}/"), below)
             backward += cost
     below = below or trains.any_of("final_norm")
     lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"

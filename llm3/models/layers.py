@@ -1,4 +1,4 @@
-"""The parts of a transformer block.
+"""The parts of a transformer layer other than attention: projections, norms and the MLP.
 
 Shapes: B batch, T length, S keys, D d_model, H heads, K kv heads, h head_dim. Every parameter carries the names of its
 axes as metadata; `llm3.distributed.sharding` says where each of them is cut.
@@ -12,13 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm3.config.schema import PROJECTIONS, ModelConfig
-from llm3.distributed.sharding import constrain
-from llm3.models.kernels import attend, linear
+from llm3.models.kernels import linear
 from llm3.models.lora import Adapters, LoRA
 from llm3.models.quantized import Quantized, quantized_linear
-
-Axes = tuple[str | None, ...]
-Angles = tuple[jax.Array, jax.Array]
 
 
 def small_init(d_model: int) -> Callable:
@@ -101,98 +97,12 @@ class Norm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
-def rotation(positions: jax.Array, size: int, theta: float) -> Angles:
-    """Sine and cosine of the rotary angles (Su et al. 2021, section 3.4): float32 [B, T, 1, size / 2] each."""
-    half = size // 2
-    angles = positions[..., None, None].astype(jnp.float32) * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    # without the barrier, XLA fuses them into every use, and computes them again for every head of every layer
-    return jax.lax.optimization_barrier((jnp.sin(angles), jnp.cos(angles)))
-
-
-def rotate(x: jax.Array, sine: jax.Array, cosine: jax.Array) -> jax.Array:
-    """x turned by the angles of `rotation`, half-split layout. x: [B, T, heads, h]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def attention_mask(
-    positions: jax.Array,
-    segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
-    causal: bool,
-    prefix: jax.Array | None = None,
-) -> jax.Array:
-    """Who may look at whom: bool [B, 1, T, S]. Only inside one document and, if causal, never ahead.
-
-    prefix: bool [B, S], the keys that all of their document may look at, also from before; None: none.
-    """
-    mask = segments[:, :, None] == key_segments[:, None, :]
-    if causal:
-        behind = positions[:, :, None] >= key_positions[:, None, :]
-        mask &= behind if prefix is None else behind | prefix[:, None, :]
-    return mask[:, None]
-
-
 def at_places(x: jax.Array, places: jax.Array | None, axis: int) -> jax.Array:
     """x [B, ...] at places [B, N] of an axis; None: all of it."""
     if places is None:
         return x
     shape = [places.shape[0], *(places.shape[1] if each == axis else 1 for each in range(1, x.ndim))]
     return jnp.take_along_axis(x, places.reshape(shape), axis)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023), optionally with QK-norm (Henry et al. 2020) and biases."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        c, small = config, small_init(config.d_model)
-        heads, kv = {"heads": c.heads, "head_dim": c.head_dim}, {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        model = {"embed": c.d_model}
-
-        def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
-            extra = {"bias": c.attention_bias, "adapters": adapters_of(c, name)}
-            return Projection(inputs, outputs, init=init, rngs=rngs, **extra)
-
-        self.query = projection("query", model, heads, small)
-        self.key = projection("key", model, kv, small)
-        self.value = projection("value", model, kv, small)
-        self.out = projection("out", heads, model, residual_init(c.layers, c.d_model))
-        norm = {"kind": c.norm, "epsilon": c.norm_epsilon}
-        self.query_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
-        self.key_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: Angles,
-        mask: jax.Array,
-        cache: dict | None,
-        index: jax.Array | None,
-        random: jax.Array | None,
-        places: jax.Array | None,
-        in_order: bool,
-    ) -> tuple[jax.Array, dict | None]:
-        """x: [B, T, D]; angles: see `rotation`; mask: [B, 1, T, S]; cache: key, value [B, S, K, h] written at index.
-
-        random: a key for dropout. places: int32 [B, N], where the result [B, N, D] is wanted; None: at all.
-        in_order: the mask allows nothing ahead of a query's own place, and T is S.
-        """
-        query = self.query(at_places(x, places, 1), projection_key(random, "query"))
-        key = self.key(x, projection_key(random, "key"))
-        value = self.value(x, projection_key(random, "value"))
-        if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query = rotate(query, *(at_places(each, places, 1) for each in angles))
-        key = constrain(rotate(key, *angles), "batch", "keys", "kv_heads", "head_dim")
-        value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
-        if cache is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
-            cache = {"key": key, "value": value}
-        y = attend(query, key, value, at_places(mask, places, 2), in_order and places is None)
-        return self.out(y, projection_key(random, "out")), cache
 
 
 class MLP(nnx.Module):
@@ -210,19 +120,3 @@ class MLP(nnx.Module):
         gate = self.gate(x, projection_key(random, "gate"))
         hidden = jax.nn.silu(gate) * self.up(x, projection_key(random, "up"))
         return self.down(hidden, projection_key(random, "down"))
-
-
-class Block(nnx.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        norm = {"kind": config.norm, "epsilon": config.norm_epsilon}
-        self.attention_norm = Norm(config.d_model, "embed", **norm)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm(config.d_model, "embed", **norm)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(self, x, angles, mask, cache, index, random, places, in_order):
-        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random, places, in_order)
-        x = at_places(x, places, 1) + update
-        return x + self.mlp(self.mlp_norm(x), random), cache

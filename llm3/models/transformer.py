@@ -18,15 +18,31 @@ from jax.sharding import Mesh
 
 from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import constrain, is_cut, tree_shardings
-from llm3.models.layers import Block, Norm, Projection, attention_mask, rotation, small_init
+from llm3.models.attention import Attention, attention_mask, rotation
+from llm3.models.layers import MLP, Norm, Projection, at_places, small_init
+from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
-
-Segments = tuple[tuple[int, int], ...]
 
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        norm = {"kind": config.norm, "epsilon": config.norm_epsilon}
+        self.attention_norm = Norm(config.d_model, "embed", **norm)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = Norm(config.d_model, "embed", **norm)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x, angles, mask, cache, index, random, places, in_order):
+        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random, places, in_order)
+        x = at_places(x, places, 1) + update
+        return x + self.mlp(self.mlp_norm(x), random), cache
 
 
 class Transformer(nnx.Module):
@@ -38,7 +54,7 @@ class Transformer(nnx.Module):
         self.embed = nnx.Dict(
             embedding=nnx.Param(small(rngs.params(), (c.vocab_size, c.d_model)), axes=("vocab", "embed"))
         )
-        self.layers = nnx.Dict({f"{a}:{b}": _stack(c, b - a, rngs) for a, b in segments})
+        self.layers = nnx.Dict({segment_name(a, b): _stack(c, b - a, rngs) for a, b in segments})
         self.final_norm = Norm(c.d_model, "embed", kind=c.norm, epsilon=c.norm_epsilon)
         model, vocab, classes = {"embed": c.d_model}, {"vocab": c.vocab_size}, {"classes": c.classes}
         self.lm_head = None if c.tie_embeddings else Projection(model, vocab, init=small, rngs=rngs)
@@ -72,7 +88,7 @@ class Transformer(nnx.Module):
         x = constrain(self._table()[tokens], "batch", "length", None)
         stored = []
         for name, stack in self.layers.items():
-            first, last = map(int, name.split(":"))
+            first, last = segment_bounds(name)
             part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
             wanted = places if last == self.config.layers else None
             random = key if self._drops() else None
@@ -197,30 +213,9 @@ def _abstract(config: ModelConfig, segments: Segments) -> Abstract:
     graph, state = nnx.split(model, nnx.Param)
     axes = {}
     for path, variable in nnx.to_flat_state(state):
-        stacked = ("layers",) if path[0] == "layers" else ()
-        axes["/".join(path)] = stacked + variable.get_metadata("axes")
+        name = "/".join(path)
+        axes[name] = (("layers",) if in_stack(name) else ()) + variable.get_metadata("axes")
     return Abstract(graph, nnx.to_pure_dict(state), unflatten(axes))
-
-
-def canonical(params: dict) -> dict:
-    """The same parameters with the segments of the stack joined: layers/<name> instead of layers/<a:b>/<name>."""
-    stacks = sorted(params["layers"].items(), key=lambda item: int(item[0].split(":")[0]))
-    flat = [flatten(stack) for _, stack in stacks]
-    joined = {
-        path: leaf if len(flat) == 1 else jnp.concatenate([each[path] for each in flat])
-        for path, leaf in flat[0].items()
-    }
-    return {**params, "layers": unflatten(joined)}
-
-
-def segmented(params: dict, segments: Segments) -> dict:
-    """The canonical parameters with the stack cut into segments: the inverse of `canonical`."""
-    flat = flatten(params["layers"])
-    cut = {
-        f"{a}:{b}": unflatten({path: leaf if len(segments) == 1 else leaf[a:b] for path, leaf in flat.items()})
-        for a, b in segments
-    }
-    return {**params, "layers": cut}
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | None = None) -> dict:

@@ -17,17 +17,12 @@ and where it reads the model in few places of a window, `most(task) -> int` says
 computed there only.
 """
 
-import dataclasses
-import importlib
-import pkgutil
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, nearest
 
 
 class Sums(NamedTuple):
@@ -50,27 +45,3 @@ class Task(NamedTuple):
     tokenizer: Tokenizer
     length: int
     label_sets: np.ndarray | None = None
-
-
-def names() -> list[str]:
-    """The objectives there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def load(name: str) -> ModuleType:
-    """The objective of this name. Raises UserError."""
-    if name not in names():
-        raise UserError(f"objective {name!r}: {nearest(name, names())}")
-    return importlib.import_module(f"{__name__}.{name}")
-
-
-def read_options(peer: ModuleType, given: dict[str, Any], where: str) -> Any:
-    """The options of a peer (an objective or an evaluation), or None where it has none. Raises UserError."""
-    known = [field.name for field in dataclasses.fields(peer.Options)] if hasattr(peer, "Options") else []
-    for name in given:
-        if name not in known:
-            raise UserError(f"{where}.{name}: no such option; {nearest(name, known)}")
-    try:
-        return peer.Options(**given) if known else None
-    except (TypeError, UserError) as error:
-        raise UserError(f"{where}: {error}") from None

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm3.models.quantized import CODEBOOKS, Quantized, quantize
+from llm3.segments import in_stack
 from llm3.tree import flatten, map_with_path, unflatten
 
 
@@ -22,7 +23,9 @@ class Storage(NamedTuple):
     abstract: dict
 
 
-def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: frozenset[str] = frozenset()) -> Storage:
+def make_storage(
+    frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: frozenset[str] = frozenset()
+) -> Storage:
     """The storage of a frozen tree (of shapes). kind: float32, compute, int8 or nf4. Raises UserError.
 
     int8 and nf4 are for the kernels of the layers; everything else is stored in the compute dtype then. exact: the
@@ -32,7 +35,7 @@ def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: fr
     def one(path: str, leaf: jax.Array) -> Any:
         if kind == "float32" or not computed_low(path):
             return leaf
-        if kind in CODEBOOKS and path.startswith("layers/") and path.endswith("/kernel"):
+        if kind in CODEBOOKS and in_stack(path) and path.endswith("/kernel"):
             return quantize(leaf, kind, _blocked_axis(path, leaf.ndim))
         if not exact.isdisjoint(path.split("/")):
             return leaf
@@ -48,7 +51,7 @@ def make(frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: fr
     return Storage(jax.jit(store, out_shardings=fitted) if kind != "float32" else lambda tree: tree, abstract)
 
 
-def restore(stored: dict) -> dict:
+def dequantized(stored: dict) -> dict:
     """The values that quantised leaves stand for, float32; other leaves as they are."""
     flat = flatten(stored)
     return unflatten(flat | _values({path: x for path, x in flat.items() if isinstance(x, Quantized)}))

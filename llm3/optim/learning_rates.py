@@ -10,7 +10,8 @@ import optax
 
 from llm3.config.schema import at_least
 from llm3.errors import UserError, nearest
-from llm3.optim import partition
+from llm3.optim.partition import matcher, rule_names
+from llm3.segments import locate
 from llm3.tree import flatten
 
 
@@ -29,7 +30,7 @@ def _cosine(progress: jax.Array, final: float) -> jax.Array:
 SHAPES = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _linear}
 
 
-def schedule(
+def make_schedule(
     name: str,
     *,
     learning_rate: float,
@@ -76,7 +77,7 @@ def schedule(
     return rate
 
 
-def factors(
+def rate_factors(
     params: dict, *, layers: int, layer_decay: float, learning_rates: list, later: Iterable[str] = ()
 ) -> dict[str, np.ndarray]:
     """{path: factor of the learning rate} for the segmented tree `params` (arrays or shapes), in float32.
@@ -99,20 +100,11 @@ def factors(
         return layer_decay**depth * next((factor for match, factor in rules if match(name, layer)), 1.0)
 
     def of_leaf(path: str, rank: int) -> np.ndarray:
-        name, within = _place(path)
-        shape = () if within == [None] else (len(within), *(1,) * (rank - 1))
-        return np.asarray([one(name, layer) for layer in within], np.float32).reshape(shape)
+        name, within = locate(path)
+        shape = () if within is None else (len(within), *(1,) * (rank - 1))
+        return np.asarray([one(name, layer) for layer in within or [None]], np.float32).reshape(shape)
 
     return {path: of_leaf(path, len(leaf.shape)) for path, leaf in flatten(params).items()}
-
-
-def _place(path: str) -> tuple[str, list[int | None]]:
-    """The canonical path of a segmented one, and the layers that the leaf holds ([None]: it is of no layer)."""
-    stack, segment, *_ = path.split("/")
-    if stack != "layers":
-        return path, [None]
-    first, last = segment.split(":")
-    return partition.canonical_path(path), list(range(int(first), int(last)))
 
 
 def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Callable, float]]:
@@ -120,7 +112,7 @@ def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Call
     where = "optimizer.learning_rates"
     if not isinstance(learning_rates, list | tuple):
         raise UserError(f"{where}={learning_rates!r}: expected a list of [rule, factor] pairs")
-    leaves, rules = [_place(path) for path in sorted(paths)], []
+    leaves, rules = [locate(path) for path in sorted(paths)], []
     for i, pair in enumerate(learning_rates):
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)):
             raise UserError(f"{where}[{i}]={pair!r}: expected [rule, factor], as in ['embeddings', 0.1]")
@@ -130,11 +122,11 @@ def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Call
         if rule.strip().startswith("not "):
             raise UserError(f"{where}[{i}]={pair!r}: 'not' has no factor; the first rule that matches a leaf decides")
         try:
-            match = partition.matcher(rule, layers)
+            match = matcher(rule, layers)
         except UserError as error:
             raise UserError(f"{where}[{i}]: {error}") from None
-        if not any(match(name, layer) for name, within in leaves for layer in within):
-            valid = partition.names(sorted({name for name, _ in leaves}))
+        if not any(match(name, layer) for name, within in leaves for layer in within or [None]):
+            valid = rule_names(sorted({name for name, _ in leaves}))
             raise UserError(f"{where}[{i}]: rule {rule!r} matches nothing that trains; {nearest(rule, valid)}")
         rules.append((match, float(factor)))
     return rules

@@ -20,7 +20,7 @@ import optax
 
 from llm3.config.schema import at_least
 from llm3.errors import UserError, nearest
-from llm3.optim import learning_rates as rates
+from llm3.optim.learning_rates import make_schedule, rate_factors
 from llm3.optim.update_rules import RULES, by_phase
 from llm3.tree import flatten, map_with_path, unflatten
 
@@ -37,7 +37,7 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule
 
 
-def make(
+def make_optimizer(
     params_example: dict,
     *,
     layers: int,
@@ -66,7 +66,7 @@ def make(
     starts with them; the rest of the chain is one for all. None: all leaves train from the start.
 
     clip_norm: of the global norm of the gradients of that tree; 0: none. weight_decay: only on leaves named as in
-    `DECAYED`. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rates.factors`).
+    `DECAYED`. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rate_factors`).
     l2_sp: see `pull_to_start`. ema: see `running_mean`. options: go to the optax function as they are. muon (Jordan et
     al. 2024) orthogonalises each layer's kernels as matrices [D, heads x head_dim] and leaves embeddings, heads, norms
     and biases to Adam; its option adam_learning_rate is a peak as well. adafactor (Shazeer and Stern 2018) factors each
@@ -79,7 +79,7 @@ def make(
     _check(name, options, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
     if l2_sp and fresh >= {*flatten(params_example), *(groups or ())}:
         raise UserError(f"optimizer.l2_sp={l2_sp!r}: nothing that trains comes from a parent, to stay near to")
-    rate = rates.schedule(
+    rate = make_schedule(
         schedule,
         learning_rate=learning_rate,
         steps=steps,
@@ -87,7 +87,7 @@ def make(
         decay_steps=decay_steps,
         final_fraction=final_fraction,
     )
-    factors = rates.factors(
+    factors = rate_factors(
         params_example, layers=layers, layer_decay=layer_decay, learning_rates=learning_rates, later=groups or ()
     )
     build = partial(RULES[name].build, peak=learning_rate, options=dict(options))
@@ -178,7 +178,7 @@ def averaged(opt_state: Any) -> dict | None:
     return next((node.average for node in nodes if isinstance(node, EmaState)), None)
 
 
-def carry(old_state: Any, new_state: Any) -> Any:
+def carry_state(old_state: Any, new_state: Any) -> Any:
     """`new_state`, made for a superset of leaves by the same settings with `groups`, with all that `old_state` holds.
 
     For gradual unfreezing (Howard and Ruder 2018, ULMFiT, section 3.3): leaves that trained before go on as if nothing

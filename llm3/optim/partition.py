@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llm3.errors import UserError, nearest
-from llm3.models.transformer import Segments, canonical, segmented
+from llm3.segments import Segments, canonical, in_stack, runs, segment_path, segmented
 from llm3.tree import flatten, unflatten
 
 SHORTHANDS: dict[str, tuple[str, ...]] = {
@@ -53,31 +53,26 @@ class Partition(NamedTuple):
         return canonical(merge(trainable, frozen))
 
 
-def canonical_path(path: str) -> str:
-    """The path of a segmented leaf in the canonical tree: layers/6:8/mlp/... is layers/mlp/..."""
-    return re.sub(r"^layers/\d+:\d+/", "layers/", path)
-
-
 def merge(trainable: dict, frozen: dict) -> dict:
     """The segmented tree of all leaves."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
-def make(shapes: dict, rules: str | list[str], layers: int) -> Partition:
+def make_partition(shapes: dict, rules: str | list[str], layers: int) -> Partition:
     """The partition of a canonical tree (of arrays or of shapes) by `rules`.
 
     Raises UserError for a rule that cannot be read or matches nothing, and when nothing trains.
     """
-    return phases(shapes, rules, [], layers)[0]
+    return make_partitions(shapes, rules, [], layers)[0]
 
 
-def phases(
+def make_partitions(
     shapes: dict, rules: str | list[str], unfreeze: list[tuple[int, str | list[str]]], layers: int
 ) -> dict[int, Partition]:
     """{first step: partition} for what trains from the start, and what joins it at each step of `unfreeze`.
 
     All of them are cut into the same segments, so that a leaf keeps its path and its moments. Gradual unfreezing:
-    Howard and Ruder 2018, ULMFiT, section 3.3. Raises UserError as `make` does, and for a step that adds nothing.
+    Howard and Ruder 2018, ULMFiT, section 3.3. Raises UserError as `make_partition`, and for a step that adds nothing.
     """
     paths = list(flatten(shapes))
     chosen = {0: _selected(paths, rules, layers)}
@@ -86,9 +81,9 @@ def phases(
         if added <= before:
             raise UserError(f"unfreeze at step {step}: {more!r} adds nothing to what trains already")
         chosen[step] = before | added
-    segments = _runs([[_of_layer(each, layer) for each in chosen.values()] for layer in range(layers)])
+    segments = runs([[_of_layer(each, layer) for each in chosen.values()] for layer in range(layers)])
     return {
-        step: Partition(segments, frozenset(_segment_path(path, layer, segments) for path, layer in each))
+        step: Partition(segments, frozenset(_segmented_path(path, layer, segments) for path, layer in each))
         for step, each in chosen.items()
     }
 
@@ -108,10 +103,10 @@ def _selected(paths: list[str], rules: str | list[str], layers: int) -> set[tupl
     for rule, leaves in zip(rules, matched, strict=True):
         if not leaves:
             tied = " (this model's LM head is tied to embed/embedding)" if _bare(rule).startswith("lm_head") else ""
-            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), names(paths))}")
+            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), rule_names(paths))}")
     if not chosen:
         first = _bare(rules[0]) if rules else ""
-        raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, names(paths))}")
+        raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, rule_names(paths))}")
     return chosen
 
 
@@ -119,27 +114,19 @@ def _of_layer(chosen: set[tuple[str, int | None]], layer: int) -> frozenset[str]
     return frozenset(path for path, each in chosen if each == layer)
 
 
-def _segment_path(path: str, layer: int | None, segments: Segments) -> str:
-    if layer is None:
-        return path
-    first, last = next((a, b) for a, b in segments if a <= layer < b)
-    return path.replace("layers/", f"layers/{first}:{last}/", 1)
+def _segmented_path(path: str, layer: int | None, segments: Segments) -> str:
+    return path if layer is None else segment_path(path, *next((a, b) for a, b in segments if a <= layer < b))
 
 
 def _layers_of(path: str, layers: int) -> list[int | None]:
-    return list(range(layers)) if path.startswith("layers/") else [None]
-
-
-def _runs(patterns: list) -> Segments:
-    starts = [i for i, pattern in enumerate(patterns) if i == 0 or pattern != patterns[i - 1]]
-    return tuple(zip(starts, [*starts[1:], len(patterns)], strict=True))
+    return list(range(layers)) if in_stack(path) else [None]
 
 
 def _bare(rule: str) -> str:
     return rule.strip().removeprefix("not ").strip()
 
 
-def names(paths: list[str]) -> list[str]:
+def rule_names(paths: list[str]) -> list[str]:
     """What a rule may say of leaves at these canonical paths, for error messages."""
     shorthands = [name for name in SHORTHANDS if any(matcher(name, 1)(path, 0) for path in paths)]
     adapters = sorted({f"lora({path.split('/lora/')[1].split('/')[0]})" for path in paths if "/lora/" in path})

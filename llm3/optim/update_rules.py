@@ -8,9 +8,8 @@ import numpy as np
 import optax
 
 from llm3.config.schema import at_least
+from llm3.segments import in_stack
 from llm3.tree import flatten, map_with_path, unflatten
-
-STACKED = "layers"  # leaves below this name have a leading layer axis
 
 
 def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -19,7 +18,7 @@ def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
     [L, D, heads, head_dim] maps D to heads x head_dim; the kernel of `out`, [L, heads, head_dim, D], the other way.
     """
     names = path.split("/")
-    if names[0] != STACKED or names[-1] != "kernel" or rank < 3:
+    if not in_stack(path) or names[-1] != "kernel" or rank < 3:
         return None
     first_output = rank - 1 if names[-2] == "out" else 2
     return tuple(range(1, first_output)), tuple(range(first_output, rank))
@@ -27,7 +26,7 @@ def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 def _per_layer(path: str, leaf: jax.Array) -> jax.Array:
     """[L, in, out] of a stacked kernel and [L, n] of another stacked leaf; a leaf outside the stack as it is."""
-    if path.split("/")[0] != STACKED:
+    if not in_stack(path):
         return leaf
     axes = _matrix_axes(path, leaf.ndim)
     if axes is None:
@@ -42,7 +41,7 @@ def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransfo
     """
 
     def mapped(path: str, function: Callable) -> Callable:
-        return jax.vmap(function) if path.split("/")[0] == STACKED else function
+        return jax.vmap(function) if in_stack(path) else function
 
     def init(params: dict) -> dict:
         return {path: mapped(path, rule.init)(_per_layer(path, leaf)) for path, leaf in flatten(params).items()}

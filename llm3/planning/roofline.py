@@ -14,6 +14,7 @@ from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.machines import Link, Topology
 from llm3.distributed.sharding import axis_size, spec
 from llm3.optim.frozen import computed_low
+from llm3.segments import in_stack, locate
 from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import flatten
@@ -88,13 +89,7 @@ def lowest(trainer: Trainer) -> int:
     trainable, layers = trainer.partition.trainable, trainer.model.layers
     if "embed/embedding" in trainable:
         return 0
-    return min((_layers(path)[0] for path in trainable if path.startswith("layers/")), default=layers)
-
-
-def _layers(path: str) -> tuple[int, int]:
-    """The layers that a leaf of the segmented tree stands for."""
-    first, last = path.split("/")[1].split(":")
-    return int(first), int(last)
+    return min((locate(path)[1].start for path in trainable if in_stack(path)), default=layers)
 
 
 def _axes(*names: str) -> list[str]:
@@ -128,8 +123,8 @@ def _of_leaf(
 def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tuple[float, float]:
     """How often a leaf is gathered in a micro-batch, and how often its gradient is reduced."""
     chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
-    if path.startswith("layers/"):
-        return 1 + (_layers(path)[1] > first), 1
+    if in_stack(path):
+        return 1 + (locate(path)[1].stop > first), 1
     if path.startswith("lm_head/"):
         return 2 * chunks or 1, chunks or 1
     if path == "embed/embedding":

@@ -19,6 +19,7 @@ from llm3.distributed.sharding import MESH_AXES, axis_size
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
 from llm3.planning import liveness as footprint
+from llm3.segments import in_stack
 from llm3.stages.stage import Stage
 from llm3.training.phase import Trainer
 from llm3.tree import flatten
@@ -148,6 +149,6 @@ def _casts(trainer: Trainer, model: ModelConfig, pieces: int) -> float:
     dtype = np.dtype(model.compute_dtype)
     for tree in (trainer.abstract_state.trainable, trainer.abstract_state.frozen):
         for path, leaf in flatten(tree).items():
-            if path.startswith("layers/") and computed_low(path) and getattr(leaf, "dtype", dtype) != dtype:
+            if in_stack(path) and computed_low(path) and getattr(leaf, "dtype", dtype) != dtype:
                 total += math.prod(leaf.shape) * dtype.itemsize / pieces
     return total

@@ -14,7 +14,7 @@ from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch
-from llm3.objectives import read_options
+from llm3.registry import load_plugin, read_options
 from llm3.stages.stage import Stage
 
 
@@ -59,11 +59,11 @@ class Evaluation:
 def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluation:
     """The evaluation of this name with its documents read. Raises UserError."""
     own = config.evaluations[name]
-    plugin = evals.load(own.kind)
+    plugin = load_plugin(evals, own.kind)
     options = read_options(plugin, own.options, f"config.evaluations.{name}.options")
     labels = library.labels(own.source) if plugin.HEAD == "labels" else None
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens
     kind = plugin.WINDOWS[config.sources[own.source].form]
-    windows.load(kind).Table(cache, own.sequence_length)  # refuses documents that do not fit
+    load_plugin(windows, kind).Table(cache, own.sequence_length)  # refuses documents that do not fit
     return Evaluation(name, own, plugin, options, kind, cache, labels)

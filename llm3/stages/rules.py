@@ -8,13 +8,14 @@ from llm3.config.schema import RunConfig, SourceConfig, StageConfig
 from llm3.distributed.sharding import check_across, table
 from llm3.errors import UserError, nearest
 from llm3.handoff.parent import INIT
+from llm3.registry import load_plugin, plugin_names, read_options
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
     """Builds general knowledge from unlabelled text, from nothing."""
     if stage.start is not None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
-    if objectives.load(stage.objective_name).LABELLED:
+    if load_plugin(objectives, stage.objective_name).LABELLED:
         raise UserError(f"{where}.objective={stage.objective_name!r}: a pretrain stage learns from unlabelled text")
     if not trains_all(stage) or stage.adapters:
         field = "adapters" if trains_all(stage) else "unfreeze" if stage.unfreeze else "train"
@@ -31,8 +32,8 @@ def finetune(stage: StageConfig, where: str) -> None:
     """Fits one task with few labels, from a parent; as a baseline, from the untrained model."""
     if stage.start is None:
         raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
-    labelled = ", ".join(name for name in objectives.names() if objectives.load(name).LABELLED)
-    if not objectives.load(stage.objective_name).LABELLED:
+    labelled = ", ".join(name for name in plugin_names(objectives) if load_plugin(objectives, name).LABELLED)
+    if not load_plugin(objectives, stage.objective_name).LABELLED:
         raise UserError(
             f"{where}.objective={stage.objective_name!r}: a finetune stage fits a labelled task ({labelled})"
         )
@@ -73,22 +74,22 @@ def check(config: RunConfig) -> list[str]:
     check_across(config.mesh.across)
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
-        _known(f"{where}.kind", evaluation.kind, evals.names())
+        _known(f"{where}.kind", evaluation.kind, plugin_names(evals))
         _known(f"{where}.source", evaluation.source, config.sources)
-        peer = evals.load(evaluation.kind)
+        peer = load_plugin(evals, evaluation.kind)
         check_attention(peer.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
         window_kind(
             peer.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
         )
-        objectives.read_options(peer, evaluation.options, f"{where}.options")
+        read_options(peer, evaluation.options, f"{where}.options")
     for name, stage in stages.items():
         where = f"config.stages.{name}"
         if name == INIT or "/" in name:
             raise UserError(f"{where}: {name!r} cannot be a stage's name")
-        _known(f"{where}.objective", stage.objective_name, objectives.names())
-        peer = objectives.load(stage.objective_name)
+        _known(f"{where}.objective", stage.objective_name, plugin_names(objectives))
+        peer = load_plugin(objectives, stage.objective_name)
         check_attention(peer.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
-        objectives.read_options(peer, stage.objective_options, f"{where}.objective")
+        read_options(peer, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
             _known(f"{where}.data", source, config.sources)
             window_kind(peer.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)

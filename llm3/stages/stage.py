@@ -25,6 +25,7 @@ from llm3.distributed.sharding import named
 from llm3.errors import UserError
 from llm3.handoff.parent import INIT, Start, read_start
 from llm3.objectives import Task
+from llm3.registry import load_plugin, read_options
 from llm3.stages.rules import data_sources, parent_name
 from llm3.stages.workdir import RECORD, read_json, stage_record
 from llm3.training.phase import Trainer, build
@@ -133,7 +134,7 @@ def folded_seed(given: int, name: str) -> int:
 
 def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) -> Stage:
     """The stage with its data read, tokenized and cut. Raises UserError."""
-    stage, objective = config.stages[name], objectives.load(config.stages[name].objective_name)
+    stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
     labels = _read_labels(stage, objective, library, name)
     options = _options(objective, stage, name)
     task = Task(options, library.tokenizer, stage.sequence_length, _label_sets(stage, objective, library, labels, name))
@@ -168,7 +169,7 @@ def plan_stage(config: RunConfig, name: str) -> Stage:
 
     The vocabulary is as large as `tokenizer.vocab_size` says. Of labels, which only the data has, one is counted.
     """
-    stage, objective = config.stages[name], objectives.load(config.stages[name].objective_name)
+    stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
     labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
     task = Task(_options(objective, stage, name), None, stage.sequence_length)
     vocab_size = config.tokenizer.vocab_size + len(config.tokenizer.add)
@@ -211,7 +212,7 @@ def _most_positions(config: RunConfig, objective: ModuleType, task: Task, tables
 
 
 def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:
-    return objectives.read_options(objective, stage.objective_options, f"config.stages.{name}.objective")
+    return read_options(objective, stage.objective_options, f"config.stages.{name}.objective")
 
 
 def given_seed(config: RunConfig, name: str) -> int:

@@ -13,7 +13,8 @@ from llm3.handoff import parent as handoff
 from llm3.handoff.parent import CHECKPOINTS, INIT, Parent, Start
 from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
-from llm3.models.transformer import abstract, canonical, init
+from llm3.models.transformer import abstract, init
+from llm3.segments import canonical
 from llm3.stages.experiment import Experiment
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage

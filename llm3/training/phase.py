@@ -15,11 +15,12 @@ from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings
 from llm3.errors import UserError
 from llm3.models.flops import step_flops
-from llm3.models.transformer import abstract, canonical
-from llm3.optim import frozen as storages
-from llm3.optim import optimizer as optim
-from llm3.optim import partition as partitions
-from llm3.optim.partition import canonical_path
+from llm3.models.transformer import abstract
+from llm3.optim.frozen import Storage, dequantized, make_storage, rounded
+from llm3.optim.optimizer import Optimizer, averaged, carry_state, make_optimizer, state_shardings
+from llm3.optim.partition import Partition, canonical_path, make_partitions
+from llm3.registry import load_plugin
+from llm3.segments import canonical
 from llm3.training.guard import Guard, new_guard
 from llm3.training.step import TrainState, make_train_step
 from llm3.tree import flatten, unflatten
@@ -31,12 +32,12 @@ class Trainer(NamedTuple):
     first: int
     stop: int
     model: ModelConfig
-    partition: partitions.Partition
-    optimizer: optim.Optimizer
+    partition: Partition
+    optimizer: Optimizer
     train_step: Callable
     init_opt: Callable[[dict], Any]
     init_guard: Callable[[], Guard]
-    storage: storages.Storage  # of what is frozen
+    storage: Storage  # of what is frozen
     abstract_params: dict  # canonical shapes with shardings
     abstract_state: TrainState
     flops: tuple[float, float]  # of a step, forward and backward
@@ -58,12 +59,12 @@ class Trainer(NamedTuple):
 
     def trained(self, state: TrainState) -> dict:
         """What the trainable tree has become: the running mean of its weights where the optimizer keeps one."""
-        mean = optim.averaged(state.opt)
+        mean = averaged(state.opt)
         return state.trainable if mean is None else mean
 
     def params(self, state: TrainState) -> dict:
         """The canonical parameters that a state stands for."""
-        return self.partition.join(self.trained(state), storages.restore(state.frozen))
+        return self.partition.join(self.trained(state), dequantized(state.frozen))
 
     def saved_opt(self, state: TrainState) -> Any:
         """What a checkpoint needs besides the parameters, so that training goes on as if it had not stopped."""
@@ -73,17 +74,17 @@ class Trainer(NamedTuple):
     def rounded(self, params: dict) -> dict:
         """Canonical parameters with the leaves that are stored quantised replaced by what their codes stand for."""
         trainable, frozen = self.partition.split(params)
-        return self.partition.join(trainable, storages.rounded(frozen, self.storage))
+        return self.partition.join(trainable, rounded(frozen, self.storage))
 
     def following(self, before: "Trainer", state: TrainState, base: dict) -> TrainState:
         """The state of the phase `before`, with more leaves that train from here on; base: where these come from."""
         params = before.partition.join(state.trainable, before.partition.split(base)[1])
         trainable, frozen = self.partition.split(params)
-        opt = optim.carry(state.opt, self.init_opt(trainable))
+        opt = carry_state(state.opt, self.init_opt(trainable))
         return TrainState(state.step, trainable, self.storage.store(frozen), opt, state.guard)
 
     def _averages(self) -> bool:
-        return optim.averaged(self.abstract_state.opt) is not None
+        return averaged(self.abstract_state.opt) is not None
 
 
 def with_sharding(shapes: Any, shardings: Any) -> Any:
@@ -100,7 +101,7 @@ def _inside(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def tied_notes(model: ModelConfig, partition: partitions.Partition, head: str) -> list[str]:
+def tied_notes(model: ModelConfig, partition: Partition, head: str) -> list[str]:
     """That the LM head is the embedding, where some leaves are frozen and the two might be taken for separate."""
     every = len(flatten(abstract(model, partition.segments).shapes))
     if not model.tie_embeddings or head != "lm" or len(partition.trainable) == every:
@@ -133,7 +134,7 @@ def build(
     shapes = flatten(canonical(abstract(model).shapes))
     at_work = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in idle)})
     with _inside(f"{where}.train"):
-        phases = partitions.phases(at_work, stage.train, stage.unfreeze, model.layers)
+        phases = make_partitions(at_work, stage.train, stage.unfreeze, model.layers)
     leaves = flatten(abstract(model, phases[0].segments).shapes)
     if stage.frozen != "float32" and len(phases[0].trainable) == len(leaves):
         raise UserError(f"{where}.frozen={stage.frozen!r}: nothing is frozen")
@@ -157,7 +158,7 @@ def _phase(
     stage: StageConfig,
     model: ModelConfig,
     mesh: Mesh,
-    partition: partitions.Partition,
+    partition: Partition,
     groups: dict[str, int] | None,
     steps: tuple[int, int],
     *,
@@ -166,7 +167,7 @@ def _phase(
     seed: int,
     where: str,
 ) -> Trainer:
-    objective = objectives.load(stage.objective_name)
+    objective = load_plugin(objectives, stage.objective_name)
     cut = abstract(model, partition.segments)
     shardings = tree_shardings(mesh, cut.shapes, cut.axes)
     trainable, frozen = partition.divide(cut.shapes)
@@ -175,10 +176,10 @@ def _phase(
     shape = {"steps": stage.steps, "layers": model.layers, "fresh": new, "groups": groups}
     with _inside(where):
         dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
-        storage = storages.make(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
-        optimizer = optim.make(trainable, **shape, **vars(stage.optimizer))
+        storage = make_storage(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
+        optimizer = make_optimizer(trainable, **shape, **vars(stage.optimizer))
     opt = jax.eval_shape(optimizer.transform.init, trainable)
-    opt_shardings = optim.state_shardings(opt, trainable, trainable_shardings, named(mesh))
+    opt_shardings = state_shardings(opt, trainable, trainable_shardings, named(mesh))
     empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
     guard = jax.eval_shape(empty_guard)
     abstract_state = TrainState(

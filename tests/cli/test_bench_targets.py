@@ -10,7 +10,7 @@ import pytest
 
 from llm3.config import load as configfile
 from llm3.data.batch import Batch
-from llm3.optim import optimizer as optim
+from llm3.optim.optimizer import state_bytes
 from llm3.training.phase import build
 from llm3.tree import size
 from tests.helpers.meshes import mesh_of
@@ -38,7 +38,7 @@ def counted(rule: str) -> dict[str, float]:
         "flops": trainer.flops_per_step,
         "compiler_flops": step.cost_analysis()["flops"],
         "temp_bytes": step.memory_analysis().temp_size_in_bytes,
-        "moments": optim.state_bytes(trainer.abstract_state.opt) - 2 * 4,  # counts of Adam and of the schedule
+        "moments": state_bytes(trainer.abstract_state.opt) - 2 * 4,  # counts of Adam and of the schedule
         "trainable": size(trainer.abstract_state.trainable),
     }
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from llm3.config.schema import ModelConfig
 from llm3.data.tokenizer import Tokenizer
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
+from llm3.segments import segmented
 from tests.helpers.tiny import LENGTH, jit
 from tests.helpers.tiny_export import ADAPTERS, TEXTS, model, tensors, tokenizer, written
 

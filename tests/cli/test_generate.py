@@ -10,7 +10,8 @@ from flax import nnx
 
 from llm3.config.schema import ModelConfig
 from llm3.models.decoding import next_token, sample
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
+from llm3.segments import segmented
 from llm3.tree import map_with_path
 
 VOCAB = 23

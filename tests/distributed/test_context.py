@@ -21,8 +21,9 @@ from llm3.distributed.sharding import (
 )
 from llm3.errors import UserError
 from llm3.models.flops import forward_flops, step_flops
-from llm3.models.transformer import abstract, canonical, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import causal, classify, prefix
+from llm3.segments import canonical, segmented
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import CLASSES, LENGTH, TASK, jit, make_batch, make_labelled, make_params, model_config

@@ -19,7 +19,8 @@ from llm3.distributed.sharding import (
     tree_shardings,
 )
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, canonical
+from llm3.models.transformer import abstract
+from llm3.segments import canonical
 from llm3.training.phase import build
 from llm3.tree import flatten
 from tests.helpers.tiny import TASK, VOCAB, make_batch, make_params, model_config

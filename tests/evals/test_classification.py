@@ -10,7 +10,8 @@ import sklearn.metrics
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import classification
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import CLASSES, make_params, model_config
 from tests.helpers.tiny_cache import MemoryCache, make_test, plain

@@ -11,8 +11,9 @@ from llm3 import evals
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.errors import UserError
 from llm3.evals import masked, pseudo_perplexity
-from llm3.models.transformer import abstract, segmented
-from llm3.objectives import read_options
+from llm3.models.transformer import abstract
+from llm3.registry import load_plugin, read_options
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config, stack
@@ -138,6 +139,6 @@ def test_a_source_without_text_is_an_error_not_a_division_by_zero(peer):
 
 
 def test_options_that_make_no_sense_are_refused():
-    assert read_options(evals.load("masked"), {"share": 0.3}, "evaluations.x") == masked.Options(share=0.3)
+    assert read_options(load_plugin(evals, "masked"), {"share": 0.3}, "evaluations.x") == masked.Options(share=0.3)
     with pytest.raises(UserError, match=r"evaluations.x: share=2"):
-        read_options(evals.load("masked"), {"share": 2}, "evaluations.x")
+        read_options(load_plugin(evals, "masked"), {"share": 2}, "evaluations.x")

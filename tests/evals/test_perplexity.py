@@ -11,7 +11,8 @@ from llm3 import evals
 from llm3.data.packing import empty_window, mark
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import perplexity
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import make_documents, make_params, model_config
 from tests.helpers.tiny_cache import MemoryCache, make_test, plain

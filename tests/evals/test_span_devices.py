@@ -6,7 +6,8 @@ import jax
 
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import span
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
+from llm3.segments import segmented
 from tests.evals.test_span_evals import ROWS, cache_of
 from tests.helpers.tiny import make_params, model_config
 from tests.helpers.tiny_cache import BYTES, make_test

@@ -17,7 +17,7 @@ from llm3.data.mixture import finite_batches
 from llm3.data.windows.spans import END, START
 from llm3.errors import UserError
 from llm3.evals import span
-from llm3.objectives import read_options
+from llm3.registry import read_options
 from tests.helpers.tiny_cache import BYTES, MemoryCache, make_test
 
 SOURCE = SourceConfig("x", text="context", prompt="question", answers="answers")

@@ -12,7 +12,8 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.distributed.sharding import tree_shardings
 from llm3.errors import UserError
 from llm3.handoff import parent as handoff
-from llm3.models.transformer import abstract, canonical
+from llm3.models.transformer import abstract
+from llm3.segments import canonical
 from llm3.tree import flatten, map_with_path, unflatten
 from tests.helpers import tiny
 from tests.helpers.meshes import mesh_of

@@ -5,8 +5,9 @@ import numpy as np
 
 from llm3.config.schema import ModelConfig
 from llm3.data.batch import Batch
-from llm3.models.transformer import abstract, canonical
+from llm3.models.transformer import abstract
 from llm3.objectives import Task
+from llm3.segments import canonical
 from llm3.tree import map_with_path
 
 VOCAB, CLASSES, LENGTH = 61, 5, 16

@@ -4,6 +4,7 @@ import numpy as np
 
 from llm3.config.schema import SourceConfig
 from llm3.data import formats as forms
+from llm3.registry import load_plugin
 from tests.helpers.tiny_cache import MemoryCache
 
 DIALOGUE = SourceConfig("x", prompt="question", answer="answer")
@@ -20,7 +21,7 @@ class AnswerCache(MemoryCache):
 
 def encoded(row: dict, source: SourceConfig, tokenizer, template: str = ""):
     """A row as a document."""
-    form = forms.load(source.form)
+    form = load_plugin(forms, source.form)
     return form.encode(form.read(row, source), tokenizer, template)
 
 

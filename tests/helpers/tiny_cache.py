@@ -8,7 +8,7 @@ from llm3 import evals
 from llm3.config.schema import EvaluationConfig
 from llm3.data.formats import Document
 from llm3.data.tokenizer import train
-from llm3.models.transformer import segmented
+from llm3.segments import segmented
 from tests.helpers.tiny import make_params, model_config
 
 BYTES = train([], 260)  # a token for every byte

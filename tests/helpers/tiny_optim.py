@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm3.models.transformer import canonical, segmented
-from llm3.optim import optimizer as optim
+from llm3.optim.optimizer import Optimizer, make_optimizer
+from llm3.segments import canonical, segmented
 from llm3.tree import flatten, unflatten
 
 L, D, H, K, V = 3, 8, 2, 4, 16
@@ -52,8 +52,8 @@ def tree(seed: int, scale: float = 1.0, size: int = D, segment: str = "0:3/", la
     return unflatten({path: jnp.asarray(leaf, jnp.float32) for path, leaf in cut.items()})
 
 
-def make(params: dict, **changes) -> optim.Optimizer:
-    return optim.make(params, **(SETTINGS | changes))
+def make(params: dict, **changes) -> Optimizer:
+    return make_optimizer(params, **(SETTINGS | changes))
 
 
 def cut(params: dict, *segments: tuple[int, int]) -> dict:
@@ -61,7 +61,7 @@ def cut(params: dict, *segments: tuple[int, int]) -> dict:
     return segmented(canonical(params), segments)
 
 
-def step_of(optimizer: optim.Optimizer) -> Callable[[dict, object, dict], tuple[dict, object]]:
+def step_of(optimizer: Optimizer) -> Callable[[dict, object, dict], tuple[dict, object]]:
     """step(params, state, gradient) -> the next params and state."""
 
     def step(params: dict, state: object, gradient: dict) -> tuple[dict, object]:
@@ -71,7 +71,7 @@ def step_of(optimizer: optim.Optimizer) -> Callable[[dict, object, dict], tuple[
     return step
 
 
-def train(optimizer: optim.Optimizer, params: dict, gradients: list[dict]) -> tuple[dict, object]:
+def train(optimizer: Optimizer, params: dict, gradients: list[dict]) -> tuple[dict, object]:
     step, state = jax.jit(step_of(optimizer)), jax.jit(optimizer.transform.init)(params)
     for gradient in gradients:
         params, state = step(params, state, gradient)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Restored, Wanted
-from llm3.models.transformer import segmented
+from llm3.segments import segmented
 from llm3.tree import flatten, unflatten
 from tests.helpers.tiny_checkpoints import abstract, data_files
 

@@ -14,8 +14,10 @@ from llm3.config.schema import AdapterConfig
 from llm3.data.batch import Batch
 from llm3.distributed.machines import PEAK_FLOPS, peak_flops
 from llm3.models.flops import forward_flops, step_flops
-from llm3.models.transformer import abstract, canonical
-from llm3.optim import partition
+from llm3.models.transformer import abstract
+from llm3.optim.partition import make_partition
+from llm3.registry import load_plugin
+from llm3.segments import canonical
 from tests.helpers.tiny import CLASSES, TASK, jit, model_config
 
 BATCH, LENGTH = 2, 12
@@ -23,9 +25,9 @@ BATCH, LENGTH = 2, 12
 
 def compiled_step(config, rules, head):
     """The compiled gradient of the trainable leaves, and the partition."""
-    found = partition.make(canonical(abstract(config).shapes), rules, config.layers)
+    found = make_partition(canonical(abstract(config).shapes), rules, config.layers)
     whole = abstract(config, found.segments)
-    objective = objectives.load("classify" if head == "task" else "causal")
+    objective = load_plugin(objectives, "classify" if head == "task" else "causal")
 
     @jit
     @jax.value_and_grad  # as a step does: without the loss, logits that are computed again would be computed once
@@ -103,7 +105,7 @@ def test_the_formula_counts_the_products_that_the_compiler_kept(rules, head, cha
 
 def test_without_a_partition_everything_trains():
     config = model_config()
-    found = partition.make(canonical(abstract(config).shapes), "all", config.layers)
+    found = make_partition(canonical(abstract(config).shapes), "all", config.layers)
     assert step_flops(config, 2, 12, "lm") == step_flops(config, 2, 12, "lm", found.segments, found.trainable)
 
 
@@ -128,7 +130,7 @@ def test_a_causal_forward_pass_in_four_blocks_of_queries_skips_three_eighths_of_
 
 def rule_flops(config, rules, head="lm") -> float:
     """The step's FLOPs by the formula."""
-    found = partition.make(canonical(abstract(config).shapes), rules, config.layers)
+    found = make_partition(canonical(abstract(config).shapes), rules, config.layers)
     return sum(step_flops(config, BATCH, LENGTH, head, found.segments, found.trainable))
 
 

@@ -12,7 +12,8 @@ from llm3.config.schema import AdapterConfig, OptimizerConfig, StageConfig
 from llm3.distributed.sharding import make_mesh
 from llm3.errors import UserError
 from llm3.models.lora import column_norms, merged, scale_of, with_magnitudes
-from llm3.models.transformer import abstract, canonical, init, segmented
+from llm3.models.transformer import abstract, init
+from llm3.segments import canonical, segmented
 from llm3.training.phase import build
 from llm3.tree import flatten, unflatten
 from tests.helpers.tiny import TASK, jit, make_batch, model_config

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llm3.models.transformer import abstract, canonical, init, make_cache, segmented
+from llm3.models.transformer import abstract, init, make_cache
 from llm3.objectives.causal import token_losses
+from llm3.segments import canonical, segmented
 from llm3.tree import flatten, leaf_digests
 from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
@@ -181,21 +182,6 @@ def test_remat_unrolling_and_segments_change_neither_loss_nor_gradients(changes)
     for path, gradient in gradients.items():
         assert np.abs(gradient).max() > 1e-5, path
         np.testing.assert_allclose(other[path], gradient, atol=1e-6, err_msg=path)
-
-
-@pytest.mark.parametrize("segments", [((0, 3),), ((0, 1), (1, 3)), ((0, 1), (1, 2), (2, 3))])
-def test_cutting_and_joining_the_stack_is_a_round_trip(segments):
-    params = make_params(model_config())
-    cut = segmented(params, segments)
-    assert list(cut["layers"]) == [f"{a}:{b}" for a, b in segments]
-    assert leaf_digests(canonical(cut)) == leaf_digests(params)
-
-
-def test_segments_are_joined_in_the_order_of_numbers_not_of_text():
-    stack_of_12 = {"layers": {"x": {"scale": np.arange(12.0)}}}
-    cut = segmented(stack_of_12, ((0, 2), (2, 10), (10, 12)))
-    shuffled = cut | {"layers": dict(sorted(cut["layers"].items()))}
-    np.testing.assert_array_equal(canonical(shuffled)["layers"]["x"]["scale"], np.arange(12.0))
 
 
 INIT = {"layers": 2, "d_model": 32, "d_ff": 64, "head_dim": 8, "vocab_size": 64, "classes": 4}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from llm3.data.batch import Batch
 from llm3.data.windows.examples import Table, shortened
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import Task, classify
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import CLASSES, jit, make_labelled, make_params, make_row, model_config, stack
 from tests.helpers.tiny_cache import BYTES, MemoryCache, plain

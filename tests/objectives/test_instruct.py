@@ -12,8 +12,10 @@ from llm3 import objectives
 from llm3.data import windows
 from llm3.data.batch import Batch
 from llm3.data.packing import empty_window
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import causal, instruct
+from llm3.registry import load_plugin
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import jit, make_params, model_config, stack
 from tests.helpers.tiny_answers import AnswerCache, questions
@@ -43,7 +45,7 @@ def measured(*rows: Batch, peer=instruct) -> dict[str, float]:
 
 
 def table(pairs, length: int = LENGTH):
-    return windows.load(instruct.WINDOWS["dialogue"]).Table(questions(pairs, BYTES), length)
+    return load_plugin(windows, instruct.WINDOWS["dialogue"]).Table(questions(pairs, BYTES), length)
 
 
 def rows_of(table) -> list[Batch]:
@@ -81,7 +83,7 @@ def test_the_words_of_a_prompt_are_no_targets_and_yet_are_read():
 def test_plain_text_is_learnt_whole_beside_answers():
     assert instruct.WINDOWS["text"] == causal.WINDOWS["text"]
     whole = AnswerCache([each._replace(labelled=None) for each in questions(PAIRS, BYTES)._documents])
-    rows = rows_of(windows.load("dialogue").Table(whole, LENGTH))
+    rows = rows_of(load_plugin(windows, "dialogue").Table(whole, LENGTH))
     found, plain = measured(*rows), measured(*rows, peer=causal)
     assert found["loss"] == pytest.approx(float(plain["loss"])) and found["weight"] == whole.tokens - len(PAIRS)
 

@@ -15,8 +15,10 @@ from llm3.data.batch import Batch
 from llm3.data.tokenizer import SPECIALS
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, canonical, segmented
-from llm3.objectives import Task, masked, read_options
+from llm3.models.transformer import abstract
+from llm3.objectives import Task, masked
+from llm3.registry import read_options
+from llm3.segments import canonical, segmented
 from llm3.training.phase import build
 from llm3.tree import flatten
 from tests.helpers import tiny_run as tiny

@@ -10,8 +10,9 @@ from flax import nnx
 from llm3.config.schema import AdapterConfig
 from llm3.data.batch import Batch
 from llm3.distributed.sharding import make_mesh, place_batch
-from llm3.models.transformer import abstract, canonical, init, segmented
+from llm3.models.transformer import abstract, init
 from llm3.objectives import classify
+from llm3.segments import canonical, segmented
 from llm3.tree import flatten
 from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, model_config
 

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from llm3.data import tokenizer as tokenizers
 from llm3.data.batch import Batch
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, segmented
-from llm3.objectives import Task, causal, prefix, read_options
+from llm3.models.transformer import abstract
+from llm3.objectives import Task, causal, prefix
+from llm3.registry import read_options
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import LENGTH, jit, make_documents, make_params, make_row, model_config, stack
 

@@ -20,8 +20,9 @@ from llm3.data.formats import BadRow, span
 from llm3.data.packing import empty_window
 from llm3.data.windows.spans import CHOICE, END, START, Table
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import span as objective
+from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import jit, make_params, model_config, stack
 from tests.helpers.tiny_cache import BYTES, MemoryCache

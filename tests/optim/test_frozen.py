@@ -15,8 +15,9 @@ from llm3.models.kernels import linear
 from llm3.models.quantized import CODEBOOKS, NF4, Quantized, block_size, quantize, quantized_linear
 from llm3.models.transformer import abstract
 from llm3.objectives import causal
-from llm3.optim import frozen, partition
+from llm3.optim.frozen import dequantized, make_storage, rounded
 from llm3.optim.optimizer import state_bytes
+from llm3.optim.partition import make_partition
 from llm3.training.phase import build
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of
@@ -86,10 +87,10 @@ def make_step(kind, dtype="float32", devices=1, rules=("layers[2]/.*", "final_no
     """(loss and gradients as a function of (trainable, stored), the storage, the partition, the mesh)."""
     config = model_config(vocab_size=64, compute_dtype=dtype, attention_bias=True, norm="layernorm")
     mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
-    found = partition.make(make_params(config), list(rules), config.layers)
+    found = make_partition(make_params(config), list(rules), config.layers)
     cut = abstract(config, found.segments)
     shardings = found.divide(tree_shardings(mesh, cut.shapes, cut.axes))
-    storage = frozen.make(found.divide(cut.shapes)[1], shardings[1], kind, dtype)
+    storage = make_storage(found.divide(cut.shapes)[1], shardings[1], kind, dtype)
     batch = make_batch(8)
 
     @jit
@@ -140,11 +141,11 @@ def test_storing_nothing_otherwise_is_refused():
 def test_a_step_over_codes_is_the_step_over_what_they_stand_for(kind):
     (loss, gradients), stored, rest, storage = make_step(kind)
     assert sum(isinstance(leaf, Quantized) for leaf in flatten(stored).values()) == 7
-    rounded = flatten(frozen.rounded(rest, storage))
-    for path, leaf in flatten(frozen.restore(stored)).items():
-        np.testing.assert_array_equal(leaf, rounded[path], err_msg=path)
-    for path, leaf in flatten(frozen.restore(storage.store(frozen.rounded(rest, storage)))).items():
-        np.testing.assert_array_equal(leaf, rounded[path], err_msg=path)
+    expected = flatten(rounded(rest, storage))
+    for path, leaf in flatten(dequantized(stored)).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+    for path, leaf in flatten(dequantized(storage.store(rounded(rest, storage)))).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
     (on_eight, their_gradients), *_ = make_step(kind, devices=8)
     np.testing.assert_allclose(on_eight, loss, rtol=1e-5)
     for path, gradient in flatten(gradients).items():

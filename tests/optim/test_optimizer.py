@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3.errors import UserError
-from llm3.optim import learning_rates as rates
-from llm3.optim import optimizer as optim
+from llm3.optim.learning_rates import make_schedule
+from llm3.optim.optimizer import state_bytes, state_shardings
 from llm3.tree import flatten, map_with_path
 from tests.helpers.tiny_optim import NAMES, D, H, K, L, adamw_in_float64, expected_rate, make, train, tree
 
@@ -28,7 +28,7 @@ schedule_arguments = st.integers(1, 60).flatmap(
 @given(schedule_arguments)
 def test_a_schedule_is_its_closed_formula_and_rises_and_then_falls(arguments):
     name, steps, warmup, final = arguments
-    rate = rates.schedule(name, learning_rate=0.3, steps=steps, warmup_steps=warmup, final_fraction=final)
+    rate = make_schedule(name, learning_rate=0.3, steps=steps, warmup_steps=warmup, final_fraction=final)
     reached = np.asarray(rate(jnp.arange(63)))[: steps + 3]  # one shape, compiled once
     expected = [expected_rate(name, step, 0.3, steps, warmup, 0, final) for step in range(steps + 3)]
     np.testing.assert_allclose(reached, expected, rtol=2e-6, atol=2e-7)
@@ -39,7 +39,7 @@ def test_a_schedule_is_its_closed_formula_and_rises_and_then_falls(arguments):
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_the_first_update_moves_the_last_of_the_warm_up_has_the_peak_and_the_last_of_all_the_final_rate(name):
     decay = 20 if name == "wsd" else 0
-    rate = rates.schedule(name, learning_rate=3e-4, steps=100, warmup_steps=7, decay_steps=decay, final_fraction=0.05)
+    rate = make_schedule(name, learning_rate=3e-4, steps=100, warmup_steps=7, decay_steps=decay, final_fraction=0.05)
     peak = np.float32(3e-4)
     assert rate(0) == pytest.approx(3e-4 / 7)
     assert rate(6) == peak
@@ -128,14 +128,14 @@ def test_adafactor_factors_the_matrix_of_each_layer_and_does_not_mix_layers():
             together = flatten(trained)[path.replace("2:3", "0:3")]
             np.testing.assert_allclose(leaf[0], together[2], rtol=1e-5, err_msg=path)
     moments = jax.eval_shape(make(whole, name="adamw").transform.init, whole)
-    assert optim.state_bytes(state) < 0.3 * optim.state_bytes(moments)
+    assert state_bytes(state) < 0.3 * state_bytes(moments)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_absent_leaves_own_no_state(name):
     head = {"head": tree(0)["head"]}
     _, state = train(make(head, name=name), head, [{"head": tree(1)["head"]}])
-    assert optim.state_bytes(state) <= 2 * optim.state_bytes(head) + 100
+    assert state_bytes(state) <= 2 * state_bytes(head) + 100
 
 
 def test_keeping_the_old_state_keeps_the_place_in_the_schedule():
@@ -153,7 +153,7 @@ def test_keeping_the_old_state_keeps_the_place_in_the_schedule():
 def test_moments_take_the_sharding_of_their_parameter(name):
     params = jax.eval_shape(lambda: tree(0))
     state = jax.eval_shape(make(params, name=name, options={}).transform.init, params)
-    shardings = optim.state_shardings(state, params, map_with_path(lambda path, _: path, params), "replicated")
+    shardings = state_shardings(state, params, map_with_path(lambda path, _: path, params), "replicated")
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     placed = jax.tree.leaves(shardings)
     for path, leaf in flatten(params).items():

@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm3.errors import UserError
-from llm3.models.transformer import canonical
-from llm3.optim import optimizer as optim
+from llm3.optim.optimizer import averaged, carry_state, state_bytes, state_shardings
+from llm3.segments import canonical
 from llm3.tree import flatten, map_with_path, unflatten
 from tests.helpers.tiny_optim import NAMES, L, adamw_in_float64, cut, expected_rate, make, step_of, train, tree
 
@@ -94,7 +94,7 @@ def test_the_cuts_of_the_stack_and_the_groups_of_leaves_that_start_together_chan
     by_parts, by_parts_state = train(make(parts, name=name, groups=groups, **ALL_AT_ONCE), parts, cut_gradients)
     close = {"rtol": 1e-4, "atol": 2e-6}  # muon's iteration and norms, in another order
     assert_trees_close(canonical(by_parts), canonical(trained), **close)
-    assert_trees_close(canonical(optim.averaged(by_parts_state)), canonical(optim.averaged(state)), **close)
+    assert_trees_close(canonical(averaged(by_parts_state)), canonical(averaged(state)), **close)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "lion", "muon"])
@@ -127,29 +127,29 @@ def test_the_mean_of_the_weights_starts_at_the_first_and_follows_every_update():
         weights = {path: np.float64(leaf) - 0.5 * np.float64(gradient[path]) for path, leaf in weights.items()}
         average = {path: 0.8 * np.float64(leaf) + 0.2 * weights[path] for path, leaf in average.items()}
     assert_trees_close(trained, unflatten(weights), atol=1e-6)
-    assert_trees_close(optim.averaged(state), unflatten(average), atol=1e-6)
-    assert_trees_close(jax.jit(optim.averaged)(state), unflatten(average), atol=1e-6)
+    assert_trees_close(averaged(state), unflatten(average), atol=1e-6)
+    assert_trees_close(jax.jit(averaged)(state), unflatten(average), atol=1e-6)
 
 
 def test_the_mean_is_kept_in_float32_also_for_weights_that_are_not():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), of(tree(0), "head"))
     _, state = train(make(params, name="sgd", ema=0.999, **STEADY), params, [params] * 2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(optim.averaged(state))} == {jnp.dtype("float32")}
-    moved = jax.tree.map(lambda mean, leaf: float(jnp.abs(mean - leaf).max()), optim.averaged(state), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(averaged(state))} == {jnp.dtype("float32")}
+    moved = jax.tree.map(lambda mean, leaf: float(jnp.abs(mean - leaf).max()), averaged(state), params)
     assert all(0 < change < 1e-3 for change in jax.tree.leaves(moved))
 
 
 def test_what_is_not_asked_for_holds_no_state():
     params = jax.eval_shape(lambda: tree(0))
-    size = lambda **changes: optim.state_bytes(jax.eval_shape(make(params, **changes).transform.init, params))  # noqa: E731
-    weights, head = optim.state_bytes(params), optim.state_bytes(params["head"])
+    size = lambda **changes: state_bytes(jax.eval_shape(make(params, **changes).transform.init, params))  # noqa: E731
+    weights, head = state_bytes(params), state_bytes(params["head"])
     fresh = frozenset({"head/kernel", "head/bias"})
     assert size() == 2 * weights + 8
     assert size(layer_decay=0.5, learning_rates=[["biases", 2]], fresh=fresh) == size()
     assert size(l2_sp=0.1, fresh=fresh) == size() + weights - head
     assert size(ema=0.9) == size() + weights
     assert size(groups={path: int("head" in path) for path in flatten(params)}) == size() + 4  # a second count
-    assert optim.averaged(make(tree(0)).transform.init(tree(0))) is None
+    assert averaged(make(tree(0)).transform.init(tree(0))) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -166,11 +166,11 @@ def test_leaves_that_join_start_as_fresh_ones_and_disturb_no_others(name):
 
     optimizer = make(params, **settings)
     now = unflatten(flatten(of(params, *joins)) | flatten(early))
-    step, state = jax.jit(step_of(optimizer)), optim.carry(old, optimizer.transform.init(now))
+    step, state = jax.jit(step_of(optimizer)), carry_state(old, optimizer.transform.init(now))
     joined, state = step(now, state, gradients[2])
     final, state = step(joined, state, gradients[3])
     assert_trees_close(of(final, *start), alone, rtol=1e-6, atol=1e-8)
-    assert_trees_close(of(optim.averaged(state), *start), optim.averaged(alone_state), rtol=1e-6, atol=1e-8)
+    assert_trees_close(of(averaged(state), *start), averaged(alone_state), rtol=1e-6, atol=1e-8)
     assert_trees_close(of(state[0].start, *start), first, rtol=0, atol=0)
 
     new = of(params, *joins)
@@ -188,7 +188,7 @@ def test_the_first_adam_step_of_a_leaf_that_joins_is_one_learning_rate_long_and_
     old = make(head, **settings).transform.init(head)
     old = jax.tree.map(lambda leaf: leaf + 3000 if leaf.dtype == jnp.int32 else leaf, old)  # as many updates later
     optimizer = make(params, **settings)
-    state = optim.carry(old, optimizer.transform.init(params))
+    state = carry_state(old, optimizer.transform.init(params))
     updates, _ = optimizer.transform.update(params, state, params)
     np.testing.assert_allclose(np.abs(updates["final_norm"]["scale"]), 0.01, rtol=1e-4)  # by one count: 0.0308
 
@@ -200,7 +200,7 @@ def test_the_pull_of_a_leaf_that_joins_is_to_where_it_stood_then():
     head, old = train(make(of(params, "head"), **settings), of(params, "head"), [of(tree(1), "head")])
     now = head | of(params, "final_norm")
     optimizer = make(now, **settings)
-    state = optim.carry(old, optimizer.transform.init(now))
+    state = carry_state(old, optimizer.transform.init(now))
     updates, _ = optimizer.transform.update(jax.tree.map(jnp.zeros_like, now), state, now)
     np.testing.assert_array_equal(updates["final_norm"]["scale"], 0)
     expected = jax.tree.map(lambda start, leaf: -0.01 * (leaf - start), of(params, "head"), head)
@@ -213,14 +213,14 @@ def test_a_state_that_would_not_be_kept_whole_is_not_carried(others):
     groups = {path: 0 for path in flatten(params)}
     old = make(params, **{"groups": groups, "ema": 0.0} | others).transform.init(params)
     with pytest.raises(ValueError, match="no leaf of the same path"):
-        optim.carry(old, make(params, groups=groups).transform.init(params))
+        carry_state(old, make(params, groups=groups).transform.init(params))
 
 
 def test_a_state_of_other_cuts_is_not_carried():
     one, other = (cut(small(0), *segments) for segments in (((0, 1), (1, 3)), ((0, 2), (2, 3))))
     old, new = (make(each, groups=dict.fromkeys(flatten(each), 0)).transform.init(each) for each in (one, other))
     with pytest.raises(ValueError, match="no leaf of the same path"):
-        optim.carry(old, new)
+        carry_state(old, new)
 
 
 def test_a_step_that_keeps_the_old_state_and_weights_leaves_no_trace():
@@ -257,8 +257,8 @@ def test_every_copy_of_the_weights_lies_as_they_do_and_a_donating_step_on_eight_
     shardings, replicated = map_with_path(sharding, params), NamedSharding(eight_devices, PartitionSpec())
     placed, gradients = (jax.device_put(params, shardings), [jax.device_put(each, shardings) for each in gradients])
     shapes = jax.eval_shape(optimizer.transform.init, params)
-    of_state = optim.state_shardings(shapes, params, shardings, replicated)
-    assert flatten(optim.averaged(of_state)) == flatten(shardings)
+    of_state = state_shardings(shapes, params, shardings, replicated)
+    assert flatten(averaged(of_state)) == flatten(shardings)
     assert flatten(of_state[0].start) == {p: s for p, s in flatten(shardings).items() if p != "head/kernel"}
 
     step = jax.jit(step_of(optimizer), donate_argnums=(0, 1), out_shardings=(shardings, of_state))
@@ -266,7 +266,7 @@ def test_every_copy_of_the_weights_lies_as_they_do_and_a_donating_step_on_eight_
     for gradient in gradients:
         placed, state = step(placed, state, gradient)
     assert_trees_close(placed, expected, rtol=1e-4, atol=2e-6)
-    assert_trees_close(optim.averaged(state), optim.averaged(expected_state), rtol=1e-4, atol=2e-6)
+    assert_trees_close(averaged(state), averaged(expected_state), rtol=1e-4, atol=2e-6)
 
 
 def test_a_step_may_donate_weights_and_a_state_that_was_made_outside_jit():

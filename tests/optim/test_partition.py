@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, canonical
-from llm3.optim import partition
+from llm3.models.transformer import abstract
+from llm3.optim.partition import make_partition, make_partitions
+from llm3.segments import canonical
 from llm3.tree import flatten, leaf_digests
 from tests.helpers.tiny import CLASSES, make_params, model_config
 
@@ -29,7 +30,7 @@ def stacked(layers: int = LAYERS) -> set[str]:
 
 def trained(rules, layers: int = LAYERS) -> set[tuple[str, int | None]]:
     """What trains, as (canonical path, layer or None)."""
-    found = partition.make(shapes(layers), rules, layers)
+    found = make_partition(shapes(layers), rules, layers)
     leaves = set()
     for path in found.trainable:
         head, _, rest = path.partition("/")
@@ -149,7 +150,7 @@ def test_a_rule_that_cannot_be_meant_is_an_error(rule, complaint):
     ids=str,
 )
 def test_layers_of_one_pattern_share_a_segment(rules, segments):
-    assert partition.make(shapes(), rules, LAYERS).segments == segments
+    assert make_partition(shapes(), rules, LAYERS).segments == segments
 
 
 rule_lists = st.lists(
@@ -168,7 +169,7 @@ rule_lists = st.lists(
 def test_splitting_and_joining_is_a_round_trip_with_minimal_segments(rules):
     config = model_config(layers=5, attention_bias=True)
     params = make_params(config)
-    found = partition.make(params, rules, config.layers)
+    found = make_partition(params, rules, config.layers)
     trainable, frozen = found.split(params)
     assert set(flatten(trainable)) == found.trainable
     assert not set(flatten(trainable)) & set(flatten(frozen))
@@ -186,7 +187,7 @@ def test_splitting_and_joining_is_a_round_trip_with_minimal_segments(rules):
 
 def test_the_trainable_tree_holds_the_numbers_of_the_chosen_layers():
     params = make_params(model_config(layers=5))
-    trainable, frozen = partition.make(params, "layers[1:3]/mlp/up/kernel", 5).split(params)
+    trainable, frozen = make_partition(params, "layers[1:3]/mlp/up/kernel", 5).split(params)
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     assert list(flatten(trainable)) == ["layers/1:3/mlp/up/kernel"]
     np.testing.assert_array_equal(trainable["layers"]["1:3"]["mlp"]["up"]["kernel"], kernel[1:3])
@@ -194,7 +195,7 @@ def test_the_trainable_tree_holds_the_numbers_of_the_chosen_layers():
 
 
 def phases_of(rules, *unfreeze):
-    return partition.phases(shapes(), rules, list(unfreeze), LAYERS)
+    return make_partitions(shapes(), rules, list(unfreeze), LAYERS)
 
 
 def test_unfreezing_adds_to_what_trains_and_keeps_the_path_of_every_leaf():
@@ -211,15 +212,9 @@ def test_unfreezing_adds_to_what_trains_and_keeps_the_path_of_every_leaf():
 
 
 def test_without_unfreezing_there_is_one_phase():
-    assert phases_of("top(2)") == {0: partition.make(shapes(), "top(2)", LAYERS)}
+    assert phases_of("top(2)") == {0: make_partition(shapes(), "top(2)", LAYERS)}
 
 
 def test_unfreezing_what_trains_already_is_refused():
     with pytest.raises(UserError, match=r"unfreeze at step 5: 'layers\(13\)' adds nothing"):
         phases_of("top(1)", (5, "layers(13)"))
-
-
-def test_the_canonical_path_of_a_segmented_leaf():
-    assert partition.canonical_path("layers/6:8/mlp/up/kernel") == "layers/mlp/up/kernel"
-    assert partition.canonical_path("layers/attention/out/bias") == "layers/attention/out/bias"
-    assert partition.canonical_path("head/kernel") == "head/kernel"

@@ -12,8 +12,11 @@ from llm3.data.batch import Batch
 from llm3.distributed.sharding import tree_shardings
 from llm3.errors import UserError
 from llm3.models.flops import step_flops
-from llm3.models.transformer import abstract, canonical
-from llm3.optim import frozen, partition
+from llm3.models.transformer import abstract
+from llm3.optim.frozen import make_storage
+from llm3.optim.partition import make_partition
+from llm3.registry import load_plugin
+from llm3.segments import canonical
 from llm3.stages.cost import byte_report, with_full_step_seconds
 from llm3.training.phase import build, tied_notes
 from llm3.tree import flatten
@@ -39,7 +42,7 @@ FROZEN = ["the LM head is frozen: it is tied to embed/embedding"]
 def test_training_a_tied_head_says_that_the_embedding_trains_too(rules, head, tied, notes):
     """TRAPS.md, 6."""
     model = model_config(tie_embeddings=tied)
-    found = partition.make(canonical(abstract(model).shapes), rules, model.layers)
+    found = make_partition(canonical(abstract(model).shapes), rules, model.layers)
     assert tied_notes(model, found, head) == notes
 
 
@@ -58,7 +61,7 @@ def test_nothing_to_train_names_the_nearest_and_all_that_a_rule_may_say(rules, n
 def test_a_shorthand_for_leaves_that_the_model_lacks_is_not_offered(rule):
     shapes = canonical(abstract(model_config()).shapes)
     with pytest.raises(UserError, match="matches nothing") as error:
-        partition.make(shapes, rule, 3)
+        make_partition(shapes, rule, 3)
     offered = str(error.value).partition("matches nothing")[2]
     assert "lora" not in offered and "biases" not in offered and "norms" in offered
 
@@ -78,11 +81,11 @@ def test_a_step_time_is_compared_with_stages_that_train_all_on_batches_of_the_sa
 @pytest.mark.parametrize("rules", [["lora", "head/.*"], ["layers[1]/attention/value/bias", "head/.*"]], ids=str)
 def test_the_formula_counts_the_products_over_a_frozen_base_that_is_stored_low(kind, rules):
     config = model_config(scan_unroll=3, adapters=LORA, **ALL_LEAVES)
-    found = partition.make(canonical(abstract(config).shapes), rules, config.layers)
-    cut, objective, mesh = abstract(config, found.segments), objectives.load("classify"), mesh_of(1)
+    found = make_partition(canonical(abstract(config).shapes), rules, config.layers)
+    cut, objective, mesh = abstract(config, found.segments), load_plugin(objectives, "classify"), mesh_of(1)
     trainable, rest = found.divide(cut.shapes)
     shardings = found.divide(tree_shardings(mesh, cut.shapes, cut.axes))[1]
-    stored = frozen.make(rest, shardings, kind, "float32").abstract
+    stored = make_storage(rest, shardings, kind, "float32").abstract
 
     @jit
     @jax.value_and_grad

@@ -9,8 +9,9 @@ import pytest
 from llm3.config import load as configfile
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, canonical
-from llm3.optim import partition
+from llm3.models.transformer import abstract
+from llm3.optim.partition import make_partition
+from llm3.segments import canonical
 from llm3.stages import rules as stages
 from llm3.tree import flatten
 from tests.helpers import tiny_run
@@ -34,7 +35,7 @@ def trained(stage):
         compute_dtype="float32",
     )
     shapes = canonical(abstract(model).shapes)
-    part = partition.make(shapes, stage.train, model.layers)
+    part = make_partition(shapes, stage.train, model.layers)
     chosen = dict.fromkeys(flatten(shapes), 0)
     for path, leaf in flatten(abstract(model, part.segments).shapes).items():
         if path in part.trainable:

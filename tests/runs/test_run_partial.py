@@ -13,8 +13,8 @@ from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import BASE, Checkpoints
 from llm3.cli.generate import load_stage
 from llm3.models.quantized import NF4
-from llm3.models.transformer import abstract, segmented
-from llm3.optim.partition import canonical_path
+from llm3.models.transformer import abstract
+from llm3.segments import canonical_path, segmented
 from llm3.tree import flatten, leaf_digests, params_digest
 from tests.helpers import tiny_run as tiny
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from llm3.config.schema import AdapterConfig, StageConfig
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import causal
-from llm3.optim import partition
+from llm3.optim.partition import Partition, make_partition
+from llm3.segments import segmented
 from llm3.training.phase import build
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of
@@ -44,7 +45,7 @@ def full_gradients() -> dict[str, np.ndarray]:
     return flatten(jax.device_get(jit(jax.grad(mean_loss))(PARAMS, make_batch(ROWS))))
 
 
-def one_step(rules: list[str], remat: str, devices: int) -> tuple[dict, dict, partition.Partition]:
+def one_step(rules: list[str], remat: str, devices: int) -> tuple[dict, dict, Partition]:
     """Canonical parameters after a step of plain SGD at a rate of 1, and the metrics."""
     fields = {"start": "pretrain", "train": rules, "optimizer": OPTIMIZERS["gradient"]}
     stage = StageConfig("posttrain", {"source": 1.0}, STEPS, ROWS, 16, **fields)
@@ -58,7 +59,7 @@ def one_step(rules: list[str], remat: str, devices: int) -> tuple[dict, dict, pa
     return run.canonical(state), metrics, trainer.partition
 
 
-def mask_of(found: partition.Partition) -> dict[str, np.ndarray]:
+def mask_of(found: Partition) -> dict[str, np.ndarray]:
     masks = {path: np.zeros(np.shape(leaf), bool) for path, leaf in flatten(PARAMS).items()}
     for path in found.trainable:
         head, _, rest = path.partition("/")
@@ -95,7 +96,7 @@ rule_lists = st.lists(st.builds("{}{}".format, st.sampled_from(["", "", "not "])
 @given(rules=rule_lists)
 def test_an_update_equals_the_masked_one_for_any_rule_any_remat_and_any_devices(remat, devices, rules):
     try:
-        partition.make(PARAMS, rules, MODEL.layers)
+        make_partition(PARAMS, rules, MODEL.layers)
     except UserError:
         assume(False)
     assert_update_is_the_masked_gradient(rules, remat, devices)

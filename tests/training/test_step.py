@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from llm3.config.schema import ModelConfig, OptimizerConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.distributed.sharding import place_batch
-from llm3.models.transformer import abstract, segmented
+from llm3.models.transformer import abstract
 from llm3.objectives import Sums, causal
-from llm3.optim import optimizer as optim
+from llm3.optim.optimizer import state_bytes
+from llm3.segments import segmented
 from llm3.training import guard
 from llm3.training.phase import Trainer, build
 from llm3.training.step import TrainState, make_train_step
@@ -189,10 +190,10 @@ def test_after_training_frozen_leaves_are_bit_identical_and_every_selected_leaf_
 
 def test_only_trainable_leaves_own_moments():
     trainer = make_run(RULE, "adamw", micro_batches=4).trainer
-    trainable = optim.state_bytes(trainer.abstract_state.trainable)
+    trainable = state_bytes(trainer.abstract_state.trainable)
     counts = 2 * 4  # of Adam and of the schedule, int32
-    assert optim.state_bytes(trainer.abstract_state.opt) == 2 * trainable + counts
-    assert trainable < optim.state_bytes(trainer.abstract_params) / 2
+    assert state_bytes(trainer.abstract_state.opt) == 2 * trainable + counts
+    assert trainable < state_bytes(trainer.abstract_params) / 2
 
 
 def assert_nothing_but_the_step_changed(before: TrainState, after: TrainState) -> None:

@@ -29,6 +29,7 @@ from llm3.data import formats as forms
 from llm3.data.cache import shards
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
+from llm3.registry import load_plugin
 
 MANIFEST = "manifest.json"  # written last: without it, a cache is half-built
 JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
@@ -149,7 +150,7 @@ def _build_shard(job: Job, number: int, part: Any) -> int:
         return number
     made = job.temporary / target.name
     made.mkdir()
-    shards.write(made, job.records, part, forms.load(job.form), _tokenizer(job.tokenizer_file), job.template)
+    shards.write(made, job.records, part, load_plugin(forms, job.form), _tokenizer(job.tokenizer_file), job.template)
     shards.place_whole(made, target)
     return number
 

@@ -10,11 +10,8 @@ A peer has
 becomes the same bytes in any process.
 """
 
-import importlib
-import pkgutil
 import string
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,16 +36,6 @@ class Document(NamedTuple):
     text_bytes: int
     labels: tuple[str, ...] = ()
     note: dict[str, Any] | None = None
-
-
-def names() -> list[str]:
-    """The forms there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def load(name: str) -> ModuleType:
-    """The form of this name, one of `names()`."""
-    return importlib.import_module(f"{__name__}.{name}")
 
 
 def fields_of(spec: str) -> list[str]:

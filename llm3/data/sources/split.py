@@ -24,6 +24,7 @@ from llm3.data.sources.lines import Lines, bad
 from llm3.data.sources.readers import named, open_rows
 from llm3.data.sources.tables import Stream, Table
 from llm3.errors import UserError, nearest
+from llm3.registry import load_plugin
 
 PROBED = 1000  # rows in which the fields are looked for
 ELSEWHERE = {  # fields that records do not follow from, or that are in their key in another form
@@ -170,7 +171,7 @@ class Records:
 
     def texts(self) -> Iterator[str]:
         """The texts of all records: what a tokenizer is trained on."""
-        form = forms.load(self.source.form)
+        form = load_plugin(forms, self.source.form)
         for part in self.parts():
             for _, record in self.read(part):
                 if not isinstance(record, BadRow):
@@ -179,7 +180,7 @@ class Records:
     def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
         """(number, hash, record) of the rows on this side of the split."""
         hashed = self.held_out is not None or self.sample
-        form = forms.load(self.source.form)
+        form = load_plugin(forms, self.source.form)
         for number, row in self.reader.rows(part.first, part.place):
             record = self._record(number, row, form)
             if record is None:
