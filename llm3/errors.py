@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the exit status of each way in which a run can end."""
+"""Errors that a user can act on, checks that raise them, and the exit status of each way in which a run can end."""
 
 import difflib
 import enum
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class Exit(enum.IntEnum):
@@ -85,3 +86,15 @@ def nearest(name: str, options: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(match) for match in close)}? " if close else ""
     return f"{hint}valid: {', '.join(names) or '(none)'}"
+
+
+def one_of(field: str, value: Any, options: Iterable[Any]) -> None:
+    """Raise a UserError unless a config's `field` has one of `options` as its value."""
+    if value not in (options := tuple(options)):
+        raise UserError(f"config: {field}={value!r}: {nearest(value, options)}")
+
+
+def at_least(field: str, value: float, least: float) -> None:
+    """Raise a UserError unless the value of a config's `field` is at least `least`."""
+    if value < least:
+        raise UserError(f"config: {field}={value!r}: expected at least {least}")

@@ -14,7 +14,8 @@ from llm3.config.data_schema import SourceConfig
 from llm3.data import formats as forms
 from llm3.data import windows
 from llm3.data.batch import Batch
-from llm3.data.windows.spans import CHOICE, END, START
+from llm3.data.sources.lines import START
+from llm3.data.windows.spans import CHOICE, END
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import Sums

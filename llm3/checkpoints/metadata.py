@@ -1,8 +1,13 @@
-"""What a checkpoint says of itself: digests and shapes of all leaves, and a digest over all of that."""
+"""What a checkpoint says of itself: digests and shapes of all leaves, a digest over all of that, and its score.
+
+The score is the metric by which the best checkpoint of a stage is chosen.
+"""
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -102,3 +107,29 @@ def check_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) 
     ]
     if wrong:
         raise UserError("\n  ".join([f"{where} does not fit:", *wrong]))
+
+
+def scored(name: str, signed: float | None) -> dict:
+    """The field of a checkpoint's metadata for a figure, signed so that lower is better.
+
+    It is empty without a figure, and for one that is not finite: that checkpoint cannot be the best.
+    """
+    known = signed is not None and math.isfinite(signed)
+    return {"scored": {"name": name, "value": float(signed)} if known else None}
+
+
+def best_step(metas: Mapping[int, dict], stage: str, where: str) -> int:
+    """Of {step: metadata} of a stage, the step with the lowest figure, the later one of equals.
+
+    Only figures of the name that the latest one has are compared. Raises UserError where none has a figure.
+    """
+    figures = {step: meta["scored"] for step, meta in metas.items() if meta.get("scored")}
+    if not figures:
+        raise UserError(
+            f"{where}.step='best': no checkpoint of the parent has a figure to choose by: set stages.{stage}.best in "
+            f"the parent's config, as in best='EVALUATION_bits_per_byte', or name a step "
+            f"(there: {', '.join(map(str, metas))})"
+        )
+    name = figures[max(figures)]["name"]
+    comparable = [step for step in figures if figures[step]["name"] == name]
+    return min(comparable, key=lambda step: (figures[step]["value"], -step))

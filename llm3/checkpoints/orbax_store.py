@@ -58,7 +58,7 @@ class Store:
         self._keep, self._best, self._read_only = keep, best, read_only
         self._writer: ocp.training.Checkpointer | None = None
         self._pending: Pending | None = None  # what is being saved
-        self._damaged: set[int] = set()
+        self.damaged: set[int] = set()  # steps that the next save renames
 
     def __enter__(self) -> "Store":
         return self
@@ -137,10 +137,6 @@ class Store:
             raise DamagedCheckpoint(f"{self.directory / str(step) / 'meta'} does not match its digest")
         return meta
 
-    def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """{path: (shape, dtype)} of the parameters of a step, without reading them."""
-        return saved_shapes(self.meta(step), "params")
-
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
         """The parameters of a step, each leaf checked against its digest before any cast.
 
@@ -210,8 +206,8 @@ class Store:
         return self._writer
 
     def _set_aside_damaged(self) -> None:
-        """Rename what `load_newest` skipped: its step will be saved again, and it must not count as one of the kept."""
-        for step in sorted(self._damaged):
+        """Rename the damaged steps: they will be saved again, and must not count among the kept ones."""
+        for step in sorted(self.damaged):
             path = self.directory / str(step)
             if not path.exists():  # something else has removed it meanwhile
                 continue
@@ -221,9 +217,9 @@ class Store:
                 with writing(target):
                     path.rename(target)
             logger.warning("the damaged checkpoint %s is kept as %s", path, target.name)
-        if self._damaged:
+        if self.damaged:
             self._changed("damaged checkpoints are set aside")
-        self._damaged.clear()
+        self.damaged.clear()
 
     def _changed(self, what: str) -> None:
         """Let all processes, and Orbax, see what has changed in the directory."""

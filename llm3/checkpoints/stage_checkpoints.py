@@ -37,7 +37,7 @@ class Restored(NamedTuple):
     skipped: list[str]
 
 
-class Checkpoints(Store):
+class Checkpoints:
     """The checkpoints of one stage in `directory`, which stands beside its base.
 
     keep: how many of the latest steps stay. best: the name of a metric; the step where it is lowest stays as well.
@@ -45,9 +45,28 @@ class Checkpoints(Store):
     """
 
     def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
-        super().__init__(directory, keep=keep, best=best, read_only=read_only)
+        self._steps = Store(directory, keep=keep, best=best, read_only=read_only)
+        self.directory = self._steps.directory
         self._base = Store(self.directory.parent / BASE, keep=1, read_only=read_only)
         self._base_digest: str | None = None  # of the base that `save_base` has found or written
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """The steps of the finished checkpoints, ascending."""
+        return self._steps.steps()
+
+    def latest(self) -> int | None:
+        """The highest step, whichever file is the newest."""
+        return self._steps.latest()
+
+    def meta(self, step: int) -> dict:
+        """The metadata of a step. Raises UserError where there is no such step, and DamagedCheckpoint."""
+        return self._steps.meta(step)
 
     def save_base(self, params: dict, meta: dict, trained: dict | None = None) -> None:
         """See to it that there is a base for what is frozen; to be called whenever a stage starts or resumes.
@@ -89,26 +108,26 @@ class Checkpoints(Store):
         where a leaf does not fit the base, and where the base is not as `save_base` left it.
         """
         meta = {key: value for key, value in meta.items() if key != BASE}  # a resumed stage brings that of its start
+        if partial and self._base_digest is None:
+            raise RuntimeError("save_base comes before a save of what trains alone")
+        self.wait()
         if partial:
-            if self._base_digest is None:
-                raise RuntimeError("save_base comes before a save of what trains alone")
-            self.wait()
             base = self._base_of(f"step {step}", self._base_digest)
             check_pieces(f"step {step}", flatten(params), saved_shapes(base, "params"))
             meta[BASE] = self._base_digest
-        super().save(step, params, opt, meta, metrics)
+        self._steps.save(step, params, opt, meta, metrics)
 
     def wait(self) -> None:
         """Return when the last save and that of the base are finished. Raises NotWritten as in `Store`."""
         self._base.wait()
-        super().wait()
+        self._steps.wait()
 
     def close(self) -> None:
         """Wait for the last saves and release what Orbax holds. Raises NotWritten as in `Store`."""
         try:
             self._base.close()
         finally:
-            super().close()
+            self._steps.close()
 
     def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """{canonical path: (shape, dtype)} of the parameters of a step, without reading them."""
@@ -119,7 +138,7 @@ class Checkpoints(Store):
         """The canonical parameters of a step, as in `Store`, also where they rest on the base."""
         meta = self.meta(step)
         if BASE not in meta:
-            return super().load_params(step, abstract)
+            return self._steps.load_params(step, abstract)
         self._base_of(f"step {step}", meta[BASE])
         base = flatten(self.base(abstract))
         like = None if abstract is None else pieces_like(flatten(abstract), saved_shapes(meta, "params"))
@@ -129,7 +148,11 @@ class Checkpoints(Store):
         """The segmented tree of what trained, as a checkpoint that rests on the base holds it; see `load_params`."""
         if BASE not in self.meta(step):
             raise UserError(f"{self.directory / str(step)} is complete: it does not say what trained")
-        return super().load_params(step, abstract)
+        return self._steps.load_params(step, abstract)
+
+    def load_opt(self, step: int, abstract: Any) -> Any:
+        """The optimizer state of a step, as in `Store`."""
+        return self._steps.load_opt(step, abstract)
 
     def base(self, abstract: dict | None = None) -> dict:
         """The canonical parameters of the base; the rest as in `load_params`."""
@@ -150,7 +173,7 @@ class Checkpoints(Store):
                 params, opt = self.load_params(step, like.params), self.load_opt(step, like.opt)
                 return Restored(step, params, opt, self.meta(step), skipped)
             except DamagedCheckpoint as error:
-                self._damaged.add(step)
+                self._steps.damaged.add(step)
                 skipped.append(f"step {step} is damaged and was skipped: {error}")
         if skipped:
             reasons = "\n".join(f"  {line}" for line in skipped)
@@ -185,4 +208,4 @@ class Checkpoints(Store):
         for step in self.steps():
             with suppress(DamagedCheckpoint):
                 bases[step] = self.meta(step).get(BASE)
-        return {step: base for step, base in bases.items() if base and step not in self._damaged}
+        return {step: base for step, base in bases.items() if base and step not in self._steps.damaged}

@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.cache import cache
 from llm3.data.cache.build import cores

@@ -15,12 +15,12 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from llm3 import __version__
-from llm3.cli.generate import load_stage
+from llm3.checkpoints.load import load_stage
 from llm3.config.schema import AdapterConfig, ModelConfig
 from llm3.data.tokenizer import SPECIALS, Tokenizer
 from llm3.errors import UserError, nearest
+from llm3.files import TOKENIZER, write_json
 from llm3.models.lora import merged
-from llm3.stages.workdir import TOKENIZER, write_json
 from llm3.tree import flatten, size
 
 FORMATS = ("merged", "base", "adapters")

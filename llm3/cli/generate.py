@@ -4,39 +4,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from rich.console import Console
 
-from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import ModelConfig, RunConfig
+from llm3.checkpoints.load import load_stage, trained_stages
+from llm3.config.schema import RunConfig
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, nearest
-from llm3.handoff.parent import CHECKPOINTS, trained_stages
+from llm3.errors import UserError
+from llm3.files import TOKENIZER
 from llm3.models.decoding import sample
-from llm3.stages.workdir import TOKENIZER, check_record
-from llm3.training.phase import abstract_params
-
-
-def load_stage(
-    workdir: Path, name: str, step: str = "latest", mesh: Mesh | None = None
-) -> tuple[dict, ModelConfig, dict]:
-    """The canonical parameters of a stage of a run, its model and its metadata. Raises UserError.
-
-    mesh: where the parameters are placed; None: numpy arrays.
-    """
-    found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
-    if name not in found:
-        raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
-    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-    if (latest := checkpoints.latest()) is None:
-        raise UserError(f"{workdir / name} has no complete checkpoint yet")
-    if step != "latest" and not step.isdecimal():
-        raise UserError(f"--step={step}: expected a step number or 'latest'")
-    number = latest if step == "latest" else int(step)
-    meta = checkpoints.meta(number)
-    model = ModelConfig(**meta["model"])
-    params = checkpoints.load_params(number, None if mesh is None else abstract_params(model, mesh))
-    return params, model, meta | {"step": number}
+from llm3.stages.workdir import check_record
 
 
 def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options) -> int:

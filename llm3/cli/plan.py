@@ -11,21 +11,22 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
+from llm3.checkpoints.load import trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import MeshConfig, RunConfig
 from llm3.distributed import machines
 from llm3.distributed.machines import Topology
 from llm3.distributed.sharding import mesh_shape
 from llm3.errors import UserError
-from llm3.handoff.parent import CHECKPOINTS, changes, trained_stages
+from llm3.files import CHECKPOINTS
+from llm3.handoff.account import changes
 from llm3.optim.optimizer import state_bytes
-from llm3.optim.partition import canonical_path
 from llm3.planning import aot as compiler
 from llm3.planning.plan import Forecast, forecasts, on_paper, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent
-from llm3.segments import in_stack, segment_path
+from llm3.segments import canonical_path, in_stack, segment_path
 from llm3.stages import rules
 from llm3.stages.cost import savings
 from llm3.stages.experiment import prepare

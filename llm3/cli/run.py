@@ -9,12 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from llm3.checkpoints.load import load_stage
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.cli.generate import load_stage
 from llm3.config.schema import RunConfig, StageConfig, as_dict
 from llm3.distributed import processes
+from llm3.distributed.lock import lock
+from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
-from llm3.handoff.parent import CHECKPOINTS, INIT
+from llm3.files import CHECKPOINTS, DETAILS, INIT, MATRIX, RECORD, REPORT, ROW, TOKENIZER, read_json, write_json
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
 from llm3.stages import rules
@@ -24,19 +26,7 @@ from llm3.stages.experiment import prepare
 from llm3.stages.run_stage import preflight, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
-from llm3.stages.workdir import (
-    DETAILS,
-    RECORD,
-    ROW,
-    TOKENIZER,
-    check_record,
-    differences,
-    lock,
-    read_json,
-    stage_record,
-    write_json,
-)
-from llm3.training.loop import stop_on_signals
+from llm3.stages.workdir import check_record, differences, stage_record
 
 
 def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
@@ -53,7 +43,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
     if not to_train and processes.from_first(lambda: is_reported(workdir, [INIT, *order])):
-        console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / 'report.md'}")
+        console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / REPORT}")
         return 0
     with ExitStack() as held:
         held.enter_context(saying_what_is_whole(workdir, order))
@@ -133,9 +123,9 @@ def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) 
 
 def is_reported(workdir: Path, names: list[str]) -> bool:
     """Whether there is a report and it has these rows."""
-    matrix = read_json(workdir / "matrix.json") or {"rows": [], "baselines": []}
+    matrix = read_json(workdir / MATRIX) or {"rows": [], "baselines": []}
     reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
-    return reported.issuperset(names) and (workdir / "report.md").is_file()
+    return reported.issuperset(names) and (workdir / REPORT).is_file()
 
 
 def step_shape(stage: StageConfig) -> tuple:
@@ -162,6 +152,6 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
     details = {row["stage"]: read_json(workdir / row["stage"] / DETAILS) for row in rows + baselines}
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
     told = {"title": f"Run {workdir.name}", "command": command, "facts": facts, "details": details}
-    with writing(workdir / "report.md"):
+    with writing(workdir / REPORT):
         page.write_report(workdir, rows, baselines, histories, **told)
-    console.print(f"Report: {workdir / 'report.md'}")
+    console.print(f"Report: {workdir / REPORT}")

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any
 
-from llm3.checks import at_least
-from llm3.errors import UserError
+from llm3.errors import UserError, at_least
 
 
 @dataclasses.dataclass(frozen=True)

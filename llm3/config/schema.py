@@ -6,9 +6,8 @@ Nothing here imports jax, so that a misspelt field is found before any device is
 import dataclasses
 from typing import Any
 
-from llm3.checks import at_least, one_of
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
-from llm3.errors import UserError
+from llm3.errors import UserError, at_least, one_of
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # the kernels of a layer, by name
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 
 from llm3.data.cache.cache import TokenCache
 from llm3.errors import UserError
+from llm3.files import write_whole
 
 FORMAT = 1  # raise it when a result changes its meaning
 NEAR = 0.5  # the share of its n-grams from which on a document is called a near-duplicate
@@ -75,9 +75,7 @@ def remembered(evaluation: TokenCache, training: Iterable[TokenCache], directory
         return Overlap(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
     except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is computed again
         found = overlap(evaluation, training, n)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(found._asdict()))
-        os.replace(partial, file)
+        write_whole(file, json.dumps(found._asdict()))
         return found
 
 

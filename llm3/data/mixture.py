@@ -12,10 +12,9 @@ from typing import NamedTuple, TypeVar
 import grain
 import numpy as np
 
-from llm3.checks import at_least, one_of
 from llm3.data.batch import Batch
 from llm3.data.packing import Windows
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, at_least, nearest, one_of
 
 T = TypeVar("T")
 Schedule = list[tuple[int, dict[str, float]]]  # from which step on, which weights

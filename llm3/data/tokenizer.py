@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from llm3.errors import UserError
+from llm3.files import write_whole
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # their ids are their places
 SMALLEST_VOCAB = len(SPECIALS) + 256
@@ -140,16 +139,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to one JSON file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(self._json)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(Path(path), self._json)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":

@@ -202,21 +202,6 @@ class Elsewhere(UserError):
         self.exit = status
 
 
-def agree(error: Exception | None = None) -> None:
-    """Raise on every process if any of them has an error: its own, or an `Elsewhere` that names the process."""
-    if count() > 1:
-        number, client = next(_numbers), _client()
-        told = {"error": f"{type(error).__name__}: {error}", "exit": int(getattr(error, "exit", 1))} if error else {}
-        client.key_value_set(f"llm3/{number}/{index()}", json.dumps(told))
-        client.wait_at_barrier(f"llm3/{number}", LONGEST_WAIT_SECONDS * 1000)
-        for other in () if error else range(count()):
-            told = json.loads(client.blocking_key_value_get(f"llm3/{number}/{other}", 60_000))
-            if told:
-                raise Elsewhere(f"process {other}: {told['error']}", told["exit"])
-    if error is not None:
-        raise error
-
-
 def publish(name: str, value: Any) -> None:
     """Let the others know a JSON-able value of this process, at any time; see `published`."""
     if count() > 1:

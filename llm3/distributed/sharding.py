@@ -173,6 +173,11 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
     return map_with_path(one, abstract, axes)
 
 
+def with_sharding(shapes: Any, shardings: Any) -> Any:
+    """Shapes that carry their shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def place_batch(mesh: Mesh, batch: Any) -> Any:
     """Numpy arrays [batch, length], the same on every process, as global arrays: each process places its own part."""
 

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llm3.config.schema import at_least
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError
+from llm3.errors import UserError, at_least
 from llm3.evals import Test
 from llm3.models.decoding import greedy, groups, right_aligned
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config.schema import ModelConfig
-from llm3.distributed.sharding import constrain, is_cut, tree_shardings
+from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
 from llm3.models.attention import Attention, attention_mask, rotation
 from llm3.models.layers import MLP, Norm, Projection, at_places, small_init
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
@@ -205,6 +205,13 @@ class Abstract(NamedTuple):
 def abstract(config: ModelConfig, segments: Segments | None = None) -> Abstract:
     """The model cut into `segments` (default: one), without allocating anything. Not to be changed in place."""
     return _abstract(config, segments or ((0, config.layers),))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh) -> dict:
+    """The shapes of the canonical parameters, with their shardings."""
+    whole = abstract(config)
+    shapes, axes = canonical(whole.shapes), canonical(whole.axes)
+    return with_sharding(shapes, tree_shardings(mesh, shapes, axes))
 
 
 @functools.cache

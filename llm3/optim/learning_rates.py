@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm3.config.schema import at_least
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, at_least, nearest
 from llm3.optim.partition import matcher, rule_names
 from llm3.segments import locate
 from llm3.tree import flatten

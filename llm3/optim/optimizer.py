@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm3.config.schema import at_least
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, at_least, nearest
 from llm3.optim.learning_rates import make_schedule, rate_factors
 from llm3.optim.update_rules import RULES, by_phase
 from llm3.tree import flatten, map_with_path, unflatten

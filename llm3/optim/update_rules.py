@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from llm3.config.schema import at_least
+from llm3.errors import at_least
 from llm3.segments import in_stack
 from llm3.tree import flatten, map_with_path, unflatten
 

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from llm3.errors import NotWritten, UserError, writing
+from llm3.files import METRICS, write_whole
 from llm3.report.units import plain
-
-FILE_NAME = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -22,13 +20,10 @@ class MetricsWriter:
 
     def __init__(self, directory: Path | str, resume_step: int | None = None):
         directory = Path(directory)
-        self._path = directory / FILE_NAME
+        self._path = directory / METRICS
         kept = [] if resume_step is None else [line for line in read_metrics(directory) if line["step"] <= resume_step]
         with writing(self._path):
-            directory.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_name(f"{FILE_NAME}.partial")
-            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self._path)
+            write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
             if resume_step is None:
                 for events in directory.glob("events.out.tfevents.*"):
                     events.unlink()
@@ -96,7 +91,7 @@ def read_metrics(directory: Path | str) -> list[dict]:
 
     A last line that was cut short is left out. Raises UserError for any other line that cannot be read.
     """
-    path = Path(directory) / FILE_NAME
+    path = Path(directory) / METRICS
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -11,10 +11,10 @@ the same optimizer on batches of the same shape. Rows with equal `recipe` differ
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm3.files import write_json
 from llm3.report.units import plain
 
 KEYS = (
@@ -136,12 +136,8 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
 
 def write_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:
     """Write {"rows": [...], "baselines": [...]} as JSON, whole or not at all. Raises ValueError as `complete` does."""
-    path = Path(path)
     main, beside = complete(rows, baselines)
-    text = json.dumps({"rows": main, "baselines": beside}, indent=2, allow_nan=False)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(Path(path), {"rows": main, "baselines": beside})
 
 
 def read_matrix(path: Path | str) -> tuple[list[dict], list[dict]]:

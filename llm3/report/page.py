@@ -1,10 +1,10 @@
 """The page of a run: what each stage gained and what it cost, in sentences that are computed from the rows."""
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llm3.files import MATRIX, REPORT, write_whole
 from llm3.report import cost as savings
 from llm3.report import seeds
 from llm3.report.details import in_detail, repeated
@@ -41,10 +41,8 @@ def write_report(
     if found:
         plot_seeds(directory / "seeds.png", found)
     text = page(rows, baselines, title=title, command=command, facts=facts, details=details)
-    partial = directory / ".report.md.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, directory / "report.md")
-    write_matrix(directory / "matrix.json", rows, baselines)  # the last: it says that the report is whole
+    write_whole(directory / REPORT, text)
+    write_matrix(directory / MATRIX, rows, baselines)  # the last: it says that the report is whole
 
 
 def page(

@@ -7,12 +7,12 @@ from typing import Any
 from llm3.checkpoints.metadata import digests_of
 from llm3.distributed import processes
 from llm3.errors import UserError, nearest
-from llm3.handoff.parent import INIT
-from llm3.models.transformer import init, segmented
+from llm3.files import DETAILS, INIT, ROW, read_json, write_json
+from llm3.models.transformer import init
+from llm3.segments import segmented
 from llm3.stages.evaluation import Evaluation
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.stages.workdir import DETAILS, ROW, read_json, write_json
 from llm3.tree import combine_digests, flatten, size
 
 

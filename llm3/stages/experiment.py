@@ -5,17 +5,18 @@ from pathlib import Path
 
 import jax
 
-from llm3.config.schema import ModelConfig, RunConfig, SourceConfig
+from llm3.config.data_schema import SourceConfig
+from llm3.config.schema import ModelConfig, RunConfig
 from llm3.data import tokenizer as tokenizers
 from llm3.data.chat_templates import load_template
 from llm3.data.contamination import Overlap, remembered
 from llm3.data.library import Library, trained_tokenizer
 from llm3.data.sources.split import resolved
 from llm3.errors import UserError
-from llm3.handoff.parent import INIT
+from llm3.files import INIT, TOKENIZER
 from llm3.stages.evaluation import Evaluation, read_evaluation
 from llm3.stages.stage import Stage, folded_seed, init_model, read_stage
-from llm3.stages.workdir import TOKENIZER, tokenizer_sources
+from llm3.stages.workdir import tokenizer_sources
 
 
 @dataclass

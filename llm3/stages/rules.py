@@ -4,10 +4,11 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from llm3 import evals, objectives
-from llm3.config.schema import RunConfig, SourceConfig, StageConfig
+from llm3.config.data_schema import SourceConfig
+from llm3.config.schema import RunConfig, StageConfig
 from llm3.distributed.sharding import check_across, table
 from llm3.errors import UserError, nearest
-from llm3.handoff.parent import INIT
+from llm3.files import INIT
 from llm3.registry import load_plugin, plugin_names, read_options
 
 

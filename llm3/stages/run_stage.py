@@ -10,15 +10,17 @@ from typing import Any
 
 import jax
 
-from llm3.checkpoints.best import scored
+from llm3.checkpoints.metadata import scored
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Restored, Wanted
 from llm3.data.batch import Batch
 from llm3.distributed import memory, processes
+from llm3.distributed.preemption import StopRequest
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged, UserError
-from llm3.handoff.parent import CHECKPOINTS, Parent
+from llm3.files import CHECKPOINTS, RECORD, write_json
+from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration
@@ -28,8 +30,7 @@ from llm3.stages.rules import parent_label
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
-from llm3.stages.workdir import RECORD, write_json
-from llm3.training.loop import Hooks, StopRequest, train
+from llm3.training.loop import Hooks, train
 from llm3.training.metrics import Cost, Meter
 from llm3.training.phase import Trainer
 from llm3.training.step import TrainState

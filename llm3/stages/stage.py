@@ -23,11 +23,12 @@ from llm3.data.mixture_weights import schedule_of
 from llm3.data.packing import Windows
 from llm3.distributed.sharding import named
 from llm3.errors import UserError
-from llm3.handoff.parent import INIT, Start, read_start
+from llm3.files import INIT, RECORD, read_json
+from llm3.handoff.start import Start, read_start
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
 from llm3.stages.rules import data_sources, parent_name
-from llm3.stages.workdir import RECORD, read_json, stage_record
+from llm3.stages.workdir import stage_record
 from llm3.training.phase import Trainer, build
 
 
@@ -63,8 +64,8 @@ class Stage:
     """One stage, resolved; nothing below looks it up by name.
 
     task: what the objective needs besides batches. seed: of the data order and dropout. fresh_seed: of new leaves.
-    labels: the outputs of the task head. record: the part of the config that decides its result. data: None in a plan
-    without data.
+    labels: the outputs of the task head. record: the part of the config that decides its result. read: its training
+    data; None in a plan without data.
     """
 
     name: str
@@ -77,7 +78,13 @@ class Stage:
     given_seed: int
     labels: list[str]
     record: dict
-    data: StageData | None = None
+    read: StageData | None = None
+
+    @property
+    def data(self) -> StageData:
+        """The training data, which a stage of a plan may not have."""
+        assert self.read is not None, f"{self.where} was planned without its data"
+        return self.read
 
     @property
     def where(self) -> str:
@@ -160,7 +167,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
         given_seed=given_seed(config, name),
         labels=labels,
         record=stage_record(config, name),
-        data=StageData(caches, tables, schedule, mixture),
+        read=StageData(caches, tables, schedule, mixture),
     )
 
 

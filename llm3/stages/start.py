@@ -1,6 +1,5 @@
 """Where a stage starts from: found, held to account before anything trains, and taken over."""
 
-import dataclasses
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,8 +8,11 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError
+from llm3.files import CHECKPOINTS, INIT, ROW, read_json
 from llm3.handoff import parent as handoff
-from llm3.handoff.parent import CHECKPOINTS, INIT, Parent, Start
+from llm3.handoff.account import account_for, check_function
+from llm3.handoff.parent import Parent
+from llm3.handoff.start import NAMED_STEPS, Start, read_start
 from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, init
@@ -18,7 +20,6 @@ from llm3.segments import canonical
 from llm3.stages.experiment import Experiment
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.stages.workdir import ROW, read_json
 from llm3.training.phase import Trainer
 from llm3.tree import flatten, unflatten
 
@@ -31,15 +32,15 @@ def locate_parent(
     (None, None) for a stage that resumes or starts from nothing: a stage's own checkpoints beat `start`.
     """
     stage, where = config.stages[name], f"config.stages.{name}.start"
-    start = handoff.read_start(stage.start, workdir, where)
+    start = read_start(stage.start, workdir, where)
     resumes = bool(Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps())
     if resumes or start is None or start.stage == INIT:
         return None, None
     if start.run != workdir or start.stage not in in_this_run:
-        return start, handoff.find_parent(start, where)
+        return start, handoff.find_checkpoint(start, where)
     if start.step == "best" and not config.stages[start.stage].best:
         raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the figure that says which step it is")
-    if start.step not in handoff.NAMED_STEPS:
+    if start.step not in NAMED_STEPS:
         kept = kept_steps(config.stages[start.stage])
         if start.step not in kept and not config.stages[start.stage].best:
             raise UserError(
@@ -92,7 +93,7 @@ def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) ->
         grows = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
         parent = parent._replace(added=len(experiment.config.tokenizer.add) if grows else 0)
         leaves, model, labels = parent.shapes(), ModelConfig(**parent.meta["model"]), parent.meta["labels"]
-    account = handoff.account(_shapes(stage.model), leaves, start, where, parent.added if parent else 0)
+    account = account_for(_shapes(stage.model), leaves, start, where, parent.added if parent else 0)
     check_function(model, stage.model, account, where)
     if "head/kernel" in account.loaded:
         handoff.check_labels(labels, stage.labels, where)
@@ -152,36 +153,3 @@ def base_meta(stage: Stage, parent: Parent | None) -> dict:
         "config": stage.record,
         "version": __version__,
     }
-
-
-# What changes no result, or only that of leaves which `check_labels` and the account look after.
-FREE_MODEL_FIELDS = (
-    *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
-    *("vocab_size", "classes", "pool", "adapters", "read_out"),
-)
-
-
-def check_function(before: ModelConfig, now: ModelConfig, account: handoff.Account, where: str) -> None:
-    """Raise UserError where leaves of the same shapes would be used in another way than the parent used them."""
-    for field in dataclasses.fields(ModelConfig):
-        theirs, ours = getattr(before, field.name), getattr(now, field.name)
-        if field.name not in FREE_MODEL_FIELDS and theirs != ours:
-            raise UserError(
-                f"{where}: the parent has model.{field.name}={theirs!r}, this stage {ours!r}: use the parent's"
-            )
-    if "head/kernel" in account.loaded and before.pool != now.pool:
-        raise UserError(
-            f"{where}: the parent's task head reads model.pool={before.pool!r}, this stage's {now.pool!r}: "
-            f"use the parent's, or name the head in start.fresh=['head/.*']"
-        )
-    theirs, ours = dict(before.adapters), dict(now.adapters)
-    for name in theirs.keys() & ours.keys():
-        if not any(f"/lora/{name}/" in path for path in account.loaded):
-            continue
-        for field in ("alpha", "rslora", "rank", "dora", "targets"):
-            was, is_now = getattr(theirs[name], field), getattr(ours[name], field)
-            if was != is_now and not (field == "targets" and set(was) == set(is_now)):
-                raise UserError(
-                    f"{where}: the parent's adapter {name!r} has {field}={was!r}, this stage's {is_now!r}: "
-                    f"use the parent's, or give a new adapter another name"
-                )

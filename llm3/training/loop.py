@@ -1,70 +1,20 @@
 """The for-loop: batch, step, log, save."""
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from llm3.data.mixture import prefetch
+from llm3.distributed.preemption import StopRequest
 from llm3.distributed.watchdog import Watchdog
-from llm3.errors import Diverged, Exit
+from llm3.errors import Diverged
 from llm3.training.metrics import Meter
 from llm3.training.step import TrainState
 
 IN_FLIGHT = 2  # steps that the host is ahead of the devices
-
-
-@dataclass
-class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; the loop saves at the next step boundary and ends.
-
-    With several processes, jax's preemption service passes the signal of one of them on to all, and finds a step that
-    none of them has made yet.
-    """
-
-    signal: int | None = None
-    steps: int = 0  # how often `at_step` was called: the same on all processes
-
-    def at_step(self) -> bool:
-        """Whether to stop after this step, to be asked once at each; the same answer on all processes."""
-        self.steps += 1
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.steps):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-    @property
-    def exit(self) -> int:
-        """The exit status of a run that was stopped."""
-        return Exit.PREEMPTED if self.signal == signal.SIGTERM else 128 + self.signal
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a StopRequest; a second one of them ends the process at once."""
-    request, asked = StopRequest(), []
-    several = jax.process_count() > 1  # then SIGTERM is jax's
-
-    def handle(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        if several:
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            request.signal = number
-
-    handled = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in handled}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Hooks(NamedTuple):

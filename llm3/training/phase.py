@@ -12,15 +12,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm3 import objectives
 from llm3.config.schema import ModelConfig, StageConfig
-from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings
+from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, with_sharding
 from llm3.errors import UserError
 from llm3.models.flops import step_flops
-from llm3.models.transformer import abstract
+from llm3.models.transformer import abstract, abstract_params
 from llm3.optim.frozen import Storage, dequantized, make_storage, rounded
 from llm3.optim.optimizer import Optimizer, averaged, carry_state, make_optimizer, state_shardings
-from llm3.optim.partition import Partition, canonical_path, make_partitions
+from llm3.optim.partition import Partition, make_partitions
 from llm3.registry import load_plugin
-from llm3.segments import canonical
+from llm3.segments import canonical, canonical_path
 from llm3.training.guard import Guard, new_guard
 from llm3.training.step import TrainState, make_train_step
 from llm3.tree import flatten, unflatten
@@ -85,11 +85,6 @@ class Trainer(NamedTuple):
 
     def _averages(self) -> bool:
         return averaged(self.abstract_state.opt) is not None
-
-
-def with_sharding(shapes: Any, shardings: Any) -> Any:
-    """Shapes that carry their shardings."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 @contextmanager
@@ -215,13 +210,6 @@ def _phase(
         flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
         notes=tied_notes(model, partition, head),
     )
-
-
-def abstract_params(model: ModelConfig, mesh: Mesh) -> dict:
-    """The shapes of the canonical parameters, with their shardings."""
-    whole = abstract(model)
-    shapes, axes = canonical(whole.shapes), canonical(whole.axes)
-    return with_sharding(shapes, tree_shardings(mesh, shapes, axes))
 
 
 def _shardings(state: TrainState) -> NamedSharding:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llm3.checkpoints.stage_checkpoints import Checkpoints, DamagedCheckpoint
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import NotWritten, UserError
 from tests.helpers.tiny_checkpoints import HARMS, abstract, data_files, flip, largest, same
 from tests.helpers.tiny_partial import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from llm3.checkpoints.stage_checkpoints import Checkpoints, DamagedCheckpoint
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
 from llm3.tree import flatten, unflatten
 from tests.helpers.tiny_checkpoints import (

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm3.checkpoints.stage_checkpoints import Checkpoints, DamagedCheckpoint
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
 from llm3.tree import combine_digests, flatten, leaf_digests, params_digest, unflatten
 from tests.helpers.tiny_checkpoints import abstract, data_files, flip, largest, on_mesh, same, sharded

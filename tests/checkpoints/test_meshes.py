@@ -12,7 +12,9 @@ from llm3.checkpoints.metadata import by_path
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Wanted
 from llm3.config.schema import GuardConfig, OptimizerConfig, StageConfig
 from llm3.distributed.sharding import place_batch
+from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
+from llm3.handoff.start import read_start
 from llm3.training.phase import Trainer, build
 from llm3.training.step import TrainState
 from llm3.tree import map_with_path
@@ -83,7 +85,7 @@ def saved_on(tmp_path_factory):
         run, partial = run_on(mesh, trains), trains != "all"
         directory = tmp_path_factory.mktemp("saved")
         meta = {"finished": True, "steps": SAVED_AT, "kind": "posttrain", "lineage": [], "tokenizer_hash": "same"}
-        with jax.set_mesh(run.mesh), Checkpoints(directory / "parent" / handoff.CHECKPOINTS) as checkpoints:
+        with jax.set_mesh(run.mesh), Checkpoints(directory / "parent" / CHECKPOINTS) as checkpoints:
             params = run.placed(PARAMS)
             if partial:
                 checkpoints.save_base(params, meta)
@@ -112,7 +114,7 @@ def test_a_stage_resumes_on_another_mesh_bit_for_bit_with_the_same_next_losses(s
     """Its parameters, its optimizer's state and its guard's."""
     before, run = saved_on(saved, trains), run_on(read, trains)
     like = Wanted(run.trainer.abstract_params, run.trainer.saved_opt(run.trainer.abstract_state))
-    checkpoints = Checkpoints(before.directory / "parent" / handoff.CHECKPOINTS, read_only=True)
+    checkpoints = Checkpoints(before.directory / "parent" / CHECKPOINTS, read_only=True)
     with jax.set_mesh(run.mesh):
         found = checkpoints.load_newest(lambda step: like)
         assert found.step == SAVED_AT and not found.skipped
@@ -130,8 +132,8 @@ def test_a_stage_starts_from_a_parent_of_another_mesh_bit_for_bit_with_the_same_
 ):
     """From a complete checkpoint, and from one that rests on a base."""
     before, child, where_saved = saved_on(saved, trains), run_on(read, "all"), run_on(saved, "all")
-    start = handoff.read_start({"run": str(before.directory), "stage": "parent"}, before.directory, "start")
-    parent = handoff.find_parent(start, "start")
+    start = read_start({"run": str(before.directory), "stage": "parent"}, before.directory, "start")
+    parent = handoff.find_checkpoint(start, "start")
     with jax.set_mesh(child.mesh):
         params, told = handoff.load(parent, child.trainer.abstract_params, "start")
         assert_same(params, before.params, child.trainer.abstract_params)

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from llm3.checkpoints.stage_checkpoints import Checkpoints, DamagedCheckpoint, Wanted
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints, Wanted
 from llm3.errors import NotWritten, UserError
 from llm3.tree import flatten, leaf_digests, params_digest, unflatten
 from tests.helpers.tiny_checkpoints import (

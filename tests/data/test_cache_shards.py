@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.cache import build as cache_build
 from llm3.data.cache import cache, shards
 from llm3.data.sources import split as sources

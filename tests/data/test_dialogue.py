@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.chat_templates import BOS, load_template
 from llm3.data.formats import BadRow, Document, choice, dialogue

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import BadRow
 from llm3.data.sources import hooks
 from llm3.data.sources import split as sources

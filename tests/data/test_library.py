@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.library import Library, trained_tokenizer
 from llm3.data.sources import selection

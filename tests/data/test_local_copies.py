@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import BadRow
 from llm3.data.sources import lines
 from llm3.data.sources import split as sources

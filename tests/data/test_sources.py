@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import BadRow
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources

@@ -86,7 +86,4 @@ def test_alone_every_agreement_is_ones_own():
     assert processes.from_first(lambda: {"a": 1}) == {"a": 1}
     assert processes.first_ahead(lambda: "made") == "made"
     processes.barrier()
-    processes.agree()
-    with pytest.raises(UserError, match="mine"):
-        processes.agree(UserError("mine"))
     assert processes.published("place") == {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError

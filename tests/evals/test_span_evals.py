@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3 import evals
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.formats import span as form
 from llm3.data.mixture import finite_batches
-from llm3.data.windows.spans import END, START
+from llm3.data.sources.lines import START
+from llm3.data.windows.spans import END
 from llm3.errors import UserError
 from llm3.evals import span
 from llm3.registry import read_options

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm3.checkpoints.best import best_step, scored
+from llm3.checkpoints.metadata import best_step, scored
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.distributed.sharding import tree_shardings
 from llm3.errors import UserError
+from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
+from llm3.handoff.account import account_for, changes
+from llm3.handoff.start import Start, read_start
 from llm3.models.transformer import abstract
 from llm3.segments import canonical
 from llm3.tree import flatten, map_with_path, unflatten
@@ -27,16 +30,16 @@ MESHES = {"one device": {}, "eight devices": {"data": 2, "fsdp": 2, "tensor": 2}
 def write_parent(run, params=PARAMS, step=10, **meta):
     """A finished checkpoint RUN/parent/checkpoints/STEP."""
     known = {"finished": True, "steps": step, "kind": "pretrain", "lineage": [], "tokenizer_hash": "old"}
-    with Checkpoints(run / "parent" / handoff.CHECKPOINTS, keep=9) as checkpoints:
+    with Checkpoints(run / "parent" / CHECKPOINTS, keep=9) as checkpoints:
         checkpoints.save(step, params, {}, known | meta)
 
 
-def start_of(run, step="latest", **rules) -> handoff.Start:
-    return handoff.read_start({"run": str(run), "stage": "parent", "step": step, **rules}, run, "start")
+def start_of(run, step="latest", **rules) -> Start:
+    return read_start({"run": str(run), "stage": "parent", "step": step, **rules}, run, "start")
 
 
 def find(run, step="latest", **rules) -> handoff.Parent:
-    return handoff.find_parent(start_of(run, step, **rules), "start")
+    return handoff.find_checkpoint(start_of(run, step, **rules), "start")
 
 
 def on_mesh(config, sizes, dtype=jnp.float32):
@@ -59,10 +62,10 @@ def assert_same(found, expected):
 
 
 def test_every_leaf_is_loaded_fresh_or_dropped(tmp_path):
-    begin = handoff.Start(tmp_path, "parent", "latest", fresh=("head/.*",), drop=("lm_head/.*",))
+    begin = Start(tmp_path, "parent", "latest", fresh=("head/.*",), drop=("lm_head/.*",))
     model = {"embed/embedding": (3, 2), "head/kernel": (2, 4), "head/bias": (4,)}
     before = {"embed/embedding": (3, 2), "lm_head/kernel": (2, 3), "head/kernel": (2, 9), "head/bias": (9,)}
-    told = handoff.account(model, before, begin, "start")
+    told = account_for(model, before, begin, "start")
     assert told.loaded == ("embed/embedding",)
     assert told.fresh == ("head/bias", "head/kernel")
     assert told.dropped == ("head/bias", "head/kernel", "lm_head/kernel")
@@ -70,9 +73,9 @@ def test_every_leaf_is_loaded_fresh_or_dropped(tmp_path):
 
 
 def test_a_rule_matches_whole_paths(tmp_path):
-    begin = handoff.Start(tmp_path, "parent", "latest", fresh=("head",), drop=())
+    begin = Start(tmp_path, "parent", "latest", fresh=("head",), drop=())
     with pytest.raises(UserError, match="'head' matches no leaf"):
-        handoff.account({"head/kernel": (2, 2)}, {}, begin, "start")
+        account_for({"head/kernel": (2, 2)}, {}, begin, "start")
 
 
 @pytest.mark.parametrize(("written", "read"), [MESHES, [*MESHES][::-1]])
@@ -138,16 +141,16 @@ def test_new_tokens_start_at_the_mean_of_the_old_ones_and_all_else_is_the_parent
 
 
 def test_only_the_vocabulary_may_grow_and_only_by_the_tokens_that_are_added():
-    begin = handoff.Start("run", "parent", "latest", (), ())
+    begin = Start("run", "parent", "latest", (), ())
     before = {"embed/embedding": (9, 4), "lm_head/kernel": (4, 9), "head/kernel": (4, 9)}
     grown = {"embed/embedding": (11, 4), "lm_head/kernel": (4, 11)}
-    assert handoff.account(before | grown, before, begin, "start", added=2).extended == tuple(grown)
+    assert account_for(before | grown, before, begin, "start", added=2).extended == tuple(grown)
     wrong = [(path, shape, added) for path, shape in grown.items() for added in (0, 1, 3)]
     wrong += [("head/kernel", (4, 11), 2), ("embed/embedding", (11, 6), 2), ("lm_head/kernel", (6, 9), 2)]
     wrong += [("embed/embedding", (7, 4), 2), ("embed/embedding", (9, 6), 2)]
     for path, shape, added in wrong:
         with pytest.raises(UserError, match=f"{path}: .* in this model, .* in the parent"):
-            handoff.account(before | {path: shape}, before, begin, "start", added)
+            account_for(before | {path: shape}, before, begin, "start", added)
 
 
 def test_only_the_parent_whose_tokenizer_is_extended_lacks_the_new_tokens(tmp_path):
@@ -204,13 +207,13 @@ def test_a_parent_that_vanishes_or_changes_after_it_was_found_is_refused_by_its_
 def test_deleting_any_file_of_a_parent_is_found_or_changes_nothing(tmp_path):
     """Orbax does not read all that it writes."""
     write_parent(tmp_path / "whole")
-    whole = tmp_path / "whole" / "parent" / handoff.CHECKPOINTS / "10"
+    whole = tmp_path / "whole" / "parent" / CHECKPOINTS / "10"
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
     needed = set()
     for place, file in enumerate(files):
         run = tmp_path / str(place)
         shutil.copytree(tmp_path / "whole", run)
-        (run / "parent" / handoff.CHECKPOINTS / "10" / file).unlink()
+        (run / "parent" / CHECKPOINTS / "10" / file).unlink()
         try:
             found = find(run)
             found.verify("start")
@@ -229,12 +232,12 @@ def test_what_a_child_has_that_its_parent_had_not_goes_into_the_lineage_of_its_o
     first, second = handoff.lineage(find(tmp_path))
     assert first == grandparent and second["stage"] == "parent" and second["step"] == 10
     assert {key: second[key] for key in told} == told
-    assert handoff.changes(second) == [
+    assert changes(second) == [
         "1 leaf cast from bfloat16",
         "extended by the mean of the old tokens: embed/embedding",
         "fresh: head/bias",
     ]
-    assert handoff.changes(first) == []
+    assert changes(first) == []
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
@@ -245,7 +248,7 @@ def test_a_parent_that_rests_on_a_base_is_handed_over_whole(tmp_path, sizes):
     piece = {"mlp": {"up": {"kernel": trained["layers"]["mlp"]["up"]["kernel"][2:3]}}}
     pieces = {"layers": {"2:3": piece}, "embed": trained["embed"], "head": trained["head"]}
     meta = {"finished": True, "steps": 10, "kind": "finetune", "lineage": [], "tokenizer_hash": "old"}
-    with Checkpoints(tmp_path / "parent" / handoff.CHECKPOINTS) as checkpoints:
+    with Checkpoints(tmp_path / "parent" / CHECKPOINTS) as checkpoints:
         checkpoints.save_base(base, meta)
         checkpoints.save(10, pieces, {}, meta, partial=True)
     like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)

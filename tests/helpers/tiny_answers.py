@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import formats as forms
 from llm3.registry import load_plugin
 from tests.helpers.tiny_cache import MemoryCache

@@ -186,10 +186,10 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     from llm3.checkpoints import stage_checkpoints as checkpoint
     from llm3.data import mixture, tokenizer
     from llm3.data.formats import text
+    from llm3.distributed import preemption
     from llm3.handoff import parent as handoff
     from llm3.report import logs
     from llm3.stages import run_stage as training
-    from llm3.training import loop
 
     def of_step(checkpoints, at, *_) -> bool:
         return of_stage(checkpoints) and at == step
@@ -206,7 +206,7 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     unfinished = f"{stage}/{'checkpoints' if step else checkpoint.BASE}/{step}.orbax-checkpoint-tmp"
     checkpoints = checkpoint.Checkpoints
     return {
-        "step": (loop.StopRequest, "at_step", lambda request: request.steps == step, False),
+        "step": (preemption.StopRequest, "at_step", lambda request: request.steps == step, False),
         "data": (mixture.Mixture, "batch", lambda _, at, *__: at == step, False),
         "log": (logs.MetricsWriter, "write", of_writer, False),
         "saving": (checkpoints, "save", of_step, False),

@@ -13,12 +13,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.batch import Batch
 from llm3.data.formats import BadRow, span
 from llm3.data.packing import empty_window
-from llm3.data.windows.spans import CHOICE, END, START, Table
+from llm3.data.sources.lines import START
+from llm3.data.windows.spans import CHOICE, END, Table
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import span as objective

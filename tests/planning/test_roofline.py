@@ -6,15 +6,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from llm3.config.schema import (
-    AdapterConfig,
-    MeshConfig,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-    StageConfig,
-    TokenizerConfig,
-)
+from llm3.config.data_schema import SourceConfig, TokenizerConfig
+from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
 from llm3.distributed.machines import links, parse
 from llm3.distributed.sharding import MESH_AXES
 from llm3.planning import trace as estimate
@@ -85,14 +78,14 @@ def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
 )
 def test_the_stored_bytes_are_the_arguments_of_the_compiled_step(stage, sizes):
     config, mesh = config_of(stage), mesh_of(8, **sizes)
-    stored = estimate.stored(trainer_of(config, on_paper(**sizes)), config.stages["s"], on_paper(**sizes))
+    stored = estimate.stored(trainer_of(config, on_paper(**sizes)), stage_of(config), on_paper(**sizes))
     assert stored.arguments == compiled(config, mesh).memory_analysis().argument_size_in_bytes
 
 
 def test_moments_and_gradients_are_those_of_what_trains():
     config = config_of({"train": "top(1)"})
     trainer = trainer_of(config, on_paper(fsdp=2))
-    stored = estimate.stored(trainer, config.stages["s"], on_paper(fsdp=2))
+    stored = estimate.stored(trainer, stage_of(config), on_paper(fsdp=2))
     trainable = size(trainer.abstract_state.trainable)
     assert stored.gradients == 4 * trainable / 2
     assert stored.moments == pytest.approx(2 * stored.gradients, abs=64)  # and counters

@@ -143,7 +143,7 @@ def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(bas
 
 
 def test_a_workdir_in_use_is_refused_by_all_processes(base, whole):
-    from llm3.stages.workdir import lock
+    from llm3.distributed.lock import lock
 
     with lock(base / "used"):
         ended = run(base, "used", "2 x 2", STAGES, status=Exit.BAD_INPUT)

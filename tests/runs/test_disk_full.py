@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.distributed.lock import lock
 from llm3.errors import Exit, NotWritten
+from llm3.files import read_json, write_json
 from llm3.report.logs import MetricsWriter, read_metrics
-from llm3.stages import workdir as workdirs
 from llm3.tree import params_digest
 from tests.helpers import tiny_cluster as cluster
 from tests.helpers import tiny_partial as partial
@@ -157,11 +158,11 @@ def test_what_the_disk_refuses_is_told_from_a_mistake_in_the_program(tmp_path, m
 
 def test_a_json_file_stays_as_it_was(disk):
     path = disk.path / "row.json"
-    workdirs.write_json(path, {"x": 1})
+    write_json(path, {"x": 1})
     disk.fill(PAGE)
     with pytest.raises(NotWritten, match=f"{path} was not written: {FULL}"):
-        workdirs.write_json(path, {"x": "y" * 2 * PAGE})
-    assert workdirs.read_json(path) == {"x": 1}
+        write_json(path, {"x": "y" * 2 * PAGE})
+    assert read_json(path) == {"x": 1}
 
 
 def test_metrics_say_at_once_that_they_were_not_written_and_what_was_is_read(disk):
@@ -184,7 +185,7 @@ def test_metrics_say_at_once_that_they_were_not_written_and_what_was_is_read(dis
 
 def test_a_workdir_on_a_full_disk_is_no_bad_input(disk):
     disk.fill(0)
-    with pytest.raises(NotWritten, match=f"lock was not written: {FULL}"), workdirs.lock(disk.path):
+    with pytest.raises(NotWritten, match=f"lock was not written: {FULL}"), lock(disk.path):
         pass
 
 

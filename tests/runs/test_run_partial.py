@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from llm3.__main__ import main
+from llm3.checkpoints.load import load_stage
 from llm3.checkpoints.stage_checkpoints import BASE, Checkpoints
-from llm3.cli.generate import load_stage
 from llm3.models.quantized import NF4
 from llm3.models.transformer import abstract
 from llm3.segments import canonical_path, segmented

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from llm3.distributed.preemption import StopRequest
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged
-from llm3.training.loop import Hooks, StopRequest, train
+from llm3.training.loop import Hooks, train
 from llm3.training.metrics import Cost, Meter
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from llm3.checks import at_least
 from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
 from llm3.data.packing import Packed, checked, empty_window, mark
+from llm3.errors import at_least
 
 
 class Table:

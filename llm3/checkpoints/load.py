@@ -1,0 +1,46 @@
+"""The stages of a run as its checkpoints have them, and the parameters of one of them."""
+
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.config.schema import ModelConfig
+from llm3.errors import UserError, nearest
+from llm3.files import CHECKPOINTS
+from llm3.models.transformer import abstract_params
+
+
+def trained_stages(workdir: Path) -> list[str]:
+    """The stages of a run that have a checkpoint: parents first, baselines last. Raises UserError without any."""
+    ranks = {}
+    for directory in workdir.glob(f"*/{CHECKPOINTS}"):
+        checkpoints = Checkpoints(directory, read_only=True)
+        if (step := checkpoints.latest()) is not None:
+            meta = checkpoints.meta(step)
+            ranks[meta["stage"]] = (meta["config"]["stage"]["baseline"], len(meta["lineage"]), meta["stage"])
+    if not ranks:
+        raise UserError(f"{workdir} holds no trained stage yet")
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def load_stage(
+    workdir: Path, name: str, step: str = "latest", mesh: Mesh | None = None
+) -> tuple[dict, ModelConfig, dict]:
+    """The canonical parameters of a stage of a run, its model and its metadata. Raises UserError.
+
+    mesh: where the parameters are placed; None: numpy arrays.
+    """
+    found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
+    if name not in found:
+        raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
+    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+    if (latest := checkpoints.latest()) is None:
+        raise UserError(f"{workdir / name} has no complete checkpoint yet")
+    if step != "latest" and not step.isdecimal():
+        raise UserError(f"--step={step}: expected a step number or 'latest'")
+    number = latest if step == "latest" else int(step)
+    meta = checkpoints.meta(number)
+    model = ModelConfig(**meta["model"])
+    params = checkpoints.load_params(number, None if mesh is None else abstract_params(model, mesh))
+    return params, model, meta | {"step": number}

@@ -1,0 +1,161 @@
+"""A run's directory has one writer at a time."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from llm3.__main__ import main
+from llm3.distributed import lock as locking
+from llm3.distributed.lock import Holder, lock
+from llm3.errors import UserError
+from tests.helpers import tiny_run as tiny
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("lock")
+    return str(tiny.write_config(directory / "config.py", directory))
+
+
+def test_a_directory_in_use_is_refused_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
+    monkeypatch.setattr("sys.argv", ["/somewhere/llm3/__main__.py", "run", "--workdir=here"])
+    with lock(tmp_path):
+        assert main(["run", f"--config={file}", f"--workdir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT')}"
+    assert f"{tmp_path} is in use by {holder}" in error and "(python -m llm3 run --workdir=here)" in error
+
+
+HOLD = "import pathlib, sys, llm3.distributed.lock as w\n"
+HOLD += "with w.lock(pathlib.Path(sys.argv[1])): print(1, flush=True), input()"
+
+
+def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path, caplog):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+    holder = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"1\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on "), lock(tmp_path):
+            pass
+        holder.kill()
+    assert f'"process": {holder.pid}' in (tmp_path / ".lock").read_text()
+    for _ in range(2):
+        with lock(tmp_path), open(tmp_path / ".lock") as handle, pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not caplog.records
+
+
+HERE, THERE = socket.gethostname(), "another-host"
+LOCKS = {"of the kernel": None, "of no kind": errno.ENOLCK, "not even known": errno.EOPNOTSUPP}
+
+
+@pytest.fixture
+def file_system(monkeypatch, tmp_path):
+    """A directory whose lock names some process; which locks there are; where hearts beat fast."""
+    monkeypatch.setattr(locking, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(locking, "DEAD_SECONDS", 0.8)
+
+    def make(locks: str, host: str, process: int):
+        if LOCKS[locks]:
+
+            def flock(*_):
+                raise OSError(LOCKS[locks], os.strerror(LOCKS[locks]))
+
+            monkeypatch.setattr(fcntl, "flock", flock)
+        holder = Holder(host, process, "yesterday", "python -m llm3 run")
+        (tmp_path / ".lock").write_text(json.dumps(holder._asdict()))
+        return tmp_path
+
+    return make
+
+
+@pytest.fixture
+def dead():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def beating():
+    """Touch a lock as its holder would, on another host."""
+    ended, threads = threading.Event(), []
+
+    def begin(workdir):
+        threads.append(threading.Thread(target=locking._touch, args=(workdir / ".lock", ended)))
+        threads[-1].start()
+
+    yield begin
+    ended.set()
+    for each in threads:
+        each.join()
+
+
+@pytest.mark.parametrize("locks", LOCKS)
+def test_a_holder_on_another_host_is_alive_as_long_as_it_touches_the_lock(file_system, beating, locks):
+    """Whatever the kernel says: a lock may be known to one host only."""
+    workdir = file_system(locks, THERE, 1)
+    beating(workdir)
+    with pytest.raises(UserError, match="in use by process 1 on another-host since yesterday"), lock(workdir):
+        pass
+    assert '"host": "another-host"' in (workdir / ".lock").read_text()
+
+
+@pytest.mark.parametrize("locks", LOCKS)
+def test_a_holder_on_another_host_that_is_silent_for_long_is_taken_for_dead_and_it_is_said(file_system, caplog, locks):
+    workdir = file_system(locks, THERE, 1)
+    with lock(workdir):
+        assert f'"process": {os.getpid()}' in (workdir / ".lock").read_text()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "process 1 on another-host" in caplog.text and "taken for dead" in caplog.text
+
+
+@pytest.mark.parametrize("locks", LOCKS)
+def test_a_holder_on_this_host_that_has_ended_is_not_waited_for(file_system, caplog, dead, locks):
+    with lock(file_system(locks, HERE, dead)):
+        pass
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("locks", list(LOCKS)[1:])
+def test_without_locks_a_workdir_still_has_one_holder_at_a_time(file_system, caplog, dead, locks):
+    workdir = file_system(locks, HERE, dead)
+    with lock(workdir):
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "), lock(workdir):
+            pass
+        assert "waiting" in caplog.text
+        caplog.clear()
+    with lock(workdir):
+        assert not caplog.records, "the last one gave it back"
+
+
+def test_of_two_that_begin_at_once_without_locks_the_last_to_write_has_it(file_system, monkeypatch, dead):
+    workdir = file_system("of no kind", HERE, dead)
+    other = Holder(THERE, 7, "now", "python -m llm3 run")
+    monkeypatch.setattr(time, "sleep", lambda _: (workdir / ".lock").write_text(json.dumps(other._asdict())))
+    with pytest.raises(UserError, match="in use by process 7 on another-host"), lock(workdir):
+        pass
+
+
+def test_a_lock_that_names_nobody_is_free(tmp_path, caplog):
+    for content in ("", "12345", "{", '{"host": "another-host"}'):
+        (tmp_path / ".lock").write_text(content)
+        with lock(tmp_path):
+            pass
+    assert not caplog.records
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(capsys, tmp_path, file):
+    (tmp_path / "file").write_text("")
+    assert main(["run", f"--config={file}", f"--workdir={tmp_path / 'file'}"]) == 2
+    assert f"--workdir={tmp_path / 'file'}" in capsys.readouterr().err

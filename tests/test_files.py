@@ -1,0 +1,34 @@
+"""A file of a run is complete or untouched."""
+
+import json
+
+import pytest
+
+from llm3.errors import NotWritten, UserError
+from llm3.files import read_json, write_json, write_whole
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert read_json(path) == {"x": 1} and json.loads(path.read_text()) == {"x": 1}
+    assert read_json(tmp_path / "none.json") is None
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(UserError, match=r"record\.json cannot be read"):
+        read_json(tmp_path / "record.json")
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "row.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "\ud800")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(NotWritten, match="folder was not written"):
+        write_json(tmp_path / "folder", {})
+    assert {each.name for each in tmp_path.iterdir()} == {"row.json", "folder"} and read_json(path) == {"x": 1}
