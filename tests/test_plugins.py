@@ -11,11 +11,9 @@ from flax import nnx
 
 from llm3 import evals, objectives
 from llm3.config.data_schema import SourceConfig
-from llm3.data import formats as forms
-from llm3.data import windows
+from llm3.data import formats, windows
 from llm3.data.batch import Batch
-from llm3.data.sources.lines import START
-from llm3.data.windows.spans import CHOICE, END
+from llm3.data.windows.spans import CHOICE, END, START
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import Sums
@@ -65,11 +63,11 @@ def with_spans(batch: Batch) -> Batch:
 def test_the_peers_are_the_files_of_the_folder():
     assert set(plugin_names(objectives)) >= {"causal", "classify", "instruct", "masked", "prefix", "span"}
     assert set(plugin_names(evals)) >= {"choice", "classification", "generation", "masked", "perplexity", "span"}
-    assert set(plugin_names(forms)) == {"choice", "dialogue", "span", "text"}
+    assert set(plugin_names(formats)) == {"choice", "dialogue", "span", "text"}
     assert set(plugin_names(windows)) == {"dialogue", "examples", "pieces", "spans", "stream"}
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, forms, windows], ids=lambda folder: folder.__name__)
+@pytest.mark.parametrize("folder", [*FOLDERS, formats, windows], ids=lambda folder: folder.__name__)
 def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
     name = plugin_names(folder)[0]
     with pytest.raises(UserError, match=f"{name}x.*did you mean '{name}'"):
@@ -80,7 +78,7 @@ def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
 def test_a_peer_has_what_its_folder_promises(folder, name):
     peer = load_plugin(folder, name)
     assert peer.__doc__
-    assert peer.WINDOWS and set(peer.WINDOWS) <= set(plugin_names(forms))
+    assert peer.WINDOWS and set(peer.WINDOWS) <= set(plugin_names(formats))
     assert set(peer.WINDOWS.values()) <= set(plugin_names(windows))
     assert peer.HEAD in ("", "labels") or all(isinstance(output, str) for output in peer.HEAD)
     assert peer.CAUSAL in (True, False, None)
@@ -95,16 +93,16 @@ def test_a_peer_has_what_its_folder_promises(folder, name):
         assert peer.BETTER and set(peer.BETTER.values()) <= {"higher", "lower"}
 
 
-@pytest.mark.parametrize("name", plugin_names(forms))
-def test_a_form_reads_encodes_and_names_its_texts(name):
-    peer = load_plugin(forms, name)
-    assert list(inspect.signature(peer.read).parameters) == ["row", "source"]
+@pytest.mark.parametrize("name", plugin_names(formats))
+def test_a_row_format_reads_encodes_and_names_its_texts(name):
+    peer = load_plugin(formats, name)
+    assert list(inspect.signature(peer.read_row).parameters) == ["row", "source"]
     assert list(inspect.signature(peer.encode).parameters) == ["record", "tokenizer", "template"]
     assert list(inspect.signature(peer.texts).parameters) == ["record"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "form"),
+    ("fields", "row_format"),
     [
         ({}, "text"),
         ({"label": "kind", "pair": "other"}, "text"),
@@ -114,8 +112,8 @@ def test_a_form_reads_encodes_and_names_its_texts(name):
         ({"prompt": "q", "answers": "spans"}, "span"),
     ],
 )
-def test_the_fields_that_are_named_say_what_form_a_row_has(fields, form):
-    assert SourceConfig("hub/name", **fields).form == form
+def test_the_named_fields_decide_the_row_format(fields, row_format):
+    assert SourceConfig("hub/name", **fields).row_format == row_format
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)

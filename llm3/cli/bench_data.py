@@ -23,12 +23,12 @@ import numpy as np
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.cache import cache
-from llm3.data.cache.build import cores
+from llm3.data.cache.build import available_cores
 from llm3.data.mixture import Mixture
 from llm3.data.sources import corpus
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
-from llm3.data.windows.stream import Table
+from llm3.data.windows.stream import WindowTable
 
 VOCAB_SIZE = 8192
 COMPARED_BYTES = 100_000_000  # of the text at most, that `datasets.map` encodes as well
@@ -54,7 +54,7 @@ def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=workdir, prefix="data-bench."))
     try:
-        documents = corpus.load("python", "train", directory)["text"][:]
+        documents = corpus.load_corpus("python", "train", directory)["text"][:]
         trained = tokenizer.train(documents, VOCAB_SIZE)
         trained.save(directory / "tokenizer.json")
         file, part = directory / "text.jsonl", directory / "part.jsonl"
@@ -70,7 +70,7 @@ def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
             "text_bytes": built.text_bytes,
             "documents": built.documents,
             "tokens": built.tokens,
-            "processes": cores(),
+            "processes": available_cores(),
             "seconds": seconds,
             "tokens_per_second": built.tokens / seconds,
             "rss_before_bytes": memory["before"],
@@ -100,12 +100,12 @@ def write_text(path: Path, documents: list[str], size: int) -> int:
 def _build(file: Path, trained: Tokenizer, directory: Path) -> cache.TokenCache:
     source = SourceConfig(path="json", data_files=str(file), validation="")
     records = sources.open_split(source, "train", cache_dir=directory)
-    return cache.build(records, source.form, trained, directory)
+    return cache.build_cache(records, source.row_format, trained, directory)
 
 
 def _batch_speed(built: cache.TokenCache) -> float:
     """Tokens per second, of windows from all over the cache."""
-    mixture = Mixture({"text": Table(built, SEQUENCE_LENGTH)}, [(0, {"text": 1.0})], BATCH_SIZE, seed=0)
+    mixture = Mixture({"text": WindowTable(built, SEQUENCE_LENGTH)}, [(0, {"text": 1.0})], BATCH_SIZE, seed=0)
     before = time.perf_counter()
     for step in range(BATCHES):
         mixture.batch(step)
@@ -113,7 +113,7 @@ def _batch_speed(built: cache.TokenCache) -> float:
 
 
 def _compared(part: Path, trained: Tokenizer, directory: Path) -> dict[str, float]:
-    """Tokens per second of `cache.build` and of `datasets.map`, which has read the file into Arrow before."""
+    """Tokens per second of `cache.build_cache` and of `datasets.map`, which has read the file into Arrow before."""
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("json", data_files=str(part), split="train", cache_dir=str(directory / "datasets"))
     tokens, ours, theirs = 0, [], []
@@ -148,7 +148,7 @@ def _map(rows: datasets.Dataset, directory: Path, number: int) -> None:
         rows.map(
             functools.partial(_encode, file=directory / "tokenizer.json"),
             batched=True,
-            num_proc=cores(),
+            num_proc=available_cores(),
             remove_columns=rows.column_names,
             features=datasets.Features({"tokens": datasets.Sequence(datasets.Value("int32"))}),
             new_fingerprint=f"bench{number}",

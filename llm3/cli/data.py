@@ -64,7 +64,7 @@ def build_shard(config: RunConfig, workdir: Path, order: list[str], shard: str) 
         raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
     library: Library = read_library(config, workdir)
     for source in dict.fromkeys(source for name in order for source in rules.data_sources(config, name)):
-        whole = library.build(source, "train", shard=(int(number), int(of)))
+        whole = library.build_split(source, "train", shard=(int(number), int(of)))
         state = "other shards are still to be built" if whole is None else f"whole, {whole.tokens:,} tokens"
         print(f"{source}: shard {shard} is built; {state}", flush=True)
     return 0

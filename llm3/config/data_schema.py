@@ -52,7 +52,7 @@ class SourceConfig:
     max_row_bytes: int = 10_000_000  # a longer row is a bad one
 
     @property
-    def form(self) -> str:
+    def row_format(self) -> str:
         """What a row is: the file in `llm3/data/formats` that reads it."""
         if self.answers:
             return "span"

@@ -50,7 +50,7 @@ def load_template(text_or_path: str) -> str:
     """The source of a template: itself where it holds a jinja block, else what the file of this name holds.
 
     A JSON file is read as a tokenizer's configuration. Raises UserError for a file that cannot be read, a syntax error
-    (with its line), and a template that does not write a question and its answer as `answers` needs it.
+    (with its line), and a template that does not write a question and its answer as `split_answers` needs it.
     """
     where, source = "tokenizer.chat_template", text_or_path
     if text_or_path and not re.search(r"\{[{%]", text_or_path):
@@ -65,7 +65,7 @@ def load_template(text_or_path: str) -> str:
         if not isinstance(source, str):
             raise UserError(f"{where}: chat_template is of type {type(source).__name__}, expected a text")
     try:
-        answers(EXAMPLE, source)
+        split_answers(EXAMPLE, source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: {error.message}") from None
     except TemplateError as error:
@@ -73,7 +73,7 @@ def load_template(text_or_path: str) -> str:
     return source
 
 
-def answers(turns: Turns, template: str) -> list[Answer]:
+def split_answers(turns: Turns, template: str) -> list[Answer]:
     """A conversation as its answers, one for each turn of the assistant, which has the last turn.
 
     There is one <bos>, at the start, and each answer has an end: what the template writes after it, or else <eos>.
@@ -151,7 +151,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: what is inside, as it is. What an answer is, `answers` finds."""
+    """`{% generation %}` ... `{% endgeneration %}`: the content, unchanged; `split_answers` finds the answers."""
 
     tags = frozenset({"generation"})
 
@@ -168,7 +168,7 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def merged(pieces: Pieces) -> Pieces:
+def merge_texts(pieces: Pieces) -> Pieces:
     """The same with texts that follow each other as one, so that they are encoded as one."""
     groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
     return [each for texts, group in groups for each in (["".join(group)] if texts else group)]

@@ -20,7 +20,7 @@ BASE = 0x9E3779B97F4A7C15  # odd; a polynomial in it, modulo 2 ** 64, is the has
 FILTER_BITS = 26  # of the table that holds most n-grams off the sorted search, at most
 
 
-class Overlap(NamedTuple):
+class Contamination(NamedTuple):
     """Counts of an evaluation's documents that have text.
 
     exact: those that are equal to a training document. near: those with at least half of their n-grams in the training
@@ -37,7 +37,7 @@ class Overlap(NamedTuple):
     n: int
 
 
-def overlap(evaluation: TokenCache, training: Iterable[TokenCache], n: int = 13) -> Overlap:
+def find_contamination(evaluation: TokenCache, training: Iterable[TokenCache], n: int = 13) -> Contamination:
     """What of an evaluation is in the training data, all tokenized alike. Time is linear in both.
 
     An n-gram is n tokens of one document (13 as in Brown et al. 2020, appendix C, of words there), without the
@@ -54,7 +54,7 @@ def overlap(evaluation: TokenCache, training: Iterable[TokenCache], n: int = 13)
     grams, found = ngrams_found(evaluation, training, n)
     shares = found / np.maximum(grams, 1)
     order = np.argsort(-shares, kind="stable")[:WORST]
-    return Overlap(
+    return Contamination(
         documents=int(filled.sum()),
         exact=int((exact & filled).sum()),
         near=int((shares >= NEAR).sum()),
@@ -65,21 +65,23 @@ def overlap(evaluation: TokenCache, training: Iterable[TokenCache], n: int = 13)
     )
 
 
-def remembered(evaluation: TokenCache, training: Iterable[TokenCache], directory: Path, n: int = 13) -> Overlap:
+def cached_contamination(
+    evaluation: TokenCache, training: Iterable[TokenCache], directory: Path, n: int = 13
+) -> Contamination:
     """`overlap`, found in `directory` where it was computed of the same texts before."""
     training = list(training)
     texts = [FORMAT, n, evaluation.fingerprint, *sorted(each.fingerprint for each in training)]
-    file = directory / f"overlap-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}.json"
+    file = directory / f"contamination-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}.json"
     try:
         known = json.loads(file.read_text())
-        return Overlap(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
+        return Contamination(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
     except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is computed again
-        found = overlap(evaluation, training, n)
+        found = find_contamination(evaluation, training, n)
         write_whole(file, json.dumps(found._asdict()))
         return found
 
 
-def sentence(name: str, found: Overlap) -> str:
+def contamination_sentence(name: str, found: Contamination) -> str:
     """An overlap in words, for a report."""
     if not found.any:
         return f"{name}: none of its {found.documents:,} documents shares {found.n} tokens with the training data"
@@ -95,7 +97,7 @@ def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int)
     Both int64 [documents]; an n-gram counts as often as it stands in the document. Raises UserError if n < 1.
     """
     if n < 1:
-        raise UserError(f"overlap: n={n}: expected at least 1")
+        raise UserError(f"contamination: n={n}: expected at least 1")
     sizes = np.diff(evaluation.offsets) - 2
     lengths = sorted({min(int(size), n) for size in np.unique(sizes) if size > 0})
     wanted = {length: _Wanted(evaluation, length, sizes >= n if length == n else sizes == length) for length in lengths}
@@ -147,7 +149,7 @@ def _hashed(
     for start in range(0, cache.tokens, CHUNK):
         stop = min(start + CHUNK, cache.tokens)
         tokens = np.zeros(stop - start + most, np.uint64)
-        read = cache.read(start, min(stop + most, cache.tokens))
+        read = cache.read_tokens(start, min(stop + most, cache.tokens))
         tokens[: len(read)] = read
         hashes = _rolling(_scrambled(tokens), lengths, stop - start)
         first = np.searchsorted(cache.offsets, start, side="left")

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer, windows
 from llm3.data.cache import cache
 from llm3.data.cache.cache import TokenCache
@@ -31,22 +31,22 @@ class Library:
         """The tokens of one split of a source. Class numbers are those of its train split."""
         if (name, split) not in self._caches:
             labels = self.labels(name) if self._source(name).label and split != "train" else None
-            self._caches[name, split] = self.build(name, split, labels=labels)
+            self._caches[name, split] = self.build_split(name, split, labels=labels)
         return self._caches[name, split]
 
-    def build(
+    def build_split(
         self, name: str, split: str, *, labels: list[str] | None = None, shard: tuple[int, int] | None = None
     ) -> TokenCache | None:
         """Tokenize a split, or one shard in n of it (then None, unless it was the last one)."""
         source = self._source(name)
         records = sources.open_split(source, split, cache_dir=self.cache_dir)
-        return cache.build(
+        return cache.build_cache(
             records,
-            source.form,
+            source.row_format,
             self.tokenizer,
             self.cache_dir,
             template=self.template,
-            limit=source.bad_rows,
+            max_bad_share=source.bad_rows,
             labels=labels,
             shard=shard,
         )
@@ -66,7 +66,7 @@ class Library:
         """A table of windows; for the kinds see `llm3.data.windows`."""
         key = (kind, name, split, length)
         if key not in self._windows:
-            self._windows[key] = load_plugin(windows, kind).Table(self.cache(name, split), length)
+            self._windows[key] = load_plugin(windows, kind).WindowTable(self.cache(name, split), length)
         return self._windows[key]
 
 
@@ -95,5 +95,5 @@ def trained_tokenizer(
     file = cache_dir / f"tokenizer-{key[:16]}.json"
     if not file.is_file():
         texts = itertools.chain.from_iterable(each.texts() for each in splits)
-        tokenizer.train(selection.sampled(texts, train_bytes), vocab_size).save(file)
+        tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
     return Tokenizer.load(file)

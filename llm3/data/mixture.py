@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import grain
@@ -58,8 +58,11 @@ class Mixture:
         if steps[:1] != [0] or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise UserError(f"data: weights from the steps {steps}; expected ascending steps, the first 0")
         for _, weights in schedule:
-            _check(weights, windows)
+            check_weights(weights, windows, "data")
         names = sorted({name for _, weights in schedule for name in weights})
+        for name in names:
+            if not len(windows[name]):
+                raise UserError(f"data: {name} has no windows: its source is empty")
         self._batch_size, self._corrupt = batch_size, corrupt
         self._key = int.from_bytes(hashlib.sha256(f"{seed}/corrupt".encode()).digest()[:16], "big")
         self._windows = {name: windows[name] for name in names}
@@ -112,16 +115,16 @@ class Mixture:
         return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, row, step]))
 
 
-def _check(weights: dict[str, float], windows: Mapping[str, Windows]) -> None:
+def check_weights(weights: Mapping[str, float], sources: Collection[str], where: str) -> None:
+    """Raise UserError, with `where` before it, unless each weight is a positive number of one of `sources`."""
     if not weights:
-        raise UserError("data: expected at least one source with a weight")
+        raise UserError(f"{where}: names no source; expected at least one source, as {{source: weight}}")
     for name, weight in weights.items():
-        if name not in windows:
-            raise UserError(f"data: unknown source {name!r}: {nearest(name, windows)}")
-        if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"data: {name} has weight {weight!r}; expected a positive number (or leave it out)")
-        if not len(windows[name]):
-            raise UserError(f"data: {name} has no windows: its source is empty")
+        if name not in sources:
+            raise UserError(f"{where}: unknown source {name!r}: {nearest(name, sources)}")
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and weight > 0 and math.isfinite(weight)):
+            raise UserError(f"{where}: {name} has weight {weight!r}; expected a number above 0 (or leave it out)")
 
 
 def _shares(weights: dict[str, float], windows: Mapping[str, Windows], by: str) -> dict[str, int]:

@@ -1,14 +1,13 @@
 """From what a config says of a stage's data to a schedule of weights: temperature, phases, replay."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm3.data.mixture import Schedule
-from llm3.errors import UserError, nearest
+from llm3.data.mixture import Schedule, check_weights
+from llm3.errors import UserError
 
 
-def schedule_of(
+def weight_schedule(
     *,
     data: Mapping[str, float],
     temperature: float,
@@ -35,18 +34,18 @@ def schedule_of(
     """
     if replay and not parent:
         raise UserError(f"{where}.replay={replay}: needs a stage to start from, whose data is replayed")
-    phases = [(0, data), *_read(data_schedule, steps, f"{where}.data_schedule")]
+    phases = [(0, data), *_parsed(data_schedule, steps, f"{where}.data_schedule")]
     for step, weights in phases:
-        _check(weights, tokens, f"{where}.data_schedule: step {step}" if step else f"{where}.data")
+        check_weights(weights, tokens, f"{where}.data_schedule: step {step}" if step else f"{where}.data")
     if temperature:
         phases = [(step, _tempered(weights, temperature, tokens, where)) for step, weights in phases]
     if replay:
-        _check(parent, tokens, f"{where}.replay: the parent's data")
+        check_weights(parent, tokens, f"{where}.replay: the parent's data")
         phases = [(step, _with_replay(weights, parent, replay)) for step, weights in phases]
     return [(step, dict(weights)) for step, weights in phases]
 
 
-def _read(data_schedule: Sequence[Any], steps: int, where: str) -> list[tuple[int, Mapping[str, float]]]:
+def _parsed(data_schedule: Sequence[Any], steps: int, where: str) -> list[tuple[int, Mapping[str, float]]]:
     phases, before = [], 0
     for entry in data_schedule:
         if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
@@ -59,17 +58,6 @@ def _read(data_schedule: Sequence[Any], steps: int, where: str) -> list[tuple[in
         phases.append((step, weights))
         before = step
     return phases
-
-
-def _check(weights: Mapping[str, float], sources: Collection[str], where: str) -> None:
-    if not weights:
-        raise UserError(f"{where}: names no source; expected {{source: weight}}")
-    for name, weight in weights.items():
-        if name not in sources:
-            raise UserError(f"{where}: unknown source {name!r}: {nearest(name, sources)}")
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and weight > 0 and math.isfinite(weight)):
-            raise UserError(f"{where}: {name} has weight {weight!r}; expected a number above 0 (or leave it out)")
 
 
 def _tempered(

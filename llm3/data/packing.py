@@ -25,29 +25,52 @@ class Windows(Protocol):
     def documents_of(self, index: int) -> list[tuple[int, int, tuple[int, int]]]: ...
 
 
-class Packed:
-    """Which pieces lie in which window and where: two index arrays over all pieces.
+class PackedWindows:
+    """Windows that hold pieces of documents whole; a subclass says what a piece is.
 
-    waste: the share of padded positions. most: the pieces of a window at most.
+    sizes: int [pieces], the tokens of each, at most `length`. waste: the share of padded positions. max_pieces: the
+    most pieces in one window. A subclass sets `documents`, and `truncated` and `dropped` where they are not 0.
     """
 
+    documents: int
+    truncated = dropped = 0
+
     def __init__(self, sizes: np.ndarray, length: int):
-        self.length, self._sizes = length, sizes
+        self._length, self._sizes = length, sizes
         self._order, self._bounds = pack(sizes, length)
-        self.most = int(np.diff(self._bounds).max(initial=0))
+        self.max_pieces = int(np.diff(self._bounds).max(initial=0))
         positions = len(self) * length
         self.waste = 1 - float(sizes.sum()) / positions if positions else 0.0
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def layout(self, window: int) -> Iterator[tuple[int, int, slice]]:
-        """Yield (segment from 1, piece, slice of the window) for the pieces of a window."""
-        start = 0
-        for segment, piece in enumerate(self._order[self._bounds[window] : self._bounds[window + 1]], start=1):
+    def __getitem__(self, index: int) -> Batch:
+        window = empty_window(self._length)
+        for segment, piece, place in self._layout(index):
+            self._fill(window, piece, place)
+            mark_segment(window, place, segment)
+        return window
+
+    def documents_of(self, index: int) -> list[tuple[int, int, tuple[int, int]]]:
+        """(segment, document, (first, stop) of the document's tokens) for each piece in a window."""
+        return [(segment, *self._tokens_of(piece)) for segment, piece, _ in self._layout(index)]
+
+    def _layout(self, index: int) -> Iterator[tuple[int, int, slice]]:
+        """Yield (segment from 1, piece, slice of the window) for the pieces of a window. Raises IndexError."""
+        index, start = checked_index(index, self), 0
+        for segment, piece in enumerate(self._order[self._bounds[index] : self._bounds[index + 1]].tolist(), start=1):
             stop = start + int(self._sizes[piece])
-            yield segment, int(piece), slice(start, stop)
+            yield segment, piece, slice(start, stop)
             start = stop
+
+    def _fill(self, window: Batch, piece: int, place: slice) -> None:
+        """Write tokens, targets and weights of a piece into its place of the window."""
+        raise NotImplementedError
+
+    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
+        """(document, (first, stop) of its tokens) of a piece."""
+        raise NotImplementedError
 
 
 def pack(sizes: np.ndarray, capacity: int, block: int = PACKING_BLOCK) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +113,13 @@ def empty_window(length: int) -> Batch:
     return Batch(*(np.zeros(length, np.float32 if field == "weights" else np.int32) for field in Batch._fields))
 
 
-def mark(window: Batch, place: slice, segment: int) -> None:
+def mark_segment(window: Batch, place: slice, segment: int) -> None:
     """Make a place of a window a segment, with positions of its own."""
     window.segments[place] = segment
     window.positions[place] = np.arange(place.stop - place.start)
 
 
-def checked(index: int, table: Windows) -> int:
+def checked_index(index: int, table: Windows) -> int:
     """The index of a window of the table. Raises IndexError."""
     if not 0 <= index < len(table):
         raise IndexError(f"window {index} of {len(table)}")

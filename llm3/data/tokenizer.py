@@ -14,7 +14,7 @@ from llm3.errors import UserError
 from llm3.files import write_whole
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # their ids are their places
-SMALLEST_VOCAB = len(SPECIALS) + 256
+MIN_VOCAB_SIZE = len(SPECIALS) + 256
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -158,9 +158,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     A vocabulary that the texts cannot fill stays smaller. Raises UserError if vocab_size is below 260 (4 special
     tokens and 256 bytes). Splits words as GPT-2 does (Radford et al. 2019, section 2.2).
     """
-    if vocab_size < SMALLEST_VOCAB:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
-            f"tokenizer.vocab_size={vocab_size}: expected at least {SMALLEST_VOCAB} (256 bytes, 4 specials)"
+            f"tokenizer.vocab_size={vocab_size}: expected at least {MIN_VOCAB_SIZE} (256 bytes, 4 specials)"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

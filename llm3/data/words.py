@@ -27,7 +27,7 @@ UNSPACED = (  # first and last code points of the blocks whose scripts put no sp
 JOINER = 0x200D
 SKIN_TONES = (0x1F3FB, 0x1F3FF)
 IDEOGRAPHS = 0x20000  # from here on there are ideographs only (and tags)
-GOES_ON, JOINS, ALONE, SPACE = range(4)  # a mark; a letter or digit; a word of its own; white space
+MARK, LETTER, ALONE, SPACE = range(4)  # a mark; a letter or digit; a word of its own; white space
 
 
 def word_numbers(tokens: np.ndarray, segments: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -59,11 +59,11 @@ def _word_starts(content: bytes) -> np.ndarray:
         (lead & 0x07) << 18 | second << 12 | third << 6 | fourth,
     )
     kinds, space = _kinds()[np.minimum(codes, IDEOGRAPHS)], codes == ord(" ")
-    base = np.maximum.accumulate(np.where(kinds == GOES_ON, 0, np.arange(len(at))))  # of each character and its marks
+    base = np.maximum.accumulate(np.where(kinds == MARK, 0, np.arange(len(at))))  # of each character and its marks
     ended = ((kinds >= ALONE) & ~space)[base]
     begins = (kinds == SPACE) | (kinds == ALONE)
     begins[1:] &= (kinds[1:] == SPACE) | ~space[:-1]
-    begins[1:] |= (kinds[1:] == JOINS) & ended[:-1]
+    begins[1:] |= (kinds[1:] == LETTER) & ended[:-1]
     begins[1:] &= codes[:-1] != JOINER
     starts[at] = begins
     return starts
@@ -72,7 +72,7 @@ def _word_starts(content: bytes) -> np.ndarray:
 @functools.cache
 def _kinds() -> np.ndarray:
     """What each code point up to `IDEOGRAPHS` is: int8 [code points]."""
-    by_category = {"L": JOINS, "N": JOINS, "M": GOES_ON}
+    by_category = {"L": LETTER, "N": LETTER, "M": MARK}
     kinds = [
         SPACE if each.isspace() else by_category.get(unicodedata.category(each)[0], ALONE)
         for each in map(chr, range(IDEOGRAPHS + 1))
@@ -80,6 +80,6 @@ def _kinds() -> np.ndarray:
     kinds = np.array(kinds, np.int8)
     for first, last in (*UNSPACED, (IDEOGRAPHS, IDEOGRAPHS)):
         block = kinds[first : last + 1]
-        block[block == JOINS] = ALONE
-    kinds[JOINER] = kinds[SKIN_TONES[0] : SKIN_TONES[1] + 1] = GOES_ON
+        block[block == LETTER] = ALONE
+    kinds[JOINER] = kinds[SKIN_TONES[0] : SKIN_TONES[1] + 1] = MARK
     return kinds

@@ -53,7 +53,7 @@ class Test:
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
         """The documents (or those of `cache`) cut into windows."""
-        return load_plugin(windows, kind or self.kind).Table(cache or self.cache, self.config.sequence_length)
+        return load_plugin(windows, kind or self.kind).WindowTable(cache or self.cache, self.config.sequence_length)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """function(model, *arrays), jitted, as a function of the arrays; compiled once for each function and model.

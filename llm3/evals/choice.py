@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from llm3.data.chat_templates import Pieces
-from llm3.data.formats.choice import continued
+from llm3.data.formats.choice import encode_choice
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
@@ -58,7 +58,7 @@ def encode(prompt: Pieces, choices: list[str], tokenizer: Tokenizer, length: int
 
     Raises UserError for a choice that is too long.
     """
-    found = [continued(prompt, choice, tokenizer) for choice in choices]
+    found = [encode_choice(prompt, choice, tokenizer) for choice in choices]
     common = min(first for _, first in found)
     common = next((n for n in range(common) if len({tokens[n] for tokens, _ in found}) > 1), common)
     cut = max(0, max(len(tokens) for tokens, _ in found) - length - 1)

@@ -89,7 +89,7 @@ def figures(test: Test) -> dict[str, Any]:
 
 def question(test: Test, index: int, width: int) -> Question:
     """A document as what comes before its last answer, of which the last `width` tokens are kept behind <bos>."""
-    tokens, labelled = test.cache.document(index).tolist(), np.asarray(test.cache.answered(index))
+    tokens, labelled = test.cache.document(index).tolist(), np.asarray(test.cache.answer_mask(index))
     note = test.cache.note(index) or {}
     stop = int(np.flatnonzero(labelled)[-1]) + 1
     before = np.flatnonzero(~labelled[:stop])

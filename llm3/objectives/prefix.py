@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.data.batch import Batch
-from llm3.data.packing import empty_window, mark
+from llm3.data.packing import empty_window, mark_segment
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import Transformer
@@ -139,7 +139,7 @@ def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
         place = slice(start, stop)
         result.tokens[place], result.targets[place] = sequence[:-1], sequence[1:]
         result.weights[start + given - 1 : stop] = 1
-        mark(result, place, int(segment))
+        mark_segment(result, place, int(segment))
     return result
 
 

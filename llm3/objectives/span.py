@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llm3.data.batch import Batch
-from llm3.data.sources.lines import START
-from llm3.data.windows.spans import CHOICE, END
+from llm3.data.windows.spans import CHOICE, END, START
 from llm3.models.transformer import Transformer
 from llm3.objectives import Sums, Task
 

@@ -64,6 +64,6 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     labels = library.labels(own.source) if plugin.HEAD == "labels" else None
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens
-    kind = plugin.WINDOWS[config.sources[own.source].form]
-    load_plugin(windows, kind).Table(cache, own.sequence_length)  # refuses documents that do not fit
+    kind = plugin.WINDOWS[config.sources[own.source].row_format]
+    load_plugin(windows, kind).WindowTable(cache, own.sequence_length)  # refuses documents that do not fit
     return Evaluation(name, own, plugin, options, kind, cache, labels)

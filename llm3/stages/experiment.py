@@ -9,9 +9,9 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import ModelConfig, RunConfig
 from llm3.data import tokenizer as tokenizers
 from llm3.data.chat_templates import load_template
-from llm3.data.contamination import Overlap, remembered
+from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
-from llm3.data.sources.split import resolved
+from llm3.data.sources.split import use_local_copy
 from llm3.errors import UserError
 from llm3.files import INIT, TOKENIZER
 from llm3.stages.evaluation import Evaluation, read_evaluation
@@ -29,7 +29,7 @@ class Experiment:
     stages: dict[str, Stage]
     evaluations: list[Evaluation]
     compute_dtype: str
-    _overlaps: dict[str, Overlap] = field(default_factory=dict)
+    _overlaps: dict[str, Contamination] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -51,14 +51,14 @@ class Experiment:
         add = self.config.tokenizer.add
         return self.tokenizer.without(add).hash if add else None
 
-    def overlaps(self) -> dict[str, Overlap]:
+    def overlaps(self) -> dict[str, Contamination]:
         """For each evaluation, what of its documents is in the training data of the stages."""
         training = sorted({source for stage in self.stages.values() for source in stage.data.caches})
         for each in self.evaluations if not self._overlaps else ():
             # the train split of a source is measured on purpose
             measured = (each.config.source, each.config.split)
             others = [self.library.cache(source, "train") for source in training if (source, "train") != measured]
-            self._overlaps[each.name] = remembered(each.cache, others, Path(self.library.cache_dir))
+            self._overlaps[each.name] = cached_contamination(each.cache, others, Path(self.library.cache_dir))
         return self._overlaps
 
 
@@ -85,7 +85,7 @@ def chosen_dtype(config: RunConfig) -> str:
 def read_library(config: RunConfig, workdir: Path) -> Library:
     """The sources of a run with its tokenizer; no text is tokenized yet. Raises UserError."""
     cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
-    local = {name: resolved(source, config.data_dir) for name, source in config.sources.items()}
+    local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
     template = load_template(config.tokenizer.chat_template) if config.tokenizer.chat_template else ""
     return Library(local, load_tokenizer(config, local, workdir, cache_dir), cache_dir, template)
 

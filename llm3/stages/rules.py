@@ -121,12 +121,12 @@ def check_attention(needed: bool | None, causal: bool, what: str) -> None:
 
 def window_kind(kinds: dict[str, str], source: SourceConfig, what: str, name: str) -> str:
     """How an objective or evaluation cuts a source. Raises UserError where it does not take such rows."""
-    if source.form not in kinds:
+    if source.row_format not in kinds:
         raise UserError(
-            f"{what}: takes {' or '.join(sorted(kinds))} rows, and those of source {name!r} are {source.form} by the "
+            f"{what}: takes {' or '.join(sorted(kinds))} rows, and source {name!r} has {source.row_format} rows by the "
             "fields that are set; see sources.*.text, prompt, answer, messages, choices and answers"
         )
-    return kinds[source.form]
+    return kinds[source.row_format]
 
 
 def data_sources(config: RunConfig, name: str) -> list[str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from llm3 import __version__, evals
-from llm3.data.contamination import sentence
+from llm3.data.contamination import contamination_sentence
 from llm3.distributed import processes
 from llm3.distributed.machines import peak_flops
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force, table
@@ -61,7 +61,9 @@ class Session:
         devices, hosts = jax.devices(), processes.count()
         chosen = self.config.model.compute_dtype
         why = "as the config says" if chosen != "auto" else f"auto on {jax.default_backend()}"
-        found = [sentence(name, found) for name, found in self.experiment.overlaps().items() if found.near]
+        found = [
+            contamination_sentence(name, found) for name, found in self.experiment.overlaps().items() if found.near
+        ]
         none = "no evaluation document is, even by half of its 13-grams, in the training data"
         return {
             "devices": f"{len(devices)} x {devices[0].device_kind}"

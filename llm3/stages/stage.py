@@ -19,7 +19,7 @@ from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.mixture import Mixture
-from llm3.data.mixture_weights import schedule_of
+from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
 from llm3.distributed.sharding import named
 from llm3.errors import UserError
@@ -148,7 +148,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
     sources = _sources(config, name, library)
     caches = {source: library.cache(source, "train") for source in sources}
-    kinds = {source: objective.WINDOWS[config.sources[source].form] for source in sources}
+    kinds = {source: objective.WINDOWS[config.sources[source].row_format] for source in sources}
     tables = {source: library.windows(kinds[source], source, "train", length) for source in sources}
     schedule = _schedule(config, name, library)
     corrupt = partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
@@ -215,7 +215,7 @@ def _most_positions(config: RunConfig, objective: ModuleType, task: Task, tables
         return objective.most(task)
     if objective.HEAD != "labels" or config.model.pool != "last":
         return 0
-    return max((table.most for table in tables.values()), default=0)
+    return max((table.max_pieces for table in tables.values()), default=0)
 
 
 def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:
@@ -265,7 +265,7 @@ def _label_sets(
 def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int, dict[str, float]]]:
     """The weights of a stage's sources, from which step on."""
     stage = config.stages[name]
-    return schedule_of(
+    return weight_schedule(
         data=stage.data,
         temperature=stage.temperature,
         data_schedule=stage.data_schedule,

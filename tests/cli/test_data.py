@@ -94,4 +94,4 @@ def test_a_shard_that_there_is_not_is_refused(capsys, base, shard):
 def test_a_source_of_another_form_than_the_objective_takes_is_refused(capsys, base):
     extra = INSTRUCT.replace('"instruct"', '"causal"').replace("@", f"{base}/").strip()
     assert main(["data", f"--config={config(base, extra)}", f"--workdir={base / 'run'}"]) == 2
-    assert "takes text rows, and those of source 'pairs' are dialogue" in capsys.readouterr().err
+    assert "takes text rows, and source 'pairs' has dialogue" in capsys.readouterr().err

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from llm3.data import tokenizer
 from llm3.data.cache import build as cache_build
 from llm3.data.cache import cache
+from llm3.data.formats import BadRow
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
-from tests.helpers.tiny_records import TEXTS, ListRecords, bad, contents, numbered, texts_in_parts, trained
+from tests.helpers.tiny_records import TEXTS, ListRecords, contents, numbered, texts_in_parts, trained
 
 
 def build(texts, directory, row_labels=None, **options):
@@ -26,7 +27,7 @@ def build(texts, directory, row_labels=None, **options):
     if row_labels:
         rows = ({"text": text, "labels": [label]} for text, label in zip(texts, row_labels, strict=True))
         records = ListRecords((tuple(rows),))
-    return cache.build(records, "text", trained, directory, **options)
+    return cache.build_cache(records, "text", trained, directory, **options)
 
 
 def test_each_text_is_one_document_between_its_bos_and_eos(tmp_path):
@@ -81,9 +82,9 @@ def test_copies_of_a_text_are_kept_and_scattered(tmp_path):
 def test_a_second_build_reads_and_encodes_nothing(tmp_path, monkeypatch):
     first = build(TEXTS, tmp_path)
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda *_: pytest.fail("encoded again"))
-    monkeypatch.setattr(ListRecords, "read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(ListRecords, "read_part", lambda *_: pytest.fail("read again"))
     again = build(TEXTS, tmp_path)
-    assert (again.read(0, again.tokens) == first.read(0, first.tokens)).all()
+    assert (again.read_tokens(0, again.tokens) == first.read_tokens(0, first.tokens)).all()
     assert isinstance(again.document(0).base.base, np.memmap)
     assert not again.document(0).flags.writeable
 
@@ -98,7 +99,7 @@ def test_the_fingerprint_tells_texts_labels_class_order_tokenizers_and_templates
         build(TEXTS, tmp_path, [*labels[1:], "b"]).fingerprint,
         build(TEXTS, tmp_path, labels, labels=["b", "a"]).fingerprint,
         build(TEXTS, tmp_path, template="{{ messages }}").fingerprint,
-        cache.build(texts_in_parts(TEXTS), "text", other, tmp_path).fingerprint,
+        cache.build_cache(texts_in_parts(TEXTS), "text", other, tmp_path).fingerprint,
     ]
     assert len(set(prints)) == len(prints)
 
@@ -128,7 +129,7 @@ NONE_OR_ONE = [("none", []), ("one", ["b"]), ("other", ["a"])]
 def test_documents_of_several_labels_or_none_have_sets_of_them(rows, several, tmp_path):
     records = [{"text": text, "labels": labels, **({"several": True} if several else {})} for text, labels in rows]
     for names in (None, ["b", "x", "a"]):
-        built = cache.build(ListRecords((tuple(records),)), "text", trained, tmp_path, labels=names)
+        built = cache.build_cache(ListRecords((tuple(records),)), "text", trained, tmp_path, labels=names)
         assert built.label_sets == sorted(built.label_sets)
         assert len(built.label_sets) == len({tuple(sorted(labels)) for _, labels in rows})
         sets = [sorted(built.label_names[number] for number in built.label_sets[label]) for label in built.labels]
@@ -137,7 +138,7 @@ def test_documents_of_several_labels_or_none_have_sets_of_them(rows, several, tm
 
 def test_a_source_where_all_documents_happen_to_have_one_of_several_labels_has_sets(tmp_path):
     rows = tuple({"text": str(i), "labels": ["ab"[i % 2]], "several": True} for i in range(4))
-    built = cache.build(ListRecords((rows,)), "text", trained, tmp_path, labels=["b", "a"])
+    built = cache.build_cache(ListRecords((rows,)), "text", trained, tmp_path, labels=["b", "a"])
     assert built.label_sets == [[0], [1]]
     assert [built.label_names[built.label_sets[k][0]] for k in built.labels] == [
         "ab"[int(text) % 2] for text in contents(built)
@@ -162,8 +163,8 @@ EVERY_FILE = [f"shard-000000/{name}" for name in FILES] + JOINED
 
 
 def build_dialogues(directory):
-    records = ListRecords(((*DIALOGUES, bad("question is null", '{"question": null}')),))
-    return cache.build(records, "dialogue", trained, directory, limit=0.5)
+    records = ListRecords(((*DIALOGUES, BadRow("question is null", '{"question": null}')),))
+    return cache.build_cache(records, "dialogue", trained, directory, max_bad_share=0.5)
 
 
 @pytest.mark.parametrize("name", EVERY_FILE)
@@ -182,7 +183,7 @@ def test_a_damaged_cache_is_built_again_and_said_aloud(name, damage, tmp_path, c
 
 
 def test_of_a_large_cache_only_the_sizes_are_verified(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "VERIFIED_BYTES", 1000)
+    monkeypatch.setattr(cache, "MAX_VERIFIED_BYTES", 1000)
     build(TEXTS, tmp_path)
     [stream] = tmp_path.glob("*/*/stream.bin")
     _flip_a_byte(stream)
@@ -204,14 +205,14 @@ def test_answers_and_notes_are_those_of_their_documents(tmp_path):
     built = build_dialogues(tmp_path)
     for i in range(built.documents):
         turns = DIALOGUES[built.rows[i]]["turns"]
-        assert trained.decode(built.document(i)[built.answered(i)]) == turns[1][1]
-        assert built.answered(i).dtype == bool
+        assert trained.decode(built.document(i)[built.answer_mask(i)]) == turns[1][1]
+        assert built.answer_mask(i).dtype == bool
         assert built.note(i) == {"references": [turns[1][1], "fine"]}
     plain = build(TEXTS, tmp_path)
-    assert plain.answered(3).all()
-    assert len(plain.answered(3)) == len(plain.document(3))
+    assert plain.answer_mask(3).all()
+    assert len(plain.answer_mask(3)) == len(plain.document(3))
     assert plain.note(3) is None
-    assert not list(plain.stored._directory.rglob("answered.bin"))
+    assert not list(plain.reader._directory.rglob("answered.bin"))
 
 
 def test_an_interrupted_build_leaves_nothing_half_done_and_the_next_one_succeeds(tmp_path, monkeypatch):
@@ -247,7 +248,7 @@ def test_documents_have_equal_hashes_where_their_texts_are_equal(tmp_path):
 def test_a_first_few_are_the_documents_of_the_smallest_keys_however_the_source_is_cut(tmp_path):
     whole = build(TEXTS, tmp_path)
     for parts in ([TEXTS], [TEXTS[:13], [], TEXTS[13:50], TEXTS[50:]]):
-        built = cache.build(texts_in_parts(*parts), "text", trained, tmp_path)
+        built = cache.build_cache(texts_in_parts(*parts), "text", trained, tmp_path)
         for documents in (0, 1, 7, len(TEXTS), 1000):
             assert contents(built.first(documents))[:documents] == (
                 contents(whole)[:documents] if documents < len(TEXTS) else contents(built)
@@ -259,7 +260,7 @@ def test_a_first_few_are_the_documents_of_the_smallest_keys_however_the_source_i
 @pytest.fixture(scope="module")
 def four_parts(tmp_path_factory):
     records = dataclasses.replace(numbered(4), batches=(*numbered(4).batches[:2], (), *numbered(4).batches[2:], ()))
-    built = cache.build(records, "text", trained, tmp_path_factory.mktemp("cache"))
+    built = cache.build_cache(records, "text", trained, tmp_path_factory.mktemp("cache"))
     return built, np.concatenate([built.document(i) for i in range(built.documents)])
 
 
@@ -278,22 +279,22 @@ def test_any_range_of_the_stream_is_that_of_the_documents_end_to_end(four_parts,
     assert chosen.offsets.tolist() == [0, *np.cumsum([len(piece) for piece in pieces]).tolist()]
     assert chosen.tokens == len(stream)
     start, stop = data.draw(st.integers(0, len(stream) + 3)), data.draw(st.integers(0, len(stream) + 3))
-    assert chosen.read(start, stop).tolist() == stream[start:stop].tolist()
-    assert chosen.read(start, stop).dtype == np.uint16
+    assert chosen.read_tokens(start, stop).tolist() == stream[start:stop].tolist()
+    assert chosen.read_tokens(start, stop).dtype == np.uint16
 
 
 def test_the_stream_of_all_parts_is_read_across_their_borders(four_parts):
     built, stream = four_parts
-    assert (built.read(0, built.tokens) == stream).all()
+    assert (built.read_tokens(0, built.tokens) == stream).all()
     texts = [row["text"] for batch in numbered(4).batches for row in batch]
     assert [texts[row] for row in built.rows] == contents(built)
     for start in range(0, built.tokens, 7):
-        assert (built.read(start, start + 300) == stream[start : start + 300]).all()
+        assert (built.read_tokens(start, start + 300) == stream[start : start + 300]).all()
 
 
 def test_a_document_that_is_not_there_is_an_error(four_parts):
     built, _ = four_parts
-    for call in (built.document, built.note, lambda i: built.subset([i]), built.subset([0]).answered):
+    for call in (built.document, built.note, lambda i: built.subset([i]), built.subset([0]).answer_mask):
         for index in (-1, built.documents):
             with pytest.raises(IndexError):
                 call(index)
@@ -302,7 +303,7 @@ def test_a_document_that_is_not_there_is_an_error(four_parts):
 def test_progress_is_one_line_without_a_terminal_and_a_bar_on_demand(tmp_path, capsys):
     build(TEXTS, tmp_path / "a")
     assert capsys.readouterr().err == "tokens: encoding fake\n"
-    cache.build(numbered(3), "text", trained, tmp_path / "b")
+    cache.build_cache(numbered(3), "text", trained, tmp_path / "b")
     assert capsys.readouterr().err == "tokens: encoding fake: 3 of 3 parts\n"
     build(TEXTS, tmp_path / "c", progress=True)
     assert "tokens: encoding fake\n" not in capsys.readouterr().err
@@ -320,4 +321,4 @@ def test_the_manifest_counts_what_is_in_the_cache(tmp_path):
 @pytest.mark.parametrize("batches", [[], [[]], [[], []]])
 def test_a_source_without_documents_is_named(batches, tmp_path):
     with pytest.raises(UserError, match=r"source fake: .*no rows"):
-        cache.build(texts_in_parts(*batches), "text", trained, tmp_path)
+        cache.build_cache(texts_in_parts(*batches), "text", trained, tmp_path)

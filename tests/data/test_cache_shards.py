@@ -16,21 +16,24 @@ import pytest
 from llm3.config.data_schema import SourceConfig
 from llm3.data.cache import build as cache_build
 from llm3.data.cache import cache, shards
+from llm3.data.formats import BadRow
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
 from tests.helpers import tiny_records
-from tests.helpers.tiny_records import TEXTS, ListRecords, bad, contents, files, numbered, texts_in_parts, trained
+from tests.helpers.tiny_records import TEXTS, ListRecords, contents, files, numbered, texts_in_parts, trained
 
 
 def build(records, directory, **options):
-    return cache.build(records, "text", trained, directory, **options)
+    return cache.build_cache(records, "text", trained, directory, **options)
 
 
 def mixed(parts=5):
     """Parts with labels, bad rows and copies; one of them is empty."""
     batches = [
         tuple(
-            bad(f"reason {i % 2}", f"raw {i}") if i % 9 == 4 else {"text": f"{part * i}", "labels": [f"class {i % 3}"]}
+            BadRow(f"reason {i % 2}", f"raw {i}")
+            if i % 9 == 4
+            else {"text": f"{part * i}", "labels": [f"class {i % 3}"]}
             for i in range(30)
         )
         for part in range(parts)
@@ -42,43 +45,43 @@ def mixed(parts=5):
 def alone(tmp_path_factory):
     """The files of `mixed()`, built by one process."""
     directory = tmp_path_factory.mktemp("alone")
-    build(mixed(), directory, limit=1, workers=1)
+    build(mixed(), directory, max_bad_share=1, workers=1)
     return files(directory)
 
 
 def test_several_processes_build_the_bytes_of_one(alone, tmp_path):
-    build(mixed(), tmp_path, limit=1, workers=2)
+    build(mixed(), tmp_path, max_bad_share=1, workers=2)
     assert files(tmp_path) == alone
 
 
 def test_parts_that_take_long_are_left_to_other_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_build, "cores", lambda: 2)
+    monkeypatch.setattr(cache_build, "available_cores", lambda: 2)
     asked = []
     monkeypatch.setattr(cache_build, "_in_processes", lambda job, parts, workers: asked.append((list(parts), workers)))
-    monkeypatch.setattr(cache_build, "ALONE_SECONDS", 0)
+    monkeypatch.setattr(cache_build, "INLINE_SECONDS", 0)
     with pytest.raises(TypeError):  # the stand-in built nothing
-        build(mixed(), tmp_path / "a", limit=1)
+        build(mixed(), tmp_path / "a", max_bad_share=1)
     assert asked == [([0, 1, 2, 3, 4, 5], 2)]
-    monkeypatch.setattr(cache_build, "ALONE_SECONDS", 100)
-    build(mixed(), tmp_path / "b", limit=1)
+    monkeypatch.setattr(cache_build, "INLINE_SECONDS", 100)
+    build(mixed(), tmp_path / "b", max_bad_share=1)
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
 def test_the_shares_of_an_array_job_make_the_bytes_of_one_process_in_any_order(order, alone, tmp_path):
-    found = [build(mixed(), tmp_path, limit=1, shard=(i, 3), workers=1) for i in order]
+    found = [build(mixed(), tmp_path, max_bad_share=1, shard=(i, 3), workers=1) for i in order]
     assert found[:2] == [None, None]
     assert isinstance(found[2], cache.TokenCache)
     assert files(tmp_path) == alone
 
 
 def test_a_share_builds_its_own_parts_only(tmp_path):
-    build(mixed(), tmp_path, limit=1, shard=(2, 3), workers=1)
+    build(mixed(), tmp_path, max_bad_share=1, shard=(2, 3), workers=1)
     assert sorted(path.name for path in tmp_path.glob("tokens-*/*")) == ["shard-000001", "shard-000004"]
 
 
 def test_more_shares_than_parts_are_no_harm(alone, tmp_path):
-    found = [build(mixed(), tmp_path, limit=1, shard=(i, 8), workers=1) for i in range(8, 0, -1)]
+    found = [build(mixed(), tmp_path, max_bad_share=1, shard=(i, 8), workers=1) for i in range(8, 0, -1)]
     assert [each is not None for each in found] == [False] * 7 + [True]
     assert files(tmp_path) == alone
 
@@ -89,7 +92,7 @@ def test_shares_and_whole_builds_at_the_same_time_make_the_bytes_of_one_process(
 
     def run(each):
         try:
-            build(mixed(), tmp_path, limit=1, workers=1, **each)
+            build(mixed(), tmp_path, max_bad_share=1, workers=1, **each)
         except BaseException as error:
             errors.append(error)
 
@@ -170,7 +173,7 @@ def test_only_the_damaged_shard_of_a_finished_cache_is_built_again(tmp_path):
 
 
 def test_a_shard_that_another_process_finished_first_is_kept(tmp_path, monkeypatch):
-    plain, raced, written = shards.write, [], []
+    plain, raced, written = shards.write_shard, [], []
 
     def write_while_another_process_builds(directory, *arguments):
         plain(directory, *arguments)
@@ -180,7 +183,7 @@ def test_a_shard_that_another_process_finished_first_is_kept(tmp_path, monkeypat
             build(numbered(2), tmp_path)
             raced.extend(path.stat().st_ino for path in tmp_path.glob("tokens-????????????????/shard-000000"))
 
-    monkeypatch.setattr(shards, "write", write_while_another_process_builds)
+    monkeypatch.setattr(shards, "write_shard", write_while_another_process_builds)
     assert build(numbered(2), tmp_path).documents == 40
     [directory] = tmp_path.iterdir()
     assert written == ["shard-000000", "shard-000000", "shard-000001"]  # the second one was there, and is not written
@@ -196,9 +199,9 @@ def test_the_manifest_is_put_in_its_place_after_all_other_files(tmp_path, monkey
 
 
 def test_bad_rows_are_counted_by_reason_and_set_aside_with_their_rows(tmp_path, capsys):
-    long = bad("text is empty", "é" * 300)
-    records = ListRecords((({"text": "one"}, bad("no field 'text'", '{"x": 1}')), (long, {"text": "two"}, long)))
-    built = build(records, tmp_path, limit=0.6)
+    long = BadRow("text is empty", "é" * 300)
+    records = ListRecords((({"text": "one"}, BadRow("no field 'text'", '{"x": 1}')), (long, {"text": "two"}, long)))
+    built = build(records, tmp_path, max_bad_share=0.6)
     assert sorted(contents(built)) == ["one", "two"]
     assert sorted(built.rows) == [0, 3]
     assert built.bad == {"no field 'text'": 1, "text is empty": 2}
@@ -213,10 +216,10 @@ def test_bad_rows_are_counted_by_reason_and_set_aside_with_their_rows(tmp_path, 
 
 
 def test_too_many_bad_rows_stop_the_run_and_another_limit_needs_no_other_build(tmp_path, monkeypatch):
-    records = ListRecords((({"text": "one"}, bad("text is empty", "raw")), ({"text": "two"},)))
+    records = ListRecords((({"text": "one"}, BadRow("text is empty", "raw")), ({"text": "two"},)))
     for _ in range(2):
         with pytest.raises(UserError) as caught:
-            build(records, tmp_path, limit=0.3)
+            build(records, tmp_path, max_bad_share=0.3)
     message = str(caught.value)
     for part in (
         "source fake",
@@ -229,8 +232,8 @@ def test_too_many_bad_rows_stop_the_run_and_another_limit_needs_no_other_build(t
         "raw",
     ):
         assert part in message
-    monkeypatch.setattr(ListRecords, "read", lambda *_: pytest.fail("read again"))
-    assert build(records, tmp_path, limit=0.34).documents == 2
+    monkeypatch.setattr(ListRecords, "read_part", lambda *_: pytest.fail("read again"))
+    assert build(records, tmp_path, max_bad_share=0.34).documents == 2
     with pytest.raises(UserError, match="cannot be used"):
         build(records, tmp_path)
 
@@ -238,18 +241,18 @@ def test_too_many_bad_rows_stop_the_run_and_another_limit_needs_no_other_build(t
 def test_a_row_that_a_form_cannot_encode_is_bad_too(tmp_path, monkeypatch):
     def encode(record, tokenizer, template):
         if record["text"] == "no":
-            raise shards.BadRow("said no")
+            raise BadRow("said no")
         return plain(record, tokenizer, template)
 
-    form = shards_form()
-    plain = form.encode
-    monkeypatch.setattr(form, "encode", encode)
-    built = build(texts_in_parts(["yes", "no"]), tmp_path, limit=0.5)
+    row_format = text_format()
+    plain = row_format.encode
+    monkeypatch.setattr(row_format, "encode", encode)
+    built = build(texts_in_parts(["yes", "no"]), tmp_path, max_bad_share=0.5)
     assert (contents(built), built.bad) == (["yes"], {"said no": 1})
     assert json.loads(built.bad_rows_file.read_text())["start"] == '{"text": "no"}'
 
 
-def shards_form():
+def text_format():
     from llm3.data.formats import text
 
     return text
@@ -257,7 +260,7 @@ def shards_form():
 
 def test_a_source_of_bad_rows_only_has_no_documents(tmp_path):
     with pytest.raises(UserError, match="source fake: it has no documents: all its rows are bad"):
-        build(ListRecords(((bad("empty", ""),),)), tmp_path, limit=1)
+        build(ListRecords(((BadRow("empty", ""),),)), tmp_path, max_bad_share=1)
 
 
 @pytest.mark.parametrize(("rows", "most"), [(7, 10**6), (1000, 100)])
@@ -274,7 +277,7 @@ def test_texts_are_encoded_together_and_forgotten(rows, most, tmp_path, monkeypa
     assert max(characters for _, characters in sizes) < most + max(map(len, TEXTS))
     assert sum(count for count, _ in sizes) == len(TEXTS)
     monkeypatch.undo()
-    assert files(tmp_path / "a") == files(build(texts_in_parts(TEXTS), tmp_path / "b").stored._directory.parent)
+    assert files(tmp_path / "a") == files(build(texts_in_parts(TEXTS), tmp_path / "b").reader._directory.parent)
 
 
 def test_a_source_that_changed_is_another_cache(tmp_path):
@@ -287,9 +290,9 @@ def test_a_source_that_changed_is_another_cache(tmp_path):
 def test_token_files_are_mapped_when_they_are_read_and_few_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr("llm3.data.cache.reader.OPEN_FILES", 2)
     built = build(numbered(6), tmp_path)
-    assert built.stored._mapped.cache_info().currsize == 0
-    stream = built.read(0, built.tokens)
-    assert built.stored._mapped.cache_info().currsize == 2
+    assert built.reader._mapped.cache_info().currsize == 0
+    stream = built.read_tokens(0, built.tokens)
+    assert built.reader._mapped.cache_info().currsize == 2
     assert (np.concatenate([built.document(i) for i in range(built.documents)]) == stream).all()
 
 
@@ -319,7 +322,7 @@ def test_a_file_of_several_parts_becomes_a_cache_of_all_its_rows(tmp_path, monke
     source = SourceConfig(path="json", data_files=str(file), validation="", label="kind", bad_rows=0.1)
     records = sources.open_split(source, "train", cache_dir=tmp_path)
     assert len(records.parts()) > 2
-    built = build(records, tmp_path, limit=source.bad_rows, workers=2)
+    built = build(records, tmp_path, max_bad_share=source.bad_rows, workers=2)
     assert sorted(contents(built)) == sorted(TEXTS)
     assert [json.loads(rows[row])["text"] for row in built.rows] == contents(built)
     assert [f"k{TEXTS.index(text) % 3}" for text in contents(built)] == [built.label_names[k] for k in built.labels]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3.data import contamination as overlaps
-from llm3.data.contamination import Overlap, ngrams_found, overlap, sentence
+from llm3.data import contamination
+from llm3.data.contamination import Contamination, contamination_sentence, find_contamination, ngrams_found
 from llm3.errors import UserError
 from tests.helpers.tiny_tokens import BOS, EOS, TokensInMemory, make_documents
 
@@ -40,7 +40,7 @@ def by_definition(evaluation, training, n):
 @settings(max_examples=100, deadline=None)
 def test_shared_ngrams_are_those_of_the_definition_whatever_chunks_are_read(chunk, evaluation, training, n):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overlaps, "CHUNK", chunk)
+        patch.setattr(contamination, "CHUNK", chunk)
         grams, found = ngrams_found(cache_of(evaluation), [cache_of(each) for each in training], n)
     assert list(zip(grams.tolist(), found.tolist(), strict=True)) == by_definition(evaluation, training, n)
 
@@ -49,7 +49,7 @@ def test_shared_ngrams_are_those_of_the_definition_whatever_chunks_are_read(chun
 @settings(max_examples=100, deadline=None)
 def test_an_overlap_counts_documents_with_text_by_how_much_they_share(evaluation, training):
     rows = [100 + i for i in range(len(evaluation))]
-    found = overlap(cache_of(evaluation, rows=rows), [cache_of(each) for each in training], n=4)
+    found = find_contamination(cache_of(evaluation, rows=rows), [cache_of(each) for each in training], n=4)
     counts = by_definition(evaluation, training, 4)
     shares = [part / total if total else 0 for total, part in counts]
     assert found.documents == sum(map(bool, evaluation))
@@ -65,15 +65,15 @@ def test_a_document_inside_a_longer_one_is_a_near_duplicate_and_a_changed_one_is
     written = [document[1:-1] for document in make_documents(40, least=42, most=60)]
     changed = [*written[1][:20], 999, *written[1][21:]]
     evaluation = cache_of([written[0], changed, written[2][:13] + written[30], written[31]])
-    found = overlap(evaluation, [cache_of([written[5] + written[0] + written[6], *written[1:5]])])
+    found = find_contamination(evaluation, [cache_of([written[5] + written[0] + written[6], *written[1:5]])])
     assert found[:4] == (4, 0, 2, 3)
     assert [row for row, _ in found.worst] == [0, 1, 2]
 
 
 def test_words_on_both_sides_of_a_documents_end_are_no_ngram():
-    found = overlap(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])], n=4)
+    found = find_contamination(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])], n=4)
     assert not found.any
-    assert overlap(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4, 5, 6, 7]])], n=4).any
+    assert find_contamination(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4, 5, 6, 7]])], n=4).any
 
 
 def test_the_parts_of_one_document_may_lie_in_several_training_sources():
@@ -84,37 +84,37 @@ def test_the_parts_of_one_document_may_lie_in_several_training_sources():
 def test_hashes_of_different_ngrams_do_not_meet():
     """Also those of runs of one token and of few different ones, on which weak hashes fail."""
     grams = np.array(list(itertools.product(range(4), repeat=9)), np.uint64)
-    scrambled = overlaps._scrambled(np.concatenate([grams.ravel(), np.zeros(9, np.uint64)]))
-    assert len(np.unique(overlaps._rolling(scrambled, [9], grams.size)[9][::9])) == len(grams)
+    scrambled = contamination._scrambled(np.concatenate([grams.ravel(), np.zeros(9, np.uint64)]))
+    assert len(np.unique(contamination._rolling(scrambled, [9], grams.size)[9][::9])) == len(grams)
 
 
 def test_without_training_data_or_documents_nothing_is_shared():
-    empty = Overlap(0, 0, 0, 0, 0.0, (), 13)
-    assert overlap(cache_of([]), [cache_of([[3, 4]])]) == empty
-    assert overlap(cache_of([[3, 4], []]), []) == empty._replace(documents=1)
+    empty = Contamination(0, 0, 0, 0, 0.0, (), 13)
+    assert find_contamination(cache_of([]), [cache_of([[3, 4]])]) == empty
+    assert find_contamination(cache_of([[3, 4], []]), []) == empty._replace(documents=1)
 
 
 def test_a_sentence_names_the_worst_rows():
-    found = Overlap(815, 3, 10, 45, 0.0123, ((12, 1.0), (7, 0.504)), 13)
-    assert sentence("medical_test", found) == (
+    found = Contamination(815, 3, 10, 45, 0.0123, ((12, 1.0), (7, 0.504)), 13)
+    assert contamination_sentence("medical_test", found) == (
         "medical_test: of 815 documents 3 are in the training data, 10 by half or more of their 13-grams, "
         "45 by at least one"
     )
-    assert "none of its 2 documents" in sentence("x", Overlap(2, 0, 0, 0, 0.0, (), 13))
+    assert "none of its 2 documents" in contamination_sentence("x", Contamination(2, 0, 0, 0, 0.0, (), 13))
 
 
 def test_ngrams_of_no_token_are_refused():
     with pytest.raises(UserError, match="n=0"):
-        overlap(cache_of([[3]]), [], n=0)
+        find_contamination(cache_of([[3]]), [], n=0)
 
 
 def test_what_was_found_once_is_not_computed_again(tmp_path, monkeypatch):
     evaluation, training = cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])]
-    first = overlaps.remembered(evaluation, training, tmp_path, n=2)
-    assert first == overlap(evaluation, training, n=2)
-    monkeypatch.setattr(overlaps, "overlap", lambda *_: pytest.fail("computed again"))
-    assert overlaps.remembered(evaluation, training, tmp_path, n=2) == first
+    first = contamination.cached_contamination(evaluation, training, tmp_path, n=2)
+    assert first == find_contamination(evaluation, training, n=2)
+    monkeypatch.setattr(contamination, "find_contamination", lambda *_: pytest.fail("computed again"))
+    assert contamination.cached_contamination(evaluation, training, tmp_path, n=2) == first
     (file,) = tmp_path.iterdir()
     file.write_text("{")  # damaged
-    monkeypatch.setattr(overlaps, "overlap", lambda *_: first._replace(any=9))
-    assert overlaps.remembered(evaluation, training, tmp_path, n=2).any == 9
+    monkeypatch.setattr(contamination, "find_contamination", lambda *_: first._replace(any=9))
+    assert contamination.cached_contamination(evaluation, training, tmp_path, n=2).any == 9

@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="session")
 def splits(directory):
     def load(name, split):
-        return corpus.load(name, split, directory)
+        return corpus.load_corpus(name, split, directory)
 
     return {name: {split: load(name, split) for split in SPLITS} for name in NAMES}
 
@@ -114,13 +114,13 @@ def test_masking_goes_by_words():
 
 def test_a_second_load_is_quick(splits, directory):
     start = time.perf_counter()
-    again = corpus.load("numerical", "train", directory)
+    again = corpus.load_corpus("numerical", "train", directory)
     assert time.perf_counter() - start < 1
     assert again["text"][0] == splits["numerical"]["train"]["text"][0]
 
 
 def test_extracting_twice_gives_the_same_bytes(splits, directory, tmp_path):
-    corpus.load("python", "train", tmp_path)
+    corpus.load_corpus("python", "train", tmp_path)
     digests = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in root.glob("builtin-python-*/*")}
         for root in (directory, tmp_path)
@@ -182,4 +182,4 @@ def test_capping_keeps_the_same_examples_whatever_the_order():
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(PACKAGES, "numpy", "numpy-that-nobody-has")
     with pytest.raises(UserError, match="numpy-that-nobody-has, which is not installed"):
-        corpus.load("numerical", "train", tmp_path)
+        corpus.load_corpus("numerical", "train", tmp_path)

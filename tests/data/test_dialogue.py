@@ -13,7 +13,7 @@ from llm3.data import tokenizer
 from llm3.data.chat_templates import BOS, load_template
 from llm3.data.formats import BadRow, Document, choice, dialogue
 from llm3.data.tokenizer import SPECIALS
-from llm3.data.windows.dialogue import Table
+from llm3.data.windows.dialogue import WindowTable
 from llm3.errors import UserError
 from tests.helpers.tiny_answers import DIALOGUE, TALK, AnswerCache, encoded, questions, runs
 from tests.helpers.tiny_cache import BYTES
@@ -97,7 +97,7 @@ def test_what_a_template_writes_and_what_it_marks_as_generated_is_what_transform
         ids, mask = np.insert(ids, 0, BYTES.bos_id), np.insert(mask, 0, False)
     size = len(found.tokens)  # transformers goes on with the white space behind the last end
     assert found.tokens.tolist() == ids[:size].tolist() and not BYTES.decode(ids[size:]).strip()
-    assert found.labelled.tolist() == mask[:size].tolist()
+    assert found.answer_mask.tolist() == mask[:size].tolist()
 
 
 def _backend():
@@ -204,12 +204,12 @@ def test_a_template_that_cannot_work_is_refused_at_once(given_template, expected
 )
 def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
     with pytest.raises(BadRow) as raised:
-        dialogue.read({"messages": messages}, TALK)
+        dialogue.read_row({"messages": messages}, TALK)
     assert str(raised.value).startswith(reason)
 
 
 def test_an_empty_system_text_is_none():
-    assert dialogue.read({"messages": [{"role": "system", "content": ""}, *talk("a", "b")["messages"]]}, TALK) == {
+    assert dialogue.read_row({"messages": [{"role": "system", "content": ""}, *talk("a", "b")["messages"]]}, TALK) == {
         "turns": [["user", "a"], ["assistant", "b"]],
         "references": ["b"],
     }
@@ -220,7 +220,7 @@ def test_of_several_answers_the_first_is_learnt_and_all_are_references():
     assert runs(found) == [[*BYTES.encode("first"), EOS]] and found.note == {"references": ["first", "second"]}
     for answer, reason in (([], "answer is empty"), (["a", 3], "answer is of type int"), (None, "answer is null")):
         with pytest.raises(BadRow, match=reason):
-            dialogue.read({"question": "q", "answer": answer}, DIALOGUE)
+            dialogue.read_row({"question": "q", "answer": answer}, DIALOGUE)
 
 
 def test_prompt_and_answer_may_be_templates_over_columns():
@@ -245,7 +245,7 @@ CHOICES = SourceConfig("x", prompt="q", choices="options", answer="answer")
     ],
 )
 def test_the_right_choice_is_named_by_its_text_or_else_by_its_number(options, answer, correct):
-    assert choice.read({"q": "?", "options": options, "answer": answer}, CHOICES)["correct"] == correct
+    assert choice.read_row({"q": "?", "options": options, "answer": answer}, CHOICES)["correct"] == correct
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_right_choice_is_named_by_its_text_or_else_by_its_number(options, an
 )
 def test_choices_that_cannot_be_asked_are_bad_rows_by_reason(options, answer, reason):
     with pytest.raises(BadRow, match=reason):
-        choice.read({"q": "?", "options": options, "answer": answer}, CHOICES)
+        choice.read_row({"q": "?", "options": options, "answer": answer}, CHOICES)
 
 
 YES_NO = SourceConfig("x", prompt="{q}\nAnswer: ", choices=["yes", "no"], answer="label")
@@ -285,7 +285,7 @@ def test_the_labelled_tokens_of_a_choice_are_exactly_those_that_hold_a_byte_of_i
     found, tok = encoded(row, CHOICES, trained()), trained()
     sizes = tok.byte_lengths[found.tokens]
     behind = np.cumsum(sizes)  # bytes up to and with each token
-    assert found.labelled[:-1].tolist() == (behind > len(prompt.encode()))[:-1].tolist() and found.labelled[-1]
+    assert found.answer_mask[:-1].tolist() == (behind > len(prompt.encode()))[:-1].tolist() and found.answer_mask[-1]
     assert tok.decode(found.tokens) == prompt + right
 
 
@@ -296,14 +296,14 @@ def test_a_choice_goes_through_the_template():
 
 
 def test_a_tokenizer_learns_from_all_texts_of_a_row():
-    assert dialogue.texts(dialogue.read(talk("a", "b", system="s"), TALK)) == ["s", "a", "b"]
+    assert dialogue.texts(dialogue.read_row(talk("a", "b", system="s"), TALK)) == ["s", "a", "b"]
     row = {"q": "q", "options": ["x", "y"], "answer": 0}
-    assert choice.texts(choice.read(row, CHOICES)) == ["q", "x", "y"]
+    assert choice.texts(choice.read_row(row, CHOICES)) == ["q", "x", "y"]
 
 
 def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_nowhere_else():
     cache = questions([("what", "that"), ("who", "she"), ("a longer one?", "no"), ("x", "y")], BYTES)
-    table = Table(cache, 24)
+    table = WindowTable(cache, 24)
     seen = []
     for number in range(len(table)):
         window, at = table[number], 0
@@ -312,7 +312,7 @@ def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_n
             place = slice(at, at + size)
             assert window.tokens[place].tolist() == tokens[:-1].tolist()
             assert window.targets[place].tolist() == tokens[1:].tolist()
-            assert window.weights[place].tolist() == cache.answered(document)[1:].tolist()
+            assert window.weights[place].tolist() == cache.answer_mask(document)[1:].tolist()
             assert window.positions[place].tolist() == list(range(size))
             assert (window.segments[place] == segment).all()
             at += size
@@ -325,7 +325,7 @@ def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_n
 
 def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_labels_is_dropped_and_counted():
     cache = questions([("p" * 9, "a" * 9), ("p" * 12, "a"), ("p", "a"), ("p" * 11, "a")], BYTES)
-    table = Table(cache, 12)
+    table = WindowTable(cache, 12)
     assert (table.truncated, table.dropped) == (3, 1)
     kept = sorted(each for number in range(len(table)) for each in table.documents_of(number))
     assert [document for _, document, _ in sorted(kept, key=lambda each: each[1])] == [0, 2, 3]
@@ -336,5 +336,5 @@ def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_labels_is
 
 def test_documents_without_labels_of_their_own_are_learnt_as_a_whole():
     cache = AnswerCache([Document(np.arange(1, 9, dtype=np.int32), None, 8)])
-    window = Table(cache, 10)[0]
+    window = WindowTable(cache, 10)[0]
     assert window.weights.tolist() == [1] * 7 + [0] * 3

@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     Path("rows_of_test.py").write_text(HOOKS)
     yield
     sys.modules.pop("rows_of_test", None)
-    hooks.load.cache_clear()
+    hooks.load_function.cache_clear()
 
 
 def open_split(text="body", **fields):
@@ -44,7 +44,7 @@ def open_split(text="body", **fields):
 
 def read(**fields):
     opened = open_split(**fields)
-    return [row for part in opened.parts() for row in opened.read(part)]
+    return [row for part in opened.parts() for row in opened.read_part(part)]
 
 
 def texts(**fields):

@@ -59,7 +59,7 @@ def test_a_stream_becomes_the_same_bytes_by_several_processes_and_in_shares(monk
     monkeypatch.setattr(lines, "PART_BYTES", 1000)
     opened = records(path="corpus", name="news", streaming=True)
     assert [part.first for part in opened.parts()] == [0, 30, 60, 90]
-    build = functools.partial(cache.build, opened, "text", trained)
+    build = functools.partial(cache.build_cache, opened, "text", trained)
     alone = build(tmp_path / "alone", workers=1)
     assert sorted(contents(alone)) == sorted(TEXTS["news"])
     assert [TEXTS["news"][row] for row in alone.rows] == contents(alone)
@@ -68,5 +68,5 @@ def test_a_stream_becomes_the_same_bytes_by_several_processes_and_in_shares(monk
     shares = [build(tmp_path / "shares", workers=1, shard=(i, 3)) for i in (3, 1, 2)]
     assert [each is None for each in shares] == [True, True, False]
     assert files(tmp_path / "shares") == files(tmp_path / "alone")
-    whole = cache.build(records(path="corpus", name="news"), "text", trained, tmp_path / "table")
+    whole = cache.build_cache(records(path="corpus", name="news"), "text", trained, tmp_path / "table")
     assert sorted(contents(whole)) == sorted(contents(alone))

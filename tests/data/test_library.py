@@ -44,8 +44,8 @@ def test_what_was_read_once_is_not_read_again(library, monkeypatch):
 
 
 def test_a_shard_in_n_is_built_alone_and_the_last_one_makes_the_cache_whole(library):
-    assert library.build("news", "train", shard=(2, 2)) is None
-    whole = library.build("news", "train", shard=(1, 2))
+    assert library.build_split("news", "train", shard=(2, 2)) is None
+    whole = library.build_split("news", "train", shard=(1, 2))
     assert whole.documents == 3 and whole.fingerprint == library.cache("news", "train").fingerprint
 
 

@@ -37,7 +37,7 @@ def read(source, split):
 
 def test_with_a_data_dir_a_source_is_read_from_its_local_files_by_split():
     copies("train", "validation", "test")
-    local = sources.resolved(HUB, "copies")
+    local = sources.use_local_copy(HUB, "copies")
     assert {split: len(read(local, split)) for split in ("train", "validation", "test")} == {
         "train": 3,
         "validation": 2,
@@ -49,20 +49,20 @@ def test_with_a_data_dir_a_source_is_read_from_its_local_files_by_split():
 
 def test_without_a_data_dir_or_a_local_folder_a_source_stays_as_it_is():
     copies("train")
-    assert sources.resolved(HUB, "") is HUB
+    assert sources.use_local_copy(HUB, "") is HUB
     builtin = SourceConfig("builtin:python")
-    assert sources.resolved(builtin, "copies") is builtin
+    assert sources.use_local_copy(builtin, "copies") is builtin
 
 
 def test_local_copies_without_a_validation_file_hold_out_the_share():
     copies("train")
     write("copies/medical/questions/train.jsonl", [{"body": f"document {i}", "kind": "x"} for i in range(300)])
-    local = sources.resolved(dataclasses.replace(HUB, validation="", validation_share=0.3), "copies")
+    local = sources.use_local_copy(dataclasses.replace(HUB, validation="", validation_share=0.3), "copies")
     train, validation = read(local, "train"), read(local, "validation")
     assert len(train) + len(validation) == 300
     assert len(validation) == pytest.approx(90, abs=30)
     with pytest.raises(UserError, match="validation_share=0"):
-        read(sources.resolved(HUB, "copies"), "validation")
+        read(sources.use_local_copy(HUB, "copies"), "validation")
     with pytest.raises(UserError, match=r"unknown split 'test'.*valid: train"):
         read(local, "test")
 
@@ -81,4 +81,4 @@ def test_a_missing_local_copy_names_the_field_the_file_and_the_nearest_name(data
     write("rows.jsonl", [{"body": "x"}])
     write("copies/medical/questions/trian.jsonl", [{"body": "x"}])
     with pytest.raises(UserError, match=message):
-        sources.resolved(HUB, data_dir)
+        sources.use_local_copy(HUB, data_dir)

@@ -10,7 +10,7 @@ import pytest
 
 from llm3.data.batch import Batch
 from llm3.data.mixture import Mixture, finite_batches, prefetch
-from llm3.data.mixture_weights import schedule_of
+from llm3.data.mixture_weights import weight_schedule
 from llm3.errors import UserError
 
 
@@ -193,7 +193,7 @@ TOKENS = {"a": 8000, "b": 1000, "c": 500}
 
 def made(**changes):
     fields = {"data": {"a": 1.0, "b": 1.0}, "temperature": 0, "data_schedule": [], "replay": 0, "parent": None}
-    return schedule_of(**fields | {"tokens": TOKENS, "steps": 100, "where": "config.stages.x"} | changes)
+    return weight_schedule(**fields | {"tokens": TOKENS, "steps": 100, "where": "config.stages.x"} | changes)
 
 
 def shares_of(weights):

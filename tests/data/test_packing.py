@@ -16,8 +16,8 @@ from tests.helpers.tiny_tokens import TokensInMemory
 TEXTS = [f"{i} " + "some words of text, é " * (i * i % 23) for i in range(80)] + ["", "short"]
 trained = tokenizer.train(TEXTS, 300)
 LENGTHS = [2, 7, 64, 5000]
-TABLES = [stream.Table, pieces.Table, examples.Table]
-TABLES_AND_LENGTHS = [case for case in itertools.product(TABLES, LENGTHS) if case != (examples.Table, 2)]
+TABLES = [stream.WindowTable, pieces.WindowTable, examples.WindowTable]
+TABLES_AND_LENGTHS = [case for case in itertools.product(TABLES, LENGTHS) if case != (examples.WindowTable, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,15 @@ def counted_pairs(table):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_stream_counts_every_token_but_bos_once_as_a_target_in_order(built, length):
-    assert counted_pairs(stream.Table(built, length)) == all_pairs(built)
+    assert counted_pairs(stream.WindowTable(built, length)) == all_pairs(built)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_pieces_count_every_target_once(built, length):
-    assert sorted(counted_pairs(pieces.Table(built, length))) == sorted(all_pairs(built))
+    assert sorted(counted_pairs(pieces.WindowTable(built, length))) == sorted(all_pairs(built))
 
 
-@pytest.mark.parametrize("table", [stream.Table, pieces.Table])
+@pytest.mark.parametrize("table", [stream.WindowTable, pieces.WindowTable])
 def test_eos_is_a_target_of_each_document_and_bos_and_padding_of_none(built, table):
     targets = collections.Counter(target for _, target in counted_pairs(table(built, 64)))
     assert targets[trained.eos_id] == built.documents
@@ -69,7 +69,7 @@ def test_eos_is_a_target_of_each_document_and_bos_and_padding_of_none(built, tab
     assert not targets[trained.pad_id]
 
 
-@pytest.mark.parametrize("table", [stream.Table, pieces.Table])
+@pytest.mark.parametrize("table", [stream.WindowTable, pieces.WindowTable])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_bytes_of_the_counted_targets_are_the_bytes_of_the_text(built, table, length):
     windows = windows_of(table(built, length))
@@ -106,7 +106,7 @@ def test_waste_is_the_share_of_padded_positions(built, table, length):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_document_is_cut_from_its_own_start_whatever_it_is_packed_with(built, length):
-    packed = [piece for window in windows_of(pieces.Table(built, length)) for piece in segments_of(window)]
+    packed = [piece for window in windows_of(pieces.WindowTable(built, length)) for piece in segments_of(window)]
     found = collections.Counter((tuple(tokens), tuple(targets)) for tokens, _, targets, _ in packed)
     expected = collections.Counter()
     for i in range(built.documents):
@@ -119,7 +119,7 @@ def test_a_document_is_cut_from_its_own_start_whatever_it_is_packed_with(built, 
 
 @pytest.mark.parametrize("length", LENGTHS[1:])
 def test_an_example_is_labelled_at_its_last_token_only_and_cut_before_its_eos(built, length):
-    table = examples.Table(built, length)
+    table = examples.WindowTable(built, length)
     found = collections.Counter()
     for window in windows_of(table):
         for tokens, _, targets, weights in segments_of(window):
@@ -134,12 +134,12 @@ def test_an_example_is_labelled_at_its_last_token_only_and_cut_before_its_eos(bu
         expected[tuple(cut), built.labels[i]] += 1
     assert found == expected
     assert table.truncated == sum(len(built.document(i)) > length for i in range(built.documents))
-    assert table.most == max(int(window.weights.sum()) for window in windows_of(table))
+    assert table.max_pieces == max(int(window.weights.sum()) for window in windows_of(table))
 
 
 def test_examples_need_labels():
     with pytest.raises(UserError, match="labels"):
-        examples.Table(TokensInMemory([[1, 5, 2]]), 64)
+        examples.WindowTable(TokensInMemory([[1, 5, 2]]), 64)
 
 
 @pytest.mark.parametrize(("table", "length"), TABLES_AND_LENGTHS)
@@ -150,12 +150,12 @@ def test_a_table_names_the_documents_and_tokens_of_each_segment(built, table, le
         assert [segment for segment, _, _ in named] == list(range(1, window.segments.max() + 1))
         for segment, document, (first, stop) in named:
             tokens = built.document(document)[first:stop].tolist()
-            if table is examples.Table:  # a document that is cut keeps its end
+            if table is examples.WindowTable:  # a document that is cut keeps its end
                 tokens[-1] = trained.eos_id
             assert window.tokens[window.segments == segment].tolist() == tokens
 
 
-@pytest.mark.parametrize("table", [stream.Table, pieces.Table])
+@pytest.mark.parametrize("table", [stream.WindowTable, pieces.WindowTable])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_table_counts_the_documents_in_it(built, table, length):
     packed = table(built, length)

@@ -11,36 +11,16 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import BadRow
 from llm3.data.sources import lines
-from llm3.data.sources import split as sources
 from llm3.errors import UserError
-
-TEXTS = [f"text {i} " + "xyz" * (i % 7) for i in range(500)]
+from tests.helpers.tiny_sources import TEXTS, as_json, open_split, read, texts
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def as_json(texts):
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-
-
-def open_split(split="train", path="json", **fields):
-    return sources.open_split(SourceConfig(path, **fields), split, cache_dir=Path("cache"))
-
-
-def read(*args, **fields):
-    opened = open_split(*args, **fields)
-    return [row for part in opened.parts() for row in opened.read(part)]
-
-
-def texts(*args, **fields):
-    return list(open_split(*args, **fields).texts())
 
 
 BAD_LINES = {
@@ -148,7 +128,7 @@ def test_parts_are_cut_at_line_ends_and_hold_every_row_once_under_its_own_number
     Path("c.jsonl").write_bytes(as_json(TEXTS[200:]))
     opened = open_split(data_files=["a.jsonl", "b.jsonl", "c.jsonl"])
     parts = opened.parts()
-    by_part = [list(opened.read(part)) for part in reversed(parts)][::-1]
+    by_part = [list(opened.read_part(part)) for part in reversed(parts)][::-1]
     rows = [row for part in by_part for row in part]
     expected, number = [], 0
     for name in ("a", "b", "c"):

@@ -42,7 +42,7 @@ def open_split(split="train", **fields):
 def load(split="train", **fields):
     """The records that can be used."""
     opened = open_split(split, **fields)
-    rows = [record for part in opened.parts() for _, record in opened.read(part)]
+    rows = [record for part in opened.parts() for _, record in opened.read_part(part)]
     return [record for record in rows if not isinstance(record, BadRow)]
 
 
@@ -98,7 +98,7 @@ def test_bad_rows_are_shared_out_between_the_sides_like_the_others():
     sides = {}
     for split in ("train", "validation"):
         opened = open_split(split, data_files="holes.jsonl", validation="", validation_share=0.2)
-        rows = [row for part in opened.parts() for row in opened.read(part)]
+        rows = [row for part in opened.parts() for row in opened.read_part(part)]
         sides[split] = {number for number, row in rows if isinstance(row, BadRow)}
         assert len(sides[split]) / len(rows) == pytest.approx(0.25, abs=0.07)
     assert sides["train"] | sides["validation"] == set(range(0, 2000, 4))
@@ -115,7 +115,7 @@ def test_without_a_validation_split_all_rows_train_and_validation_is_refused():
 def test_max_documents_keeps_the_rows_with_the_smallest_hashes_and_of_equal_texts_the_first(most):
     rows = [(reference_hash(row["body"]), number) for number, row in enumerate(ROWS)]
     opened = open_split(max_documents=most)
-    kept = [number for part in opened.parts() for number, _ in opened.read(part)]
+    kept = [number for part in opened.parts() for number, _ in opened.read_part(part)]
     assert kept == sorted(number for _, number in sorted(rows)[:most])
 
 
@@ -128,14 +128,14 @@ def test_max_documents_does_not_count_bad_rows_and_takes_none_from_the_other_spl
 
 @pytest.mark.parametrize("count", [1, 100, 7000, 19_999])
 def test_the_sample_of_many_rows_is_that_of_a_full_sort(count, monkeypatch):
-    monkeypatch.setattr(selection, "AT_A_TIME", 256)
+    monkeypatch.setattr(selection, "ROWS_AT_A_TIME", 256)
     hashes = np.random.default_rng(0).integers(0, 5000, 20_000).tolist()  # with ties
     pairs = list(zip(hashes, range(20_000), strict=True))
-    assert selection.smallest(iter(pairs), count) == sorted(pairs)[count - 1]
+    assert selection.sample_threshold(iter(pairs), count) == sorted(pairs)[count - 1]
 
 
 def test_a_sample_of_no_fewer_than_all_rows_is_all_of_them():
-    assert selection.smallest(iter([(5, 0), (3, 1)]), 2) is None
+    assert selection.sample_threshold(iter([(5, 0), (3, 1)]), 2) is None
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_no_rows_are_an_error(content):
 def test_a_field_that_only_some_rows_have_is_no_error_and_a_row_without_it_is_a_bad_one():
     write("some.jsonl", [{"other": 1}, {"body": "x"}, {"other": 2}])
     opened = open_split(data_files="some.jsonl")
-    rows = [(number, str(row)) for part in opened.parts() for number, row in opened.read(part)]
+    rows = [(number, str(row)) for part in opened.parts() for number, row in opened.read_part(part)]
     assert rows == [(0, "no field 'body'"), (1, "{'text': 'x'}"), (2, "no field 'body'")]
 
 

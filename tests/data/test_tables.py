@@ -1,7 +1,6 @@
 """What the datasets library reads comes in parts by rows, on disk or as a stream, in any process."""
 
 import itertools
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -9,13 +8,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import BadRow
 from llm3.data.sources import lines, tables
-from llm3.data.sources import split as sources
 from llm3.errors import UserError
-
-TEXTS = [f"text {i} " + "xyz" * (i % 7) for i in range(500)]
+from tests.helpers.tiny_sources import TEXTS, as_json, open_split, read, texts
 
 
 @pytest.fixture(autouse=True)
@@ -24,25 +20,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def as_json(texts):
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-
-
-def open_split(split="train", path="json", **fields):
-    return sources.open_split(SourceConfig(path, **fields), split, cache_dir=Path("cache"))
-
-
-def read(*args, **fields):
-    opened = open_split(*args, **fields)
-    return [row for part in opened.parts() for row in opened.read(part)]
-
-
-def texts(*args, **fields):
-    return list(open_split(*args, **fields).texts())
-
-
 def read_part(records, part):
-    return [(number, str(row)) for number, row in records.read(part)]
+    return [(number, str(row)) for number, row in records.read_part(part)]
 
 
 def test_what_datasets_reads_is_read():

@@ -31,7 +31,7 @@ def trained():
 
 
 def record_of(row, **fields):
-    return text.read(row, SourceConfig("x", **fields))
+    return text.read_row(row, SourceConfig("x", **fields))
 
 
 def test_a_text_may_be_a_template_over_columns():
@@ -77,7 +77,7 @@ def test_a_text_stands_between_bos_and_eos_and_each_text_of_a_pair_has_its_own_e
     bos, eos = trained.bos_id, trained.eos_id
     document = text.encode({"text": "né", "labels": ["a", "b"]}, trained, "")
     assert document.tokens.tolist() == [bos, *trained.encode("né"), eos]
-    assert (document.text_bytes, document.labels, document.labelled) == (3, ("a", "b"), None)
+    assert (document.text_bytes, document.labels, document.answer_mask) == (3, ("a", "b"), None)
     pair = text.encode({"text": "né", "pair": "ab"}, trained, "")
     assert pair.tokens.tolist() == [bos, *trained.encode("né"), eos, *trained.encode("ab"), eos]
     assert (pair.text_bytes, pair.labels, pair.tokens.dtype) == (5, (), "int32")
@@ -92,7 +92,7 @@ def test_bytes_out_equal_bytes_in_for_any_script(trained, texts, escaped):
         rows = [json.dumps({"text": each}, ensure_ascii=escaped) for each in ["first", *texts]]
         path.write_bytes("\n".join(rows).encode())
         records = sources.open_split(SourceConfig("json", data_files=str(path)), "train", cache_dir=Path(folder))
-        read = [(number, record) for part in records.parts() for number, record in records.read(part)]
+        read = [(number, record) for part in records.parts() for number, record in records.read_part(part)]
     assert [number for number, _ in read] == list(range(len(rows)))
     for (_, record), expected in zip(read, ["first", *texts], strict=True):
         if isinstance(record, BadRow):

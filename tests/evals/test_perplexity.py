@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm3 import evals
-from llm3.data.packing import empty_window, mark
+from llm3.data.packing import empty_window, mark_segment
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import perplexity
 from llm3.models.transformer import abstract
@@ -47,7 +47,7 @@ def totals_by_hand() -> np.ndarray:
     for each, document in zip(found, DOCUMENTS, strict=True):
         row = empty_window(len(document))
         row.tokens[:] = document
-        mark(row, slice(0, len(document)), 1)
+        mark_segment(row, slice(0, len(document)), 1)
         logits = reference.row_logits(config, params, reference.row_hidden(config, params, row))
         lengths = Bytes.byte_lengths[document[1:]]
         each[0] = reference.nats(logits[:-1], document[1:])[lengths > 0].sum()

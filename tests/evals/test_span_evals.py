@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from llm3 import evals
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
-from llm3.data.formats import span as form
+from llm3.data.formats import span as row_format
 from llm3.data.mixture import finite_batches
-from llm3.data.sources.lines import START
-from llm3.data.windows.spans import END
+from llm3.data.windows.spans import END, START
 from llm3.errors import UserError
 from llm3.evals import span
 from llm3.registry import read_options
@@ -30,8 +29,8 @@ def cache_of(*rows, tok=BYTES) -> MemoryCache:
     records = []
     for context, question, answers in rows:
         places = {"text": list(answers), "answer_start": [context.index(each) for each in answers]}
-        records.append(form.read({"context": context, "question": question, "answers": places}, SOURCE))
-    return MemoryCache([form.encode(record, tok, "") for record in records])
+        records.append(row_format.read_row({"context": context, "question": question, "answers": places}, SOURCE))
+    return MemoryCache([row_format.encode(record, tok, "") for record in records])
 
 
 ROWS = [

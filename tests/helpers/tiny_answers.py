@@ -3,7 +3,7 @@
 import numpy as np
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data import formats as forms
+from llm3.data import formats
 from llm3.registry import load_plugin
 from tests.helpers.tiny_cache import MemoryCache
 
@@ -14,15 +14,15 @@ TALK = SourceConfig("x", messages="messages")
 class AnswerCache(MemoryCache):
     """A MemoryCache that knows which tokens are labelled."""
 
-    def answered(self, index: int) -> np.ndarray:
-        labelled = self._documents[index].labelled
+    def answer_mask(self, index: int) -> np.ndarray:
+        labelled = self._documents[index].answer_mask
         return np.ones(len(self.document(index)), bool) if labelled is None else labelled
 
 
 def encoded(row: dict, source: SourceConfig, tokenizer, template: str = ""):
     """A row as a document."""
-    form = load_plugin(forms, source.form)
-    return form.encode(form.read(row, source), tokenizer, template)
+    row_format = load_plugin(formats, source.row_format)
+    return row_format.encode(row_format.read_row(row, source), tokenizer, template)
 
 
 def questions(pairs, tokenizer) -> AnswerCache:
@@ -33,5 +33,5 @@ def questions(pairs, tokenizer) -> AnswerCache:
 
 def runs(document) -> list[list[int]]:
     """The tokens of each run of labelled tokens."""
-    edges = np.flatnonzero(np.diff(np.pad(document.labelled.astype(int), 1)))
+    edges = np.flatnonzero(np.diff(np.pad(document.answer_mask.astype(int), 1)))
     return [document.tokens[a:b].tolist() for a, b in edges.reshape(-1, 2)]

@@ -35,7 +35,7 @@ class MemoryCache:
     def document(self, index: int) -> np.ndarray:
         return self._documents[index].tokens
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
         return np.concatenate([np.empty(0, np.int32), *(each.tokens for each in self._documents)])[start:stop]
 
     def note(self, index: int):

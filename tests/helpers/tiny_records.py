@@ -33,7 +33,7 @@ class ListRecords:
     def parts(self) -> list[int]:
         return list(range(len(self.batches)))
 
-    def read(self, part):
+    def read_part(self, part):
         if part == self.slow and self.gate == "die":
             os._exit(1)
         if part == self.slow:
@@ -53,12 +53,6 @@ def numbered(parts: int, documents: int = 20) -> ListRecords:
     return texts_in_parts(*([f"{part} {i} " + "word " * (i % 5) for i in range(documents)] for part in range(parts)))
 
 
-def bad(reason: str, start: str) -> BadRow:
-    row = BadRow(reason)
-    row.start = start
-    return row
-
-
 def contents(built: cache.TokenCache) -> list[str]:
     return [trained.decode(built.document(i)) for i in range(built.documents)]
 
@@ -71,4 +65,4 @@ def files(directory: Path) -> dict[str, bytes]:
 if __name__ == "__main__":  # a build that waits in its part `slow`, to be killed there
     directory, gate, slow, workers = sys.argv[1:]
     records = dataclasses.replace(numbered(4), slow=int(slow), gate=gate)
-    cache.build(records, "text", trained, Path(directory), workers=int(workers))
+    cache.build_cache(records, "text", trained, Path(directory), workers=int(workers))

@@ -19,7 +19,7 @@ class TokensInMemory:
         self.labels = None if labels is None else np.array(labels, np.int32)
         self.rows = np.arange(self.documents) if rows is None else np.array(rows, np.int64)
 
-    def read(self, start, stop):
+    def read_tokens(self, start, stop):
         assert 0 <= start <= stop <= self.tokens
         return self._stream[start:stop]
 

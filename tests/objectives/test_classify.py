@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3.data.batch import Batch
-from llm3.data.windows.examples import Table, shortened
+from llm3.data.windows.examples import WindowTable, shortened
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import Task, classify
@@ -140,8 +140,8 @@ def cache(labels=(2, 0, 1)) -> MemoryCache:
 
 
 def test_every_document_is_an_example_with_its_label_at_its_last_token():
-    table = Table(cache(), 10)
-    assert (table.truncated, table.dropped, table.most) == (2, 0, 1)
+    table = WindowTable(cache(), 10)
+    assert (table.truncated, table.dropped, table.max_pieces) == (2, 0, 1)
     seen = {}
     for index in range(len(table)):
         window = table[index]
@@ -156,4 +156,4 @@ def test_every_document_is_an_example_with_its_label_at_its_last_token():
 
 def test_a_source_without_labels_is_refused():
     with pytest.raises(UserError, match="label"):
-        Table(cache(labels=None), 10)
+        WindowTable(cache(labels=None), 10)

@@ -45,7 +45,7 @@ def measured(*rows: Batch, peer=instruct) -> dict[str, float]:
 
 
 def table(pairs, length: int = LENGTH):
-    return load_plugin(windows, instruct.WINDOWS["dialogue"]).Table(questions(pairs, BYTES), length)
+    return load_plugin(windows, instruct.WINDOWS["dialogue"]).WindowTable(questions(pairs, BYTES), length)
 
 
 def rows_of(table) -> list[Batch]:
@@ -82,8 +82,8 @@ def test_the_words_of_a_prompt_are_no_targets_and_yet_are_read():
 
 def test_plain_text_is_learnt_whole_beside_answers():
     assert instruct.WINDOWS["text"] == causal.WINDOWS["text"]
-    whole = AnswerCache([each._replace(labelled=None) for each in questions(PAIRS, BYTES)._documents])
-    rows = rows_of(load_plugin(windows, "dialogue").Table(whole, LENGTH))
+    whole = AnswerCache([each._replace(answer_mask=None) for each in questions(PAIRS, BYTES)._documents])
+    rows = rows_of(load_plugin(windows, "dialogue").WindowTable(whole, LENGTH))
     found, plain = measured(*rows), measured(*rows, peer=causal)
     assert found["loss"] == pytest.approx(float(plain["loss"])) and found["weight"] == whole.tokens - len(PAIRS)
 

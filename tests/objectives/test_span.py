@@ -18,8 +18,7 @@ from llm3.data import tokenizer
 from llm3.data.batch import Batch
 from llm3.data.formats import BadRow, span
 from llm3.data.packing import empty_window
-from llm3.data.sources.lines import START
-from llm3.data.windows.spans import CHOICE, END, Table
+from llm3.data.windows.spans import CHOICE, END, START, WindowTable
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import span as objective
@@ -39,7 +38,7 @@ def row(context=MIXED, question="谁？", answers=()):
 
 
 def document(context: str, question: str, answers, tok=BYTES):
-    return span.encode(span.read(row(context, question, answers), SOURCE), tok, "")
+    return span.encode(span.read_row(row(context, question, answers), SOURCE), tok, "")
 
 
 @functools.cache
@@ -87,7 +86,7 @@ def test_a_question_may_have_no_answer():
 
 def test_answers_may_also_be_a_list_as_in_the_files_of_squad():
     given_row = row("abc") | {"answers": [{"text": "b", "answer_start": 1, "answer_id": 7}]}
-    assert span.read(given_row, SOURCE) == span.read(row("abc", answers=[("b", 1)]), SOURCE)
+    assert span.read_row(given_row, SOURCE) == span.read_row(row("abc", answers=[("b", 1)]), SOURCE)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +107,7 @@ def test_answers_may_also_be_a_list_as_in_the_files_of_squad():
 )
 def test_a_row_that_cannot_be_used_is_named_by_its_reason(changes, reason):
     with pytest.raises(BadRow, match=reason):
-        span.read(row("abc") | changes, SOURCE)
+        span.read_row(row("abc") | changes, SOURCE)
 
 
 def test_offsets_into_a_template_are_refused():
@@ -122,7 +121,7 @@ def test_every_answer_of_cmrc_2018_is_found_in_the_tokens_that_cover_it():
     tok = tokenizer.train(sorted({each["context"] for each in rows})[:300], 2048)
     exact = 0
     for each in rows:
-        record = span.read(each, SOURCE)
+        record = span.read_row(each, SOURCE)
         found = span.encode(record, tok, "")
         first, last = found.note["spans"][0]
         covered = tok.decode(found.tokens[first : last + 1])
@@ -138,7 +137,7 @@ def contexts(*answers, question="qq") -> MemoryCache:
     return MemoryCache(made)
 
 
-def chunks_of(table: Table):
+def chunks_of(table: WindowTable):
     """(document, (first, stop), tokens, targets, weights) of every chunk, in the order of documents and places."""
     found = []
     for index in range(len(table)):
@@ -152,7 +151,7 @@ def chunks_of(table: Table):
 
 def test_what_fits_is_one_chunk_and_chunks_are_packed():
     cache = contexts((3, 5), None, (39, 40))
-    table = Table(cache, 100)
+    table = WindowTable(cache, 100)
     assert (len(table), table.truncated, table.dropped) == (2, 0, 0)
     assert table.waste == pytest.approx(1 - 3 * 45 / 200)
     for (doc, part, tokens, targets, weights), answer in zip(chunks_of(table), [(3, 5), None, (39, 40)], strict=True):
@@ -169,7 +168,7 @@ def test_what_fits_is_one_chunk_and_chunks_are_packed():
 @pytest.mark.parametrize("at", [0, 10, 12, 13, 36])
 def test_a_long_context_is_cut_into_parts_that_overlap_by_half_each_with_the_question(at):
     cache = contexts((at, at + 4))
-    table = Table(cache, 21)  # room for 16 tokens of the context
+    table = WindowTable(cache, 21)  # room for 16 tokens of the context
     found = chunks_of(table)
     assert [part for _, part, *_ in found] == [(4, 20), (12, 28), (20, 36), (28, 44)]
     whole = cache.document(0)
@@ -188,7 +187,7 @@ def test_a_long_context_is_cut_into_parts_that_overlap_by_half_each_with_the_que
 def test_every_token_of_a_context_is_in_a_chunk_and_every_answer_that_fits_in_half_of_the_room(length, asked, at, size):
     stop = min(at + size, 40)
     cache = contexts((at, stop), question="q" * (asked + 1))
-    table, room = Table(cache, length), length - asked - 4
+    table, room = WindowTable(cache, length), length - asked - 4
     if asked + 1 > length // 2:
         assert (len(table), table.dropped) == (0, 1)
         return
@@ -205,7 +204,7 @@ def test_every_token_of_a_context_is_in_a_chunk_and_every_answer_that_fits_in_ha
 
 def test_a_window_too_short_for_a_question_is_refused():
     with pytest.raises(UserError, match="sequence_length=7: expected at least 8"):
-        Table(contexts(None), 7)
+        WindowTable(contexts(None), 7)
 
 
 @functools.cache
@@ -227,8 +226,8 @@ def run(causal: bool):
 
 def windows(count: int) -> list[Batch]:
     """Windows of 24 with one or two chunks each, some without their answer."""
-    table = Table(contexts((3, 5), (10, 14), None, question="q"), 24)
-    short = Table(MemoryCache([document("abcd", "q", [("bc", 1)]), document("xyz", "q", [])]), 24)
+    table = WindowTable(contexts((3, 5), (10, 14), None, question="q"), 24)
+    short = WindowTable(MemoryCache([document("abcd", "q", [("bc", 1)]), document("xyz", "q", [])]), 24)
     assert len(short) == 1
     return [short[0], *(table[index] for index in range(len(table)))][:count]
 

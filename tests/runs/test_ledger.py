@@ -41,7 +41,7 @@ class Logged:
     """A table that notes which windows are read."""
 
     def __init__(self, name, log):
-        self.table, self.name, self.log = KINDS[name].Table(CACHES[name], LENGTH), name, log
+        self.table, self.name, self.log = KINDS[name].WindowTable(CACHES[name], LENGTH), name, log
         self.waste, self.documents_of = self.table.waste, self.table.documents_of
 
     def __len__(self):
@@ -144,7 +144,7 @@ def test_shares_after_packing_are_within_one_percent_of_the_weights(by):
         "short": TokensInMemory(make_documents(100, seed=5, most=50)),
         "sparse": TokensInMemory(make_documents(60, seed=6, least=36, most=60)),
     }
-    tables = {name: (stream if name == "long" else pieces).Table(cache, 64) for name, cache in caches.items()}
+    tables = {name: (stream if name == "long" else pieces).WindowTable(cache, 64) for name, cache in caches.items()}
     assert tables["sparse"].waste > 0.2
     weights, used = {"long": 0.62, "short": 0.3, "sparse": 0.08}, collections.Counter()
     mixture = Mixture(tables, [(0, weights)], 16, seed=1, by=by)

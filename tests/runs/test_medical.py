@@ -123,7 +123,7 @@ def test_a_probe_comes_before_full_fine_tuning_which_keeps_its_head():
 
 def test_the_medical_texts_are_named_where_they_are_missing(medical, tmp_path):
     with pytest.raises(UserError, match=r"config\.data_dir=.*medical/medquad/train\.jsonl does not exist"):
-        sources.resolved(medical.sources["task"], str(tmp_path))
+        sources.use_local_copy(medical.sources["task"], str(tmp_path))
 
 
 def test_a_few_steps_on_the_real_texts_say_what_an_adapter_saves(tmp_path):

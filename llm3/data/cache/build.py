@@ -25,7 +25,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from llm3.data import formats as forms
+from llm3.data import formats
 from llm3.data.cache import shards
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
@@ -34,8 +34,8 @@ from llm3.registry import load_plugin
 MANIFEST = "manifest.json"  # written last: without it, a cache is half-built
 JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
 LABELS = "labels.npy"
-DAMAGE = (OSError, ValueError, KeyError)  # what reading raises where files are not as they were written
-ALONE_SECONDS = 1.0  # parts that take so long together are no work for other processes: these take as long to start
+DAMAGE_ERRORS = (OSError, ValueError, KeyError)  # what reading raises where files are not as they were written
+INLINE_SECONDS = 1.0  # parts that take so long together are no work for other processes: these take as long to start
 ABANDONED_SECONDS = 24 * 3600  # a temporary directory that nobody wrote to for so long
 
 
@@ -44,18 +44,18 @@ class Job:
     """A cache to build in `target`: what its parts are read and encoded by. It is sent to other processes."""
 
     records: Any
-    form: str
+    row_format: str
     tokenizer_file: Path
     template: str
     target: Path
     temporary: Path
 
 
-def complete(
+def build_shards(
     job: Job, parts: list[Any], mine: range, workers: int | None, progress: bool | None
 ) -> list[dict[str, Any]] | None:
     """Build those of the shards `mine` that are not there whole. Returns what all shards hold; None while some lack."""
-    left = [number for number in mine if not _is_whole(_shard(job, number))]
+    left = [number for number in mine if not _is_intact(_shard(job, number))]
     if left:
         of = "" if len(parts) == 1 else f": {len(left):,} of {len(parts):,} parts"
         with _progress(f"tokens: encoding {job.records.name}{of}", len(left), progress) as advance:
@@ -64,29 +64,29 @@ def complete(
     others = [number for number in range(len(parts)) if number not in mine]
     if not all(_shard(job, number).exists() for number in range(len(parts))):
         return None
-    if not all([_is_whole(_shard(job, number)) for number in others]):
+    if not all([_is_intact(_shard(job, number)) for number in others]):
         return None
-    return [shards.read_sealed(_shard(job, number) / shards.SHARD) for number in range(len(parts))]
+    return [shards.read_with_digest(_shard(job, number) / shards.SHARD) for number in range(len(parts))]
 
 
 def _shard(job: Job, number: int) -> Path:
     return job.target / shards.folder(number)
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_intact(directory: Path) -> bool:
     """Whether a shard is there; a damaged one is removed, and that is said."""
     if not directory.exists():
         return False
     try:
-        shards.checked(directory)
+        shards.check_shard(directory)
         return True
-    except DAMAGE as error:
-        say_damaged(directory, error)
+    except DAMAGE_ERRORS as error:
+        warn_damaged(directory, error)
         shutil.rmtree(directory, ignore_errors=True)
         return False
 
 
-def say_damaged(path: Path, error: Exception) -> None:
+def warn_damaged(path: Path, error: Exception) -> None:
     """One line on stderr."""
     print(f"tokens: {path} is damaged ({error}); building it again", file=sys.stderr)
 
@@ -94,10 +94,10 @@ def say_damaged(path: Path, error: Exception) -> None:
 def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) -> Iterator[int]:
     """Build shards; yields the number of each when it is there. Few and small ones are built in this process."""
     left = collections.deque(numbers)
-    wanted = workers or cores()
+    wanted = workers or available_cores()
     started = time.monotonic()
     alone = workers is None or wanted == 1
-    while left and (len(left) == 1 or wanted == 1 or (alone and time.monotonic() - started < ALONE_SECONDS)):
+    while left and (len(left) == 1 or wanted == 1 or (alone and time.monotonic() - started < INLINE_SECONDS)):
         yield _build_shard(job, left[0], parts[left.popleft()])
     if left:
         yield from _in_processes(job, {number: parts[number] for number in left}, min(wanted, len(left)))
@@ -105,9 +105,9 @@ def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) 
 
 def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of jax's threads
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(job,))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(job,))
     try:
-        futures = [pool.submit(_build_here, number, part) for number, part in parts.items()]
+        futures = [pool.submit(_build_in_worker, number, part) for number, part in parts.items()]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
@@ -122,24 +122,24 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int
 _job: Job  # of a worker process: sent once, since it may hold a long list of parts
 
 
-def _begin(job: Job) -> None:
+def _init_worker(job: Job) -> None:
     global _job
     _job = job
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with(parent: Any) -> None:
     parent.join()
     os._exit(1)  # a pool whose owner was killed waits for ever
 
 
-def _build_here(number: int, part: Any) -> int:
+def _build_in_worker(number: int, part: Any) -> int:
     return _build_shard(_job, number, part)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -150,8 +150,10 @@ def _build_shard(job: Job, number: int, part: Any) -> int:
         return number
     made = job.temporary / target.name
     made.mkdir()
-    shards.write(made, job.records, part, load_plugin(forms, job.form), _tokenizer(job.tokenizer_file), job.template)
-    shards.place_whole(made, target)
+    shards.write_shard(
+        made, job.records, part, load_plugin(formats, job.row_format), _tokenizer(job.tokenizer_file), job.template
+    )
+    shards.publish(made, target)
     return number
 
 
@@ -160,44 +162,44 @@ def _tokenizer(file: Path) -> Tokenizer:
     return Tokenizer.load(file)
 
 
-def join(job: Job, facts: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def join_shards(job: Job, metadata: list[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Write what all shards say together beside them, and the manifest last. It may be done by several at once."""
     made = job.temporary / "joined"
     made.mkdir()
-    directories = [_shard(job, number) for number in range(len(facts))]
-    label_sets = sorted({tuple(names) for each in facts for names in each["label_sets"]})
-    documents = sum(each["documents"] for each in facts)
+    directories = [_shard(job, number) for number in range(len(metadata))]
+    label_sets = sorted({tuple(names) for each in metadata for names in each["label_sets"]})
+    documents = sum(each["documents"] for each in metadata)
     for name, field in JOINED.items():
         _save_joined(made / name, documents, (_field(directory, field) for directory in directories))
     _save_joined(
         made / shards.OFFSETS, documents + 1, _offsets(_field(directory, "tokens") for directory in directories)
     )
     places = {names: place for place, names in enumerate(label_sets)}
-    numbers = ([places[tuple(names)] for names in each["label_sets"]] for each in facts)
+    numbers = ([places[tuple(names)] for names in each["label_sets"]] for each in metadata)
     labels = (np.array(n, np.int32)[_field(d, "labels")] for n, d in zip(numbers, directories, strict=True))
     _save_joined(made / LABELS, documents, labels)
-    if any(each["bad"] for each in facts):
+    if any(each["bad"] for each in metadata):
         with open(made / shards.BAD_ROWS, "wb") as file:
-            for directory, each in zip(directories, facts, strict=True):
+            for directory, each in zip(directories, metadata, strict=True):
                 file.write((directory / shards.BAD_ROWS).read_bytes() if each["bad"] else b"")
-    bad = sum((collections.Counter(each["bad"]) for each in facts), collections.Counter())
-    files = {path.name: shards.file_facts(path) for path in sorted(made.iterdir())}
-    for directory, each in zip(directories, facts, strict=True):
-        inside = {shards.SHARD: shards.file_facts(directory / shards.SHARD), **each["files"]}
-        files |= {f"{directory.name}/{name}": facts_of for name, facts_of in inside.items()}
+    bad = sum((collections.Counter(each["bad"]) for each in metadata), collections.Counter())
+    files = {path.name: shards.digest_and_size(path) for path in sorted(made.iterdir())}
+    for directory, each in zip(directories, metadata, strict=True):
+        inside = {shards.SHARD: shards.digest_and_size(directory / shards.SHARD), **each["files"]}
+        files |= {f"{directory.name}/{name}": entry for name, entry in inside.items()}
     manifest = {
         **settings,
-        "rows_read": sum(each["rows_read"] for each in facts),
+        "rows_read": sum(each["rows_read"] for each in metadata),
         "bad": dict(sorted(bad.items())),
         "documents": documents,
-        "tokens": sum(each["tokens"] for each in facts),
-        "text_bytes": sum(each["text_bytes"] for each in facts),
+        "tokens": sum(each["tokens"] for each in metadata),
+        "text_bytes": sum(each["text_bytes"] for each in metadata),
         "label_sets": label_sets,
-        "several": any(each["several"] for each in facts) or (len(label_sets) > 1 and () in label_sets),
-        "shards": [{name: each[name] for name in ("documents", "tokens", "dtype", "content")} for each in facts],
+        "several": any(each["several"] for each in metadata) or (len(label_sets) > 1 and () in label_sets),
+        "shards": [{name: each[name] for name in ("documents", "tokens", "dtype", "content")} for each in metadata],
         "files": files,
     }
-    shards.write_sealed(made / MANIFEST, manifest)
+    shards.write_with_digest(made / MANIFEST, manifest)
     for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
         os.replace(path, job.target / path.name)
 

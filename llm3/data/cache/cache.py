@@ -14,12 +14,12 @@ import numpy as np
 from llm3.data.cache import build as cache_build
 from llm3.data.cache import shards
 from llm3.data.cache.build import LABELS, MANIFEST
-from llm3.data.cache.reader import Stored
+from llm3.data.cache.reader import ShardReader
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 
 FORMAT = 3  # part of the key: raise it when the files or their meaning change
-VERIFIED_BYTES = 2**30  # of files whose digests are computed each time a cache is opened; of larger ones only the sizes
+MAX_VERIFIED_BYTES = 2**30  # larger caches are opened by the sizes of their files, without computing digests
 ATTEMPTS = 3  # to build what is damaged
 KEYS_AT_A_TIME = 2**20
 
@@ -36,7 +36,7 @@ class TokenCache:
     of the source were read, and how many could not be used, by reason; the file that holds them, or None.
     """
 
-    stored: Stored
+    reader: ShardReader
     offsets: np.ndarray
     document_bytes: np.ndarray
     rows: np.ndarray
@@ -66,21 +66,21 @@ class TokenCache:
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, [bos] and [eos] included: uint16 or uint32, a read-only view."""
-        return self.stored.tokens(*self._place(index))
+        return self.reader.tokens(*self._place(index))
 
-    def answered(self, index: int) -> np.ndarray:
+    def answer_mask(self, index: int) -> np.ndarray:
         """Which tokens of a document are labelled, bool [n]; all, where its source tells no answers apart."""
-        return self.stored.answered(*self._place(index))
+        return self.reader.answer_mask(*self._place(index))
 
     def note(self, index: int) -> dict[str, Any] | None:
         """What an evaluation needs besides the tokens of a document."""
-        return self.stored.note(self._stored_index(index))
+        return self.reader.note(self._stored_index(index))
 
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def read_tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1 of the stream, clipped to it as a slice is: uint16 or uint32, perhaps read-only."""
         start, stop, _ = slice(start, stop).indices(self.tokens)
         if self.chosen is None or start >= stop:
-            return self.stored.tokens(start, max(start, stop)) if self.tokens else self.stored.tokens(0, 0)
+            return self.reader.tokens(start, max(start, stop)) if self.tokens else self.reader.tokens(0, 0)
         first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
         documents = [self.document(index) for index in range(first, last + 1)]
         documents[-1] = documents[-1][: stop - self.offsets[last]]
@@ -93,8 +93,8 @@ class TokenCache:
         return int(index if self.chosen is None else self.chosen[index])
 
     def _place(self, index: int) -> tuple[int, int]:
-        stored = self._stored_index(index)
-        return int(self.stored.offsets[stored]), int(self.stored.offsets[stored + 1])
+        document = self._stored_index(index)
+        return int(self.reader.offsets[document]), int(self.reader.offsets[document + 1])
 
     def document_hashes(self) -> np.ndarray:
         """64 bits of the blake2b of each document's tokens: uint64 [documents]. Equal texts have equal hashes."""
@@ -135,14 +135,14 @@ class TokenCache:
         )
 
 
-def build(
+def build_cache(
     records: Any,
-    form: str,
+    row_format: str,
     tokenizer: Tokenizer,
     cache_dir: Path,
     *,
     template: str = "",
-    limit: float = 0.01,
+    max_bad_share: float = 0.01,
     workers: int | None = None,
     progress: bool | None = None,
     labels: list[str] | None = None,
@@ -151,7 +151,7 @@ def build(
     """The token cache of the records of a source (`sources.open_split`), found in `cache_dir`, or built there.
 
     Each part of the source becomes a shard, whole or not at all, so that a build that was killed goes on where it was.
-    limit: the share of rows that may be bad. workers: processes that encode (None: one a core, and none for little).
+    max_bad_share: the share of rows that may be bad. workers: processes that encode (None: one a core, or none).
     progress: a bar (None: on a terminal only; otherwise one line). labels: the classes in order (None: those found,
     sorted). shard: (i, n) builds the i-th of n shares of the parts only, i from 1, and gives None while parts lack.
 
@@ -159,25 +159,25 @@ def build(
     sizes; what is damaged is built again, said on stderr. Raises UserError where more rows are bad than may be, for a
     source without a document, and for a label that is not in `labels`.
     """
-    key = _key(records, form, tokenizer, template)
+    key = _key(records, row_format, tokenizer, template)
     target = Path(cache_dir) / f"tokens-{key[:16]}"
     for _ in range(ATTEMPTS):
         if (target / MANIFEST).exists():
             try:
-                return _open(target, key, records.name, labels, limit)
-            except cache_build.DAMAGE as error:
-                cache_build.say_damaged(target, error)
-        if not _build(records, form, tokenizer, template, target, key, workers, progress, shard):
+                return _open(target, key, records.name, labels, max_bad_share)
+            except cache_build.DAMAGE_ERRORS as error:
+                cache_build.warn_damaged(target, error)
+        if not _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard):
             return None
     raise UserError(f"tokens: {target} was built {ATTEMPTS} times, and is damaged again: is its disk in order?")
 
 
-def _key(records: Any, form: str, tokenizer: Tokenizer, template: str) -> str:
-    settings = json.dumps([records.key, form, tokenizer.hash, template, FORMAT])
+def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> str:
+    settings = json.dumps([records.key, row_format, tokenizer.hash, template, FORMAT])
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
-def _build(records, form, tokenizer, template, target, key, workers, progress, shard) -> bool:
+def _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard) -> bool:
     """Build what lacks, or the share `shard` of it. Returns whether all is there."""
     parts = list(records.parts())
     if not parts:
@@ -188,34 +188,34 @@ def _build(records, form, tokenizer, template, target, key, workers, progress, s
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + "."))
     try:
         tokenizer.save(temporary / "tokenizer.json")
-        job = cache_build.Job(records, form, temporary / "tokenizer.json", template, target, temporary)
-        facts = cache_build.complete(job, parts, range(share - 1, len(parts), shares), workers, progress)
-        if facts is not None:
-            settings = json.dumps([FORMAT, tokenizer.hash, form, template])
-            cache_build.join(job, facts, {"key": key, "settings": settings})
-        return facts is not None
+        job = cache_build.Job(records, row_format, temporary / "tokenizer.json", template, target, temporary)
+        metadata = cache_build.build_shards(job, parts, range(share - 1, len(parts), shares), workers, progress)
+        if metadata is not None:
+            settings = json.dumps([FORMAT, tokenizer.hash, row_format, template])
+            cache_build.join_shards(job, metadata, {"key": key, "settings": settings})
+        return metadata is not None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(directory: Path, key: str, source: str, labels: list[str] | None, limit: float) -> TokenCache:
-    """Raises what is in `cache_build.DAMAGE` if anything is missing or is not what was written."""
-    manifest = shards.read_sealed(directory / MANIFEST)
+def _open(directory: Path, key: str, source: str, labels: list[str] | None, max_bad_share: float) -> TokenCache:
+    """Raises what is in `cache_build.DAMAGE_ERRORS` if anything is missing or is not what was written."""
+    manifest = shards.read_with_digest(directory / MANIFEST)
     if manifest["key"] != key:
         raise ValueError(f"{MANIFEST} belongs to another cache")
     files = manifest["files"]
-    shards.check_files(directory, files, digests=sum(size for _, size in files.values()) <= VERIFIED_BYTES)
-    _check_rows(directory, manifest, source, limit)
+    shards.check_files(directory, files, digests=sum(size for _, size in files.values()) <= MAX_VERIFIED_BYTES)
+    _check_rows(directory, manifest, source, max_bad_share)
     names, label_sets, numbers = _labels(directory, manifest, labels)
     contents = [each["content"] for each in manifest["shards"]]
     arrays = {
         field: np.asarray(np.load(directory / f"{field}.npy", mmap_mode="r"))
         for field in ("document_bytes", "rows", "keys")
     }
-    stored = Stored(directory, manifest)
+    reader = ShardReader(directory, manifest)
     return TokenCache(
-        stored=stored,
-        offsets=stored.offsets,
+        reader=reader,
+        offsets=reader.offsets,
         **arrays,
         labels=numbers,
         label_names=names,
@@ -227,18 +227,18 @@ def _open(directory: Path, key: str, source: str, labels: list[str] | None, limi
     )
 
 
-def _check_rows(directory: Path, manifest: dict[str, Any], source: str, limit: float) -> None:
+def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_share: float) -> None:
     """Say how many rows are bad. Raises UserError if they are more than may be, or if nothing is left."""
     bad, read = sum(manifest["bad"].values()), manifest["rows_read"]
     if bad:
         file = directory / shards.BAD_ROWS
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in manifest["bad"].items())
         counts = f"source {source}: {bad:,} of {read:,} rows ({bad / read:.2%}) cannot be used ({reasons})"
-        if bad > limit * read:
+        if bad > max_bad_share * read:
             with open(file, encoding="ascii") as lines:
                 first = json.loads(next(lines))
             raise UserError(
-                f"{counts}, and bad_rows={limit:g} may be; they are in {file}, the first: row {first['row']} "
+                f"{counts}, and bad_rows={max_bad_share:g} may be; they are in {file}, the first: row {first['row']} "
                 f"(counted from 0), {first['reason']}: {first['start']!r}"
             )
         print(f"tokens: {counts}: set aside in {file}", file=sys.stderr)

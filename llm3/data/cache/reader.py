@@ -14,7 +14,7 @@ from llm3.data.cache import shards
 OPEN_FILES = 64  # that stay mapped
 
 
-class Stored:
+class ShardReader:
     """The documents of all shards as they lie on disk, in order of shards; files are mapped when they are read."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
@@ -33,16 +33,16 @@ class Stored:
         path = self._directory / name
         if path.suffix == ".npy":
             return np.asarray(np.load(path, mmap_mode="r"))
-        dtype = {shards.STREAM: self._dtype, shards.ANSWERED: np.dtype(bool)}.get(path.name, np.dtype(np.uint8))
+        dtype = {shards.STREAM: self._dtype, shards.ANSWER_MASK: np.dtype(bool)}.get(path.name, np.dtype(np.uint8))
         return np.asarray(np.memmap(path, dtype, "r")) if self._files[name][1] else np.empty(0, dtype)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1 of all, end to end: a read-only view where one shard holds them."""
         return self._read(shards.STREAM, start, stop, lambda size: np.zeros(size, self._dtype))
 
-    def answered(self, start: int, stop: int) -> np.ndarray:
+    def answer_mask(self, start: int, stop: int) -> np.ndarray:
         """bool [stop - start]: which of these tokens are labelled."""
-        return self._read(shards.ANSWERED, start, stop, lambda size: np.ones(size, bool))
+        return self._read(shards.ANSWER_MASK, start, stop, lambda size: np.ones(size, bool))
 
     def _read(self, name: str, start: int, stop: int, absent: Callable[[int], np.ndarray]) -> np.ndarray:
         pieces = []

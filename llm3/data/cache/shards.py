@@ -18,17 +18,16 @@ from llm3.data.tokenizer import Tokenizer
 OFFSETS = "offsets.npy"  # of all shards together, beside them
 SHARD = "shard.json"  # what is in a shard, with the digests of its files; written last
 STREAM = "stream.bin"  # tokens, uint16 or uint32, documents end to end
-ANSWERED = "answered.bin"  # bool, one a token; only where a document has labelled tokens
+ANSWER_MASK = "answered.bin"  # bool, one a token; only where a document has labelled tokens
 NOTES, NOTE_ENDS = "notes.jsonl", "note_ends.npy"  # only where a document has a note
 DOCUMENTS = "documents.npy"
 BAD_ROWS = "bad_rows.jsonl"  # only where there are some
 FIELDS = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("row", "<i8"), ("key", "<u8"), ("labels", "<i4")])
 
 ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # are encoded together, and forgotten
-START_CHARACTERS = 200  # of a bad row, that are kept
 
 
-class _Memo:
+class _BatchEncoder:
     """A tokenizer that encodes many texts together, by all its threads, when it is asked for the first of them."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
@@ -48,17 +47,17 @@ class _Memo:
         return getattr(self._tokenizer, name)
 
 
-class _Shard:
+class _ShardBuilder:
     """What is gathered of a part: tokens and little else, so that memory follows the tokens of a part."""
 
     def __init__(self, source: str, dtype: np.dtype):
         self._source, self._dtype = source, dtype
-        self._digests, self._stream, self._answered = bytearray(), bytearray(), bytearray()
+        self._digests, self._stream, self._answer_mask = bytearray(), bytearray(), bytearray()
         self._fields = {name: array.array("q") for name in ("tokens", "bytes", "row", "labels")}
         self._label_sets: dict[tuple[str, ...], int] = {}
         self._notes: dict[int, bytes] = {}
         self._bad: list[dict[str, Any]] = []
-        self._rows_read, self._several, self._has_answers = 0, False, False
+        self._rows_read, self._several, self._has_answer_mask = 0, False, False
 
     def add(self, row: int, record: dict[str, Any], document: Document) -> None:
         labels = tuple(sorted(set(document.labels)))
@@ -70,17 +69,14 @@ class _Shard:
             numbers.append(value)
         self._digests += hashlib.sha256(content(record)).digest()
         self._stream += np.asarray(document.tokens).astype(self._dtype).tobytes()
-        labelled = (
-            b"\1" * len(document.tokens) if document.labelled is None else document.labelled.astype(bool).tobytes()
-        )
-        self._answered += labelled
-        self._has_answers |= document.labelled is not None
+        mask = np.ones(len(document.tokens), bool) if document.answer_mask is None else document.answer_mask
+        self._answer_mask += mask.astype(bool).tobytes()
+        self._has_answer_mask |= document.answer_mask is not None
         self._several |= bool(record.get("several")) or len(labels) > 1
         self._rows_read += 1
 
-    def add_bad(self, row: int, bad: BadRow, start: str) -> None:
-        entry = {"source": self._source, "row": row, "reason": str(bad), "start": start[:START_CHARACTERS]}
-        self._bad.append(entry)
+    def add_bad(self, row: int, bad: BadRow) -> None:
+        self._bad.append({"source": self._source, "row": row, "reason": str(bad), "start": bad.start})
         self._rows_read += 1
 
     def save(self, directory: Path) -> None:
@@ -103,7 +99,7 @@ class _Shard:
         if self._bad:
             (directory / BAD_ROWS).write_text("".join(json.dumps(entry) + "\n" for entry in self._bad), "ascii")
         reasons = collections.Counter(entry["reason"] for entry in self._bad)
-        facts = {
+        metadata = {
             "content": hashlib.sha256(digests[order].tobytes()).hexdigest(),
             "documents": len(order),
             "tokens": int(documents["tokens"].sum()),
@@ -113,15 +109,15 @@ class _Shard:
             "several": self._several,
             "rows_read": self._rows_read,
             "bad": dict(sorted(reasons.items())),
-            "files": {path.name: file_facts(path) for path in sorted(directory.iterdir())},
+            "files": {path.name: digest_and_size(path) for path in sorted(directory.iterdir())},
         }
-        write_sealed(directory / SHARD, facts)
+        write_with_digest(directory / SHARD, metadata)
 
     def _save_tokens(self, directory: Path, order: np.ndarray) -> None:
         ends = np.cumsum(np.frombuffer(self._fields["tokens"], np.int64))
         kinds = [(STREAM, self._stream, self._dtype)]
-        if self._has_answers:
-            kinds.append((ANSWERED, self._answered, np.dtype(bool)))
+        if self._has_answer_mask:
+            kinds.append((ANSWER_MASK, self._answer_mask, np.dtype(bool)))
         for name, buffer, dtype in kinds:
             values = memoryview(np.frombuffer(buffer, dtype))
             with open(directory / name, "wb") as file:
@@ -129,33 +125,35 @@ class _Shard:
                     file.write(values[ends[place - 1] if place else 0 : ends[place]])
 
 
-def write(directory: Path, records: Any, part: Any, form: ModuleType, tokenizer: Tokenizer, template: str) -> None:
+def write_shard(
+    directory: Path, records: Any, part: Any, row_format: ModuleType, tokenizer: Tokenizer, template: str
+) -> None:
     """Tokenize a part into an empty directory: the same bytes for the same part, wherever and whenever."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    shard = _Shard(records.name, dtype)
-    for rows in _together(records.read(part), form):
-        texts = (text for _, record in rows if not isinstance(record, BadRow) for text in form.texts(record))
-        memo = _Memo(tokenizer, texts)
+    shard = _ShardBuilder(records.name, dtype)
+    for rows in _together(records.read_part(part), row_format):
+        texts = (text for _, record in rows if not isinstance(record, BadRow) for text in row_format.texts(record))
+        encoder = _BatchEncoder(tokenizer, texts)
         for row, record in rows:
             if isinstance(record, BadRow):
-                shard.add_bad(row, record, getattr(record, "start", ""))
+                shard.add_bad(row, record)
                 continue
             try:
-                document = form.encode(record, memo, template)
+                document = row_format.encode(record, encoder, template)
             except BadRow as bad:
-                shard.add_bad(row, bad, json.dumps(record, ensure_ascii=False))
+                shard.add_bad(row, BadRow(str(bad), json.dumps(record, ensure_ascii=False)))
             else:
                 shard.add(row, record, document)
     shard.save(directory)
 
 
-def _together(rows: Iterable[tuple[int, Any]], form: ModuleType) -> Iterator[list[tuple[int, Any]]]:
+def _together(rows: Iterable[tuple[int, Any]], row_format: ModuleType) -> Iterator[list[tuple[int, Any]]]:
     """Yield the rows in lists of a bounded size."""
     together, characters = [], 0
     for row, record in rows:
         together.append((row, record))
         if not isinstance(record, BadRow):
-            characters += sum(map(len, form.texts(record)))
+            characters += sum(map(len, row_format.texts(record)))
         if len(together) >= ROWS_AT_A_TIME or characters >= CHARACTERS_AT_A_TIME:
             yield together
             together, characters = [], 0
@@ -187,45 +185,43 @@ def folder(number: int) -> str:
     return f"shard-{number:06d}"
 
 
-def checked(directory: Path) -> dict[str, Any]:
-    """What `shard.json` says. Raises OSError, ValueError or KeyError if a file is missing or not as it was written."""
-    facts = read_sealed(directory / SHARD)
-    check_files(directory, facts["files"])
-    return facts
+def check_shard(directory: Path) -> None:
+    """Raise OSError, ValueError or KeyError if a file of a shard is missing or not as it was written."""
+    check_files(directory, read_with_digest(directory / SHARD)["files"])
 
 
 def check_files(directory: Path, files: dict[str, list], digests: bool = True) -> None:
-    """Raise OSError or ValueError unless all files are as `file_facts` said (with digests=False: of that size)."""
+    """Raise OSError or ValueError unless all files are as `digest_and_size` said (with digests=False: of that size)."""
     for name, expected in files.items():
-        found = file_facts(directory / name) if digests else [expected[0], (directory / name).stat().st_size]
+        found = digest_and_size(directory / name) if digests else [expected[0], (directory / name).stat().st_size]
         if found != list(expected):
             raise ValueError(f"{name} is not as it was written")
 
 
-def file_facts(path: Path) -> list:
+def digest_and_size(path: Path) -> list:
     """[sha256, bytes] of a file."""
     with open(path, "rb") as file:
         return [hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size]
 
 
-def write_sealed(path: Path, facts: dict[str, Any]) -> None:
+def write_with_digest(path: Path, metadata: dict[str, Any]) -> None:
     """Write JSON with a digest of itself inside."""
-    path.write_text(json.dumps({"seal": _seal(facts), **facts}, indent=1), "ascii")
+    path.write_text(json.dumps({"seal": _digest_of(metadata), **metadata}, indent=1), "ascii")
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises OSError, ValueError or KeyError for anything else."""
-    facts = json.loads(path.read_text("ascii"))
-    if facts.pop("seal") != _seal(facts):
+def read_with_digest(path: Path) -> dict[str, Any]:
+    """What `write_with_digest` wrote. Raises OSError, ValueError or KeyError for anything else."""
+    metadata = json.loads(path.read_text("ascii"))
+    if metadata.pop("seal") != _digest_of(metadata):
         raise ValueError(f"{path.name} is not as it was written")
-    return facts
+    return metadata
 
 
-def _seal(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _digest_of(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
 
 
-def place_whole(made: Path, target: Path) -> None:
+def publish(made: Path, target: Path) -> None:
     """Rename a directory to its place, unless another process was first: it has written the same."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""How a row of a source becomes a document. A peer is one file here, found by its name; `SourceConfig.form` says which.
+"""How a row of a source becomes a document. A plugin is one file here; `SourceConfig.row_format` names it.
 
 A peer has
 
@@ -11,16 +11,23 @@ becomes the same bytes in any process.
 """
 
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+START_CHARACTERS = 200  # of a bad row, that are kept
+
 
 class BadRow(Exception):
-    """A row that cannot be used; its text is the reason, in the words by which such rows are counted."""
+    """A row that cannot be used; its text is the reason, in the words by which such rows are counted.
 
-    start: str = ""  # how the row begins, where that is known
+    start: how the row begins, where that is known.
+    """
+
+    def __init__(self, reason: str, start: str = ""):
+        super().__init__(reason)
+        self.start = start[:START_CHARACTERS]
 
 
 class Document(NamedTuple):
@@ -32,17 +39,22 @@ class Document(NamedTuple):
     """
 
     tokens: np.ndarray
-    labelled: np.ndarray | None
+    answer_mask: np.ndarray | None
     text_bytes: int
     labels: tuple[str, ...] = ()
     note: dict[str, Any] | None = None
 
 
-def fields_of(spec: str) -> list[str]:
+def columns_of(spec: str) -> list[str]:
     """The columns that a field of the config names: itself, or those of a template like "{question}\\n{context}"."""
     if "{" not in spec:
         return [spec]
     return [name for _, name, _, _ in string.Formatter().parse(spec) if name is not None]
+
+
+def bytes_of(texts: Iterable[str]) -> int:
+    """The UTF-8 bytes of texts together."""
+    return sum(len(text.encode()) for text in texts)
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
@@ -56,7 +68,7 @@ def value(row: Mapping[str, Any], name: str) -> Any:
 
 def text_of(row: Mapping[str, Any], spec: str) -> str:
     """What a field of the config says of a row, a text that is not blank. Raises BadRow."""
-    texts = {name: value(row, name) for name in fields_of(spec)}
+    texts = {name: value(row, name) for name in columns_of(spec)}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise BadRow(f"{name} is of type {type(text).__name__}, not a text")

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llm3.config.schema import SourceConfig
-from llm3.data.chat_templates import Pieces, encode_pieces, merged
-from llm3.data.formats import BadRow, Document, text_of, value
-from llm3.data.formats.dialogue import joined, written
+from llm3.config.data_schema import SourceConfig
+from llm3.data.chat_templates import Pieces, encode_pieces, merge_texts
+from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
+from llm3.data.formats.dialogue import concatenate_runs, render_answers
 from llm3.data.tokenizer import Tokenizer
 
 
-def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"prompt", "choices": list of str, "correct": the number of the right one, from 0}. Raises BadRow."""
     fixed = not isinstance(source.choices, str)
     name, one = ("choices", "a choice") if fixed else (source.choices, f"one of {source.choices}")
@@ -47,18 +47,19 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
     note: "choices", "correct", and "prompt", the pieces before the choice. Raises BadRow.
     """
     choices, correct = record["choices"], record["correct"]
-    [answer] = written([("user", record["prompt"]), ("assistant", choices[correct])], template)
+    [answer] = render_answers([("user", record["prompt"]), ("assistant", choices[correct])], template)
     if answer.text != choices[correct]:  # the template takes white space off
         choices = [each.strip() for each in choices]
-    prompt = merged(answer.before + answer.lead)
-    ids, first = continued(prompt, choices[correct], tokenizer)
-    tokens, labelled = joined([(ids[:first], False), (ids[first:] + encode_pieces(answer.end, tokenizer), True)])
+    prompt = merge_texts(answer.before + answer.lead)
+    ids, first = encode_choice(prompt, choices[correct], tokenizer)
+    tokens, labelled = concatenate_runs(
+        [(ids[:first], False), (ids[first:] + encode_pieces(answer.end, tokenizer), True)]
+    )
     note = {"prompt": prompt, "choices": choices, "correct": correct}
-    text_bytes = len(record["prompt"].encode()) + len(choices[correct].encode())
-    return Document(tokens, labelled, text_bytes, note=note)
+    return Document(tokens, labelled, bytes_of([record["prompt"], choices[correct]]), note=note)
 
 
-def continued(prompt: Pieces, choice: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
+def encode_choice(prompt: Pieces, choice: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """The tokens of a prompt and a choice, encoded jointly, and the first of them that holds a byte of the choice."""
     *before, last = prompt
     if not isinstance(last, str):

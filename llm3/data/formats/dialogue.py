@@ -5,15 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from llm3.config.schema import SourceConfig
-from llm3.data.chat_templates import Answer, TemplateError, Turns, answers, encode_pieces, merged
-from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.config.data_schema import SourceConfig
+from llm3.data.chat_templates import Answer, TemplateError, Turns, encode_pieces, merge_texts, split_answers
+from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
 
-def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"turns": [[role, content], ...], "references": the right answers to the last question}. Raises BadRow."""
     if source.messages:
         turns = read_turns(value(row, source.messages), source.messages)
@@ -61,29 +61,30 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
     note: "references", where there are several; "end", the tokens that end the last answer, where these are not <eos>;
     "lead", what a template begins it with, and is labelled as well. Raises BadRow.
     """
-    parts = written(record["turns"], template)
+    parts = render_answers(record["turns"], template)
     runs: list[tuple[list[int], bool]] = []
     for part in parts:
         runs.append((encode_pieces(part.before, tokenizer), False))
-        runs += [(encode_pieces(pieces, tokenizer), True) for pieces in (merged([*part.lead, part.text]), part.end)]
+        answer = merge_texts([*part.lead, part.text])
+        runs += [(encode_pieces(pieces, tokenizer), True) for pieces in (answer, part.end)]
     note: dict[str, Any] = {"references": record["references"]} if len(record["references"]) > 1 else {}
     if parts[-1].end != [tokenizer.eos_id]:
         note["end"] = runs[-1][0]
     if lead := "".join(piece for piece in parts[-1].lead if isinstance(piece, str)).strip():
         note["lead"] = lead
-    tokens, labelled = joined(runs)
-    return Document(tokens, labelled, sum(len(text.encode()) for text in texts(record)), note=note or None)
+    tokens, labelled = concatenate_runs(runs)
+    return Document(tokens, labelled, bytes_of(texts(record)), note=note or None)
 
 
-def written(turns: Turns, template: str) -> list[Answer]:
+def render_answers(turns: Turns, template: str) -> list[Answer]:
     """The conversation as its answers. Raises BadRow where the template cannot write it."""
     try:
-        return answers(turns, template)
+        return split_answers(turns, template)
     except TemplateError as error:
         raise BadRow(str(error)) from None
 
 
-def joined(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+def concatenate_runs(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
     """Runs of tokens end to end: int32 [n], and bool [n], which of them are labelled."""
     tokens = np.concatenate([np.array(run, np.int32) for run, _ in runs])
     return tokens, np.repeat([labelled for _, labelled in runs], [len(run) for run, _ in runs])

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from llm3.config.schema import SourceConfig
-from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.config.data_schema import SourceConfig
+from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 
-def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"question", "context", "answers": [[text, first character], ...]}; no answers: the context does not hold one.
 
     The answers are a column {"text": [...], "answer_start": [...]}, or a list of {"text", "answer_start"}. Raises
@@ -63,7 +63,7 @@ def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Do
             spans.append(span)
     tokens = [tokenizer.bos_id, *question, tokenizer.eos_id, *context, tokenizer.eos_id]
     note = {"answers": [text for text, _ in record["answers"]], "spans": spans, "context": first}
-    return Document(np.array(tokens, np.int32), None, sum(len(text.encode()) for text in texts(record)), note=note)
+    return Document(np.array(tokens, np.int32), None, bytes_of(texts(record)), note=note)
 
 
 def texts(record: Mapping[str, Any]) -> list[str]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from llm3.config.schema import SourceConfig
-from llm3.data.formats import BadRow, Document, text_of, value
+from llm3.config.data_schema import SourceConfig
+from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 
-def read(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"text", "pair" where the source names one, "labels" where it names a label or a tag, "several"}.
 
     labels: the names of its classes, sorted, each once; whole numbers and truth values are written as JSON has them.
@@ -38,8 +38,8 @@ def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Do
         tokens += [*tokenizer.encode(part), tokenizer.eos_id]
     return Document(
         tokens=np.array(tokens, np.int32),
-        labelled=None,
-        text_bytes=sum(len(part.encode()) for part in parts),
+        answer_mask=None,
+        text_bytes=bytes_of(parts),
         labels=tuple(record.get("labels", ())),
     )
 

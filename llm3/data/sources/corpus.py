@@ -24,7 +24,6 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from llm3.config.schema import one_of
 from llm3.data.sources.docstrings import (
     PACKAGES,
     Docstring,
@@ -32,7 +31,7 @@ from llm3.data.sources.docstrings import (
     numerical_docstrings,
     python_docstrings,
 )
-from llm3.errors import UserError
+from llm3.errors import UserError, one_of
 
 EXTRACTION = (
     1  # part of the key of what is kept on disk: raise it when anything here or in docstrings.py changes the result
@@ -65,7 +64,7 @@ _MASKED_WORDS = (
 _NAMES = re.compile(rf"(?<![a-z0-9])(?:{_MASKED_WORDS})(?![a-z0-9])|{'|'.join(PACKAGES)}", re.IGNORECASE)
 
 
-def load(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
+def load_corpus(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
     """One split ("train", "validation" or "test") of an embedded corpus: a column "text"; for the task also "label".
 
     Extracted at the first call (some seconds) and kept in `cache_dir` for these versions of Python and the packages.

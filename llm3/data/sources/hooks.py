@@ -14,7 +14,7 @@ from llm3.data.formats import BadRow
 from llm3.errors import UserError, nearest
 
 
-def changed(row: dict[str, Any], transforms: Sequence[str], where: str) -> dict[str, Any]:
+def apply_transforms(row: dict[str, Any], transforms: Sequence[str], where: str) -> dict[str, Any]:
     """The row after the transforms, in order. where: of the row, for messages.
 
     A transform may raise BadRow; whatever else it raises, or returns that is not a row, is a UserError.
@@ -26,13 +26,13 @@ def changed(row: dict[str, Any], transforms: Sequence[str], where: str) -> dict[
     return row
 
 
-def kept(row: dict[str, Any], filters: Sequence[str], where: str) -> bool:
-    """Whether every filter keeps the row. Raises as `changed` does."""
+def passes_filters(row: dict[str, Any], filters: Sequence[str], where: str) -> bool:
+    """Whether every filter keeps the row. Raises as `apply_transforms` does."""
     return all(_call(spec, "filters", row, where) for spec in filters)
 
 
 def _call(spec: str, field: str, row: dict[str, Any], where: str) -> Any:
-    function = load(spec, field)
+    function = load_function(spec, field)
     try:
         return function(row)
     except (BadRow, UserError):
@@ -42,7 +42,7 @@ def _call(spec: str, field: str, row: dict[str, Any], where: str) -> Any:
 
 
 @functools.cache
-def load(spec: str, field: str) -> Callable[[dict[str, Any]], Any]:
+def load_function(spec: str, field: str) -> Callable[[dict[str, Any]], Any]:
     """The function that `sources.*.{field}` names. Raises UserError where there is none."""
     where = f"config: sources.*.{field}={spec!r}"
     name, colon, function = spec.partition(":")
@@ -74,7 +74,7 @@ def _near_module(name: str) -> str:
     return f": did you mean {' or '.join(map(repr, near))}?" if near else " on the Python path"
 
 
-def digest(spec: str, field: str) -> str:
+def file_digest(spec: str, field: str) -> str:
     """The sha256 of the file that holds the function, so that a changed one is told from what it was."""
-    file = inspect.getsourcefile(inspect.unwrap(load(spec, field)))
+    file = inspect.getsourcefile(inspect.unwrap(load_function(spec, field)))
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

@@ -16,14 +16,13 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from llm3.data.formats import BadRow
+from llm3.data.formats import START_CHARACTERS, BadRow
 from llm3.errors import UserError
 
 PART_BYTES = 32 << 20  # a corpus up to this is one part, and no part is larger ...
 PARTS = 64  # ... of a larger one, so many parts keep all cores at work to the end, if they are not too small for it
 SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
-START = 200  # characters of a bad row that are kept to be shown
 BOM = b"\xef\xbb\xbf"
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
 ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")  # not read here
@@ -52,13 +51,13 @@ class Lines:
         """(number of the first row, (file, start, stop)), in bytes; a compressed file is one piece."""
         first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
         for name in self.files:
-            with opened(name) as file:
+            with open_decompressed(name) as file:
                 first = yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first)
 
     def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The rows of one piece with their numbers, in constant memory."""
         name, start, stop = place
-        with opened(name) as file:
+        with open_decompressed(name) as file:
             file.seek(start)
             for number, line in enumerate(_lines(file, stop - start, self.longest), first):
                 if number == first and start == 0 and self.objects:
@@ -75,11 +74,11 @@ class Lines:
     def _row(self, line: bytes) -> dict[str, Any] | BadRow | None:
         """None for a blank line."""
         if len(line) > self.longest:
-            return bad(f"longer than {self.longest:,} bytes", line)
+            return _bad(f"longer than {self.longest:,} bytes", line)
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            return bad("not UTF-8", line)
+            return _bad("not UTF-8", line)
         if not text.strip():
             return None
         if not self.objects:
@@ -87,18 +86,15 @@ class Lines:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
-            return bad("not JSON", line)
-        return row if isinstance(row, dict) else bad("not a JSON object", line)
+            return _bad("not JSON", line)
+        return row if isinstance(row, dict) else _bad("not a JSON object", line)
 
 
-def bad(reason: str, row: bytes | str) -> BadRow:
-    """A BadRow that says how the row begins, in `start`."""
-    found = BadRow(reason)
-    found.start = row[:START] if isinstance(row, str) else row[: 4 * START].decode(errors="replace")[:START]
-    return found
+def _bad(reason: str, line: bytes) -> BadRow:
+    return BadRow(reason, line[: 4 * START_CHARACTERS].decode(errors="replace"))
 
 
-def readable(file: str) -> bool:
+def is_line_file(file: str) -> bool:
     """Whether a local file is one of lines, as it is or compressed: not an archive, nor one JSON document."""
     head = _head(file)
     archive = head.startswith(ARCHIVES) or head[257:262] == b"ustar"
@@ -119,12 +115,12 @@ def _is_json(file: str) -> bool:
 
 
 def _head(file: str) -> bytes:
-    with opened(file) as content:
+    with open_decompressed(file) as content:
         return content.read(1024)
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[BinaryIO]:
+def open_decompressed(name: str) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. Raises UserError where they cannot be."""
     opener = _opener(name)
     with (opener or open)(name, "rb") as file:

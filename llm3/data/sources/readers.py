@@ -17,49 +17,49 @@ from typing import Any
 
 import datasets
 
-from llm3.config.schema import SourceConfig
+from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
-from llm3.data.sources.lines import Lines, is_data_document, readable
-from llm3.data.sources.tables import BYTEWISE, READ_ERRORS, Stream, Table
+from llm3.data.sources.lines import Lines, is_data_document, is_line_file
+from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
 from llm3.errors import UserError, nearest
 
 BUILTIN = "builtin:"
-FORMATS = ("arrow", "csv", "json", "parquet", "text")  # the loaders of local files
+FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # the loaders of local files
 
 
-def open_rows(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Table | Stream:
+def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | DatasetTable | DatasetStream:
     """The reader of one split, by the name that the dataset has for it. Raises UserError for what is not to be had."""
     if source.path.startswith(BUILTIN):
-        table = corpus.load(source.path.removeprefix(BUILTIN), split, cache_dir)
-        return Table(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
+        table = corpus.load_corpus(source.path.removeprefix(BUILTIN), split, cache_dir)
+        return DatasetTable(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
     for path in _local_files(source):
         _check_file(path, source)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if source.path in FORMATS:  # or opening a local file tells the hub, and waits where that cannot be reached
+    if source.path in FILE_LOADERS:  # or opening a local file tells the hub, and waits where that cannot be reached
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     root = cache_dir / "datasets"
     options: dict[str, Any] = {"data_files": source.data_files, "data_dir": source.data_dir, "cache_dir": str(root)}
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, **options)
         files = _line_files(builder, source, split)
-        if files and all(map(readable, files)):
+        if files and all(map(is_line_file, files)):
             return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes)
         if files and is_data_document(files[0]):
             builder = datasets.load_dataset_builder(source.path, source.name, **options, field="data")
-        bytewise = builder.info.builder_name == "csv"  # so that what is not UTF-8 costs its row only
-        if bytewise:
-            builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=BYTEWISE)
+        latin1 = builder.info.builder_name == "csv"  # so that what is not UTF-8 costs its row only
+        if latin1:
+            builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=LATIN1)
         key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
         if source.streaming:
-            return Stream(builder.as_streaming_dataset(split=split), key, named(source), bytewise)
+            return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
         builder.download_and_prepare()
-        return Table(builder.as_dataset(split=split), key, bytewise)
+        return DatasetTable(builder.as_dataset(split=split), key, latin1)
     except READ_ERRORS as error:
         raise UserError(_explained(error, source, split)) from error
 
 
-def named(source: SourceConfig) -> str:
+def source_name(source: SourceConfig) -> str:
     """How messages call a source."""
     return " ".join(str(part) for part in (source.path, source.name, source.data_dir, source.data_files) if part)
 
@@ -85,7 +85,7 @@ def _line_files(builder: datasets.DatasetBuilder, source: SourceConfig, split: s
 
 def _unknown_split(source: SourceConfig, split: str, unknown: str, valid: list[str]) -> str:
     hint = " (or validation='' and validation_share=0.05)" if split == source.validation else ""
-    return f"source {named(source)}: unknown split {unknown!r}: {nearest(unknown, valid)}{hint}"
+    return f"source {source_name(source)}: unknown split {unknown!r}: {nearest(unknown, valid)}{hint}"
 
 
 def _explained(error: Exception, source: SourceConfig, split: str) -> str:
@@ -94,24 +94,24 @@ def _explained(error: Exception, source: SourceConfig, split: str) -> str:
         valid = [name.strip("' ") for name in known["valid"].split(",")]
         return _unknown_split(source, split, known["split"], valid)
     if "corresponds to no data" in str(error):
-        return f"source {named(source)}: split {split!r} has no rows"
+        return f"source {source_name(source)}: split {split!r} has no rows"
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
         for path in _local_files(source):
             _check_utf8(path)
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
         return (
-            f"source {named(source)}: not found here, and not on the Hugging Face hub or that cannot be reached "
-            f"(expected a name on the hub, a folder, one of {', '.join(FORMATS)} with data_files, "
+            f"source {source_name(source)}: not found here, and not on the Hugging Face hub or that cannot be reached "
+            f"(expected a name on the hub, a folder, one of {', '.join(FILE_LOADERS)} with data_files, "
             f"or {BUILTIN}python, {BUILTIN}numerical): {cause}"
         )
-    return f"source {named(source)}: cannot read split {split!r}: {cause}"
+    return f"source {source_name(source)}: cannot read split {split!r}: {cause}"
 
 
 def _local_files(source: SourceConfig) -> Iterator[Path]:
     """The files that `data_files` names on this machine, relative to the working directory; wildcards are expanded."""
     for pattern in _flat(source.data_files):
-        if "://" in pattern or source.path not in FORMATS:
+        if "://" in pattern or source.path not in FILE_LOADERS:
             continue
         path = Path(source.data_dir or "", pattern)
         found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern) else [str(path)]
@@ -132,11 +132,15 @@ def _check_file(path: Path, source: SourceConfig) -> None:
             raise UserError(
                 f"source {source.path}: {path} does not exist, nor does its folder {path.parent.absolute()}"
             )
-        names = sorted(entry.name for entry in path.parent.iterdir())
-        near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5]
-        raise UserError(f"source {source.path}: {path} does not exist: {nearest(path.name, near)}")
+        raise UserError(f"source {source.path}: {path} does not exist: {nearest_beside(path)}")
     if not path.stat().st_size:
         raise UserError(f"source {source.path}: {path} is empty")
+
+
+def nearest_beside(path: Path) -> str:
+    """The end of an error message: what the folder of a missing path holds, the nearest names first."""
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    return nearest(path.name, difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5])
 
 
 def _check_utf8(path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-AT_A_TIME = 1 << 16  # rows whose hashes are compared at once
+ROWS_AT_A_TIME = 1 << 16  # rows whose hashes are compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +28,12 @@ def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def smallest(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, int] | None:
+def sample_threshold(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, int] | None:
     """The `count`-th smallest of (hash, row number), in memory for that many; None where there are no more rows."""
     rows = iter(rows)
     kept = np.empty((0, 2), np.uint64)
     seen = 0
-    while block := list(itertools.islice(rows, max(count, AT_A_TIME))):
+    while block := list(itertools.islice(rows, max(count, ROWS_AT_A_TIME))):
         seen += len(block)
         numbers = np.fromiter(itertools.chain.from_iterable(block), np.uint64, 2 * len(block))
         kept = np.concatenate([kept, numbers.reshape(-1, 2)])
@@ -41,7 +41,7 @@ def smallest(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, int] | N
     return (int(kept[-1, 0]), int(kept[-1, 1])) if seen > count else None
 
 
-def sampled(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+def sample_texts(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
     """The texts in their order; of more than `most_bytes` those with the smallest hashes, in memory for that many."""
     kept: list[tuple[int, int, str]] = []
     size = 0

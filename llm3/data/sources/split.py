@@ -6,7 +6,6 @@ a BadRow, which costs that row only.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -16,18 +15,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from llm3.config.schema import SourceConfig, one_of
-from llm3.data import formats as forms
+from llm3.config.data_schema import SourceConfig
+from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import corpus, hooks, selection
-from llm3.data.sources.lines import Lines, bad
-from llm3.data.sources.readers import named, open_rows
-from llm3.data.sources.tables import Stream, Table
-from llm3.errors import UserError, nearest
+from llm3.data.sources.lines import Lines
+from llm3.data.sources.readers import nearest_beside, open_reader, source_name
+from llm3.data.sources.tables import DatasetStream, DatasetTable
+from llm3.errors import UserError, nearest, one_of
 from llm3.registry import load_plugin
 
-PROBED = 1000  # rows in which the fields are looked for
-ELSEWHERE = {  # fields that records do not follow from, or that are in their key in another form
+PROBED_ROWS = 1000  # rows in which the fields are looked for
+NOT_IN_KEY = {  # fields that records do not follow from, or that are in their key in another form
     *("path", "name", "data_files", "data_dir", "local", "train", "validation", "test", "streaming"),
     *("validation_share", "max_documents", "bad_rows", "transforms", "filters"),
 }
@@ -42,7 +41,7 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
     reached; the rows are read later.
     """
     one_of("split", split, corpus.SPLITS)
-    where = f"source {named(source)}"
+    where = f"source {source_name(source)}"
     from_train = split != "test" and not source.validation
     wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
     held_out = None
@@ -54,14 +53,14 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
             "split"
         )
     functions = [
-        (field, spec, hooks.digest(spec, field))
+        (field, spec, hooks.file_digest(spec, field))
         for field in ("transforms", "filters")
         for spec in getattr(source, field)
     ]
-    reader = open_rows(source, source.train if from_train else wanted, Path(cache_dir))
+    reader = open_reader(source, source.train if from_train else wanted, Path(cache_dir))
     _check_fields(reader, source, split)
     sample = source.max_documents if split == "train" else 0
-    settings = {field: value for field, value in dataclasses.asdict(source).items() if field not in ELSEWHERE}
+    settings = {field: value for field, value in dataclasses.asdict(source).items() if field not in NOT_IN_KEY}
     side = dataclasses.asdict(held_out) if held_out else None
     key = json.dumps([reader.key, settings, functions, side, sample], sort_keys=True)
     return Records(
@@ -79,10 +78,10 @@ def _split_name(source: SourceConfig, split: str) -> str:
     files = source.data_files
     if isinstance(files, dict):
         files = files.get(split.partition("[")[0], files)
-    return named(dataclasses.replace(source, data_files=files))
+    return source_name(dataclasses.replace(source, data_files=files))
 
 
-def resolved(source: SourceConfig, data_dir: str) -> SourceConfig:
+def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
     """The source as it is read where local copies lie in `data_dir` ("" for none; relative to the working directory).
 
     A source with `local` becomes the files data_dir/local/{train,validation,test}.jsonl, those of them that exist, as
@@ -118,9 +117,7 @@ def _nearest_existing(path: Path) -> str:
     missing = next(each for each in (*reversed(path.parents), path) if not each.exists())
     if not missing.parent.is_dir():
         return f"{missing.parent} is not a folder"
-    names = sorted(entry.name for entry in missing.parent.iterdir())
-    near = difflib.get_close_matches(missing.name, names, n=5, cutoff=0.3) or names[:5]
-    return f"{missing.parent.absolute()} holds no {missing.name!r}; {nearest(missing.name, near)}"
+    return f"{missing.parent.absolute()} holds no {missing.name!r}; {nearest_beside(missing)}"
 
 
 class Part(NamedTuple):
@@ -141,7 +138,7 @@ class Records:
     source: SourceConfig
     name: str  # for messages
     key: str  # of the files, the split and all settings that the records follow from
-    reader: Lines | Table | Stream
+    reader: Lines | DatasetTable | DatasetStream
     held_out: selection.HeldOut | None
     sample: int  # records at most; 0: all
 
@@ -156,10 +153,10 @@ class Records:
             return pieces
         rows = (row for part in pieces for row in self._candidates(part))
         usable = ((digest, number) for number, digest, record in rows if not isinstance(record, BadRow))
-        last = selection.smallest(usable, self.sample)
+        last = selection.sample_threshold(usable, self.sample)
         return [part._replace(last=last) for part in pieces]
 
-    def read(self, part: Part) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    def read_part(self, part: Part) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """The records of a part, each with its row's number in the source, from 0.
 
         Rows that are filtered out, held out or not in the sample do not come; nor do as large a share of the bad ones.
@@ -171,75 +168,77 @@ class Records:
 
     def texts(self) -> Iterator[str]:
         """The texts of all records: what a tokenizer is trained on."""
-        form = load_plugin(forms, self.source.form)
+        row_format = load_plugin(formats, self.source.row_format)
         for part in self.parts():
-            for _, record in self.read(part):
+            for _, record in self.read_part(part):
                 if not isinstance(record, BadRow):
-                    yield from form.texts(record)
+                    yield from row_format.texts(record)
 
     def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
         """(number, hash, record) of the rows on this side of the split."""
         hashed = self.held_out is not None or self.sample
-        form = load_plugin(forms, self.source.form)
+        row_format = load_plugin(formats, self.source.row_format)
         for number, row in self.reader.rows(part.first, part.place):
-            record = self._record(number, row, form)
+            record = self._record(number, row, row_format)
             if record is None:
                 continue
             digest = 0
             if hashed:
-                content = f"{number} {record}" if isinstance(record, BadRow) else "\n".join(form.texts(record))
+                content = f"{number} {record}" if isinstance(record, BadRow) else "\n".join(row_format.texts(record))
                 digest = selection.hash_of(content)
                 if self.held_out is not None and not self.held_out.takes(digest):
                     continue
             yield number, digest, record
 
-    def _record(self, number: int, row: dict[str, Any] | BadRow, form: ModuleType) -> dict[str, Any] | BadRow | None:
+    def _record(
+        self, number: int, row: dict[str, Any] | BadRow, row_format: ModuleType
+    ) -> dict[str, Any] | BadRow | None:
         """None for a row that a filter does not keep."""
         if isinstance(row, BadRow):
             return row
         where = f"source {self.name}: row {number}"
         try:
-            row = hooks.changed(row, self.source.transforms, where)
-            if not hooks.kept(row, self.source.filters, where):
+            row = hooks.apply_transforms(row, self.source.transforms, where)
+            if not hooks.passes_filters(row, self.source.filters, where):
                 return None
-            record = form.read(row, self.source)
-            if _longer(form.texts(record), self.source.max_row_bytes):
+            record = row_format.read_row(row, self.source)
+            if _exceeds(row_format.texts(record), self.source.max_row_bytes):
                 raise BadRow(f"longer than {self.source.max_row_bytes:,} bytes")
         except BadRow as reason:
-            return bad(str(reason), json.dumps(row, ensure_ascii=False, default=str))
+            return BadRow(str(reason), json.dumps(row, ensure_ascii=False, default=str))
         return record
 
 
-def _longer(texts: list[str], most: int) -> bool:
+def _exceeds(texts: list[str], most: int) -> bool:
     """Whether the texts have more than so many UTF-8 bytes together."""
     return 4 * sum(map(len, texts)) > most and sum(len(text.encode()) for text in texts) > most
 
 
-def _check_fields(reader: Lines | Table | Stream, source: SourceConfig, split: str) -> None:
+def _check_fields(reader: Lines | DatasetTable | DatasetStream, source: SourceConfig, split: str) -> None:
     """Raise a UserError where there is no row, or none of the first ones has a field that the config names."""
     specs = [source.pair, source.label, source.tag, source.prompt, source.answer, source.messages, source.answers]
-    specs += [source.text] if source.form in ("text", "span") else []
+    specs += [source.text] if source.row_format in ("text", "span") else []
     specs += [source.choices] if isinstance(source.choices, str) else []
     wanted = [name for spec in specs if spec for name in _columns(spec)]
     seen: dict[str, None] = {}
     number = None
-    for number, row in itertools.islice(reader.head(), PROBED):
+    for number, row in itertools.islice(reader.head(), PROBED_ROWS):
         if not isinstance(row, BadRow):
             with contextlib.suppress(BadRow):
-                row = hooks.changed(row, source.transforms, f"source {named(source)}: row {number}")
+                row = hooks.apply_transforms(row, source.transforms, f"source {source_name(source)}: row {number}")
                 seen |= dict.fromkeys(row)
             if seen.keys() >= set(wanted):
                 return
     if number is None:
-        raise UserError(f"source {named(source)}: its {split} split has no rows")
+        raise UserError(f"source {source_name(source)}: its {split} split has no rows")
     for name in wanted:
         if seen and name not in seen:
-            raise UserError(f"source {named(source)}: unknown field {name!r}: {nearest(name, seen)}")
+            raise UserError(f"source {source_name(source)}: unknown field {name!r}: {nearest(name, seen)}")
 
 
 def _columns(spec: str) -> list[str]:
     try:
-        return forms.fields_of(spec)
+        return formats.columns_of(spec)
     except ValueError as error:
         raise UserError(
             f"config: sources.*: field {spec!r}: {error}; expected a column, or a template over columns "

@@ -10,22 +10,22 @@ from typing import Any
 import datasets
 
 from llm3.data.formats import BadRow
-from llm3.data.sources.lines import bad, part_bytes
+from llm3.data.sources.lines import part_bytes
 from llm3.errors import UserError
 
 READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
 ROWS_AT_A_TIME = 512
 STREAM_PART_ROWS = 10_000
-BYTEWISE = "latin-1"  # one character for each byte
+LATIN1 = "latin-1"  # one character for each byte
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class DatasetTable:
     """A dataset on disk. A pickled one names its files, and another process maps them again."""
 
     dataset: datasets.Dataset
     key: Any  # what tells its content from others
-    bytewise: bool = False  # whether a character stands for a byte of UTF-8
+    latin1: bool = False  # whether a character stands for a byte of UTF-8
 
     def pieces(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """(number of the first row, (that, the row to stop before))."""
@@ -43,7 +43,7 @@ class Table:
             columns = self.dataset[number : min(number + ROWS_AT_A_TIME, stop)]
             for values in zip(*columns.values(), strict=True):
                 row = _named(dict(zip(columns, values, strict=True)), names)
-                yield number, _decoded(row) if self.bytewise else row
+                yield number, _decoded(row) if self.latin1 else row
                 number += 1
 
     def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -52,13 +52,13 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class DatasetStream:
     """A dataset that is read as it comes. Its pieces are found by reading it once; each knows where it resumes."""
 
     dataset: datasets.IterableDataset
     key: Any
     name: str  # for messages
-    bytewise: bool = False
+    latin1: bool = False
 
     def pieces(self) -> Iterator[tuple[int, tuple[dict[str, Any], int]]]:
         """(number of the first row, (the state of the stream before it, rows))."""
@@ -87,7 +87,7 @@ class Stream:
         names = _class_names(self.dataset.features or {})
         try:
             for row in stream:
-                yield _decoded(row) if self.bytewise else _named(row, names)
+                yield _decoded(row) if self.latin1 else _named(row, names)
         except READ_ERRORS as error:
             raise UserError(f"source {self.name}: the stream cannot be read on: {error.__cause__ or error}") from error
 
@@ -97,11 +97,11 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any] | BadRow:
     try:
         return {_utf8(name).removeprefix("\ufeff"): _utf8(value) for name, value in row.items()}
     except UnicodeDecodeError:
-        return bad("not UTF-8", json.dumps(row, ensure_ascii=False, default=str))
+        return BadRow("not UTF-8", json.dumps(row, ensure_ascii=False, default=str))
 
 
 def _utf8(value: Any) -> Any:
-    return value.encode(BYTEWISE).decode() if isinstance(value, str) else value
+    return value.encode(LATIN1).decode() if isinstance(value, str) else value
 
 
 def _class_names(features: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:

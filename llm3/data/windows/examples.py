@@ -2,23 +2,20 @@
 
 import numpy as np
 
-from llm3.config.schema import at_least
 from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
-from llm3.data.packing import Packed, checked, empty_window, mark
+from llm3.data.packing import PackedWindows
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError
+from llm3.errors import UserError, at_least
 
 
-class Table:
+class WindowTable(PackedWindows):
     """Classification: whole documents; the label is the target at each document's last token, and nowhere else.
 
     A target is a class, or the number of a set of classes where documents have several. A document longer than T keeps
     its first T - 1 tokens and its end token, a pair of texts as many of each as `shortened` says; it is counted in
     `truncated`.
     """
-
-    dropped = 0
 
     def __init__(self, cache: TokenCache, length: int):
         """Raises UserError if length < 3 or the cache has no labels."""
@@ -29,26 +26,16 @@ class Table:
         sizes = np.diff(cache.offsets)
         self.truncated = int(np.sum(sizes > length))
         self.documents = cache.documents
-        self._packed = Packed(np.minimum(sizes, length), length)
-        self.waste, self.most = self._packed.waste, self._packed.most  # most: documents in a window
+        super().__init__(np.minimum(sizes, length), length)
 
-    def __len__(self) -> int:
-        return len(self._packed)
+    def _fill(self, window: Batch, piece: int, place: slice) -> None:
+        window.tokens[place] = shortened(self._cache.document(piece), self._length)
+        last = place.stop - 1
+        window.targets[last] = self._labels[piece]
+        window.weights[last] = 1
 
-    def __getitem__(self, index: int) -> Batch:
-        window = empty_window(self._packed.length)
-        for segment, document, place in self._packed.layout(checked(index, self)):
-            window.tokens[place] = shortened(self._cache.document(document), self._packed.length)
-            last = place.stop - 1
-            window.targets[last] = self._labels[document]
-            window.weights[last] = 1
-            mark(window, place, segment)
-        return window
-
-    def documents_of(self, index: int) -> list[tuple[int, int, tuple[int, int]]]:
-        """(segment, document, (0, tokens that are kept)) of the documents of a window."""
-        layout = self._packed.layout(checked(index, self))
-        return [(segment, document, (0, place.stop - place.start)) for segment, document, place in layout]
+    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
+        return piece, (0, int(self._sizes[piece]))
 
 
 def shortened(tokens: np.ndarray, length: int) -> np.ndarray:

@@ -4,11 +4,11 @@ import numpy as np
 
 from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
-from llm3.data.packing import checked, empty_window, mark
+from llm3.data.packing import checked_index, empty_window, mark_segment
 from llm3.errors import at_least
 
 
-class Table:
+class WindowTable:
     """Language-model training: the documents end to end, cut every T tokens, with no padding but in the last window.
 
     Every token but the first of each document is a target of weight 1 exactly once, also at the borders of windows.
@@ -30,14 +30,14 @@ class Table:
 
     def __getitem__(self, index: int) -> Batch:
         start, stop, _, ends = self._layout(index)
-        stream, size = self._cache.read(start, stop + 1), stop - start
+        stream, size = self._cache.read_tokens(start, stop + 1), stop - start
         window = empty_window(self._length)
         window.tokens[:size] = stream[:-1]
         window.targets[:size] = stream[1:]
         window.weights[:size] = 1
         first = 0
         for segment, end in enumerate((ends - start).tolist(), start=1):
-            mark(window, slice(first, min(end, size)), segment)
+            mark_segment(window, slice(first, min(end, size)), segment)
             if end <= size:
                 window.weights[end - 1] = 0  # a document's last token predicts nothing
             first = end
@@ -52,7 +52,7 @@ class Table:
 
     def _layout(self, index: int) -> tuple[int, int, int, np.ndarray]:
         """The window's place in the stream, start and stop, the document there, and the ends of the documents in it."""
-        start = checked(index, self) * self._length
+        start = checked_index(index, self) * self._length
         stop = min(start + self._length, self._inputs)
         first, last = np.searchsorted(self._cache.offsets, [start, stop - 1], side="right") - 1
         return start, stop, int(first), self._cache.offsets[first + 1 : last + 2]
