@@ -10,46 +10,46 @@ from llm3.errors import UserError, at_least
 class TokenizerConfig:
     """A byte-level BPE trained on the train splits of `sources`, or an existing tokenizer.json at `path`."""
 
-    vocab_size: int = 4096
-    sources: list[str] = dataclasses.field(default_factory=list)  # empty: those of the pretrain stages
-    path: str = ""
-    train_bytes: int = 40_000_000  # of texts that it is trained on; of more, a fixed pseudo-random sample
-    add: list[str] = dataclasses.field(default_factory=list)  # new tokens, behind those of the tokenizer at `path`
-    chat_template: str = ""  # how turns become text: jinja, or a file of it; "": the bare texts, an end to each answer
+    vocab_size: int = 4096  # tokens of a trained vocabulary, 4 special tokens and 256 bytes included
+    sources: list[str] = dataclasses.field(default_factory=list)  # training data; empty: the pretrain stages' sources
+    path: str = ""  # an existing tokenizer.json; "": train one
+    train_bytes: int = 40_000_000  # train on at most this many bytes, sampled by hash from larger sources
+    add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary at `path`
+    chat_template: str = ""  # jinja source, or a file with it; "": contents unchanged, each answer ends with <eos>
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where rows come from: `path` and the rest as `datasets.load_dataset` takes them, or a `builtin:` corpus.
+    """Where rows come from, and the fields that are read of them.
 
-    What a row is follows from the fields that are named (see `form`). A field is a column, or a template over columns
+    The named fields decide the row format (see `row_format`). A field is a column, or a template over columns
     ("{question}\\n{context}").
     """
 
-    path: str
-    name: str | None = None
+    path: str  # `builtin:NAME`, or the path of `datasets.load_dataset`: a dataset, a folder, "json", "csv", ...
+    name: str | None = None  # name of the dataset's configuration
     data_files: Any = None  # str, list of str, or {split: str or list of str}
-    data_dir: str | None = None
-    text: str = "text"
-    pair: str = ""  # the second text of a pair
-    label: str = ""  # a class name, or a list of them (several labels)
-    tag: str = ""  # a domain's name, by which bits per byte are told apart
-    prompt: str = ""
-    answer: str = ""  # to the prompt; or, with `choices`, the right one of them or its number
-    messages: str = ""  # a column of turns, [{role, content}, ...], instead of prompt and answer
-    choices: Any = ""  # a column of lists, or a list of texts
-    answers: str = ""  # a column {text: [...], answer_start: [...]}: spans of `text`, by character, that answer it
+    data_dir: str | None = None  # folder of the files
+    text: str = "text"  # field with the text, or with the context that holds the answers
+    pair: str = ""  # field with the second text of a pair
+    label: str = ""  # field with a class name, or with a list of class names (multi-label)
+    tag: str = ""  # field with the name of a domain; bits per byte are reported per domain
+    prompt: str = ""  # field with the question or instruction
+    answer: str = ""  # field with the answer to the prompt; with `choices`, the correct choice or its index
+    messages: str = ""  # column with turns [{role, content}, ...], instead of prompt and answer
+    choices: Any = ""  # column with a list of choices, or a fixed list of choices
+    answers: str = ""  # column {text: [...], answer_start: [...]}: character spans of `text` that answer the prompt
     filters: list[str] = dataclasses.field(default_factory=list)  # "module:function", row -> bool, in order
-    transforms: list[str] = dataclasses.field(default_factory=list)  # "module:function", row -> row, before the filters
-    local: str = ""  # where config.data_dir is set, its folder of SPLIT.jsonl that is read instead of `path`
-    train: str = "train"  # the split of the dataset that is used for training ...
-    validation: str = "validation"  # ... and for validation; if empty, `validation_share` of train is held out
-    test: str = "test"
-    validation_share: float = 0.0
-    max_documents: int = 0  # of the train split, a fixed pseudo-random sample; 0: all
-    streaming: bool = False  # read from the hub as it comes, without a copy on disk
-    bad_rows: float = 0.01  # the share of rows that may be unusable: they are set aside, and counted by reason
-    max_row_bytes: int = 10_000_000  # a longer row is a bad one
+    transforms: list[str] = dataclasses.field(default_factory=list)  # "module:function", row -> row, before filters
+    local: str = ""  # folder inside config.data_dir whose SPLIT.jsonl files replace `path`, if data_dir is set
+    train: str = "train"  # name of the dataset's split for training
+    validation: str = "validation"  # name of the validation split; "": hold out `validation_share` of train
+    test: str = "test"  # name of the test split
+    validation_share: float = 0.0  # share of train that is held out, if there is no validation split
+    max_documents: int = 0  # size of a fixed random sample of the train split; 0: all rows
+    streaming: bool = False  # stream from the hub, without a copy on disk
+    bad_rows: float = 0.01  # max share of unusable rows; they are set aside and counted by reason
+    max_row_bytes: int = 10_000_000  # a row with more bytes counts as unusable
 
     @property
     def row_format(self) -> str:

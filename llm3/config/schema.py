@@ -14,15 +14,15 @@ PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # the kern
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """A low-rank adapter beside projections of every layer: y = x W + scale (dropout(x) A) B. See `models/lora.py`."""
+    """A low-rank adapter on projections of every layer: y = x W + scale * (dropout(x) A) B."""
 
-    rank: int = 8
-    alpha: float = 16.0  # scale: alpha / rank ...
-    rslora: bool = False  # ... or alpha / sqrt(rank)
-    dropout: float = 0.0  # of the adapter's input, while it trains
-    dora: bool = False  # with a trained magnitude of each column of the adapted kernel
-    targets: tuple[str, ...] = PROJECTIONS
-    active: bool = True  # False: it stays in the checkpoint beside the others, and is not computed
+    rank: int = 8  # rank of the two low-rank factors
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with rslora
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dropout: float = 0.0  # dropout probability on the adapter's input, in training only
+    dora: bool = False  # also train a magnitude for each column of the adapted kernel
+    targets: tuple[str, ...] = PROJECTIONS  # the projections of each layer that get this adapter
+    active: bool = True  # False: kept in the checkpoint, but not computed
 
     def __post_init__(self):
         object.__setattr__(self, "targets", tuple(self.targets))
@@ -39,29 +39,29 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """One transformer family; the last fields, from `compute_dtype` on, are filled in by the run."""
+    """The transformer. A config leaves the fields alone that the run sets."""
 
-    layers: int
-    d_model: int
-    heads: int
-    d_ff: int
-    kv_heads: int = 0  # 0: as many as heads
-    head_dim: int = 0  # 0: d_model // heads
-    causal: bool = True
-    norm: str = "rmsnorm"
-    norm_epsilon: float = 1e-6
-    qk_norm: bool = False
-    attention_bias: bool = False
-    tie_embeddings: bool = True
-    logit_softcap: float = 0.0  # 0: none
-    rope_theta: float = 10_000.0
-    pool: str = "last"
-    remat: str = "none"
-    scan_unroll: int = 1
-    logit_chunk: int = 0  # positions of a window whose logits are held at a time, in a language model's loss; 0: all
-    compute_dtype: str = "auto"
-    vocab_size: int = 0
-    classes: int = 0  # 0: no task head
+    layers: int  # number of transformer layers
+    d_model: int  # width of the hidden states
+    heads: int  # number of attention heads
+    d_ff: int  # width of the gated MLP's hidden layer
+    kv_heads: int = 0  # number of key and value heads; 0: as many as heads
+    head_dim: int = 0  # width of one head; 0: d_model // heads
+    causal: bool = True  # True: a decoder; False: a bidirectional encoder
+    norm: str = "rmsnorm"  # rmsnorm or layernorm
+    norm_epsilon: float = 1e-6  # added to the variance before the square root
+    qk_norm: bool = False  # normalize queries and keys, head by head
+    attention_bias: bool = False  # add a bias to the attention projections
+    tie_embeddings: bool = True  # the LM head shares the token embedding's weights
+    logit_softcap: float = 0.0  # cap logits smoothly at this magnitude; 0: no cap
+    rope_theta: float = 10_000.0  # base of the rotary position frequencies
+    pool: str = "last"  # what a task head reads of a document: its last position, or the mean over its positions
+    remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
+    scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
+    logit_chunk: int = 0  # compute the LM loss over this many positions at a time, to save memory; 0: all at once
+    compute_dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
+    vocab_size: int = 0  # set by the run: from the tokenizer
+    classes: int = 0  # set by the run: from the labels; 0: no task head
     adapters: Any = ()  # ((name, AdapterConfig), ...), of the stage
     read_out: int = 0  # in how many places of a training window at most it is read; 0: not known
 
@@ -100,7 +100,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: the devices that are left. See `launch/README.md`."""
+    """Sizes of the mesh axes; one of them may be -1: the devices that are left. See `docs/cluster.md`."""
 
     data: int = -1  # copies of the parameters, each with its rows of the batch
     fsdp: int = 1  # pieces of the parameters, gathered for use, each with its rows of the batch
@@ -112,30 +112,32 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer by name, its schedule, and what it is not applied to. `options` go to the optax function as is."""
+    """The optimizer of a stage, its learning rates, and copies of the weights that it keeps."""
 
-    name: str = "adamw"
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_steps: int = 0  # wsd only: the steps of the final decay; 0: a tenth of all
-    final_fraction: float = 0.1  # of the peak learning rate, at the last step
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # 0: none
-    layer_decay: float = 1.0  # of the learning rate, for each layer further from the top; 1: none
-    learning_rates: list[Any] = dataclasses.field(default_factory=list)  # [rule, factor of the rate], first match wins
+    name: str = "adamw"  # adamw, adafactor, lion, muon or sgd
+    learning_rate: float = 1e-3  # peak learning rate
+    schedule: str = "cosine"  # constant, linear, cosine or wsd (warm-up, stable, decay)
+    warmup_steps: int = 0  # steps of linear warm-up
+    decay_steps: int = 0  # wsd only: steps of the final decay; 0: a tenth of all steps
+    final_fraction: float = 0.1  # learning rate at the last step, as a fraction of the peak
+    weight_decay: float = 0.1  # decoupled weight decay, on kernels, embeddings and adapters only
+    clip_norm: float = 1.0  # clip gradients to this global norm; 0: no clipping
+    layer_decay: float = 1.0  # multiply the learning rate by this for each layer further from the top; 1: no decay
+    # pairs [rule, factor of the learning rate]; the first match wins
+    learning_rates: list[Any] = dataclasses.field(default_factory=list)
     l2_sp: float = 0.0  # strength of the pull toward the parent's weights; 0: none
-    ema: float = 0.0  # decay of a running mean of the weights, which is then the stage's result; 0: none
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ema: float = 0.0  # decay of an average of the weights that becomes the stage's result; 0: none
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the optax function
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Which steps are left out, besides those whose loss or gradient is not finite, and when a stage gives up."""
+    """Which steps are skipped besides those with a non-finite loss or gradient, and when the run gives up."""
 
-    deviations: float = 0.0  # a loss or gradient norm so many standard deviations above the window's mean; 0: any
-    window: int = 128  # the last losses and gradient norms of steps that were not left out
-    stop_after: int = 10  # steps left out in a row, after which the stage ends with an error
+    # skip a step whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: off
+    deviations: float = 0.0
+    window: int = 128  # number of recent steps that the mean and standard deviation are taken over
+    stop_after: int = 10  # end the run with an error after this many skipped steps in a row
 
     def __post_init__(self):
         at_least("guard.*.deviations", self.deviations, 0)
@@ -145,32 +147,34 @@ class GuardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage: a parent, a data mixture, an objective, a rule for what trains, an optimizer."""
+    """One stage: a parent, a data mixture, an objective, a rule for the trainable parameters, an optimizer."""
 
-    kind: str
-    data: dict[str, float]  # source -> weight: its share of what is drawn ...
-    steps: int
-    batch_size: int  # windows a step, over all devices
-    sequence_length: int
-    weights: str = "tokens"  # ... of the tokens, or of the documents
-    temperature: float = 0.0  # t > 0: a weight is multiplied by (tokens of the source) ** (1 / t)
-    data_schedule: list[Any] = dataclasses.field(default_factory=list)  # [step, {source: weight}]: from that step on
-    replay: float = 0.0  # the share of what is drawn that is the parent's data, by the parent's weights
-    start: Any = None  # a stage of this run, or dict(run=, stage=, step=, fresh=[...], drop=[...])
+    kind: str  # pretrain, posttrain or finetune
+    data: dict[str, float]  # the mixture: {source: weight}
+    steps: int  # number of optimizer steps
+    batch_size: int  # windows per step, over all devices
+    sequence_length: int  # tokens per window
+    weights: str = "tokens"  # what the weights of `data` are shares of: tokens or documents
+    temperature: float = 0.0  # t > 0 multiplies each weight by (tokens of the source) ** (1 / t); 0: off
+    # pairs [step, {source: weight}]: the mixture from that step on
+    data_schedule: list[Any] = dataclasses.field(default_factory=list)
+    replay: float = 0.0  # share of the mixture that repeats the parent's data, with the parent's weights
+    start: Any = None  # the parent: a stage of this run, or dict(run=, stage=, step=, fresh=[...], drop=[...])
     objective: Any = "causal"  # a name, or dict(name=..., and its options)
-    train: Any = "all"  # a rule, or a list of them
-    unfreeze: list[Any] = dataclasses.field(default_factory=list)  # [step, rule]: what trains as well from that step on
-    adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)
-    frozen: str = "float32"  # how what is frozen is stored: float32, compute (its dtype), int8 or nf4
-    seed: int | None = None  # of this stage's data order and fresh leaves; None: the run's
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    micro_batches: int = 1
-    log_every: int = 10
-    save_every: int = 100
-    keep: int = 2  # the latest checkpoints that are kept ...
-    best: str = ""  # ... and the best by this figure, as in "domain_bits_per_byte", measured at every save
-    baseline: bool = False  # reported beside the main chain, not in it
+    train: Any = "all"  # trainable parameters: a rule, or a list of rules
+    # pairs [step, rule]: parameters that also train from that step on
+    unfreeze: list[Any] = dataclasses.field(default_factory=list)
+    adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)  # low-rank adapters by name
+    frozen: str = "float32"  # how frozen parameters are stored: float32, compute (the compute dtype), int8 or nf4
+    seed: int | None = None  # seed of the stage's data order and fresh parameters; None: from the run's seed
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)  # the optimizer
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)  # when to skip a step
+    micro_batches: int = 1  # split each batch into this many parts and add up their gradients
+    log_every: int = 10  # steps between log lines
+    save_every: int = 100  # steps between checkpoints
+    keep: int = 2  # number of latest checkpoints to keep
+    best: str = ""  # also keep the checkpoint that is best by this metric, e.g. domain_bits_per_byte
+    baseline: bool = False  # report the stage separately from the main chain
 
     def __post_init__(self):
         one_of("stages.*.kind", self.kind, ("pretrain", "posttrain", "finetune"))
@@ -202,15 +206,15 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """One evaluation, run after init and after each stage."""
+    """One evaluation, run on the untrained model and after each stage."""
 
-    kind: str
-    source: str
-    split: str = "validation"
-    sequence_length: int = 256
-    batch_size: int = 16
-    max_documents: int = 0  # a fixed pseudo-random sample of the split; 0: all
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # those that its kind has
+    kind: str  # name of the evaluation plugin
+    source: str  # the source it measures on
+    split: str = "validation"  # train, validation or test
+    sequence_length: int = 256  # tokens per window
+    batch_size: int = 16  # windows per batch
+    max_documents: int = 0  # evaluate on a fixed pseudo-random sample of this many documents; 0: all
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the plugin
 
     def __post_init__(self):
         one_of("evaluations.*.split", self.split, ("train", "validation", "test"))
@@ -223,16 +227,18 @@ class EvaluationConfig:
 class RunConfig:
     """A whole experiment."""
 
-    model: ModelConfig
-    tokenizer: TokenizerConfig
-    sources: dict[str, SourceConfig]
-    stages: dict[str, StageConfig]
+    model: ModelConfig  # the model that all stages share
+    tokenizer: TokenizerConfig  # the tokenizer that all stages share
+    sources: dict[str, SourceConfig]  # data sources by name
+    stages: dict[str, StageConfig]  # stages by name
+    # evaluations by name; each runs after every stage
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    seed: int = 0
-    hang_seconds: float = 600.0  # a step, a read of data or a save that takes longer ends the run; 0: none does
-    cache_dir: str = ""  # "": inside the workdir
-    data_dir: str = ""  # where the local copies of sources lie; "": sources are read from their `path`
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how the model and the batch are cut over devices
+    seed: int = 0  # seed of everything random
+    hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
+    cache_dir: str = ""  # directory of the token cache; empty: inside the workdir
+    # directory of local copies of sources (see sources.*.local); empty: read each source from its path
+    data_dir: str = ""
 
     def __post_init__(self):
         for name in ("vocab_size", "classes", "adapters", "read_out"):

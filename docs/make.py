@@ -1,0 +1,134 @@
+"""Writes what is computed in the documentation: docs/config.md, and the sum of lines in the README.
+
+    python docs/make.py
+
+docs/config.md has every field of a config with type, default and meaning. The meaning is the comment at the end of the
+field's line, or the comment above it. Tests in tests/docs fail if the documentation is out of date.
+"""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+import textwrap
+import typing
+from collections.abc import Iterator
+from types import ModuleType
+
+from llm3 import evals, objectives
+from llm3.config.schema import RunConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG, README = ROOT / "docs" / "config.md", ROOT / "README.md"
+HEAD = """# Every field of a config
+
+Made by `python docs/make.py` from [llm3/config](../llm3/config); do not edit it by hand. A field is set in the
+config file, or on the command line by its path:
+
+```bash
+python -m llm3 run --config=configs/quickstart.py --workdir=runs/short --config.stages.pretrain.steps=50
+```
+
+A misspelt field is an error that names the nearest right one.
+"""
+
+
+class Field(typing.NamedTuple):
+    """One row of a table; default: "" where the field is required."""
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def fields(section: type) -> list[Field]:
+    """The fields of a dataclass, read from its source. Raises ValueError for one without a comment."""
+    source = textwrap.dedent(inspect.getsource(section))
+    lines, found = source.splitlines(), []
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            default = "" if node.value is None else _default(node.value, inspect.getmodule(section))
+            found.append(Field(node.target.id, ast.unparse(node.annotation), default, _meaning(lines, node)))
+    if silent := [each.name for each in found if not each.meaning]:
+        raise ValueError(f"{section.__name__}: no comment says what {', '.join(silent)} mean")
+    return found
+
+
+def _default(value: ast.expr, module: ModuleType | None) -> str:
+    """The default as written, the value of a constant of the module, or what a default_factory makes."""
+    if isinstance(value, ast.Name):
+        return repr(getattr(module, value.id))
+    if isinstance(value, ast.Call):
+        made = ast.unparse(value.keywords[0].value)
+        return {"dict": "{}", "list": "[]"}.get(made, "its defaults")
+    return ast.unparse(value)
+
+
+def _meaning(lines: list[str], node: ast.AnnAssign) -> str:
+    """The comment at the end of the field's line, else the comment lines right above it."""
+    tail = lines[node.end_lineno - 1][node.end_col_offset :].strip()
+    if tail.startswith("#"):
+        return tail.lstrip("# ")
+    above = []
+    for line in reversed(lines[: node.lineno - 1]):
+        if not line.strip().startswith("#"):
+            break
+        above.insert(0, line.strip().lstrip("# "))
+    return " ".join(above)
+
+
+def sections(section: type, path: str) -> Iterator[tuple[str, type]]:
+    """(dotted path, dataclass) of a section and of all sections below it."""
+    yield path, section
+    for name, kind in typing.get_type_hints(section).items():
+        inner = typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else kind
+        if dataclasses.is_dataclass(inner):
+            yield from sections(inner, f"{path}.{name}" + ("" if inner is kind else ".NAME"))
+
+
+def table(rows: list[Field]) -> str:
+    """A Markdown table."""
+    code = lambda text: f"`{text}`".replace("|", "\\|")  # noqa: E731
+    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for each in rows:
+        meaning = each.meaning.replace("|", "\\|")
+        lines.append(f"| {code(each.name)} | {code(each.kind)} | {code(each.default or 'required')} | {meaning} |")
+    return "\n".join(lines)
+
+
+def options(folder: ModuleType, what: str) -> Iterator[str]:
+    """A section for each plugin of a folder that has options."""
+    for name in folder.names():
+        if chosen := getattr(folder.load(name), "Options", None):
+            kind = lambda each: getattr(each.type, "__name__", each.type)  # noqa: E731
+            rows = [f"| `{each.name}` | `{kind(each)}` | `{each.default!r}` |" for each in dataclasses.fields(chosen)]
+            head = "| option | type | default |\n|---|---|---|"
+            yield f"## {what} {name}\n\n{inspect.getdoc(chosen)}\n\n{head}\n" + "\n".join(rows) + "\n"
+
+
+def reference() -> str:
+    """The text of docs/config.md."""
+    parts = [HEAD]
+    for path, section in sections(RunConfig, "config"):
+        parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(fields(section))}\n")
+    parts += options(objectives, "Options of the objective")
+    parts += options(evals, "Options of the evaluation")
+    return "\n".join(parts)
+
+
+def files_to_read_first(readme: str) -> list[pathlib.Path]:
+    """The files of the README's numbered list."""
+    return [ROOT / name for name in re.findall(r"^\d+\. \[.*?\]\((.*?)\)", readme, re.MULTILINE)]
+
+
+def with_line_count(readme: str) -> str:
+    """The README with the right sum of lines of the files to read first."""
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files_to_read_first(readme))
+    return re.sub(r"together [\d,]+ lines", f"together {lines:,} lines", readme)
+
+
+if __name__ == "__main__":
+    CONFIG.write_text(reference(), encoding="utf-8")
+    README.write_text(with_line_count(README.read_text(encoding="utf-8")), encoding="utf-8")
