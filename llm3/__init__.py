@@ -18,11 +18,11 @@ EXPORTS = {
     "abstract": "llm3.models.transformer",
     "init": "llm3.models.transformer",
     "load_config": "llm3.config.load:load",
-    "load_stage": "llm3.cli.generate",
-    "make_guard": "llm3.training.guard:make",
+    "load_stage": "llm3.checkpoints.load",
     "make_mesh": "llm3.distributed.sharding",
-    "make_partition": "llm3.optim.partition:make",
+    "make_partition": "llm3.optim.partition",
     "make_train_step": "llm3.training.step",
+    "new_guard": "llm3.training.guard",
     "sample": "llm3.models.decoding",
 }
 

@@ -15,7 +15,8 @@ GSM8K. Every machine takes the same batch of 2.1M tokens; what changes is the me
 
 The first of two figures is for products, memory traffic and collectives one after another, the second for all at once.
 Half of the traffic are the scores of attention, which are held for a layer at a time: windows of 32,768 tokens would
-have 16 times of these, and do not fit. On the v5p, `plan --aot` had the compiler's own account within 1 % (see README).
+have 16 times of these, and do not fit. On the v5p, `plan --aot` had the compiler's own account within 1 %:
+see docs/results.md.
 """
 
 from ml_collections import ConfigDict
