@@ -18,6 +18,7 @@ from types import ModuleType
 
 from llm3 import evals, objectives
 from llm3.config.schema import RunConfig
+from llm3.registry import load_plugin, plugin_names
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG, README = ROOT / "docs" / "config.md", ROOT / "README.md"
@@ -100,8 +101,8 @@ def table(rows: list[Field]) -> str:
 
 def options(folder: ModuleType, what: str) -> Iterator[str]:
     """A section for each plugin of a folder that has options."""
-    for name in folder.names():
-        if chosen := getattr(folder.load(name), "Options", None):
+    for name in plugin_names(folder):
+        if chosen := getattr(load_plugin(folder, name), "Options", None):
             kind = lambda each: getattr(each.type, "__name__", each.type)  # noqa: E731
             rows = [f"| `{each.name}` | `{kind(each)}` | `{each.default!r}` |" for each in dataclasses.fields(chosen)]
             head = "| option | type | default |\n|---|---|---|"

@@ -1,18 +1,21 @@
 """The configs of published sizes: as large as published, lawful, and of a size that their machines have room for."""
 
 import pytest
+from jax.sharding import AbstractMesh
 
 from llm3.__main__ import main
 from llm3.config.load import load
 from llm3.config.schema import RunConfig
 from llm3.distributed.machines import parse
-from llm3.distributed.sharding import check_batch
+from llm3.distributed.sharding import MESH_AXES, check_batch
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
-from llm3.planning.plan import forecasts, on_paper
+from llm3.planning.plan import forecasts, on_paper, stage_on
 from llm3.stages import rules as stages
+from llm3.stages.experiment import prepare
 from llm3.stages.stage import plan_stage
 from llm3.tree import size
+from tests.helpers import tiny_run
 
 TOPOLOGIES = {"h100x8": "h100x8", "h100x64": "h100x64", "v5p-512": "v5p:8x8x4"}
 PUBLISHED = {"llama3_8b": 8.03e9, "llama3_70b": 70.55e9, "qwen3_0p6b": 0.596e9}  # parameters
@@ -79,7 +82,24 @@ def test_a_machine_of_another_size_than_the_mesh_is_refused(capsys):
     assert "does not fit 8 devices" in capsys.readouterr().err
 
 
-def test_the_cpu_of_this_machine_is_a_topology_too(capsys):
-    assert main(["plan", "--config=configs/quickstart.py", "--topology=cpu", "--stages=finetune"]) == 0
+def test_the_cpu_of_this_machine_is_a_topology_too(tmp_path, capsys):
+    """The documents are read for the classes of a task, and their absence is said."""
+    config = tiny_run.write_config(tmp_path / "config.py", tmp_path)
+    line = ["plan", f"--config={config}", f"--workdir={tmp_path}/run", "--topology=cpu", "--stages=finetune"]
+    assert main(line) == 0
     told = capsys.readouterr().out
-    assert "finetune on cpu, one device" in told and "1 is counted" in told
+    assert "finetune on cpu, one device" in told and "assumed 1 class" in told
+    tiny_run.write_texts(tmp_path / "texts")
+    assert main(line) == 0
+    assert "assumed 1 class" not in capsys.readouterr().out
+
+
+def test_a_plan_for_a_machine_is_of_the_same_stages_as_one_with_the_data(tmp_path):
+    """A classifier is read at as few positions as its windows hold documents, which only the data says."""
+    tiny_run.write_texts(tmp_path / "texts")
+    file = tiny_run.write_config(tmp_path / "config.py", tmp_path, "c.model.pool = 'last'")
+    config, one = load(str(file)), AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    for stage in prepare(config, tmp_path / "run", list(config.stages)).stages.values():
+        planned, notes = stage_on(config, stage.name, tmp_path / "run", parse("cpu"))
+        assert (planned.model, planned.labels, notes) == (stage.model, stage.labels, [])
+        assert planned.phases(one)[0].flops == stage.phases(one)[0].flops
