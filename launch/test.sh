@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint, format, import floors and all tests, with the slow ones.
+# Lint, format, import floors and the tests, and what they cost. `--all`: the slow ones as well.
 #
-#   launch/test.sh [arguments of pytest ...]      e.g. launch/test.sh tests/test_report.py -m 'not slow' -n 0
+#   launch/test.sh [--all] [arguments of pytest ...]      e.g. launch/test.sh tests/report -n 0
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
@@ -9,9 +9,14 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 "$root/launch/setup.sh" test
 cd "$root"
+which=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    which=()
+    shift
+fi
 bin=$root/.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports"
 # Whole files go to one process: tests of a file share what they have compiled.
-exec "$bin/python" -m pytest -n 2 --dist loadfile "$@"
+time "$bin/python" -m pytest -n 2 --dist loadfile "${which[@]}" "$@"

@@ -39,8 +39,8 @@ def runs(tmp_path_factory):
     config = tiny.write_config(base / "config.py", base, EXTRA)
     whole, killed = base / "whole", base / "killed"
     command = lambda workdir: ("run", f"--config={config}", f"--workdir={workdir}")  # noqa: E731
-    tiny.process(base, command(whole))
-    tiny.process(base, command(killed), point="SIGKILL@saved:posttrain:8", status=-9)
+    tiny.process(command(whole))
+    tiny.process(command(killed), point="SIGKILL@saved:posttrain:8", status=-9)
     return types.SimpleNamespace(base=base, whole=whole, killed=killed, command=command)
 
 
@@ -101,7 +101,7 @@ def test_a_run_falls_back_to_the_step_before_says_so_and_ends_as_one_that_was_no
     workdir = Path(shutil.copytree(runs.killed, runs.base / "fallen back"))
     latest = workdir / "posttrain" / "checkpoints" / "8"
     halve(largest(latest / "params"))
-    output = tiny.process(runs.base, runs.command(workdir)).stdout
+    output = tiny.process(runs.command(workdir)).stdout
     assert f"posttrain: step 8 is damaged and was skipped: {latest / 'params'}" in output
     assert "posttrain: resumes at step 4" in output
     assert tiny.digests(workdir) == tiny.digests(runs.whole)
@@ -113,7 +113,7 @@ def test_a_run_without_an_intact_base_is_refused_and_nothing_is_changed(runs, pa
     stage = workdir / "posttrain"
     flip(max(data_files(stage / part), key=lambda path: path.stat().st_size))
     before = {path: path.read_bytes() for path in data_files(stage)}
-    error = tiny.process(runs.base, runs.command(workdir), status=2).stderr
+    error = tiny.process(runs.command(workdir), status=2).stderr
     assert f"{stage / 'checkpoints'}: none of its checkpoints can be read" in error and str(stage / part) in error
     assert "Traceback" not in error
     assert {path: path.read_bytes() for path in data_files(stage)} == before

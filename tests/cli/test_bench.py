@@ -27,7 +27,7 @@ def answers(tmp_path_factory):
         "lora": (lora, "--stage=finetune", "--json"),
     }
     lines = [("bench", f"--config={file}", f"--workdir={base}/run", *rest) for file, *rest in commands.values()]
-    done = tiny.process(base, *lines)
+    done = tiny.process(*lines)
     return SimpleNamespace(**dict(zip(commands, done.stdout.split(tiny.NEXT), strict=False)))
 
 

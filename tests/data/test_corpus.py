@@ -4,7 +4,6 @@ import collections
 import hashlib
 import itertools
 import re
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -78,14 +77,14 @@ def test_the_corpora_are_large_enough_and_about_what_they_say(splits):
     for phrase in ("argparse", "itertools", "The standard type hierarchy"):
         assert phrase in everything["python"]
     for phrase in (
-        "numpy._core.flatiter",
-        "scipy.special.elliprc",
-        "jax._src.numpy",
-        "optax",
-        "orbax.checkpoint",
-        "flax.nnx",
+        "numpy.",
+        "scipy.special.",
+        "jax.",
+        "optax.",
+        "orbax.checkpoint.",
+        "flax.nnx.",
     ):
-        assert phrase in everything["numerical"]
+        assert f"\n\n{phrase}" in everything["numerical"]
 
 
 def test_every_class_is_in_every_split_and_none_is_a_majority(splits):
@@ -112,10 +111,9 @@ def test_masking_goes_by_words():
     )
 
 
-def test_a_second_load_is_quick(splits, directory):
-    start = time.perf_counter()
+def test_a_second_load_reads_what_the_first_has_kept(splits, directory, monkeypatch):
+    monkeypatch.delattr(corpus, "_extract_into")
     again = corpus.load_corpus("numerical", "train", directory)
-    assert time.perf_counter() - start < 1
     assert again["text"][0] == splits["numerical"]["train"]["text"][0]
 
 

@@ -13,7 +13,7 @@ from llm3.data import tokenizer
 from llm3.data.formats import BadRow, text
 from llm3.data.sources import split as sources
 
-SHARED = Path(__file__).parents[3] / "shared"
+FIXTURES = Path(__file__).parent / "fixtures"
 SCRIPTS = (
     "中文没有空格。词与词之间不分开。混合 mixed 文字",
     "👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇳 emoji",
@@ -106,9 +106,7 @@ def test_bytes_out_equal_bytes_in_for_any_script(trained, texts, escaped):
 
 
 def test_a_chinese_corpus_has_sensible_bytes_per_token_with_and_without_spaces():
-    folder = SHARED / "data/reading/cmrc2018"
-    if not folder.exists():
-        pytest.skip("the folder of shared real text is absent")
+    folder = FIXTURES / "reading/cmrc2018"
     files = {split: str(folder / f"{split}.jsonl") for split in ("train", "test")}
     source = SourceConfig("json", data_files=files, text="context")
     with tempfile.TemporaryDirectory() as cache:
@@ -119,6 +117,6 @@ def test_a_chinese_corpus_has_sensible_bytes_per_token_with_and_without_spaces()
     trained = tokenizer.train(train, 4096)
     for texts in (test, ["".join(each.split()) for each in test]):
         tokens = sum(len(ids) for ids in trained.encode_batch(texts))
-        assert sum(len(each.encode()) for each in texts) / tokens >= 2.5  # a character has 3 bytes; measured: 3.18
+        assert sum(len(each.encode()) for each in texts) / tokens >= 2.5  # a character has 3 bytes; measured: 2.73
     words = [piece for piece in map(trained.decode, ([i] for i in range(trained.vocab_size))) if "中" in piece]
     assert any(len(word) > 1 for word in words)

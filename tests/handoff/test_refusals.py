@@ -45,7 +45,7 @@ def parent(tmp_path_factory):
             file.with_name(file.name.replace("task", name)).write_text("".join(lines))
     config, run = tiny.write_config(base / "config.py", base, EXTRA.strip()), base / "run"
     point = "SIGKILL@saved:finetune:8"
-    tiny.process(base, ("run", f"--config={config}", f"--workdir={run}"), point=point, status=-9)
+    tiny.process(("run", f"--config={config}", f"--workdir={run}"), point=point, status=-9)
     return types.SimpleNamespace(config=str(config), run=run, base=base)
 
 

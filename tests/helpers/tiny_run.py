@@ -1,29 +1,29 @@
 """A whole experiment in seconds: its texts, its config file, and processes that run it and can be made to die.
 
-`python tiny_run.py POINTS COMMANDS` does what `python -m llm3 ...` does for each of some command lines, in JSON, in one
-process that ends itself at the last of POINTS, for example `SIGKILL@log:pretrain:6`: see `die_at`. At the points before
-it, separated by commas, die processes that do the same before this one does.
+`run([POINTS, COMMANDS])` does what `python -m llm3 ...` does for each of some command lines, in JSON, in one process
+that ends itself at the last of POINTS, for example `SIGKILL@log:pretrain:6`: see `die_at`. At the points before it,
+separated by commas, die processes that do the same before this one does.
 """
 
 import functools
-import importlib
-import inspect
 import itertools
 import json
 import os
 import pathlib
-import pkgutil
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+from tests.helpers import forks
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data" / "general" / "validation.jsonl"
+DATA = ROOT / "tests" / "data" / "fixtures"  # excerpts of real text, laid out as the configs read a `data_dir`
 STAGES = ("pretrain", "posttrain", "finetune", "scratch")
 NEXT = "-- the next command --"  # printed after each command
+ENDS_WITHIN = 1800  # seconds, on however busy a machine
 KILLED = "-- killed --"  # printed after each process that was to die
 SPLITS = {"train": 0.7, "validation": 0.15, "test": 0.15}
 
@@ -65,13 +65,9 @@ def get_config():
 
 
 def documents() -> list[str]:
-    """Paragraphs of English: of the shared texts, or of the standard library's documentation."""
-    if SHARED.is_file():
-        texts = [json.loads(line)["text"] for line in SHARED.open(encoding="utf-8")]
-    else:
-        modules = [pkgutil.resolve_name(name) for name in ("json", "argparse", "logging", "string", "pathlib", "ast")]
-        members = [value for module in modules for value in vars(module).values()]
-        texts = list(dict.fromkeys(text for each in members if (text := inspect.getdoc(each))))
+    """240 paragraphs of English, 100 to 400 characters each."""
+    lines = (line for split in ("train", "validation") for line in (DATA / "general" / f"{split}.jsonl").open("rb"))
+    texts = [json.loads(line)["text"] for line in lines]
     pieces = (" ".join(piece.split()) for text in texts for piece in re.split(r"\n\s*\n", text))
     return list(dict.fromkeys(piece[:400] for piece in pieces if len(piece) > 100))[:240]
 
@@ -122,26 +118,25 @@ def digests(workdir: pathlib.Path) -> dict[str, str]:
     return {name: row["params_digest"] for name, row in rows(workdir).items()}
 
 
+class Done(NamedTuple):
+    """What a process that has ended said."""
+
+    stdout: str
+    stderr: str
+
+
 def process(
-    base: pathlib.Path, *commands: Iterable[object], point: str = "", status: int = 0, deaths: Iterable[str] = ()
-) -> subprocess.CompletedProcess:
+    *commands: Iterable[object], point: str = "", status: int = 0, deaths: Iterable[str] = (), plots: bool = False
+) -> Done:
     """Run command lines one after another, up to the first that fails, in one process on one device.
 
-    It dies at `point` (see `die_at`). What XLA compiled, nearly without optimising, is kept beside `base`. Asserts that
-    it ends with `status`, and that before it one process after another was killed at the points `deaths`.
+    It dies at `point` (see `die_at`); plots are drawn where `plots` says so. Asserts that it ends with `status`, and
+    that before it one process after another was killed at the points `deaths`.
     """
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_COMPILATION_CACHE_DIR": str(base.parent / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONUNBUFFERED": "1",  # so that what a process said before it was killed is heard
-    }
     arguments = json.dumps([[str(each) for each in command] for command in commands])
-    command = [sys.executable, __file__, ",".join([*deaths, point]), arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stdout + done.stderr
+    fork = forks.Fork([",".join([*deaths, point]), arguments], {"LLM3_TEST_PLOTS": str(int(plots))})
+    done = Done(*fork.communicate(ENDS_WITHIN))
+    assert fork.returncode == status, done.stdout + done.stderr
     return done
 
 
@@ -244,12 +239,21 @@ def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
     training.compile_step = patched
 
 
-if __name__ == "__main__":
+def without_plots() -> None:
+    """Empty files in place of plots, which cost more than all else of a tiny run's report."""
+    from matplotlib.figure import Figure
+
+    Figure.savefig = lambda figure, path, **_: pathlib.Path(path).write_bytes(b"")
+
+
+def run(arguments: Sequence[str]) -> NoReturn:
+    """What the module's docstring says, and the end of this process."""
     from llm3.__main__ import main
 
-    *deaths, point = sys.argv[1].split(",")
-    for module in ("llm3.cli.run", "tensorboardX") if deaths else ():
-        importlib.import_module(module)  # once, before it forks
+    points, commands = arguments
+    *deaths, point = points.split(",")
+    if os.environ.get("LLM3_TEST_PLOTS") != "1":
+        without_plots()
     for death in deaths:
         if not (child := os.fork()):
             point = death
@@ -258,7 +262,8 @@ if __name__ == "__main__":
         print(KILLED, flush=True)
     if point:
         die_at(point)
-    for arguments in json.loads(sys.argv[2]):
-        if status := main(arguments):
+    for command in json.loads(commands):
+        if status := main(command):
             sys.exit(status)
         print(NEXT, flush=True)
+    sys.exit()

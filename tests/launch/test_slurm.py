@@ -13,7 +13,7 @@ import pytest
 
 from llm3.distributed.processes import detect
 from llm3.errors import Exit
-from tests.helpers import slurm_cluster, tiny_cluster
+from tests.helpers import forks, slurm_cluster
 from tests.helpers import tiny_run as tiny
 
 STAGES = ("pretrain", "posttrain", "finetune")
@@ -69,7 +69,7 @@ def repository(tmp_path_factory):
     llm3 = f'if [ "$1" = -m ]; then exec {sys.executable} {base}/worker.py "${{@:3}}"; fi'
     python.write_text(f'#!/usr/bin/env bash\n{llm3}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    environment = tiny_cluster.environment(base, devices=1) | {"LLM3_ACCELERATOR": "cpu", "CONFIG": str(config)}
+    environment = forks.environment() | {"LLM3_ACCELERATOR": "cpu", "CONFIG": str(config)}
 
     def run(*command, **more):
         done = subprocess.run(

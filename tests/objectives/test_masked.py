@@ -239,7 +239,7 @@ def test_an_encoder_is_pretrained_posttrained_and_fine_tuned_to_classify(tmp_pat
 c.stages.pretrain.objective = c.stages.posttrain.objective = "masked"
 del c.stages["scratch"], c.evaluations["general"], c.evaluations["domain"]"""
     config, run = tiny.write_config(tmp_path / "config.py", tmp_path, extra), tmp_path / "run"
-    tiny.process(tmp_path, ("run", f"--config={config}", f"--workdir={run}"))
+    tiny.process(("run", f"--config={config}", f"--workdir={run}"))
     losses = [line["loss"] for line in tiny.metrics(run / "pretrain")]
     assert losses[-1] < losses[0]
     meta = Checkpoints(run / "finetune" / "checkpoints", read_only=True).meta(10)

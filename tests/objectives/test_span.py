@@ -28,7 +28,7 @@ from tests.helpers.tiny import jit, make_params, model_config, stack
 from tests.helpers.tiny_cache import BYTES, MemoryCache
 
 SOURCE = SourceConfig("x", text="context", prompt="question", answers="answers")
-CMRC = pathlib.Path(__file__).parents[3] / "shared" / "data" / "reading" / "cmrc2018" / "train.jsonl"
+CMRC = pathlib.Path(__file__).parents[1] / "data" / "fixtures" / "reading" / "cmrc2018" / "train.jsonl"
 MIXED = "Zürich 🏔️ hat 434'335 Einwohner；蘇黎世是瑞士最大的城市，e\u0301tat 2020。"
 
 
@@ -115,10 +115,9 @@ def test_offsets_into_a_template_are_refused():
         SourceConfig("x", text="{title}\n{context}", prompt="question", answers="answers")
 
 
-@pytest.mark.skipif(not CMRC.exists(), reason="CMRC 2018 is not on this machine")
 def test_every_answer_of_cmrc_2018_is_found_in_the_tokens_that_cover_it():
     rows = [json.loads(line) for line in CMRC.read_text(encoding="utf-8").splitlines()]
-    tok = tokenizer.train(sorted({each["context"] for each in rows})[:300], 2048)
+    tok = tokenizer.train([each["context"] for each in rows], 2048)
     exact = 0
     for each in rows:
         record = span.read_row(each, SOURCE)
@@ -127,7 +126,7 @@ def test_every_answer_of_cmrc_2018_is_found_in_the_tokens_that_cover_it():
         covered = tok.decode(found.tokens[first : last + 1])
         assert record["answers"][0][0] in covered
         exact += record["answers"][0][0].strip() == covered.strip()
-    assert len(rows) == 3219 and exact / len(rows) > 0.94  # the others share a token with a neighbour
+    assert len(rows) == 48 and exact / len(rows) > 0.94  # the others share a token with a neighbour
 
 
 def contexts(*answers, question="qq") -> MemoryCache:

@@ -46,7 +46,7 @@ def run(base, name, layout, *more, status=0, points=None):
     processes, devices = LAYOUTS[layout]
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in MESHES[layout].items()]
     command = started(base, name, *mesh, *more)
-    ended = cluster.run(base, *command, processes=processes, devices=devices, points=points)
+    ended = cluster.run(*command, processes=processes, devices=devices, points=points)
     if status is not None:
         assert [each.status for each in ended] == [status] * processes, "\n".join(each.stderr for each in ended)
     return ended

@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     seen = train.read_text(encoding="utf-8").splitlines()[:2]
     validation.write_text("\n".join([*seen, *validation.read_text(encoding="utf-8").splitlines()[:2]]))
     config = tiny_run.write_config(base / "config.py", base, EXTRA)
-    tiny_run.process(base, ("run", f"--config={config}", f"--workdir={base / 'run'}", "--stages=pretrain,posttrain"))
+    tiny_run.process(("run", f"--config={config}", f"--workdir={base / 'run'}", "--stages=pretrain,posttrain"))
     return base / "run"
 
 

@@ -60,9 +60,9 @@ def runs(tmp_path_factory):
     config = tiny.write_config(base / "config.py", base, EXTRA)
     whole, killed = base / "whole", base / "killed"
     command = lambda workdir: ("run", f"--config={config}", f"--workdir={workdir}")  # noqa: E731
-    tiny.process(base, command(whole))
+    tiny.process(command(whole))
     points = drawn(SEED)
-    output = tiny.process(base, command(killed), deaths=[f"SIGKILL@{point}" for point in points]).stdout
+    output = tiny.process(command(killed), deaths=[f"SIGKILL@{point}" for point in points]).stdout
     return types.SimpleNamespace(whole=whole, killed=killed, points=points, output=output)
 
 

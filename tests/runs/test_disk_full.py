@@ -200,7 +200,7 @@ def base(tmp_path_factory):
     """With the texts, and a run of two stages that was not disturbed; the second one rests on a base."""
     directory = tmp_path_factory.mktemp("full") / "base"
     tiny.write_texts(directory / "texts")
-    tiny.process(directory, command(directory, directory / "whole"))
+    tiny.process(command(directory, directory / "whole"))
     return directory
 
 
@@ -230,12 +230,12 @@ def test_a_run_on_a_disk_that_fills_up_says_what_is_whole_and_goes_on_once_there
     }
     for allowed, (lost, kept) in said.items():
         disk.allow(allowed)
-        error = tiny.process(base, command(base, workdir), status=Exit.NOT_WRITTEN).stderr
+        error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
         assert error.startswith("llm3: ") and len(error.splitlines()) == 1, error
         assert f"{workdir}/{lost} was not written: {FULL}; " in error and kept in error and "same command" in error
         assert_checkpoints_are_intact(workdir)
     disk.free()
-    assert "posttrain: resumes at step 4" in tiny.process(base, command(base, workdir)).stdout
+    assert "posttrain: resumes at step 4" in tiny.process(command(base, workdir)).stdout
     assert tiny.digests(workdir) == tiny.digests(whole)
     assert not [path for path in workdir.rglob("*") if "-tmp" in path.name or "partial" in path.name]
 
@@ -247,12 +247,12 @@ def test_a_report_that_has_no_space_is_named_and_written_by_the_same_command(bas
     for path in [*workdir.glob("*.png"), workdir / "report.md", workdir / "matrix.json"]:
         path.unlink()
     disk.fill(4 * PAGE)
-    error = tiny.process(base, command(base, workdir), status=Exit.NOT_WRITTEN).stderr
+    error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
     assert error.startswith(
         f"llm3: {workdir / 'report.md'} was not written: {FULL}; the checkpoint of step 10 of posttr"
     )
     disk.free()
-    tiny.process(base, command(base, workdir))
+    tiny.process(command(base, workdir))
     assert (workdir / "matrix.json").read_bytes() == (base / "whole" / "matrix.json").read_bytes()
 
 
@@ -262,7 +262,7 @@ def test_of_two_processes_the_one_that_finds_no_space_says_so_and_the_other_ends
     """Orbax lets processes wait for one that has failed for many minutes."""
     workdir = disk.path / "run"
     disk.allow(int(share * taken(base / "whole" / "pretrain" / "checkpoints" / "8")))
-    ended = cluster.run(base, *command(base, workdir), devices=2)
+    ended = cluster.run(*command(base, workdir), devices=2)
     assert all(each.status for each in ended) and Exit.NOT_WRITTEN in [each.status for each in ended]
     told = next(each.stderr for each in ended if each.status == Exit.NOT_WRITTEN)
     assert f"was not written: {FULL}; " in told and "Traceback" not in told

@@ -1,6 +1,8 @@
 """A few steps of the configs of encoders, answers, spans and denoisers: whole runs of every objective."""
 
 import itertools
+import json
+import pathlib
 
 import pytest
 
@@ -8,7 +10,6 @@ from tests.helpers import tiny_run
 
 pytestmark = pytest.mark.slow
 
-DATA = tiny_run.ROOT.parent / "shared" / "data"
 SMALL = {
     "tokenizer.vocab_size": 300,
     "model.layers": 2,
@@ -18,44 +19,57 @@ SMALL = {
 }
 
 
-def rows_of(tmp_path, config, stages, **changes):
-    """{stage: its row} of a run of two steps a stage, and the metrics of its last stage."""
-    steps = {f"stages.{name}.{field}": 2 for name in stages for field in ("steps", "save_every", "log_every")}
+def rows_of(tmp_path, config, stages, steps=2, **changes):
+    """{stage: its row} of a run of a few steps a stage, and the metrics of its last stage."""
+    steps = {f"stages.{name}.{field}": steps for name in stages for field in ("steps", "save_every", "log_every")}
     steps |= {f"stages.{name}.optimizer.warmup_steps": 1 for name in stages}
     overrides = [f"--config.{field}={value}" for field, value in (SMALL | steps | changes).items()]
     run = ["run", f"--config={tiny_run.ROOT / 'configs' / config}", f"--workdir={tmp_path / 'run'}"]
-    tiny_run.process(tmp_path, [*run, f"--stages={','.join(stages)}", *overrides])
+    tiny_run.process([*run, f"--stages={','.join(stages)}", *overrides])
     return tiny_run.rows(tmp_path / "run"), tiny_run.metrics(tmp_path / "run" / stages[-1])
 
 
-@pytest.fixture
-def data():
-    if not DATA.exists():
-        pytest.skip("the folder of shared real text is absent")
-    return {"data_dir": DATA}
+def learnt_by_heart(directory: pathlib.Path, folder: str, rows: list[dict]) -> None:
+    """Rows as training, validation and test split at once, so that what is learnt is what is asked."""
+    (directory / folder).mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        (directory / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_an_encoder_reads_chinese_and_points_at_answers(tmp_path, data):
-    sizes = {f"sources.{name}.max_documents": 60 for name in ("contexts", "questions")}
-    sizes |= {"evaluations.contexts.max_documents": 4, "evaluations.reading.max_documents": 24}
-    rows, _ = rows_of(tmp_path, "cmrc.py", ("pretrain", "finetune"), **data, **sizes)
+def fixture(file: str) -> list[dict]:
+    return [json.loads(line) for line in (tiny_run.DATA / file).read_text(encoding="utf-8").splitlines()]
+
+
+def test_an_encoder_that_learns_questions_about_chinese_by_heart_points_at_their_answers(tmp_path):
+    learnt_by_heart(tmp_path / "data", "reading/cmrc2018", fixture("reading/cmrc2018/train.jsonl")[:8])
+    few = {f"stages.finetune.{field}": 60 for field in ("steps", "save_every", "log_every")}
+    few |= {"stages.finetune.optimizer.learning_rate": 1e-2, "sources.questions.validation_share": 0}
+    rows, _ = rows_of(tmp_path, "cmrc.py", ("pretrain", "finetune"), data_dir=tmp_path / "data", **few)
     assert rows["pretrain"]["contexts_items"] > 0 and rows["pretrain"].get("reading_f1") is None
-    assert rows["finetune"]["parent"] == "pretrain" and rows["finetune"]["reading_items"] == 24
-    assert 0 <= rows["finetune"]["reading_exact_match"] <= rows["finetune"]["reading_f1"] <= 1
+    assert rows["finetune"]["parent"] == "pretrain" and rows["finetune"]["reading_items"] == 8
+    assert 0.75 <= rows["finetune"]["reading_exact_match"] <= rows["finetune"]["reading_f1"] <= 1
 
 
-def test_answers_are_written_and_chosen_after_every_stage(tmp_path, data):
-    sizes = {f"sources.{name}.max_documents": 60 for name in ("general", "medquad", "questions", "pubmedqa")}
-    sizes |= {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain", "answers", "reading")}
-    sizes |= {"evaluations.answers.options.max_tokens": 8, "evaluations.answers.batch_size": 4}
-    sizes |= {"evaluations.reading.batch_size": 4, "evaluations.reading.sequence_length": 1024}
+def test_answers_that_are_learnt_by_heart_are_written_and_chosen_after_every_stage(tmp_path):
+    learnt_by_heart(tmp_path / "data", "general", fixture("general/validation.jsonl")[:2])
+    answered = [row | {"answer": " ".join(row["answer"].split()[:2])} for row in fixture("medical/medquad/test.jsonl")]
+    learnt_by_heart(tmp_path / "data", "medical/medquad", answered[:4])
+    abstracts = {row["label"]: row for row in fixture("medical/pubmedqa/train.jsonl")}  # the last one of each label
+    abstracts = [row | {"context": row["context"][:200]} for row in abstracts.values()]
+    learnt_by_heart(tmp_path / "data", "medical/pubmedqa", abstracts)
     names = ("pretrain", "posttrain", "finetune")
-    rows, metrics = rows_of(tmp_path, "reading.py", names, **data, **sizes)
+    sizes = {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain", "answers", "reading")}
+    sizes |= {"evaluations.answers.options.max_tokens": 24, "evaluations.answers.batch_size": 4}
+    sizes |= {"evaluations.reading.batch_size": 3}
+    few = {f"stages.{name}.{field}": 80 for name in names[1:] for field in ("steps", "save_every", "log_every")}
+    few |= {f"stages.{name}.optimizer.learning_rate": 1e-2 for name in names[2:]}
+    rows, metrics = rows_of(tmp_path, "reading.py", names, data_dir=tmp_path / "data", **sizes, **few)
     for name in ("init", *names):
-        for figure in ("answers_f1", "answers_rouge_l", "answers_exact_match", "reading_accuracy"):
-            assert 0 <= rows[name][figure] <= 1, (name, figure)
-        assert rows[name]["reading_majority_accuracy"] >= 0.25
-        assert rows[name]["answers_items"] == rows[name]["reading_items"] == 4
+        assert rows[name]["reading_majority_accuracy"] == pytest.approx(1 / 3)
+        assert rows[name]["answers_items"] == 4 and rows[name]["reading_items"] == 3
+    for figure in ("answers_f1", "answers_rouge_l", "answers_exact_match"):
+        assert rows["init"][figure] <= rows["pretrain"][figure] < 0.25 < 0.7 < rows["posttrain"][figure] <= 1, figure
+    assert rows["finetune"]["reading_accuracy"] == 1 > rows["init"]["reading_accuracy"]
     first, last = (tiny_run.metrics(tmp_path / "run" / name) for name in ("pretrain", "posttrain"))
     assert first[-1]["epochs_general"] > 0 and set(metrics[-1]) >= {"epochs_pubmedqa"}
     assert rows["posttrain"]["epochs"].keys() == {"general", "medquad", "questions"}  # general: replayed
@@ -64,25 +78,25 @@ def test_answers_are_written_and_chosen_after_every_stage(tmp_path, data):
     assert "## Epochs of each source" in report and "- overlap: " in report
 
 
-def test_an_encoder_and_a_decoder_of_one_config_have_the_same_parameters_and_tokens(tmp_path, data):
+def test_an_encoder_and_a_decoder_of_one_config_have_the_same_parameters_and_tokens(tmp_path):
     sizes = {f"sources.{name}.max_documents": 60 for name in ("general", "medquad")}
     sizes |= {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain")}
     found = {}
     for family in ("encoder", "decoder"):
         names = ("pretrain", "posttrain", "finetune_0")
-        found[family], _ = rows_of(tmp_path / family, f"encoder.py:{family}", names, **data, **sizes)
+        found[family], _ = rows_of(tmp_path / family, f"encoder.py:{family}", names, data_dir=tiny_run.DATA, **sizes)
     for name, figure in itertools.product(("pretrain", "posttrain", "finetune_0"), ("params", "trainable_params")):
         assert found["encoder"][name][figure] == found["decoder"][name][figure]
     for name in ("pretrain", "posttrain"):
         tokens = [found[family][name]["tokens"] for family in found]
         assert tokens[0] == tokens[1] == 2 * 32 * 128
-    assert found["encoder"]["finetune_0"]["task_items"] == 815
+    assert found["encoder"]["finetune_0"]["task_items"] == 34
 
 
 def test_a_mixture_of_denoisers_is_pretrained(tmp_path):
     tiny_run.write_texts(tmp_path / "texts")
     extra = "with c.ignore_type():\n    c.stages.pretrain.objective = dict(name='prefix', denoisers='ul2')"
     config = tiny_run.write_config(tmp_path / "config.py", tmp_path, extra)
-    tiny_run.process(tmp_path, ("run", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--stages=pretrain"))
+    tiny_run.process(("run", f"--config={config}", f"--workdir={tmp_path / 'run'}", "--stages=pretrain"))
     losses = [line["loss"] for line in tiny_run.metrics(tmp_path / "run" / "pretrain")]
     assert losses[-1] < losses[0]

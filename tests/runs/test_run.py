@@ -25,7 +25,7 @@ def whole(base):
     """An uninterrupted run of all stages."""
     config, workdir = tiny.write_config(base / "config.py", base), base / "whole"
     command = ("run", f"--config={config}", f"--workdir={workdir}")
-    output = tiny.process(base, command).stdout
+    output = tiny.process(command, plots=True).stdout
     return types.SimpleNamespace(base=base, config=config, workdir=workdir, command=command, output=output)
 
 
@@ -99,7 +99,6 @@ def answers(whole):
     common, prompt = whole.command[1:], ("--prompt=The president", "--max_tokens=4", "--seed=1")
     before = tiny.files(whole.workdir)
     done = tiny.process(
-        whole.base,
         whole.command,
         ("eval", *common),
         ("generate", common[1], *prompt),
@@ -136,8 +135,8 @@ def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_bee
     cache = f"--config.cache_dir={whole.base / 'killed-cache'}"
     command = ("run", f"--config={config}", f"--workdir={workdir}", cache)
     for point in ("tokenizer", "tokens", "log:pretrain:6", "saving:posttrain:4", "saved:finetune:8", "row:scratch"):
-        tiny.process(whole.base, command, point=f"SIGKILL@{point}", status=-9)
-    done = tiny.process(whole.base, command)
+        tiny.process(command, point=f"SIGKILL@{point}", status=-9)
+    done = tiny.process(command)
     assert "scratch: resumes at step 10" in done.stdout
     assert_same_results(workdir, whole)
 
@@ -145,22 +144,22 @@ def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_bee
 def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same(whole):
     workdir = whole.base / "damaged"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
-    tiny.process(whole.base, command, point="SIGKILL@saved:pretrain:8", status=-9)
+    tiny.process(command, point="SIGKILL@saved:pretrain:8", status=-9)
     params = workdir / "pretrain" / "checkpoints" / "8" / "params"
     largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
-    stopped = tiny.process(whole.base, command, point="SIGINT@log:posttrain:6", status=130)
+    stopped = tiny.process(command, point="SIGINT@log:posttrain:6", status=130)
     assert "step 8 is damaged and was skipped" in stopped.stdout and "pretrain: resumes at step 4" in stopped.stdout
     # the status says that nothing was raised; Orbax may log what became of its other reads of the damaged step
     assert "The same command resumes" in stopped.stdout
     assert newest(workdir, "posttrain").latest() == 7
 
-    stopped = tiny.process(whole.base, command, point="SIGTERM@log:finetune:4", status=75)
+    stopped = tiny.process(command, point="SIGTERM@log:finetune:4", status=75)
     assert "posttrain: resumes at step 7" in stopped.stdout
     assert newest(workdir, "finetune").latest() == 5
 
-    assert "finetune: resumes at step 5" in tiny.process(whole.base, command).stdout
+    assert "finetune: resumes at step 5" in tiny.process(command).stdout
     assert_same_results(workdir, whole)
 
 
@@ -170,7 +169,6 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     start = f"--config.stages.posttrain.start={{'run': '{parent}', 'stage': 'pretrain'}}"
     here, there = (("run", f"--config={whole.config}", f"--workdir={each}") for each in (parent, child))
     tiny.process(
-        whole.base,
         (*here, "--stages=pretrain"),
         (*there, "--stages=posttrain", start),
         (*there, "--stages=finetune,scratch", start),
@@ -188,7 +186,7 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
 def test_a_run_goes_on_with_the_same_examples_on_another_number_of_devices(whole):
     workdir = whole.base / "moved"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain")
-    tiny.process(whole.base, command, point="SIGKILL@saved:pretrain:4", status=-9)
+    tiny.process(command, point="SIGKILL@saved:pretrain:4", status=-9)
     assert main([*command]) == 0  # one device until step 4, eight from there on
     moved, stayed = tiny.metrics(workdir / "pretrain"), tiny.metrics(whole.workdir / "pretrain")
     assert [line["step"] for line in moved] == [line["step"] for line in stayed]
@@ -213,7 +211,7 @@ def test_a_report_that_was_cut_short_is_written_again(whole):
     matrix = whole.workdir / "matrix.json"
     before = matrix.read_text()
     matrix.unlink()
-    output = tiny.process(whole.base, whole.command).stdout
+    output = tiny.process(whole.command).stdout
     assert "Report:" in output and matrix.read_text() == before
 
 

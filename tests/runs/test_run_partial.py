@@ -92,11 +92,10 @@ def whole(base):
     """
     config, workdir = tiny.write_config(base / "config.py", base, STAGES), base / "whole"
     common = (f"--config={config}", f"--workdir={workdir}")
-    tiny.process(base, ("run", *common, "--stages=pretrain,gradual,nf4,again"))
+    tiny.process(("run", *common, "--stages=pretrain,gradual,nf4,again"))
     hidden = base / "hidden"
     (workdir / "nf4" / "base").rename(hidden)
     done = tiny.process(
-        base,
         ("run", *common),
         ("eval", *common, "--stages=nf4"),
         ("generate", common[1], "--stage=nf4", "--prompt=The president", "--max_tokens=1"),
@@ -115,7 +114,7 @@ def killed(whole):
     command = ("run", whole.common[0], f"--workdir={workdir}", "--stages=pretrain,gradual,nf4")
     points = [f"{point}:gradual{step}" for point, step in POINTS] + ["saved:nf4:6"]
     command = (*command, "--config.stages.gradual.keep=9")
-    tiny.process(whole.base, command, deaths=[f"SIGKILL@{point}" for point in points])
+    tiny.process(command, deaths=[f"SIGKILL@{point}" for point in points])
     return workdir
 
 

@@ -32,6 +32,9 @@ OPTIMIZERS = {
     "gradient": OptimizerConfig("sgd", 1.0, **PLAIN),  # parameters minus new parameters are the gradients
     "clipped": OptimizerConfig("sgd", 0.5, "constant", weight_decay=0.1, clip_norm=0.25),
     "adamw": OptimizerConfig("adamw", 1e-2, "linear", weight_decay=0.1, clip_norm=1.0),
+    "all at once": OptimizerConfig(
+        "adamw", 1e-2, "linear", layer_decay=0.7, learning_rates=[["norms", 0.5]], l2_sp=0.3, ema=0.9
+    ),
 }
 
 
@@ -229,6 +232,22 @@ def test_a_step_that_is_not_finite_leaves_parameters_moments_and_schedule_as_the
     assert_nothing_but_the_step_changed(state, after)
     counts = [int(leaf) for leaf in jax.tree.leaves(after.opt) if np.ndim(leaf) == 0]
     assert counts == [1, 1], "the schedule has seen one update"
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_any_part_of_the_optimizer():
+    """Rates of layers and leaves, the pull to the parent and the running mean go on as if it had never been."""
+    run, good = make_run(optimizer="all at once"), [make_batch(ROWS, seed) for seed in (0, 1)]
+    bad = good[0]._replace(weights=good[0].weights * np.inf)
+
+    def after(*batches):
+        state = run.state(PARAMS)
+        for batch in batches:
+            state, _ = run.step(state, batch)
+        return state
+
+    skipped, expected = after(good[0], bad, good[1]), after(*good)
+    assert (skipped.step, expected.step) == (3, 2)
+    jax.tree.map(np.testing.assert_array_equal, skipped[1:-1], expected[1:-1])
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():

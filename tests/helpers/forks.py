@@ -1,0 +1,129 @@
+"""Processes that need not import llm3 first: each is forked from a server that has.
+
+`python forks.py` is that server: a request a line, in JSON, and an answer a line. A fork goes on in `tiny_run.run`.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+ROOT = pathlib.Path(__file__).parents[2]
+_server: subprocess.Popen | None = None
+cpu_seconds = 0.0  # user and system time of all forks that have ended
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """Of a process on so many CPU devices. What it compiles, nearly without optimising, is kept for the others."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": FLAGS,
+        "JAX_COMPILATION_CACHE_DIR": os.environ["LLM3_TEST_COMPILED"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONUNBUFFERED": "1",  # so that what a process said before it was killed is heard
+    }
+
+
+class Fork:
+    """A process as `subprocess.Popen` has it: `tiny_run` with some arguments."""
+
+    returncode: int | None = None
+
+    def __init__(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, devices: int = 1):
+        self._texts = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]  # noqa: SIM115
+        stdout, stderr = (each.name for each in self._texts)
+        request = {"variables": dict(variables or {}), "devices": devices, "stdout": stdout, "stderr": stderr}
+        self.pid = _ask({"arguments": list(arguments), **request})["pid"]
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it said, once it has ended. Raises TimeoutExpired."""
+        global cpu_seconds
+        if self.returncode is None:
+            ended = _ask({"wait": self.pid, "seconds": timeout})
+            stdout, stderr = (each.read() for each in self._texts)
+            if ended["status"] is None:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout, stdout, stderr)
+            self.returncode, cpu_seconds = ended["status"], cpu_seconds + ended["cpu_seconds"]
+            self._said = stdout, stderr
+        return self._said
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.communicate(60)
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
+    """The server's answer; it is started at the first request."""
+    global _server
+    if _server is None:
+        pipe = subprocess.PIPE
+        _server = subprocess.Popen([sys.executable, __file__], env=environment(), stdin=pipe, stdout=pipe, text=True)
+    _server.stdin.write(json.dumps(request) + "\n")
+    _server.stdin.flush()
+    return json.loads(_server.stdout.readline())
+
+
+def stop() -> None:
+    """End the server, if there is one."""
+    if _server is not None:
+        _server.stdin.close()
+        _server.wait()
+
+
+def _serve() -> list[str]:
+    """Answer requests until there are no more; in a fork, return its arguments."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if "wait" in request:
+            answers.write(json.dumps(_wait(request["wait"], request["seconds"])) + "\n")
+        elif pid := os.fork():
+            answers.write(json.dumps({"pid": pid}) + "\n")
+        else:
+            answers.close()
+            _become(request)
+            return request["arguments"]
+    sys.exit()
+
+
+def _wait(pid: int, seconds: float) -> dict[str, Any]:
+    end = time.monotonic() + seconds
+    while True:
+        ended, status, used = os.wait4(pid, os.WNOHANG)
+        if ended:
+            return {"status": os.waitstatus_to_exitcode(status), "cpu_seconds": used.ru_utime + used.ru_stime}
+        if time.monotonic() > end:
+            return {"status": None}
+        time.sleep(0.02)
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Take the streams, the variables and the number of devices of a request."""
+    import jax
+
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for stream, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(request[stream], os.O_WRONLY), number)
+    os.environ.update(request["variables"])
+    jax.config.update("jax_num_cpu_devices", request["devices"])
+
+
+if __name__ == "__main__":
+    import importlib
+
+    for module in ("llm3.cli.run", "tensorboardX", "matplotlib.figure"):
+        importlib.import_module(module)
+    from tests.helpers import tiny_run
+
+    tiny_run.run(_serve())
