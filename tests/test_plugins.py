@@ -23,21 +23,21 @@ from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, ma
 
 FOLDERS = (objectives, evals)
 PEERS = [(folder, name) for folder in FOLDERS for name in plugin_names(folder)]
-each_peer = pytest.mark.parametrize(("folder", "name"), PEERS, ids=[f"{f.__name__}.{n}" for f, n in PEERS])
+each_plugin = pytest.mark.parametrize(("folder", "name"), PEERS, ids=[f"{f.__name__}.{n}" for f, n in PEERS])
 each_objective = pytest.mark.parametrize("name", plugin_names(objectives))
 
 
 @functools.cache
 def flat_sums(name: str):
     """batch -> the sums of an objective, as a flat dict of arrays; every model has a task head here."""
-    peer = load_plugin(objectives, name)
-    heads = CLASSES if isinstance(peer.HEAD, str) else len(peer.HEAD)
+    plugin = load_plugin(objectives, name)
+    heads = CLASSES if isinstance(plugin.HEAD, str) else len(plugin.HEAD)
     config = model_config(classes=heads)
     graph, params = abstract(config).graph, segmented(make_params(config), ((0, config.layers),))
 
     @jit
     def run(params: dict, batch: Batch):
-        result = peer.loss(nnx.merge(graph, params), batch, jax.random.key(0), TASK)
+        result = plugin.loss(nnx.merge(graph, params), batch, jax.random.key(0), TASK)
         assert isinstance(result, Sums)
         return {"loss": result.loss, "weight": result.weight} | result.metrics
 
@@ -74,31 +74,31 @@ def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
         load_plugin(folder, f"{name}x")
 
 
-@each_peer
+@each_plugin
 def test_a_peer_has_what_its_folder_promises(folder, name):
-    peer = load_plugin(folder, name)
-    assert peer.__doc__
-    assert peer.WINDOWS and set(peer.WINDOWS) <= set(plugin_names(formats))
-    assert set(peer.WINDOWS.values()) <= set(plugin_names(windows))
-    assert peer.HEAD in ("", "labels") or all(isinstance(output, str) for output in peer.HEAD)
-    assert peer.CAUSAL in (True, False, None)
-    if hasattr(peer, "Options"):
-        assert dataclasses.is_dataclass(peer.Options) and peer.Options.__dataclass_params__.frozen
-        hash(peer.Options())
+    plugin = load_plugin(folder, name)
+    assert plugin.__doc__
+    assert plugin.WINDOWS and set(plugin.WINDOWS) <= set(plugin_names(formats))
+    assert set(plugin.WINDOWS.values()) <= set(plugin_names(windows))
+    assert plugin.HEAD in ("", "labels") or all(isinstance(output, str) for output in plugin.HEAD)
+    assert plugin.CAUSAL in (True, False, None)
+    if hasattr(plugin, "Options"):
+        assert dataclasses.is_dataclass(plugin.Options) and plugin.Options.__dataclass_params__.frozen
+        hash(plugin.Options())
     if folder is objectives:
-        assert list(inspect.signature(peer.loss).parameters) == ["model", "batch", "key", "task"]
-        assert isinstance(peer.LABELLED, bool)
+        assert list(inspect.signature(plugin.loss).parameters) == ["model", "batch", "key", "task"]
+        assert isinstance(plugin.LABELLED, bool)
     else:
-        assert list(inspect.signature(peer.figures).parameters) == ["test"]
-        assert peer.BETTER and set(peer.BETTER.values()) <= {"higher", "lower"}
+        assert list(inspect.signature(plugin.evaluate).parameters) == ["context"]
+        assert plugin.BETTER and set(plugin.BETTER.values()) <= {"higher", "lower"}
 
 
 @pytest.mark.parametrize("name", plugin_names(formats))
 def test_a_row_format_reads_encodes_and_names_its_texts(name):
-    peer = load_plugin(formats, name)
-    assert list(inspect.signature(peer.read_row).parameters) == ["row", "source"]
-    assert list(inspect.signature(peer.encode).parameters) == ["record", "tokenizer", "template"]
-    assert list(inspect.signature(peer.texts).parameters) == ["record"]
+    plugin = load_plugin(formats, name)
+    assert list(inspect.signature(plugin.read_row).parameters) == ["row", "source"]
+    assert list(inspect.signature(plugin.encode).parameters) == ["record", "tokenizer", "template"]
+    assert list(inspect.signature(plugin.texts).parameters) == ["record"]
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_the_named_fields_decide_the_row_format(fields, row_format):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.__name__)
 def test_an_unknown_option_is_an_error_with_the_nearest_name(folder):
-    peer = load_plugin(folder, "masked")
+    plugin = load_plugin(folder, "masked")
     with pytest.raises(UserError, match=r"where\.shar: no such option; did you mean 'share'"):
-        read_options(peer, {"shar": 0.1}, "where")
+        read_options(plugin, {"shar": 0.1}, "where")
 
 
 @each_objective

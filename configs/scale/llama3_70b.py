@@ -20,7 +20,7 @@ from configs.scale.llama3_8b import stages, texts
 
 MESHES = {
     "h100x8": dict(data=1, fsdp=8),
-    "h100x64": dict(data=1, fsdp=64, across="fsdp"),
+    "h100x64": dict(data=1, fsdp=64, across_hosts="fsdp"),
     "v5p-512": dict(data=4, fsdp=64),  # see llama3_8b.py on its name; 8192 / 64 is a tile of 128
 }
 PARENT = "runs/llama3_70b"  # the run of h100x64 or v5p-512, whose pretrain stage 8 H100 start from

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 # a v5p is named by its cores, two a chip: 512 of them are 256 chips in a torus of 8 x 8 x 4, and 256 devices for jax
 MESHES = {
     "h100x8": dict(data=1, fsdp=8),
-    "h100x64": dict(data=8, fsdp=8, across="data"),  # a copy of the model in each host
+    "h100x64": dict(data=8, fsdp=8, across_hosts="data"),  # a copy of the model in each host
     "v5p-512": dict(data=8, fsdp=32),  # 4096 / 32 is a tile of 128: the TPU gathers narrower pieces as sums
 }
 MICRO_BATCHES = {"h100x8": 32, "h100x64": 4, "v5p-512": 1}  # of a window on each device

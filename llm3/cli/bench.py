@@ -19,7 +19,7 @@ from llm3.stages.cost import byte_report
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.tree import size
 
 WARM_UP, TIMED = 2, 10
@@ -56,10 +56,10 @@ def measure(session: Session, stage: Stage, alone: bool = False) -> dict:
 
     Where it is compared, `full` has the same figures of full training, and `ratios` those of `COMPARED` over them.
     """
-    trainers = [session.phases(stage)[0]]
-    if not alone and _trains_a_part(trainers[0]):
-        trainers.append(stage.full_training().phases(session.mesh)[0])
-    steps = [_Step(session, stage, trainer) for trainer in trainers]
+    phases = [session.phases(stage)[0]]
+    if not alone and _trains_a_part(phases[0]):
+        phases.append(stage.full_training().phases(session.mesh)[0])
+    steps = [_Step(session, stage, phase) for phase in phases]
     for i in range(WARM_UP + TIMED):
         batch = jax.block_until_ready(place_batch(session.mesh, stage.data.mixture.batch(i)))
         for step in steps:
@@ -70,8 +70,8 @@ def measure(session: Session, stage: Stage, alone: bool = False) -> dict:
     return result | {"full": full[0], "ratios": _ratios(own, full[0])} if full else result
 
 
-def _trains_a_part(trainer: Trainer) -> bool:
-    return bool(jax.tree.leaves(trainer.abstract_state.frozen)) or bool(trainer.model.adapters)
+def _trains_a_part(phase: Phase) -> bool:
+    return bool(jax.tree.leaves(phase.abstract_state.frozen)) or bool(phase.model.adapters)
 
 
 def _ratios(own: dict, full: dict) -> dict[str, float | None]:
@@ -79,14 +79,14 @@ def _ratios(own: dict, full: dict) -> dict[str, float | None]:
 
 
 class _Step:
-    """A trainer's compiled step, its state, and the wall time of each step that it took."""
+    """A phase's compiled step, its state, and the wall time of each step that it took."""
 
-    def __init__(self, session: Session, stage: Stage, trainer: Trainer):
-        self._session, self._stage, self._trainer = session, stage, trainer
+    def __init__(self, session: Session, stage: Stage, phase: Phase):
+        self._session, self._stage, self._trainer = session, stage, phase
         before = time.perf_counter()
-        self._compiled = trainer.train_step.lower(trainer.abstract_state, stage.abstract_batch(session.mesh)).compile()
+        self._compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
         self._compile_seconds, self._seconds = time.perf_counter() - before, []
-        self._state = trainer.state(init(trainer.model, session.experiment.init_seed, session.mesh))
+        self._state = phase.state(init(phase.model, session.experiment.init_seed, session.mesh))
 
     def take(self, batch: Any) -> None:
         """One step, timed from its call until everything that it computes is there."""
@@ -95,25 +95,25 @@ class _Step:
         self._seconds.append(time.perf_counter() - before)
 
     def figures(self) -> dict[str, float | int | None]:
-        trainer, timed = self._trainer, self._seconds[WARM_UP:]
+        phase, timed = self._trainer, self._seconds[WARM_UP:]
         median, memory, peak = statistics.median(timed), self._compiled.memory_analysis(), self._session.peak_flops
-        stored = byte_report(trainer.abstract_state)
+        stored = byte_report(phase.abstract_state)
         return {
             "step_seconds": median,
             "step_seconds_min": min(timed),
             "step_seconds_max": max(timed),
             "tokens_per_second": self._stage.step_tokens / median,
-            "flops_per_step": trainer.flops_per_step,
+            "flops_per_step": phase.flops_per_step,
             "compiler_flops": self._compiler_flops(),
-            "flops_per_second": trainer.flops_per_step / median,
-            "mfu": trainer.flops_per_step / median / peak if peak else None,
+            "flops_per_second": phase.flops_per_step / median,
+            "mfu": phase.flops_per_step / median / peak if peak else None,
             "compile_seconds": self._compile_seconds,
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
             "opt_bytes": stored["moment_bytes"],
             "gradient_bytes": stored["gradient_bytes"],
-            "params": size(trainer.abstract_params),
-            "trainable_params": size(trainer.abstract_state.trainable),
+            "params": size(phase.abstract_params),
+            "trainable_params": size(phase.abstract_state.trainable),
         }
 
     def _compiler_flops(self) -> float | None:

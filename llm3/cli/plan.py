@@ -22,7 +22,7 @@ from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes
 from llm3.optim.optimizer import state_bytes
 from llm3.planning import aot as compiler
-from llm3.planning.plan import Forecast, forecasts, on_paper, stage_on
+from llm3.planning.plan import PhasePlan, on_paper, plan_phases, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent
@@ -32,7 +32,7 @@ from llm3.stages.cost import savings
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.tree import flatten, size
 
 
@@ -56,18 +56,18 @@ def plan(
     session = Session(prepare(config, workdir, rules.chosen(config, stages)), console)
     with session.on_mesh():
         for stage in session.experiment.stages.values():
-            for trainer in session.phases(stage):
-                _show(stage, trainer, session.mesh, console)
+            for phase in session.phases(stage):
+                _show(stage, phase, session.mesh, console)
     return 0
 
 
-def _show(stage: Stage, trainer: Trainer, mesh: Mesh, console: Console) -> None:
+def _show(stage: Stage, phase: Phase, mesh: Mesh, console: Console) -> None:
     """The leaves and the cost of one phase of a stage."""
-    added = [rule for step, rule in stage.config.unfreeze if step <= trainer.first]
-    later = f", and {added!r} from step {trainer.first}" if added else ""
+    added = [rule for step, rule in stage.config.unfreeze if step <= phase.first]
+    later = f", and {added!r} from step {phase.first}" if added else ""
     console.print(f"\n{stage.name}: train={stage.config.train!r}{later}")
-    console.print(leaf_table(trainer))
-    for line in [*summary(stage, trainer, mesh), *(f"  {note}" for note in trainer.notes)]:
+    console.print(leaf_table(phase))
+    for line in [*summary(stage, phase, mesh), *(f"  {note}" for note in phase.notes)]:
         console.print(line)
 
 
@@ -86,34 +86,34 @@ def plan_on(config: RunConfig, workdir: Path, stages: list[str] | None, topology
         compiler.check(machine)
     for name in order:
         stage, notes = stage_on(config, name, workdir, machine)
-        for phase, each in enumerate(forecasts(stage, config.mesh, machine)):
+        for index, each in enumerate(plan_phases(stage, config.mesh, machine)):
             for line in _heading(stage, config.mesh, each, machine):
                 console.print(line)
-            console.print(forecast_table(stage, each, machine))
+            console.print(plan_table(stage, each, machine))
             for line in [*_remarks(each, machine), *notes]:
                 console.print(f"  {line}")
             if compiled:
                 with on_paper(config.mesh, machine):
-                    found = compiler.compile_step(stage, config.mesh, machine, phase)
+                    found = compiler.compile_step(stage, config.mesh, machine, index)
                 console.print(_beside(each, found))
     for line in assumptions(config.mesh, machine):
         console.print(line)
     return 0
 
 
-def _heading(stage: Stage, config: MeshConfig, each: Forecast, machine: Topology) -> list[str]:
-    own, state = stage.config, each.trainer.abstract_state
+def _heading(stage: Stage, config: MeshConfig, each: PhasePlan, machine: Topology) -> list[str]:
+    own, state = stage.config, each.phase.abstract_state
     mesh = ", ".join(f"{k} {v}" for k, v in mesh_shape(vars(config), machine.devices).items() if v > 1)
     cut = f" in {own.micro_batches} micro-batches" if own.micro_batches > 1 else ""
-    after = f" from step {each.trainer.first}" if each.trainer.first else ""
+    after = f" from step {each.phase.first}" if each.phase.first else ""
     return [
         f"\n[bold]{stage.name}[/bold]{after} on {machine.name}, {mesh or 'one device'}: "
-        f"{count(size(state.trainable))} of {count(size(each.trainer.abstract_params))} parameters train, "
+        f"{count(size(state.trainable))} of {count(size(each.phase.abstract_params))} parameters train, "
         f"{own.batch_size} x {own.sequence_length} tokens a step{cut}"
     ]
 
 
-def forecast_table(stage: Stage, each: Forecast, machine: Topology) -> Table:
+def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
     """A row a figure, a column a remat policy; that of the config has a star."""
     tokens, peak, own = stage.step_tokens, machine.chip.peak * machine.devices, each.model.remat
     large = each.total(own) >= 2**30
@@ -150,16 +150,16 @@ def forecast_table(stage: Stage, each: Forecast, machine: Topology) -> Table:
     return grid
 
 
-def _remarks(each: Forecast, machine: Topology) -> list[str]:
+def _remarks(each: PhasePlan, machine: Topology) -> list[str]:
     """What fits best, and what is largest."""
     best, own = each.best(machine), each.model.remat
     arrays = list(each.steps[own].largest.items())[:3]
     largest = ", ".join(f"{array} {mebibytes(size)} MiB" for array, size in arrays)
     fits = f"the fastest that fits: remat {best}" if best else "no remat policy fits"
-    return [fits, f"largest: {largest}", *each.trainer.notes]
+    return [fits, f"largest: {largest}", *each.phase.notes]
 
 
-def _beside(each: Forecast, found: compiler.Compiled) -> Table | str:
+def _beside(each: PhasePlan, found: compiler.Compiled) -> Table | str:
     """The estimate and the compiler's figures."""
     if found.refused:
         return f"  the compiler refuses it: {found.refused}"
@@ -179,7 +179,7 @@ def _beside(each: Forecast, found: compiler.Compiled) -> Table | str:
 def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
     """What a forecast rests on."""
     chip = machine.chip
-    links = machines.links(machine, vars(config), config.across)
+    links = machines.links(machine, vars(config), config.across_hosts)
     return [
         f"\nAssumed: {chip.name}: {count(chip.peak)}FLOP/s at most, of which products reach {EFFICIENCY:.0%}; "
         f"{count(chip.bandwidth)}B/s of memory; each kernel reads and writes its arrays once",
@@ -192,15 +192,15 @@ def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
     ]
 
 
-def leaf_table(trainer: Trainer) -> Table:
+def leaf_table(phase: Phase) -> Table:
     """One row a leaf of the canonical tree: its shape, parameters, bytes, and which of it trains."""
     table = Table("leaf", "shape", "trains", box=None, header_style="bold")
     for column in ("parameters", "trainable", "MiB"):
         table.add_column(column, justify="right")
-    stored = leaf_bytes(trainer)
-    for path, leaf in flatten(trainer.abstract_params).items():
-        chosen = training_layers(trainer, path)
-        per_layer = int(np.prod(leaf.shape)) // trainer.model.layers
+    stored = leaf_bytes(phase)
+    for path, leaf in flatten(phase.abstract_params).items():
+        chosen = training_layers(phase, path)
+        per_layer = int(np.prod(leaf.shape)) // phase.model.layers
         trainable = int(np.prod(leaf.shape)) if chosen is True else per_layer * len(chosen or ())
         trains = "yes" if chosen is True else "no" if not chosen else f"layers {', '.join(map(str, chosen))}"
         mebibytes = f"{stored[path] / 2**20:.2f}"
@@ -208,18 +208,18 @@ def leaf_table(trainer: Trainer) -> Table:
     return table
 
 
-def leaf_bytes(trainer: Trainer) -> Counter[str]:
+def leaf_bytes(phase: Phase) -> Counter[str]:
     """{canonical path: bytes}, as the step holds the leaf: what is frozen may be stored in fewer."""
     stored: Counter[str] = Counter()
-    for part in (trainer.abstract_state.trainable, trainer.abstract_state.frozen):
+    for part in (phase.abstract_state.trainable, phase.abstract_state.frozen):
         for path, leaf in flatten(part).items():
             stored[canonical_path(path)] += state_bytes(leaf)
     return stored
 
 
-def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
+def training_layers(phase: Phase, path: str) -> bool | list[int]:
     """Whether a canonical leaf trains: True or False, or the layers of it that do where only some of them do."""
-    partition = trainer.partition
+    partition = phase.partition
     if not in_stack(path):
         return path in partition.trainable
     chosen = [
@@ -228,14 +228,14 @@ def training_layers(trainer: Trainer, path: str) -> bool | list[int]:
         for layer in range(first, last)
         if segment_path(path, first, last) in partition.trainable
     ]
-    return len(chosen) == trainer.model.layers or chosen
+    return len(chosen) == phase.model.layers or chosen
 
 
-def summary(stage: Stage, trainer: Trainer, mesh: Mesh) -> list[str]:
+def summary(stage: Stage, phase: Phase, mesh: Mesh) -> list[str]:
     """Parameters, bytes for one device's worth of the whole state, and FLOPs a token, beside full training."""
-    takes = savings(stage, trainer, mesh)
-    trainable, every = takes["trainable_params"], size(trainer.abstract_params)
-    tokens, steps = stage.step_tokens, trainer.stop - trainer.first
+    takes = savings(stage, phase, mesh)
+    trainable, every = takes["trainable_params"], size(phase.abstract_params)
+    tokens, steps = stage.step_tokens, phase.stop - phase.first
 
     def mebibytes(key: str) -> str:
         full = takes.get(f"full_{key}")
@@ -248,7 +248,7 @@ def summary(stage: Stage, trainer: Trainer, mesh: Mesh) -> list[str]:
         f"  MiB: parameters {mebibytes('param_bytes')}, gradients {mebibytes('gradient_bytes')}, "
         f"moments {mebibytes('moment_bytes')}",
         f"  FLOPs a token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's",
-        f"  {count(tokens)} tokens a step, {steps} steps, {count(trainer.flops_per_step * steps)}FLOP",
+        f"  {count(tokens)} tokens a step, {steps} steps, {count(phase.flops_per_step * steps)}FLOP",
     ]
 
 

@@ -23,7 +23,7 @@ from llm3.stages import rules
 from llm3.stages.cost import with_full_step_seconds
 from llm3.stages.evaluate import evaluate_init, evaluate_stage
 from llm3.stages.experiment import prepare
-from llm3.stages.run_stage import preflight, run_stage
+from llm3.stages.run_stage import check_before_training, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
 from llm3.stages.workdir import check_record, differences, stage_record
@@ -39,16 +39,16 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     for name in [INIT, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
-    to_train = processes.from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
+    to_train = processes.broadcast_from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
-    if not to_train and processes.from_first(lambda: is_reported(workdir, [INIT, *order])):
+    if not to_train and processes.broadcast_from_first(lambda: is_reported(workdir, [INIT, *order])):
         console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / REPORT}")
         return 0
     with ExitStack() as held:
         held.enter_context(saying_what_is_whole(workdir, order))
-        processes.from_first(lambda: held.enter_context(lock(workdir)))
-        experiment = processes.first_ahead(lambda: prepare(config, workdir, order))
+        processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
+        experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
         session = Session(experiment, console)
         request = held.enter_context(stop_on_signals())
         with session.on_mesh():
@@ -88,7 +88,7 @@ def what_is_whole(workdir: Path, order: list[str]) -> str:
 def begin(session: Session, to_train: list[str]) -> None:
     """Check all stages that are to be trained, then write what belongs to the run and evaluate the untrained model."""
     for name in to_train:
-        preflight(session, session.experiment.stages[name], to_train)
+        check_before_training(session, session.experiment.stages[name], to_train)
     if processes.is_first():
         write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
         with writing(session.workdir / TOKENIZER):
@@ -108,12 +108,14 @@ def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) 
     order = [name for name in rules.chosen(config, stages) if stages or (workdir / name / CHECKPOINTS).is_dir()]
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
-    session = Session(processes.first_ahead(lambda: prepare(config, workdir, order)), console)
+    session = Session(processes.on_first_then_all(lambda: prepare(config, workdir, order)), console)
     rows = []
     with session.on_mesh():
         for name, stage in session.experiment.stages.items():
             params, model, _ = load_stage(workdir, name, mesh=session.mesh)
-            now = replace(stage.model, compute_dtype=model.compute_dtype, read_out=model.read_out)
+            now = replace(
+                stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
+            )
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
             rows.append(evaluate_stage(session, stage, params)[0])

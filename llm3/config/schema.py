@@ -63,7 +63,7 @@ class ModelConfig:
     vocab_size: int = 0  # set by the run: from the tokenizer
     classes: int = 0  # set by the run: from the labels; 0: no task head
     adapters: Any = ()  # ((name, AdapterConfig), ...), of the stage
-    read_out: int = 0  # in how many places of a training window at most it is read; 0: not known
+    max_output_positions: int = 0  # in how many places of a training window at most it is read; 0: not known
 
     def __post_init__(self):
         read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
@@ -106,7 +106,7 @@ class MeshConfig:
     fsdp: int = 1  # pieces of the parameters, gathered for use, each with its rows of the batch
     context: int = 1  # pieces of each window
     tensor: int = 1  # pieces of the heads, the hidden layers and the vocabulary
-    across: str = ""  # the axis that is laid over hosts (or TPU slices), so that only it crosses the slow network
+    across_hosts: str = ""  # the axis that is laid over hosts (or TPU slices), so that only it crosses the slow network
     rules: dict[str, Any] = dataclasses.field(default_factory=dict)  # {logical axis: mesh axis, list of them, or None}
 
 
@@ -241,7 +241,7 @@ class RunConfig:
     data_dir: str = ""
 
     def __post_init__(self):
-        for name in ("vocab_size", "classes", "adapters", "read_out"):
+        for name in ("vocab_size", "classes", "adapters", "max_output_positions"):
             if getattr(self.model, name):
                 raise UserError(
                     f"config.model.{name}: not to be set; it follows from the tokenizer, the labels and the stage"

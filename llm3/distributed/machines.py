@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm3.distributed.sharding import MESH_AXES, check_across, mesh_shape
+from llm3.distributed.sharding import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
 # Dense bfloat16 peak, FLOP/s for one device as jax counts devices, by the start of `device_kind`.
@@ -137,26 +137,26 @@ def parse(text: str) -> Topology:
     return Topology(text, chip, devices, shape)
 
 
-def links(topology: Topology, sizes: Mapping[str, int], across: str = "") -> dict[str, Link]:
-    """The link of every mesh axis; sizes, across: as in `config.mesh`. Raises UserError where they do not fit.
+def links(topology: Topology, sizes: Mapping[str, int], outer: str = "") -> dict[str, Link]:
+    """The link of every mesh axis; sizes, outer: as in `config.mesh` and its `across_hosts`. Raises UserError.
 
-    GPUs lie in the mesh as they are numbered, the last axis closest together; `across` is laid over the hosts first. A
+    GPUs lie in the mesh as they are numbered, the last axis closest together; `outer` is laid over the hosts first. A
     TPU's mesh axis takes the dimensions of the torus that multiply to its size, the last axis first; if none do, it
     takes one.
     """
     shape = mesh_shape(sizes, topology.devices)
-    check_across(across)
-    if across and not topology.is_tpu and shape[across] % topology.hosts:
-        raise UserError(f"config.mesh.across={across!r}: mesh.{across} is {shape[across]}: {topology.hosts} hosts")
-    return _torus_links(topology, shape) if topology.is_tpu else _host_links(topology, shape, across)
+    check_across_hosts(outer)
+    if outer and not topology.is_tpu and shape[outer] % topology.hosts:
+        raise UserError(f"config.mesh.across_hosts={outer!r}: mesh.{outer} is {shape[outer]}: {topology.hosts} hosts")
+    return _torus_links(topology, shape) if topology.is_tpu else _host_links(topology, shape, outer)
 
 
-def _host_links(topology: Topology, shape: Mapping[str, int], across: str) -> dict[str, Link]:
+def _host_links(topology: Topology, shape: Mapping[str, int], outer: str) -> dict[str, Link]:
     chip, found, stride = topology.chip, {}, 1
     for axis in reversed(MESH_AXES):
         size = shape[axis]
-        hosts = topology.hosts if axis == across else 1
-        if not across:  # as they are numbered
+        hosts = topology.hosts if axis == outer else 1
+        if not outer:  # as they are numbered
             hosts = size // max(1, min(size, chip.host // stride))
             stride *= size
         members = size // hosts

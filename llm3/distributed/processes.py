@@ -161,7 +161,7 @@ def barrier() -> None:
         _client().wait_at_barrier(f"llm3/{next(_numbers)}", LONGEST_WAIT_SECONDS * 1000)
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def broadcast_from_first(make: Callable[[], Any]) -> Any:
     """The JSON-able value that `make` gives on the first process, on all of them.
 
     Whatever was written there before is there for all. A UserError of `make` is raised on all.
@@ -180,21 +180,21 @@ def from_first(make: Callable[[], Any]) -> Any:
         return told["value"]
     told = json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_SECONDS * 1000))
     if "error" in told:
-        raise Elsewhere(told["error"], told["exit"])
+        raise RemoteError(told["error"], told["exit"])
     return told["value"]
 
 
-def first_ahead(make: Callable[[], T]) -> T:
+def on_first_then_all(make: Callable[[], T]) -> T:
     """What `make` gives: on the first process first, on the others when it is done, so that they find its files.
 
     A UserError of the first is raised on all.
     """
     made: list[T] = []
-    from_first(lambda: made.append(make()))
+    broadcast_from_first(lambda: made.append(make()))
     return made[0] if made else make()
 
 
-class Elsewhere(UserError):
+class RemoteError(UserError):
     """An error of another process, which says it."""
 
     def __init__(self, message: str, status: int):
@@ -232,7 +232,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
             if not isinstance(error, UserError):
                 print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
                 traceback.print_exc()
-            elif not isinstance(error, Elsewhere):
+            elif not isinstance(error, RemoteError):
                 print(f"llm3: process {index()}: {error}", file=sys.stderr)
         with suppress(Exception):  # the others may be about to read why; the first process holds what they read
             _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)

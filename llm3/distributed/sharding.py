@@ -53,10 +53,10 @@ def table(changes: Mapping[str, Any]) -> Rules:
     return rules
 
 
-def check_across(across: str) -> None:
+def check_across_hosts(axis: str) -> None:
     """Raise UserError for an axis that a mesh does not have; "" is none."""
-    if across and across not in MESH_AXES:
-        raise UserError(f"config.mesh.across={across!r}: no such mesh axis; {nearest(across, MESH_AXES)}")
+    if axis and axis not in MESH_AXES:
+        raise UserError(f"config.mesh.across_hosts={axis!r}: no such mesh axis; {nearest(axis, MESH_AXES)}")
 
 
 @contextmanager
@@ -86,37 +86,41 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
 
 
 def make_mesh(
-    sizes: Mapping[str, int], devices: list | None = None, *, across: str = "", islands: Sequence[list] | None = None
+    sizes: Mapping[str, int],
+    devices: list | None = None,
+    *,
+    across_hosts: str = "",
+    islands: Sequence[list] | None = None,
 ) -> Mesh:
     """A mesh over `devices` (default: all of them). Raises UserError where the sizes do not fit.
 
-    across: the axis that is laid over the `islands`, groups of devices with a slow network between them, so that all
-    other axes stay inside of one; "": as the devices come.
+    across_hosts: the axis laid over the `islands`, groups of devices with a slow network between them. All other axes
+    stay inside one island. "": in the order of the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
-    grid = arranged(shape, across, islands or [devices])
+    grid = arranged(shape, across_hosts, islands or [devices])
     return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
-def arranged(shape: Mapping[str, int], across: str, islands: Sequence[list]) -> np.ndarray:
-    """The devices in the shape of a mesh, each piece of the axis `across` inside of one island. Raises UserError.
+def arranged(shape: Mapping[str, int], outer: str, islands: Sequence[list]) -> np.ndarray:
+    """The devices in the shape of a mesh, each piece of the axis `outer` inside one island. Raises UserError.
 
     Inside of an island, they lie as `mesh_utils` has it for the topology of the chips.
     """
-    check_across(across)
-    if not across or len(islands) == 1:
+    check_across_hosts(outer)
+    if not outer or len(islands) == 1:
         return mesh_utils.create_device_mesh(tuple(shape.values()), [each for island in islands for each in island])
     if len({len(island) for island in islands}) > 1:
-        raise UserError(f"config.mesh.across={across!r}: the hosts have {[len(each) for each in islands]} devices")
-    if shape[across] % len(islands):
+        raise UserError(f"config.mesh.across_hosts={outer!r}: the hosts have {[len(each) for each in islands]} devices")
+    if shape[outer] % len(islands):
         raise UserError(
-            f"config.mesh.across={across!r}: mesh.{across} is {shape[across]}: expected a multiple of {len(islands)}, "
-            "the hosts (or slices) that it is laid over"
+            f"config.mesh.across_hosts={outer!r}: mesh.{outer} is {shape[outer]}: expected a multiple of "
+            f"{len(islands)}, the hosts (or slices) that it is laid over"
         )
-    inner = tuple(size // len(islands) if axis == across else size for axis, size in shape.items())
+    inner = tuple(size // len(islands) if axis == outer else size for axis, size in shape.items())
     parts = [mesh_utils.create_device_mesh(inner, island) for island in islands]
-    return np.concatenate(parts, axis=MESH_AXES.index(across))
+    return np.concatenate(parts, axis=MESH_AXES.index(outer))
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None) -> PartitionSpec:

@@ -1,13 +1,13 @@
-"""What is measured after each stage. A peer is one file here, found by its name.
+"""What is measured after each stage. A plugin is one file here, found by its name.
 
-A peer has `WINDOWS`, which forms of source it takes and how each is cut ({form: kind}, see `llm3.data.formats` and
+A plugin has `WINDOWS`, which forms of source it takes and how each is cut ({form: kind}, see `llm3.data.formats` and
 `llm3.data.windows`), `HEAD`, the task head that it reads (as of an objective), `CAUSAL`, which attention it needs
 (None: either), `BETTER`, which figures a checkpoint can be the best by, and whether "higher" or "lower" is better, and
 
-    figures(test) -> {name: float, int, or (details for the report) dict or list}
+    figures(context) -> {name: float, int, or (details for the report) dict or list}
 
 A figure is a ratio of global sums, or computed from what each document gave: it does not depend on batch size, packing,
-padding or device count. Where a peer has options, they are a frozen dataclass `Options`.
+padding or device count. Where a plugin has options, they are a frozen dataclass `Options`.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ Compiled = dict[tuple, Callable]
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class EvalContext:
     """A model, and the documents to test it on.
 
-    params: cut as one segment, on the devices. kind: of windows, as the peer's WINDOWS says. place: puts a batch of
+    params: cut as one segment, on the devices. kind: of windows, as the plugin's WINDOWS says. place: puts a batch of
     numpy arrays on the mesh. compiled: what was compiled for an earlier test is found here.
     """
 

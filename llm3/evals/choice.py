@@ -20,7 +20,7 @@ from llm3.data.formats.choice import encode_choice
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.decoding import groups, read, right_aligned
 from llm3.models.transformer import Transformer
 
@@ -105,17 +105,17 @@ def nats(
     return {"nats": constrain(jax.lax.map(one, tuple(parts)).T, None, None)}
 
 
-def log_likelihoods(test: Test, items: list[Item]) -> list[np.ndarray]:
+def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]:
     """The sum of the log-probabilities of the tokens of each choice: float64 [choices] for each item."""
     choices = max(len(each.tails) for each in items)
     size = max(len(tail) for each in items for tail in each.tails) - 1
-    run, rows = test.jit(functools.partial(nats, choices=choices)), test.config.batch_size
+    run, rows = context.jit(functools.partial(nats, choices=choices)), context.config.batch_size
     result = [np.empty(0)] * len(items)
     lengths = [len(each.prompt) for each in items]
-    for width, numbers in groups(lengths, test.config.sequence_length, rows):
+    for width, numbers in groups(lengths, context.config.sequence_length, rows):
         chosen = [items[number] for number in numbers]
         prompts = right_aligned([each.prompt for each in chosen], width, rows)
-        found = jax.device_get(run(*test.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]
+        found = jax.device_get(run(*context.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             result[number] = -found[row, : len(each.tails)].astype(np.float64)
     return result
@@ -133,18 +133,18 @@ def _arrays(items: list[Item], rows: int, choices: int, size: int) -> tuple[np.n
     return tuple(each.reshape(rows, -1) for each in (tokens, targets, weights))
 
 
-def judged(test: Test, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
+def judged(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
     """How good each choice of each item is by each way to judge, and of how many items the prompt was cut."""
 
     def encoded(prompt: Pieces, choices: Sequence[str]) -> Item:
-        return encode(prompt, list(choices), test.tokenizer, test.config.sequence_length)
+        return encode(prompt, list(choices), context.tokenizer, context.config.sequence_length)
 
-    plain = [(_neutral(note["prompt"], test.options.neutral), tuple(note["choices"])) for note in notes]
+    plain = [(_neutral(note["prompt"], context.options.neutral), tuple(note["choices"])) for note in notes]
     distinct = sorted(set(plain))
     unasked = [encoded([Tokenizer.bos_id, text], choices) for text, choices in distinct]
     asked = [encoded(note["prompt"], note["choices"]) for note in notes]
-    prior = dict(zip(distinct, log_likelihoods(test, unasked), strict=True))
-    given = log_likelihoods(test, asked)
+    prior = dict(zip(distinct, log_likelihoods(context, unasked), strict=True))
+    given = log_likelihoods(context, asked)
     sizes = [np.array([len(choice) for choice in note["choices"]]) for note in notes]
     return {
         "accuracy": given,
@@ -153,16 +153,16 @@ def judged(test: Test, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.n
     }, sum(each.truncated for each in asked)
 
 
-def figures(test: Test) -> dict[str, Any]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """accuracy, per_character_accuracy and unconditional_accuracy, of the three ways to judge.
 
     majority_accuracy: of the number that is right most often in this very set. macro_f1: of `accuracy`, over the
     choices that occur, where all items have the same. items: their number; truncated: of those, how many had a prompt
     that did not fit, so that its beginning is left out.
     """
-    notes = [test.cache.note(index) for index in range(test.cache.documents)]
+    notes = [context.cache.note(index) for index in range(context.cache.documents)]
     correct = np.array([note["correct"] for note in notes])
-    scores, truncated = judged(test, notes)
+    scores, truncated = judged(context, notes)
     chosen = {name: np.array([int(np.argmax(each)) for each in lists]) for name, lists in scores.items()}
     result: dict[str, Any] = {name: float(np.mean(each == correct)) for name, each in chosen.items()}
     if all(note["choices"] == notes[0]["choices"] for note in notes):

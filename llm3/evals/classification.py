@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.data.batch import Batch
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.transformer import Transformer
 from llm3.objectives.classify import class_logits, set_nats
 
@@ -61,7 +61,7 @@ def set_sums(model: Transformer, batch: Batch, label_sets: jax.Array) -> dict[st
     }
 
 
-def figures(test: Test) -> dict[str, Any]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """accuracy; macro_f1, the mean over the classes that occur (in truth or prediction); nll in nats; items, the number
     of documents; per_class, precision, recall, F1 and support by name.
 
@@ -70,10 +70,10 @@ def figures(test: Test) -> dict[str, Any]:
     (Guo et al. 2017, equation 3); confusion, counts[true][predicted] in the order of `classes`. Several labels:
     accuracy is of whole sets, nll the mean over the classes; also micro_f1, of all decisions together.
     """
-    names, label_sets = list(test.cache.label_names), test.cache.label_sets
+    names, label_sets = list(context.cache.label_names), context.cache.label_sets
     if label_sets is None:
-        return single_figures(test.sums(sums), names)
-    return set_figures(test.sums(set_sums, jnp.asarray(multi_hot(label_sets, len(names)))), names)
+        return single_figures(context.sums(sums), names)
+    return set_figures(context.sums(set_sums, jnp.asarray(multi_hot(label_sets, len(names)))), names)
 
 
 def multi_hot(label_sets: list[list[int]], classes: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, at_least
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.decoding import greedy, groups, right_aligned
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
@@ -54,26 +54,26 @@ class Question(NamedTuple):
     truncated: bool
 
 
-def figures(test: Test) -> dict[str, Any]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """exact_match, f1 and rouge_l: the mean over the items of the best over an item's references, from 0 to 1.
 
     majority_exact_match: of the answer that is right most often in this very set, so that no constant one does better.
     items: their number; truncated: of how many prompts only the last tokens fit; examples: a few, in words.
     """
-    width = test.config.sequence_length - test.options.max_tokens
+    width = context.config.sequence_length - context.options.max_tokens
     if width < 2:
         raise UserError(
-            f"evaluation 'generation': sequence_length={test.config.sequence_length}: expected max_tokens="
-            f"{test.options.max_tokens} and at least 2 for the prompt"
+            f"evaluation 'generation': sequence_length={context.config.sequence_length}: expected max_tokens="
+            f"{context.options.max_tokens} and at least 2 for the prompt"
         )
-    questions = [question(test, index, width) for index in range(test.cache.documents)]
-    written = generated(test, questions, width)
+    questions = [question(context, index, width) for index in range(context.cache.documents)]
+    written = generated(context, questions, width)
     right = collections.Counter(text for each in questions for text in {normalised(text) for text in each.references})
     scores = [score(text, each.references) for text, each in zip(written, questions, strict=True)]
     means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
     shown = [
         {
-            "prompt": test.tokenizer.decode(each.prompt)[-EXAMPLE_CHARACTERS:],
+            "prompt": context.tokenizer.decode(each.prompt)[-EXAMPLE_CHARACTERS:],
             "answer": each.references[0][:EXAMPLE_CHARACTERS],
             "generated": text[:EXAMPLE_CHARACTERS],
         }
@@ -87,23 +87,23 @@ def figures(test: Test) -> dict[str, Any]:
     }
 
 
-def question(test: Test, index: int, width: int) -> Question:
+def question(context: EvalContext, index: int, width: int) -> Question:
     """A document as what comes before its last answer, of which the last `width` tokens are kept behind <bos>."""
-    tokens, labelled = test.cache.document(index).tolist(), np.asarray(test.cache.answer_mask(index))
-    note = test.cache.note(index) or {}
+    tokens, labelled = context.cache.document(index).tolist(), np.asarray(context.cache.answer_mask(index))
+    note = context.cache.note(index) or {}
     stop = int(np.flatnonzero(labelled)[-1]) + 1
     before = np.flatnonzero(~labelled[:stop])
     start = int(before[-1]) + 1
     end, lead = note.get("end", [Tokenizer.eos_id]), note.get("lead", "")
-    answer = _without(lead, test.tokenizer.decode(tokens[start : stop - len(end)]))
+    answer = _without(lead, context.tokenizer.decode(tokens[start : stop - len(end)]))
     prompt = tokens[:start] if start <= width else [tokens[0], *tokens[start - width + 1 : start]]
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
 
-def generated(test: Test, questions: list[Question], width: int) -> list[str]:
+def generated(context: EvalContext, questions: list[Question], width: int) -> list[str]:
     """What the model writes for each question, of a prompt of at most `width` tokens."""
-    run = test.jit(functools.partial(greedy, max_tokens=test.options.max_tokens))
-    texts, rows = [""] * len(questions), test.config.batch_size
+    run = context.jit(functools.partial(greedy, max_tokens=context.options.max_tokens))
+    texts, rows = [""] * len(questions), context.config.batch_size
     for padded, numbers in groups([len(each.prompt) for each in questions], width, rows):
         chosen = [questions[number] for number in numbers]
         stops = np.full((rows, 1), Tokenizer.eos_id, np.int32)
@@ -111,10 +111,10 @@ def generated(test: Test, questions: list[Question], width: int) -> list[str]:
             if len(each.end) == 1:  # an end of several tokens is looked for afterwards
                 stops[row] = each.end
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
-        made = jax.device_get(run(*test.place((*prompts, stops))))
+        made = jax.device_get(run(*context.place((*prompts, stops))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             answer = made["tokens"][row, : made["count"][row, 0]].tolist()
-            texts[number] = _without(each.lead, test.tokenizer.decode(_cut(answer, each.end)))
+            texts[number] = _without(each.lead, context.tokenizer.decode(_cut(answer, each.end)))
     return texts
 
 

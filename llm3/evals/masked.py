@@ -10,7 +10,7 @@ import numpy as np
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.transformer import Transformer
 from llm3.objectives.masked import check_share, choose
 
@@ -59,19 +59,19 @@ def hide(batch: Batch, options: Options, tokenizer: Tokenizer) -> Batch:
     return batch._replace(tokens=tokens, targets=batch.tokens, weights=hidden.astype(np.float32))
 
 
-def figures(test: Test) -> dict[str, float | int]:
+def evaluate(context: EvalContext) -> dict[str, float | int]:
     """accuracy, and nll in nats, of the hidden tokens; majority_accuracy, of guessing their most frequent one always;
     items, their number. All of them are replaced by the mask token: none is left as it is, nor replaced by another.
 
     Raises UserError if there is nothing to hide.
     """
-    counts, totals = np.zeros(test.tokenizer.vocab_size, np.int64), {"nats": 0.0, "correct": 0.0}
-    for batch, found in test.each(sums, change=lambda batch: hide(batch, test.options, test.tokenizer)):
+    counts, totals = np.zeros(context.tokenizer.vocab_size, np.int64), {"nats": 0.0, "correct": 0.0}
+    for batch, found in context.each(sums, change=lambda batch: hide(batch, context.options, context.tokenizer)):
         counts += np.bincount(batch.targets[batch.weights > 0], minlength=len(counts))
         totals = {name: total + float(found[name]) for name, total in totals.items()}
     items = int(counts.sum())
     if not items:
-        raise UserError(f"evaluation masked: {test.config.source} has too little text to hide any of")
+        raise UserError(f"evaluation masked: {context.config.source} has too little text to hide any of")
     return {
         "accuracy": totals["correct"] / items,
         "nll": totals["nats"] / items,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.data.batch import Batch
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.transformer import Transformer
 from llm3.objectives.causal import token_losses
 
@@ -31,14 +31,16 @@ def bits_per_byte(totals: dict[str, np.ndarray]) -> float:
     return float(totals["nats"] / (math.log(2) * totals["bytes"]))
 
 
-def figures(test: Test) -> dict[str, Any]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """bits_per_byte; where documents have a tag, also those of each, as the details by_tag {tag: bits per byte}."""
-    parts = {"": test.cache}
-    if test.cache.labels is not None:
-        tags = zip(test.cache.label_names, range(len(test.cache.label_names)), strict=True)
-        parts = {name: test.cache.subset(np.flatnonzero(test.cache.labels == number)) for name, number in tags}
-    lengths = jnp.asarray(test.tokenizer.byte_lengths)
-    totals = {tag: test.sums(sums, lengths, table=test.table(part)) for tag, part in parts.items() if part.documents}
+    parts = {"": context.cache}
+    if context.cache.labels is not None:
+        tags = zip(context.cache.label_names, range(len(context.cache.label_names)), strict=True)
+        parts = {name: context.cache.subset(np.flatnonzero(context.cache.labels == number)) for name, number in tags}
+    lengths = jnp.asarray(context.tokenizer.byte_lengths)
+    totals = {
+        tag: context.sums(sums, lengths, table=context.table(part)) for tag, part in parts.items() if part.documents
+    }
     whole = {name: sum(each[name] for each in totals.values()) for name in ("nats", "bytes")}
     by_tag = {tag: bits_per_byte(each) for tag, each in totals.items() if tag}
     return {"bits_per_byte": bits_per_byte(whole)} | ({"by_tag": by_tag} if by_tag else {})

@@ -10,7 +10,7 @@ import optax
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.models.layers import at_places
 from llm3.models.transformer import Transformer
 
@@ -42,16 +42,16 @@ def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, most: int
     return {"nats": nats, "bytes": jnp.sum(lengths), "tokens": jnp.sum(lengths > 0)}
 
 
-def figures(test: Test) -> dict[str, float | int]:
+def evaluate(context: EvalContext) -> dict[str, float | int]:
     """pseudo_perplexity, per token of text; pseudo_bits_per_byte; items, the tokens. Special tokens are never hidden.
 
     It costs about as many forward passes as `sequence_length`. Raises UserError if there is no text.
     """
-    table = test.table()
+    table = context.table()
     most = max((int(table[window].segments.max()) for window in range(len(table))), default=1)
-    totals = test.sums(partial(sums, most=most), jnp.asarray(test.tokenizer.byte_lengths), table=table)
+    totals = context.sums(partial(sums, most=most), jnp.asarray(context.tokenizer.byte_lengths), table=table)
     if not totals or not totals["tokens"]:
-        raise UserError(f"evaluation pseudo_perplexity: {test.config.source} has no text")
+        raise UserError(f"evaluation pseudo_perplexity: {context.config.source} has no text")
     return {
         "pseudo_perplexity": math.exp(totals["nats"] / totals["tokens"]),
         "pseudo_bits_per_byte": float(totals["nats"] / (math.log(2) * totals["bytes"])),

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm3.data.batch import Batch
 from llm3.errors import UserError, nearest
-from llm3.evals import Test
+from llm3.evals import EvalContext
 from llm3.evals.generation import normalised, token_f1, words
 from llm3.models.transformer import Transformer
 from llm3.objectives.span import span_logits
@@ -111,39 +111,39 @@ def best_span(starts: np.ndarray, ends: np.ndarray, most: int) -> tuple[float, i
     return float(scores[first, more]), first, first + more
 
 
-def predictions(test: Test) -> list[str]:
+def predictions(context: EvalContext) -> list[str]:
     """The answer to each document, "" for none."""
-    table, batch_size = test.table(), test.config.batch_size
-    best = [(-np.inf, 0, 0)] * test.cache.documents
-    none = np.full(test.cache.documents, np.inf)
-    for number, (batch, result) in enumerate(test.each(logits, table=table)):
+    table, batch_size = context.table(), context.config.batch_size
+    best = [(-np.inf, 0, 0)] * context.cache.documents
+    none = np.full(context.cache.documents, np.inf)
+    for number, (batch, result) in enumerate(context.each(logits, table=table)):
         first_window = number * batch_size
         for row in range(min(batch_size, len(table) - first_window)):
             for segment, document, (first, stop) in table.documents_of(first_window + row):
                 bos, *_, eos = np.flatnonzero(batch.segments[row] == segment)
                 starts, ends = result["logits"][row, eos - (stop - first) : eos].T
-                score, start, end = best_span(starts, ends, test.options.max_answer_tokens)
+                score, start, end = best_span(starts, ends, context.options.max_answer_tokens)
                 best[document] = max(best[document], (score, first + start, first + end))
                 none[document] = min(none[document], float(result["logits"][row, bos].sum()))
     answers = []
     for document, (score, start, end) in enumerate(best):
-        answered = none[document] - score <= test.options.no_answer_threshold
-        tokens = test.cache.document(document)[start : end + 1] if answered else []
-        answers.append(test.tokenizer.decode(tokens).strip("\ufffd"))  # a token may end within a character
+        answered = none[document] - score <= context.options.no_answer_threshold
+        tokens = context.cache.document(document)[start : end + 1] if answered else []
+        answers.append(context.tokenizer.decode(tokens).strip("\ufffd"))  # a token may end within a character
     return answers
 
 
-def figures(test: Test) -> dict[str, Any]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """exact_match and f1, means over documents of the best over their references; items.
 
     A document whose question is too long for the windows has no prediction, and counts. no_answer, where questions
     without an answer are among them: their share, the predicted one, and exact match and F1 apart. examples: the first.
     """
-    notes = [test.cache.note(document) for document in range(test.cache.documents)]
-    found, rules = predictions(test), RULES[test.options.rules]
+    notes = [context.cache.note(document) for document in range(context.cache.documents)]
+    found, rules = predictions(context), RULES[context.options.rules]
     scores = np.array([rules.best(text, note["answers"]) for text, note in zip(found, notes, strict=True)])
     exact, f1 = scores.mean(axis=0).tolist()
-    details: dict[str, Any] = {"examples": [_example(test, document, found[document]) for document in _first(notes)]}
+    details: dict[str, Any] = {"examples": [_example(context, document, found[document]) for document in _first(notes)]}
     unanswerable = np.array([not note["answers"] for note in notes])
     if unanswerable.any():
         details["no_answer"] = {
@@ -161,7 +161,7 @@ def _first(notes: list[Any]) -> range:
     return range(min(EXAMPLES, len(notes)))
 
 
-def _example(test: Test, document: int, prediction: str) -> dict[str, Any]:
-    note = test.cache.note(document)
-    question = test.tokenizer.decode(test.cache.document(document)[1 : note["context"] - 1])
+def _example(context: EvalContext, document: int, prediction: str) -> dict[str, Any]:
+    note = context.cache.note(document)
+    question = context.tokenizer.decode(context.cache.document(document)[1 : note["context"] - 1])
     return {"question": question, "answers": note["answers"], "prediction": prediction}

@@ -80,7 +80,7 @@ def account_for(
 # What changes no result, or only that of leaves which `check_labels` and the account look after.
 FREE_MODEL_FIELDS = (
     *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
-    *("vocab_size", "classes", "pool", "adapters", "read_out"),
+    *("vocab_size", "classes", "pool", "adapters", "max_output_positions"),
 )
 
 

@@ -58,8 +58,8 @@ def step_flops(
     also takes the input gradient of the lowest layer that trains, where it needs none (up to 3 % of a step).
     """
     shape = top = Shape(batch, length, head, length, context)
-    if config.read_out:
-        top = shape._replace(places=config.read_out)  # of the last layer
+    if config.max_output_positions:
+        top = shape._replace(places=config.max_output_positions)  # of the last layer
     trains = _Trains(trainable, "")
     forward = backward = 0.0
     below = trains("embed/embedding")  # does anything under this point need a gradient?

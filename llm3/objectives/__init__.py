@@ -1,6 +1,6 @@
-"""What a stage optimises. A peer is one file here, found by its name.
+"""What a stage optimises. A plugin is one file here, found by its name.
 
-A peer has `WINDOWS`, which forms of source it learns from and how each is cut ({form: kind}, see `llm3.data.formats`
+A plugin has `WINDOWS`, which forms of source it learns from and how each is cut ({form: kind}, see `llm3.data.formats`
 and `llm3.data.windows`), `HEAD`, the task head that it needs ("" for none; "labels": one logit a class; or the names of
 its outputs), `LABELLED`, whether it learns from labels, `CAUSAL`, which attention it needs (None: either), and
 
@@ -8,7 +8,7 @@ its outputs), `LABELLED`, whether it learns from labels, `CAUSAL`, which attenti
 
 which turns a batch into *sums*: the step divides global sum by global sum, so that gradients do not depend on how a
 batch was cut into micro-batches or devices. Where it has options, they are a frozen dataclass `Options`. What is random
-in a batch itself is drawn on the host, window by window, where a peer has
+in a batch itself is drawn on the host, window by window, where a plugin has
 
     corrupt(window, rng, task) -> Batch                  of the stage's length, from a window of `raw_length`
     raw_length(task) -> int                              (optional; else the stage's length)

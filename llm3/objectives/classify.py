@@ -32,10 +32,10 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
 
     Of sets of labels, accuracy is the share of those that are right in every class.
     """
-    if not model.config.read_out:
+    if not model.config.max_output_positions:
         return _sums(class_logits(model, batch, key), batch.targets, batch.weights, task.label_sets)
     # labels stand at the last token of documents only: the last layer is computed for these
-    places = jax.lax.top_k(batch.weights, model.config.read_out)[1]
+    places = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, places=places)
     segments, targets, weights = (at_places(x, places, 1) for x in (batch.segments, batch.targets, batch.weights))
     return _sums(model.class_logits(hidden, segments), targets, weights, task.label_sets)

@@ -106,9 +106,9 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
 
     Where the model's config knows how many there are in a window, its last layer and logits are computed for these.
     """
-    if not model.config.read_out:
+    if not model.config.max_output_positions:
         return causal.loss(model, batch, key, task)
-    places = jax.lax.top_k(batch.weights, model.config.read_out)[1]
+    places = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, places=places)
     targets, weights = (at_places(x, places, 1) for x in (batch.targets, batch.weights))
     nats, _ = model.score(hidden, targets)

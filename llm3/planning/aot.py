@@ -46,7 +46,7 @@ def check(topology: Topology) -> None:
         raise UserError("--aot: needs the TPU's compiler: pip install 'llm3[aot]'")
 
 
-def compile_step(stage: Stage, config: MeshConfig, topology: Topology, phase: int = 0) -> Compiled:
+def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: int = 0) -> Compiled:
     """Compile the step of phase number `phase` of a stage. Takes minutes. Raises UserError."""
     check(topology)
     os.environ.update({key: os.environ.get(key, value) for key, value in ALONE.items()})
@@ -56,11 +56,11 @@ def compile_step(stage: Stage, config: MeshConfig, topology: Topology, phase: in
         raise UserError(f"--topology={topology.name!r}: libtpu has no such one: {error}") from error
     if len(devices) != topology.devices:
         raise UserError(f"--aot: libtpu counts {len(devices)} devices in {topology.name}, not {topology.devices}")
-    mesh = make_mesh(vars(config), list(devices), across=config.across)
+    mesh = make_mesh(vars(config), list(devices), across_hosts=config.across_hosts)
     before = time.perf_counter()
     with jax.set_mesh(mesh):
-        trainer = stage.phases(mesh)[phase]
-        lowered = trainer.train_step.lower(trainer.abstract_state, stage.abstract_batch(mesh))
+        phase = stage.phases(mesh)[index]
+        lowered = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(mesh))
         try:
             took = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:

@@ -9,26 +9,26 @@ from typing import NamedTuple
 from jax.sharding import AbstractMesh, AxisType
 
 from llm3.config.schema import MeshConfig, ModelConfig, RunConfig
-from llm3.distributed import machines as topology
+from llm3.distributed import machines
 from llm3.distributed.machines import Link, Topology
 from llm3.distributed.sharding import mesh_shape, rules_in_force, table
 from llm3.errors import UserError
 from llm3.models.flops import step_flops
-from llm3.planning import trace as estimate
+from llm3.planning import trace
 from llm3.planning.roofline import USABLE, Collective, Times, collectives, times
 from llm3.planning.trace import POLICIES, Step, Stored
 from llm3.stages.experiment import read_library
 from llm3.stages.stage import Stage, plan_stage, read_stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 
 
-class Forecast(NamedTuple):
+class PhasePlan(NamedTuple):
     """A phase of a stage on a machine. steps, times: by remat policy. sent: under the config's own policy. model_flops:
     of a step, without what is computed again.
     """
 
     model: ModelConfig
-    trainer: Trainer
+    phase: Phase
     stored: Stored
     steps: dict[str, Step]
     times: dict[str, Times]
@@ -75,38 +75,38 @@ def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> 
     return stage.computed_in(dtype), notes
 
 
-def forecasts(
+def plan_phases(
     stage: Stage, config: MeshConfig, machine: Topology, policies: tuple[str, ...] = POLICIES
-) -> list[Forecast]:
+) -> list[PhasePlan]:
     """The phases of a stage, under remat policies among which is the config's own.
 
     Raises UserError for a config that does not fit the machine's number of devices.
     """
-    links = topology.links(machine, vars(config), config.across)
+    links = machines.links(machine, vars(config), config.across_hosts)
     with on_paper(config, machine) as mesh:
         phases = range(len(stage.phases(mesh)))
-        return [_forecast(stage, mesh, machine, links, phase, policies) for phase in phases]
+        return [_plan_phase(stage, mesh, machine, links, index, policies) for index in phases]
 
 
-def _forecast(
+def _plan_phase(
     stage: Stage,
     mesh: AbstractMesh,
     machine: Topology,
     links: dict[str, Link],
-    phase: int,
+    index: int,
     policies: tuple[str, ...],
-) -> Forecast:
+) -> PhasePlan:
     model, steps, taken = stage.model, {}, {}
     for policy in policies:
         of_policy = replace(stage, model=replace(model, remat=policy))
-        each = of_policy.phases(mesh)[phase]
+        each = of_policy.phases(mesh)[index]
         sent = collectives(of_policy, each, mesh)
-        steps[policy] = estimate.step(of_policy, mesh, phase)
+        steps[policy] = trace.step(of_policy, mesh, index)
         taken[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
         if policy == model.remat:
-            trainer, own_sent = each, sent
+            phase, own_sent = each, sent
     plain = replace(model, remat="none", logit_chunk=0)
     shape = (stage.config.batch_size, stage.config.sequence_length, stage.head)
-    wanted = sum(step_flops(plain, *shape, trainer.partition.segments, trainer.partition.trainable))
-    stored = estimate.stored(trainer, stage, mesh)
-    return Forecast(model, trainer, stored, steps, taken, own_sent, wanted)
+    wanted = sum(step_flops(plain, *shape, phase.partition.segments, phase.partition.trainable))
+    stored = trace.stored(phase, stage, mesh)
+    return PhasePlan(model, phase, stored, steps, taken, own_sent, wanted)

@@ -16,7 +16,7 @@ from llm3.distributed.sharding import axis_size, spec
 from llm3.optim.frozen import computed_low
 from llm3.segments import in_stack, locate
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.tree import flatten
 
 EFFICIENCY = 0.6  # of a chip's peak, that matrix products of such sizes reach
@@ -64,7 +64,7 @@ def times(flops: float, moved: float, sent: list[Collective], topology: Topology
     return Times(flops / (chip.peak * EFFICIENCY), moved / chip.bandwidth, {k: v for k, v in seconds.items() if v})
 
 
-def collectives(stage: Stage, trainer: Trainer, mesh: Any) -> list[Collective]:
+def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
     """What the devices of a mesh send each other in a step.
 
     Parameters that are cut along an axis that the batch is cut along are gathered where they are used, in the forward
@@ -76,17 +76,17 @@ def collectives(stage: Stage, trainer: Trainer, mesh: Any) -> list[Collective]:
     """
     config, model = stage.config, stage.model
     found: list[Collective] = []
-    state, first = trainer.abstract_state, lowest(trainer)
+    state, first = phase.abstract_state, lowest(phase)
     for trains, tree in ((True, state.trainable), (False, state.frozen)):
         for path, leaf in flatten(tree).items():
             for part in jax.tree.leaves(leaf):  # of a quantised one, codes and scales
                 found += _of_leaf(path, part, trains, config, model, first, mesh)
-    return [each for each in (*found, *_of_activations(config, model, trainer, mesh)) if each.times]
+    return [each for each in (*found, *_of_activations(config, model, phase, mesh)) if each.times]
 
 
-def lowest(trainer: Trainer) -> int:
+def lowest(phase: Phase) -> int:
     """The first layer that has a backward pass; the number of layers where none has."""
-    trainable, layers = trainer.partition.trainable, trainer.model.layers
+    trainable, layers = phase.partition.trainable, phase.model.layers
     if "embed/embedding" in trainable:
         return 0
     return min((locate(path)[1].start for path in trainable if in_stack(path)), default=layers)
@@ -133,11 +133,11 @@ def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tupl
     return 1, 1
 
 
-def _of_activations(stage: StageConfig, model: ModelConfig, trainer: Trainer, mesh: Any) -> list[Collective]:
+def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: Any) -> list[Collective]:
     """The sums that `tensor` needs, and the keys and values that `context` does."""
     rows = stage.batch_size / stage.micro_batches / axis_size(mesh, "batch")
     low = np.dtype(model.compute_dtype).itemsize
-    differentiated = model.layers - lowest(trainer)
+    differentiated = model.layers - lowest(phase)
     again = differentiated * (model.remat != "none")
     activations = rows * stage.sequence_length / axis_size(mesh, "length") * model.d_model * low
     keys = rows * stage.sequence_length * model.kv_heads / axis_size(mesh, "kv_heads") * model.head_dim * low

@@ -18,10 +18,10 @@ from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import MESH_AXES, axis_size
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
-from llm3.planning import liveness as footprint
+from llm3.planning import liveness
 from llm3.segments import in_stack
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.tree import flatten
 
 POLICIES = ("none", "dots", "full")  # of remat, the fastest first
@@ -63,33 +63,33 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(shape) * size for shape, size in shards))
 
 
-def stored(trainer: Trainer, stage: Stage, mesh: Any) -> Stored:
+def stored(phase: Phase, stage: Stage, mesh: Any) -> Stored:
     """The bytes that a stage stores on each device of a mesh."""
-    state = trainer.abstract_state
+    state = phase.abstract_state
     trainable = device_bytes(state.trainable)
     moments = device_bytes((state.opt, state.guard, state.step))
     batch = device_bytes(stage.abstract_batch(mesh))
     return Stored(trainable + device_bytes(state.frozen), trainable, moments, batch)
 
 
-def step(stage: Stage, mesh: Any, phase: int = 0) -> Step:
+def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
     """A step of phase number `phase` of a stage, as the whole mesh computes it."""
     config, model, share = stage.config, stage.model, device_model(stage.model, mesh)
     rows = _traced_rows(share, config)
     alone = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     traced = replace(stage, config=replace(config, batch_size=rows * config.micro_batches), model=share)
-    trainer = traced.phases(alone)[phase]
+    phase = traced.phases(alone)[index]
     own_rows = config.batch_size / config.micro_batches / axis_size(mesh, "batch")
     context = axis_size(mesh, "length")
-    shares = footprint.Shares(rows, own_rows, context, axis_size(mesh, "embed"))
-    state, batch = _bare(trainer.abstract_state), _bare(traced.abstract_batch(alone))
-    program = jax.make_jaxpr(trainer.train_step)(state, batch)
-    found = footprint.of(program.jaxpr, shares)
+    shares = liveness.Shares(rows, own_rows, context, axis_size(mesh, "embed"))
+    state, batch = _bare(phase.abstract_state), _bare(traced.abstract_batch(alone))
+    program = jax.make_jaxpr(phase.train_step)(state, batch)
+    found = liveness.of(program.jaxpr, shares)
     gathered = _gathered_keys(share, config, own_rows, context)
     layers = model.layers if model.remat == "none" else 0
     one_micro_batch = replace(traced, config=replace(config, batch_size=rows))
-    kept = _kept(one_micro_batch, trainer, shares) + layers * gathered
-    extra = _casts(trainer, model, axis_size(mesh, "embed")) + max(layers, 1) * gathered
+    kept = _kept(one_micro_batch, phase, shares) + layers * gathered
+    extra = _casts(phase, model, axis_size(mesh, "embed")) + max(layers, 1) * gathered
     return Step(kept, found.peak + extra, found.largest, found.moved, found.flops * shares.share)
 
 
@@ -109,7 +109,7 @@ def device_model(model: ModelConfig, mesh: Any) -> ModelConfig:
 def _traced_rows(model: ModelConfig, stage: StageConfig) -> int:
     """A prime that divides no axis but those of the batch."""
     sizes = {size for leaf in flatten(abstract(model).shapes).values() for size in leaf.shape}
-    sizes |= {stage.sequence_length, model.read_out, model.logit_chunk, stage.micro_batches}
+    sizes |= {stage.sequence_length, model.max_output_positions, model.logit_chunk, stage.micro_batches}
     sizes |= {-(-stage.sequence_length // model.logit_chunk) * model.logit_chunk} if model.logit_chunk else set()
     sizes |= {model.heads // model.kv_heads, model.head_dim // 2}
     return next(prime for prime in PRIMES if all(size % prime for size in sizes if size))
@@ -119,17 +119,17 @@ def _bare(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _kept(stage: Stage, trainer: Trainer, shares: footprint.Shares) -> float:
+def _kept(stage: Stage, phase: Phase, shares: liveness.Shares) -> float:
     """The bytes of activations that the backward pass finds of the forward pass: what jax.vjp keeps."""
-    graph = abstract(trainer.model, trainer.partition.segments).graph
-    state, batch = _bare(trainer.abstract_state), _bare(stage.abstract_batch(None))
+    graph = abstract(phase.model, phase.partition.segments).graph
+    state, batch = _bare(phase.abstract_state), _bare(stage.abstract_batch(None))
 
     def forward(trainable: dict, frozen: dict, batch: Any) -> Any:
         key = jax.random.key(0)
         merged = lambda p: nnx.merge(graph, p, frozen)  # noqa: E731
         return jax.vjp(lambda p: stage.objective.loss(merged(p), batch, key, stage.task).loss, trainable)[1]
 
-    program = footprint.read(jax.make_jaxpr(forward)(state.trainable, state.frozen, batch).jaxpr, shares)
+    program = liveness.read(jax.make_jaxpr(forward)(state.trainable, state.frozen, batch).jaxpr, shares)
     kept = {value for value in program.results if not value.given and shares.batched(value)}
     return sum(shares.whole(value) for value in kept)
 
@@ -140,14 +140,14 @@ def _gathered_keys(model: ModelConfig, stage: StageConfig, rows: float, context:
     return size * (1 - 1 / context)
 
 
-def _casts(trainer: Trainer, model: ModelConfig, pieces: int) -> float:
+def _casts(phase: Phase, model: ModelConfig, pieces: int) -> float:
     """The bytes of the layers' kernels in the compute dtype, which XLA makes of all layers before it loops over them.
 
     Found in what it compiles for TPUs; elsewhere it may cast them layer by layer, and take less.
     """
     total = 0.0
     dtype = np.dtype(model.compute_dtype)
-    for tree in (trainer.abstract_state.trainable, trainer.abstract_state.frozen):
+    for tree in (phase.abstract_state.trainable, phase.abstract_state.frozen):
         for path, leaf in flatten(tree).items():
             if in_stack(path) and computed_low(path) and getattr(leaf, "dtype", dtype) != dtype:
                 total += math.prod(leaf.shape) * dtype.itemsize / pieces

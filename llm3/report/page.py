@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm3.files import MATRIX, REPORT, write_whole
-from llm3.report import cost as savings
-from llm3.report import seeds
+from llm3.report import cost, seeds
 from llm3.report.details import in_detail, repeated
 from llm3.report.matrix import Figure, complete, figures, majority, parent_of, standard_error, write_matrix
 from llm3.report.plots import plot_losses, plot_matrix, plot_seeds
@@ -70,9 +69,9 @@ def page(
         parts += ["## The tasks", "\n".join(tasks)]
     if compared := seeds.section([*rows, *baselines]):
         parts += [*compared, "![Accuracy by trained parameters](seeds.png)"]
-    heads, lines = savings.savings([*shown, *beside])
+    heads, lines = cost.savings([*shown, *beside])
     if lines:
-        parts += ["## What it takes", markdown_table(heads, lines), savings.LEGEND]
+        parts += ["## What it takes", markdown_table(heads, lines), cost.LEGEND]
     parts += in_detail(rows, details or {})
     parts += repeated([*single, *unreplicated(baselines)])
     parts += ["## Training", "![Loss by step](loss.png)"]

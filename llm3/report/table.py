@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from llm3.report import cost as savings
+from llm3.report import cost
 from llm3.report.matrix import Figure, complete, figures, majority
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
@@ -86,8 +86,8 @@ def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
         console.print(_table(heads, main, beside, part), width=width, soft_wrap=False)
     if len(shown) + len(shown_beside) < len(rows) + len(baselines):
         console.print(f"{REPLICATES_NOTE}.", highlight=False)
-    if savings.trains_a_part([*rows, *baselines]):
-        heads, lines = savings.savings([*shown, *shown_beside])
+    if cost.trains_a_part([*rows, *baselines]):
+        heads, lines = cost.savings([*shown, *shown_beside])
         console.print("\nWhat a step takes (in brackets: the share of full fine-tuning)", highlight=False)
         console.print(_table(heads, lines, [], range(len(heads))), width=width, soft_wrap=False)
 

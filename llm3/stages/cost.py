@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from llm3.optim.optimizer import state_bytes
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.training.step import TrainState
 from llm3.tree import size
 
@@ -25,19 +25,19 @@ def byte_report(state: TrainState) -> dict[str, int]:
 
 
 def savings(
-    stage: Stage, trainer: Trainer, mesh: Mesh, temp_bytes: int | None = None, metrics: list[dict] | None = None
+    stage: Stage, phase: Phase, mesh: Mesh, temp_bytes: int | None = None, metrics: list[dict] | None = None
 ) -> dict[str, Any]:
     """The keys of a row that say what a step takes; `full_*` are those of training all of the plain model.
 
-    metrics: the stage's log lines; `step_seconds` is the median over those of this trainer.
+    metrics: the stage's log lines; `step_seconds` is the median over those of this phase.
     """
     full, tokens = stage.full_training().phases(mesh)[0], stage.step_tokens
-    forward, backward = trainer.flops
-    seconds = [line["step_seconds"] for line in metrics or () if line["step"] > trainer.first]
+    forward, backward = phase.flops
+    seconds = [line["step_seconds"] for line in metrics or () if line["step"] > phase.first]
     full_bytes = byte_report(full.abstract_state)
     return {
-        "trainable_params": size(trainer.abstract_state.trainable),
-        **byte_report(trainer.abstract_state),
+        "trainable_params": size(phase.abstract_state.trainable),
+        **byte_report(phase.abstract_state),
         "temp_bytes": temp_bytes,
         "forward_flops_per_token": forward / tokens,
         "backward_flops_per_token": backward / tokens,

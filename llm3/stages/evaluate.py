@@ -67,12 +67,12 @@ def write_row(session: Session, stage: Stage | None, params: dict, cost: dict) -
             write_json(directory / DETAILS, details)
         write_json(directory / ROW, row | cost)
 
-    processes.from_first(write)
+    processes.broadcast_from_first(write)
 
 
 def evaluate_init(session: Session) -> None:
     """The untrained model's row, once."""
-    if not processes.from_first(lambda: bool(read_json(session.workdir / INIT / ROW))):
+    if not processes.broadcast_from_first(lambda: bool(read_json(session.workdir / INIT / ROW))):
         params = init(session.experiment.init_model, session.experiment.init_seed, session.mesh)
         write_row(session, None, params, {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0})
 

@@ -41,8 +41,8 @@ class Evaluation:
         self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled
     ) -> dict[str, Any]:
         """Its figures and details of parameters that are cut as one segment. compiled: kept between calls."""
-        return self.plugin.figures(
-            evals.Test(
+        return self.plugin.evaluate(
+            evals.EvalContext(
                 params=params,
                 model=model,
                 config=self.config,

@@ -6,7 +6,7 @@ from typing import Any
 from llm3 import evals, objectives
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig, StageConfig
-from llm3.distributed.sharding import check_across, table
+from llm3.distributed.sharding import check_across_hosts, table
 from llm3.errors import UserError, nearest
 from llm3.files import INIT
 from llm3.registry import load_plugin, plugin_names, read_options
@@ -72,28 +72,28 @@ def check(config: RunConfig) -> list[str]:
     if not stages:
         raise UserError("config.stages is empty: expected {name: stage}")
     table(config.mesh.rules)
-    check_across(config.mesh.across)
+    check_across_hosts(config.mesh.across_hosts)
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, plugin_names(evals))
         _known(f"{where}.source", evaluation.source, config.sources)
-        peer = load_plugin(evals, evaluation.kind)
-        check_attention(peer.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
+        plugin = load_plugin(evals, evaluation.kind)
+        check_attention(plugin.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
         window_kind(
-            peer.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
+            plugin.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
         )
-        read_options(peer, evaluation.options, f"{where}.options")
+        read_options(plugin, evaluation.options, f"{where}.options")
     for name, stage in stages.items():
         where = f"config.stages.{name}"
         if name == INIT or "/" in name:
             raise UserError(f"{where}: {name!r} cannot be a stage's name")
         _known(f"{where}.objective", stage.objective_name, plugin_names(objectives))
-        peer = load_plugin(objectives, stage.objective_name)
-        check_attention(peer.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
-        read_options(peer, stage.objective_options, f"{where}.objective")
+        plugin = load_plugin(objectives, stage.objective_name)
+        check_attention(plugin.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
+        read_options(plugin, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
             _known(f"{where}.data", source, config.sources)
-            window_kind(peer.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
+            window_kind(plugin.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
         check_rules(stage, where)
         LAWS[stage.kind](stage, where)
         parent = parent_name(stage)

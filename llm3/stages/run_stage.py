@@ -32,18 +32,18 @@ from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
 from llm3.training.loop import Hooks, train
 from llm3.training.metrics import Cost, Meter
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.training.step import TrainState
 from llm3.tree import flatten, size
 
 
-def preflight(session: Session, stage: Stage, in_this_run: list[str]) -> None:
+def check_before_training(session: Session, stage: Stage, in_this_run: list[str]) -> None:
     """Everything about a stage that can be wrong, found before any stage trains. Raises UserError."""
     experiment, directory = session.experiment, session.workdir / stage.name
     parent = find_parent(experiment, stage, in_this_run)
-    for trainer in session.phases(stage):
+    for phase in session.phases(stage):
         try:
-            jax.eval_shape(trainer.train_step, trainer.abstract_state, stage.abstract_batch(session.mesh))
+            jax.eval_shape(phase.train_step, phase.abstract_state, stage.abstract_batch(session.mesh))
         except (TypeError, ValueError) as error:
             raise UserError(f"{stage.where}: its step cannot be built: {error}") from error
     if stage.config.best:
@@ -73,37 +73,37 @@ class StageRun:
         return self.session.workdir / self.stage.name
 
     @property
-    def phases(self) -> list[Trainer]:
+    def phases(self) -> list[Phase]:
         return self.session.phases(self.stage)
 
     @property
-    def rests_on_base(self) -> bool:
+    def saves_deltas(self) -> bool:
         """Whether something is frozen, which is then written once, at the start."""
         return bool(flatten(self.phases[0].abstract_state.frozen))
 
-    def trainer_of(self, done: int) -> Trainer:
-        """The trainer that made step `done`, counted from 1."""
+    def phase_of(self, done: int) -> Phase:
+        """The phase that made step `done`, counted from 1."""
         return next(each for each in self.phases if done <= each.stop)
 
     def begin(self, parent: Parent | None) -> tuple[TrainState, int]:
         """The state to go on from, and its step: the stage's own newest, else its parent's parameters, else new."""
 
         def wanted(step: int) -> Wanted:
-            trainer = self.trainer_of(step)
-            return Wanted(trainer.abstract_params, trainer.saved_opt(trainer.abstract_state))
+            phase = self.phase_of(step)
+            return Wanted(phase.abstract_params, phase.saved_opt(phase.abstract_state))
 
         if own := self.checkpoints.load_newest(wanted):
             return self.resume(own)
-        trainer = self.phases[0]
-        params, said = first_params(self.session, self.stage, parent, trainer)
+        phase = self.phases[0]
+        params, said = first_params(self.session, self.stage, parent, phase)
         self.meta = base_meta(self.stage, parent) | said
-        if self.rests_on_base:
+        if self.saves_deltas:
             self.checkpoints.save_base(params, self.meta)
-        return trainer.state(params), 0
+        return phase.state(params), 0
 
     def resume(self, own: Restored) -> tuple[TrainState, int]:
         """Take up the stage's own checkpoint."""
-        say, name, trainer = self.session.console.print, self.stage.name, self.trainer_of(own.step)
+        say, name, phase = self.session.console.print, self.stage.name, self.phase_of(own.step)
         for line in own.skipped:
             say(f"{name}: {line}", style="bold red")
         self.meta, self.cost = own.meta, Cost(**own.meta["cost"])
@@ -111,39 +111,39 @@ class StageRun:
         self.complete = own.params if own.step == self.stage.config.steps else None
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
         say(f"{name}: resumes at step {own.step}")
-        if (before := self.meta["model"]["compute_dtype"]) != trainer.model.compute_dtype:
-            say(f"{name}: computed in {before} so far, in {trainer.model.compute_dtype} from here on")
-        if self.rests_on_base and own.step < self.stage.config.steps:
-            self.checkpoints.save_base(own.params, self.meta, trainer.partition.split(own.params)[0])
-        return trainer.state(own.params, own.opt, own.step), own.step
+        if (before := self.meta["model"]["compute_dtype"]) != phase.model.compute_dtype:
+            say(f"{name}: computed in {before} so far, in {phase.model.compute_dtype} from here on")
+        if self.saves_deltas and own.step < self.stage.config.steps:
+            self.checkpoints.save_base(own.params, self.meta, phase.partition.split(own.params)[0])
+        return phase.state(own.params, own.opt, own.step), own.step
 
-    def whole(self, trainer: Trainer, state: TrainState) -> dict:
+    def whole(self, phase: Phase, state: TrainState) -> dict:
         """The canonical parameters that a state stands for, with what is frozen as the stage began with it."""
         if self.complete is not None:
             return self.complete
-        if self.stage.config.frozen == "float32" or not self.rests_on_base:
-            return trainer.params(state)
-        return trainer.partition.join(trainer.trained(state), trainer.partition.split(self.base())[1])
+        if self.stage.config.frozen == "float32" or not self.saves_deltas:
+            return phase.params(state)
+        return phase.partition.join(phase.trained(state), phase.partition.split(self.base())[1])
 
     def base(self) -> dict:
         """The canonical parameters that the stage began with."""
         return self.checkpoints.base(self.phases[0].abstract_params)
 
-    def save(self, trainer: Trainer, done: int, state: TrainState) -> None:
+    def save(self, phase: Phase, done: int, state: TrainState) -> None:
         """Begin to write a checkpoint of step `done`, with the stage's best figure where the config names one."""
         metrics, value, best = None, None, self.stage.config.best
         if best:
             sign, evaluation = best_figure(self.session.experiment.evaluations, self.stage)
-            value = measure(self.session, self.stage, trainer.params(state), evaluation)[0][best]
+            value = measure(self.session, self.stage, phase.params(state), evaluation)[0][best]
             value = None if value is None else sign * value
             metrics = {best: math.inf if value is None else value}
         self.cost.peak_bytes = max(memory.peak_bytes() or 0, self.cost.peak_bytes)
         finished = done == self.stage.config.steps
         cost = {"cost": dict(vars(self.cost)), "temp_bytes": self.temp_bytes}
         meta = self.meta | scored(best, value) | {"step": done, "finished": finished} | cost
-        rests = self.rests_on_base and not finished
-        params = trainer.trained(state) if rests else self.whole(trainer, state)
-        self.checkpoints.save(done, params, trainer.saved_opt(state), meta, metrics, partial=rests)
+        rests = self.saves_deltas and not finished
+        params = phase.trained(state) if rests else self.whole(phase, state)
+        self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, partial=rests)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on the devices; each process reads its own rows."""
@@ -151,7 +151,7 @@ class StageRun:
         return place_rows(mesh, size, self.stage.data.mixture.batch(step, rows_of_process(mesh, size)))
 
     @contextmanager
-    def hooks(self, trainer: Trainer, done: int, writer: MetricsWriter | None, request: StopRequest) -> Iterator[Hooks]:
+    def hooks(self, phase: Phase, done: int, writer: MetricsWriter | None, request: StopRequest) -> Iterator[Hooks]:
         """What the loop calls in a phase from step `done` on. writer: of the first process; None on the others."""
         config, mixture, console = self.stage.config, self.stage.data.mixture, self.session.console
         with Progress(config.steps, done, self.stage.name) if writer else nullcontext() as progress:
@@ -159,7 +159,7 @@ class StageRun:
             def on_log(done: int, line: dict) -> None:
                 if writer is None:
                     return
-                rate = float(trainer.optimizer.schedule(done - 1 - self.cost.skipped_steps))
+                rate = float(phase.optimizer.schedule(done - 1 - self.cost.skipped_steps))
                 epochs = {f"epochs_{source}": seen for source, seen in mixture.epochs(done).items()}
                 line = {"learning_rate": rate} | line | epochs
                 writer.write(done, line)
@@ -169,7 +169,7 @@ class StageRun:
 
             watchdog = Watchdog(self.session.config.hang_seconds)
             try:
-                yield Hooks(config.log_every, config.save_every, on_log, partial(self.save, trainer), request, watchdog)
+                yield Hooks(config.log_every, config.save_every, on_log, partial(self.save, phase), request, watchdog)
             except Diverged as error:
                 raise Diverged(f"{self.stage.name}: {error}") from None
 
@@ -185,7 +185,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
         state, done = run.begin(parent)
         if processes.is_first():  # once a parent has been read whole: a refused stage leaves nothing
             write_json(directory / RECORD, stage.record)
-        phase = run.trainer_of(done)
+        phase = run.phase_of(done)
         with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
             for each in run.phases:
                 if request.signal or done >= each.stop or done < each.first:
@@ -205,7 +205,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     return True
 
 
-def row_facts(run: StageRun, phase: Trainer) -> dict[str, Any]:
+def row_facts(run: StageRun, phase: Phase) -> dict[str, Any]:
     """What a row says besides metrics: costs, savings and provenance."""
     stage, session = run.stage, run.session
     lines = read_metrics(run.directory) if processes.is_first() else []
@@ -217,23 +217,23 @@ def row_facts(run: StageRun, phase: Trainer) -> dict[str, Any]:
     )
 
 
-def compile_step(run: StageRun, trainer: Trainer, done: int) -> Any:
+def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     """The compiled step of a phase, from step `done` on; says what it will take."""
     session, stage = run.session, run.stage
-    compiled = trainer.train_step.lower(trainer.abstract_state, stage.abstract_batch(session.mesh)).compile()
+    compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
     analysis = compiled.memory_analysis()
     run.temp_bytes = analysis.temp_size_in_bytes
     bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    left = trainer.flops_per_step * (trainer.stop - done)
-    steps = f"steps {trainer.first} to {trainer.stop}" if len(run.phases) > 1 else f"{stage.config.steps} steps"
+    left = phase.flops_per_step * (phase.stop - done)
+    steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else f"{stage.config.steps} steps"
     session.console.print(
-        f"{stage.name}: {count(size(trainer.abstract_state.trainable))} of {count(size(trainer.abstract_params))} "
+        f"{stage.name}: {count(size(phase.abstract_state.trainable))} of {count(size(phase.abstract_params))} "
         f"parameters train, {count(stage.step_tokens)} tokens a step, {steps}; "
         f"about {bytes_ / 2**20:.0f} MiB a device and {duration(left / session.flops_per_second())}"
     )
-    if trainer is run.phases[0]:
+    if phase is run.phases[0]:
         for source, facts in stage.data.facts(stage.config.steps).items():
             session.console.print(f"  {source}: " + ", ".join(facts))
-        for note in trainer.notes:
+        for note in phase.notes:
             session.console.print(f"  {note}")
     return compiled

@@ -17,7 +17,7 @@ from llm3.distributed.machines import peak_flops
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force, table
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 
 
 class Session:
@@ -28,13 +28,13 @@ class Session:
         self.console = console
         mesh = self.config.mesh
         self._rules = table(mesh.rules)
-        self.mesh = make_mesh(vars(mesh), across=mesh.across, islands=processes.islands())
+        self.mesh = make_mesh(vars(mesh), across_hosts=mesh.across_hosts, islands=processes.islands())
         with self.on_mesh():
             self._check_batches()
         peak = peak_flops(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * jax.device_count()
         self.compiled_evaluations: evals.Compiled = {}
-        self._phases: dict[str, list[Trainer]] = {}
+        self._phases: dict[str, list[Phase]] = {}
 
     @contextmanager
     def on_mesh(self) -> Iterator[None]:
@@ -50,7 +50,7 @@ class Session:
             own = stage.config
             check_batch(self.mesh, own.batch_size, own.sequence_length, own.micro_batches, stage.where)
 
-    def phases(self, stage: Stage) -> list[Trainer]:
+    def phases(self, stage: Stage) -> list[Phase]:
         """What the phases of a stage run with, one after another. Raises UserError for what does not fit."""
         if stage.name not in self._phases:
             self._phases[stage.name] = stage.phases(self.mesh)

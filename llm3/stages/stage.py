@@ -29,7 +29,7 @@ from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
 from llm3.stages.rules import data_sources, parent_name
 from llm3.stages.workdir import stage_record
-from llm3.training.phase import Trainer, build
+from llm3.training.phase import Phase, build
 
 
 class StageData(NamedTuple):
@@ -121,7 +121,7 @@ class Stage:
         config = replace(self.config, train="all", unfreeze=[], adapters={}, frozen="float32", optimizer=plain)
         return replace(self, config=config, model=replace(self.model, adapters=()))
 
-    def phases(self, mesh: Mesh) -> list[Trainer]:
+    def phases(self, mesh: Mesh) -> list[Phase]:
         """What each phase runs with on a mesh, which may be abstract. Raises UserError for what does not fit."""
         options = {"task": self.task, "fresh": self.is_fresh, "seed": self.seed, "where": self.where}
         return build(self.config, self.model, mesh, **options)
@@ -159,7 +159,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     return Stage(
         name=name,
         config=stage,
-        model=replace(model, read_out=most),
+        model=replace(model, max_output_positions=most),
         objective=objective,
         task=task,
         start=read_start(stage.start, workdir, f"config.stages.{name}.start"),
@@ -184,7 +184,7 @@ def plan_stage(config: RunConfig, name: str) -> Stage:
     return Stage(
         name=name,
         config=stage,
-        model=replace(model, read_out=_most_positions(config, objective, task, {})),
+        model=replace(model, max_output_positions=_most_positions(config, objective, task, {})),
         objective=objective,
         task=task,
         start=read_start(stage.start, None, f"config.stages.{name}.start"),

@@ -20,7 +20,7 @@ from llm3.segments import canonical
 from llm3.stages.experiment import Experiment
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.training.phase import Trainer
+from llm3.training.phase import Phase
 from llm3.tree import flatten, unflatten
 
 
@@ -115,24 +115,24 @@ def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: di
             )
 
 
-def first_params(session: Session, stage: Stage, parent: Parent | None, trainer: Trainer) -> tuple[dict, dict]:
+def first_params(session: Session, stage: Stage, parent: Parent | None, phase: Phase) -> tuple[dict, dict]:
     """The canonical parameters that a stage starts with, and what the metadata says of them."""
     seed = stage.fresh_seed
     if parent is None:
-        params, fresh = init(trainer.model, seed, session.mesh), sorted(flatten(trainer.abstract_params))
+        params, fresh = init(phase.model, seed, session.mesh), sorted(flatten(phase.abstract_params))
         said = {"fresh": fresh}
     else:
-        params, account = handoff.load(parent, trainer.abstract_params, f"{stage.where}.start")
+        params, account = handoff.load(parent, phase.abstract_params, f"{stage.where}.start")
         fresh, said = account.fresh, account.said()
         if fresh:
-            params = unflatten(flatten(params) | flatten(init(trainer.model, seed, session.mesh, only=fresh)))
+            params = unflatten(flatten(params) | flatten(init(phase.model, seed, session.mesh, only=fresh)))
         session.console.print(
             f"{stage.name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, "
             f"{account.describe()}"
         )
     if (kind := stage.config.frozen) in CODEBOOKS:
         session.console.print(f"{stage.name}: frozen kernels go on as what their {kind} codes stand for")
-        params, said = trainer.rounded(params), said | {"rounded": kind}
+        params, said = phase.rounded(params), said | {"rounded": kind}
     return with_magnitudes(params, fresh), said  # of the kernels that are computed with
 
 

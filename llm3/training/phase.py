@@ -26,7 +26,7 @@ from llm3.training.step import TrainState, make_train_step
 from llm3.tree import flatten, unflatten
 
 
-class Trainer(NamedTuple):
+class Phase(NamedTuple):
     """All that a stage runs with from step `first` to step `stop`. `train_step` is jitted, its state donated."""
 
     first: int
@@ -76,7 +76,7 @@ class Trainer(NamedTuple):
         trainable, frozen = self.partition.split(params)
         return self.partition.join(trainable, rounded(frozen, self.storage))
 
-    def following(self, before: "Trainer", state: TrainState, base: dict) -> TrainState:
+    def following(self, before: "Phase", state: TrainState, base: dict) -> TrainState:
         """The state of the phase `before`, with more leaves that train from here on; base: where these come from."""
         params = before.partition.join(state.trainable, before.partition.split(base)[1])
         trainable, frozen = self.partition.split(params)
@@ -96,7 +96,7 @@ def _inside(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def tied_notes(model: ModelConfig, partition: Partition, head: str) -> list[str]:
+def tied_head_notes(model: ModelConfig, partition: Partition, head: str) -> list[str]:
     """That the LM head is the embedding, where some leaves are frozen and the two might be taken for separate."""
     every = len(flatten(abstract(model, partition.segments).shapes))
     if not model.tie_embeddings or head != "lm" or len(partition.trainable) == every:
@@ -118,8 +118,8 @@ def build(
     fresh: Callable[[str], bool],
     seed: int,
     where: str,
-) -> list[Trainer]:
-    """The trainers of a stage on a mesh, one for each phase of unfreezing, without allocating anything.
+) -> list[Phase]:
+    """The phases of a stage on a mesh, one for each phase of unfreezing, without allocating anything.
 
     task: what the objective is given besides batches. fresh: whether a leaf, by its canonical path, comes from no
     parent. Raises UserError for what does not fit.
@@ -161,7 +161,7 @@ def _phase(
     fresh: Callable[[str], bool],
     seed: int,
     where: str,
-) -> Trainer:
+) -> Phase:
     objective = load_plugin(objectives, stage.objective_name)
     cut = abstract(model, partition.segments)
     shardings = tree_shardings(mesh, cut.shapes, cut.axes)
@@ -195,7 +195,7 @@ def _phase(
     )
     head = "task" if objective.HEAD else "lm"
     size = (stage.batch_size, stage.sequence_length, head)
-    return Trainer(
+    return Phase(
         first=steps[0],
         stop=steps[1],
         model=model,
@@ -208,7 +208,7 @@ def _phase(
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
         flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
-        notes=tied_notes(model, partition, head),
+        notes=tied_head_notes(model, partition, head),
     )
 
 

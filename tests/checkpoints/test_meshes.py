@@ -15,7 +15,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
 from llm3.handoff.start import read_start
-from llm3.training.phase import Trainer, build
+from llm3.training.phase import Phase, build
 from llm3.training.step import TrainState
 from llm3.tree import map_with_path
 from tests.helpers.meshes import mesh_of
@@ -40,11 +40,11 @@ class Run(NamedTuple):
     """A stage on a mesh."""
 
     mesh: jax.sharding.Mesh
-    trainer: Trainer
+    phase: Phase
     compiled: jax.stages.Compiled
 
     def placed(self, params: dict) -> dict:
-        return map_with_path(lambda _, x, like: jax.device_put(x, like.sharding), params, self.trainer.abstract_params)
+        return map_with_path(lambda _, x, like: jax.device_put(x, like.sharding), params, self.phase.abstract_params)
 
     def losses(self, state: TrainState, first: int) -> tuple[TrainState, list[float]]:
         """Of two steps: that of the second one depends on the optimizer's state too."""
@@ -61,12 +61,14 @@ class Run(NamedTuple):
 def run_on(mesh: str, trains: str) -> Run:
     sizes = MESHES[mesh]
     found = mesh_of(int(np.prod([*sizes.values()])), **sizes)
-    peers = {"optimizer": OptimizerConfig("adamw", 1e-2, "linear"), "guard": GuardConfig(deviations=99.0, window=4)}
-    stage = StageConfig("posttrain", {"source": 1.0}, 10, ROWS, LENGTH, start="pretrain", train=TRAIN[trains], **peers)
+    plugins = {"optimizer": OptimizerConfig("adamw", 1e-2, "linear"), "guard": GuardConfig(deviations=99.0, window=4)}
+    stage = StageConfig(
+        "posttrain", {"source": 1.0}, 10, ROWS, LENGTH, start="pretrain", train=TRAIN[trains], **plugins
+    )
     with jax.set_mesh(found):
-        trainer = build(stage, MODEL, found, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
-        lowered = trainer.train_step.lower(trainer.abstract_state, place_batch(found, make_batch(ROWS)))
-        return Run(found, trainer, lowered.compile(compiler_options=COMPILE_FAST))
+        phase = build(stage, MODEL, found, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+        lowered = phase.train_step.lower(phase.abstract_state, place_batch(found, make_batch(ROWS)))
+        return Run(found, phase, lowered.compile(compiler_options=COMPILE_FAST))
 
 
 class Saved(NamedTuple):
@@ -89,10 +91,10 @@ def saved_on(tmp_path_factory):
             params = run.placed(PARAMS)
             if partial:
                 checkpoints.save_base(params, meta)
-            state, _ = run.losses(run.trainer.state(params), 0)
-            whole, opt = run.trainer.params(state), run.trainer.saved_opt(state)
+            state, _ = run.losses(run.phase.state(params), 0)
+            whole, opt = run.phase.params(state), run.phase.saved_opt(state)
             held = jax.device_get(whole), jax.device_get(by_path(opt))
-            checkpoints.save(SAVED_AT, run.trainer.trained(state) if partial else whole, opt, meta, partial=partial)
+            checkpoints.save(SAVED_AT, run.phase.trained(state) if partial else whole, opt, meta, partial=partial)
             checkpoints.wait()
             return Saved(directory, *held, run.losses(state, SAVED_AT)[1])
 
@@ -113,7 +115,7 @@ def assert_same(found: object, expected: dict, like: object) -> None:
 def test_a_stage_resumes_on_another_mesh_bit_for_bit_with_the_same_next_losses(saved_on, saved, read, trains):
     """Its parameters, its optimizer's state and its guard's."""
     before, run = saved_on(saved, trains), run_on(read, trains)
-    like = Wanted(run.trainer.abstract_params, run.trainer.saved_opt(run.trainer.abstract_state))
+    like = Wanted(run.phase.abstract_params, run.phase.saved_opt(run.phase.abstract_state))
     checkpoints = Checkpoints(before.directory / "parent" / CHECKPOINTS, read_only=True)
     with jax.set_mesh(run.mesh):
         found = checkpoints.load_newest(lambda step: like)
@@ -121,7 +123,7 @@ def test_a_stage_resumes_on_another_mesh_bit_for_bit_with_the_same_next_losses(s
         assert_same(found.params, before.params, like.params)
         assert_same(found.opt, before.opt, like.opt)
         assert int(found.opt["guard"].taken) == SAVED_AT
-        losses = run.losses(run.trainer.state(found.params, found.opt, found.step), SAVED_AT)[1]
+        losses = run.losses(run.phase.state(found.params, found.opt, found.step), SAVED_AT)[1]
     np.testing.assert_allclose(losses, before.losses, rtol=0, atol=1e-5)
 
 
@@ -135,10 +137,10 @@ def test_a_stage_starts_from_a_parent_of_another_mesh_bit_for_bit_with_the_same_
     start = read_start({"run": str(before.directory), "stage": "parent"}, before.directory, "start")
     parent = handoff.find_checkpoint(start, "start")
     with jax.set_mesh(child.mesh):
-        params, told = handoff.load(parent, child.trainer.abstract_params, "start")
-        assert_same(params, before.params, child.trainer.abstract_params)
+        params, told = handoff.load(parent, child.phase.abstract_params, "start")
+        assert_same(params, before.params, child.phase.abstract_params)
         assert not (told.fresh or told.dropped or told.cast)
-        losses = child.losses(child.trainer.state(params), 0)[1]
+        losses = child.losses(child.phase.state(params), 0)[1]
     with jax.set_mesh(where_saved.mesh):
-        expected = where_saved.losses(where_saved.trainer.state(where_saved.placed(before.params)), 0)[1]
+        expected = where_saved.losses(where_saved.phase.state(where_saved.placed(before.params)), 0)[1]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)

@@ -5,7 +5,7 @@ import json
 import datasets
 import numpy as np
 
-from llm3.cli import bench_data as data_bench
+from llm3.cli import bench_data
 from llm3.data import tokenizer
 
 DOCUMENTS = [f"title {i}\n" + "".join(f"line {k} of document {i}\n" for k in range(20)) for i in range(30)]
@@ -13,7 +13,7 @@ DOCUMENTS = [f"title {i}\n" + "".join(f"line {k} of document {i}\n" for k in ran
 
 def test_the_text_repeats_the_documents_with_their_lines_in_other_orders(tmp_path):
     for name in "ab":
-        size = data_bench.write_text(tmp_path / name, DOCUMENTS, 40_000)
+        size = bench_data.write_text(tmp_path / name, DOCUMENTS, 40_000)
         assert 39_000 < size == (tmp_path / name).stat().st_size <= 40_000
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     rows = [json.loads(line)["text"] for line in (tmp_path / "a").read_text().splitlines()]
@@ -23,10 +23,10 @@ def test_the_text_repeats_the_documents_with_their_lines_in_other_orders(tmp_pat
 
 
 def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_bench.corpus, "load", lambda *_: {"text": DOCUMENTS})
+    monkeypatch.setattr(bench_data.corpus, "load", lambda *_: {"text": DOCUMENTS})
     for name, value in (("VOCAB_SIZE", 300), ("TIMES", 1), ("BATCHES", 2), ("cores", lambda: 1)):
-        monkeypatch.setattr(data_bench, name, value)
-    figures = data_bench.measure_cache(1e-4, tmp_path)
+        monkeypatch.setattr(bench_data, name, value)
+    figures = bench_data.measure_cache(1e-4, tmp_path)
     assert figures["peak_rss_bytes"] is None or figures["peak_rss_bytes"] >= figures["rss_before_bytes"] > 1e7
     assert figures["text_bytes"] < figures["file_bytes"] <= 1e5
     assert figures["tokens_per_second"] > 0 < figures["batch_tokens_per_second"]
@@ -38,8 +38,8 @@ def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
 def test_what_is_compared_are_the_tokens_of_both_and_the_faster_time_of_each(tmp_path, monkeypatch):
     """By a clock that is moved by hand: building takes 4 and then 2 s, mapping 16 and 8, and half as much of a CPU."""
     clock, seconds, kept = np.zeros(2), iter([4, 16, 2, 8]), []
-    monkeypatch.setattr(data_bench, "_clocks", lambda: clock.copy())
-    build, map_ = data_bench._build, datasets.Dataset.map
+    monkeypatch.setattr(bench_data, "_clocks", lambda: clock.copy())
+    build, map_ = bench_data._build, datasets.Dataset.map
 
     def timed(function, keep):
         def call(*args, **kwargs):
@@ -50,13 +50,13 @@ def test_what_is_compared_are_the_tokens_of_both_and_the_faster_time_of_each(tmp
 
         return call
 
-    monkeypatch.setattr(data_bench, "_build", timed(build, lambda cache: cache.tokens))
+    monkeypatch.setattr(bench_data, "_build", timed(build, lambda cache: cache.tokens))
     monkeypatch.setattr(datasets.Dataset, "map", timed(map_, lambda rows: sum(map(len, rows["tokens"]))))
-    monkeypatch.setattr(data_bench, "cores", lambda: 1)
+    monkeypatch.setattr(bench_data, "cores", lambda: 1)
     trained = tokenizer.train(DOCUMENTS, 300)
     trained.save(tmp_path / "tokenizer.json")
-    size = data_bench.write_text(tmp_path / "part.jsonl", DOCUMENTS, 20_000)
-    compared = data_bench._compared(tmp_path / "part.jsonl", trained, tmp_path)
+    size = bench_data.write_text(tmp_path / "part.jsonl", DOCUMENTS, 20_000)
+    compared = bench_data._compared(tmp_path / "part.jsonl", trained, tmp_path)
     tokens, *others = kept
     assert others == [tokens] * 3, "both encode the same text to the same tokens"
     assert compared == {

@@ -25,21 +25,26 @@ def counted(rule: str) -> dict[str, float]:
     """FLOPs by formula and by the compiler, bytes of a step's temporaries, and of its optimizer's state."""
     config = configfile.load(str(CONFIG))
     stage = replace(config.stages["finetune"], train=rule)
-    filled = {"vocab_size": config.tokenizer.vocab_size, "classes": 12, "read_out": 1, "compute_dtype": "float32"}
+    filled = {
+        "vocab_size": config.tokenizer.vocab_size,
+        "classes": 12,
+        "max_output_positions": 1,
+        "compute_dtype": "float32",
+    }
     mesh, shape = mesh_of(1), (stage.batch_size, stage.sequence_length)
     whole = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = Batch(*[whole] * 4, jax.ShapeDtypeStruct(shape, jnp.float32))
     with jax.set_mesh(mesh):
         model = replace(config.model, **filled)
         fresh = lambda path: path.startswith("head/")  # noqa: E731
-        trainer = build(stage, model, mesh, task=TASK, fresh=fresh, seed=0, where="stage")[0]
-        step = trainer.train_step.lower(trainer.abstract_state, batch).compile(compiler_options=COMPILE_FAST)
+        phase = build(stage, model, mesh, task=TASK, fresh=fresh, seed=0, where="stage")[0]
+        step = phase.train_step.lower(phase.abstract_state, batch).compile(compiler_options=COMPILE_FAST)
     return {
-        "flops": trainer.flops_per_step,
+        "flops": phase.flops_per_step,
         "compiler_flops": step.cost_analysis()["flops"],
         "temp_bytes": step.memory_analysis().temp_size_in_bytes,
-        "moments": state_bytes(trainer.abstract_state.opt) - 2 * 4,  # counts of Adam and of the schedule
-        "trainable": size(trainer.abstract_state.trainable),
+        "moments": state_bytes(phase.abstract_state.opt) - 2 * 4,  # counts of Adam and of the schedule
+        "trainable": size(phase.abstract_state.trainable),
     }
 
 

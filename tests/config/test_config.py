@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from llm3.__main__ import main
 from llm3.config import load as configfile
-from llm3.config import schema as configs
+from llm3.config import schema
 from llm3.errors import UserError
 from tests.helpers import tiny_run as tiny
 
@@ -64,10 +64,10 @@ def test_a_config_survives_the_way_through_plain_values(file, tmp_path, monkeypa
     config = configfile.load(file)
     copy = tmp_path / "copy.py"
     copy.write_text(
-        f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({configs.as_dict(config)!r})\n"
+        f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({schema.as_dict(config)!r})\n"
     )
     assert configfile.load(str(copy)) == config
-    assert isinstance(ConfigDict(configs.as_dict(config)).stages.pretrain.steps, int)
+    assert isinstance(ConfigDict(schema.as_dict(config)).stages.pretrain.steps, int)
 
 
 def test_a_config_file_takes_an_argument(tmp_path, file):
@@ -80,9 +80,9 @@ def test_a_config_file_takes_an_argument(tmp_path, file):
 
 @pytest.mark.parametrize("shipped", sorted((tiny.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_obeys_the_laws_of_its_stages(shipped):
-    from llm3.stages import rules as stages
+    from llm3.stages import rules
 
-    assert set(stages.check(configfile.load(str(shipped))))
+    assert set(rules.check(configfile.load(str(shipped))))
 
 
 OVERRIDES = [
@@ -113,8 +113,8 @@ OVERRIDES = [
     ("stages.scratch.batch_size=12", ["config.stages.scratch.batch_size=12", "multiple of 8"]),
     ("stages.scratch.micro_batches=2", ["config.stages.scratch.batch_size=8", "multiple of 16"]),
     ("mesh.data=3", ["mesh", "8 devices"]),
-    ("mesh.acros=data", ["config.mesh.acros", "'across'"]),
-    ("mesh.across=dat", ["config.mesh.across='dat'", "'data'"]),
+    ("mesh.across=data", ["config.mesh.across", "'across_hosts'"]),
+    ("mesh.across_hosts=dat", ["config.mesh.across_hosts='dat'", "'data'"]),
     ("mesh.rules={'lenght': 'context'}", ["config.mesh.rules.lenght", "'length'"]),
     ("mesh.rules={'length': 'kontext'}", ["config.mesh.rules.length", "'context'"]),
     ("mesh.context=3", ["mesh", "8 devices"]),
@@ -214,7 +214,7 @@ def test_a_stage_on_the_command_line_that_is_not_in_the_config_is_refused(capsys
 
 def test_nearest_names_come_first_in_a_message():
     with pytest.raises(UserError, match="did you mean 'cosine'"):
-        configs.one_of("schedule", "cosin", ("cosine", "linear"))
+        schema.one_of("schedule", "cosin", ("cosine", "linear"))
 
 
 @pytest.mark.parametrize("field", ["evaluations.domain.kind='perplexity'", "stages.posttrain.objective='causal'"])

@@ -10,8 +10,8 @@ from llm3.distributed.machines import parse
 from llm3.distributed.sharding import MESH_AXES, check_batch
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
-from llm3.planning.plan import forecasts, on_paper, stage_on
-from llm3.stages import rules as stages
+from llm3.planning.plan import on_paper, plan_phases, stage_on
+from llm3.stages import rules
 from llm3.stages.experiment import prepare
 from llm3.stages.stage import plan_stage
 from llm3.tree import size
@@ -35,7 +35,7 @@ def test_a_model_has_as_many_parameters_as_published(name):
 @pytest.mark.parametrize(("name", "machine"), VARIANTS)
 def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
     config = config_of(name, machine)
-    order = stages.check(config)
+    order = rules.check(config)
     # 70B do not fit on 8 GPUs while they train
     assert order == ["pretrain", "posttrain", "finetune"][(name, machine) == ("llama3_70b", "h100x8") :]
     with on_paper(config.mesh, parse(TOPOLOGIES[machine])) as mesh:
@@ -50,7 +50,7 @@ def test_every_stage_of_a_variant_fits_as_it_is_configured(name, machine):
     config, chips = config_of(name, machine), parse(TOPOLOGIES[machine])
     for stage in config.stages:
         planned = plan_stage(config, stage).computed_in("bfloat16")
-        for each in forecasts(planned, config.mesh, chips, (config.model.remat,)):
+        for each in plan_phases(planned, config.mesh, chips, (config.model.remat,)):
             assert each.fits(config.model.remat, chips), f"{stage}: {each.total(config.model.remat) / 2**30:.1f} GiB"
 
 

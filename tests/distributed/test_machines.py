@@ -77,12 +77,12 @@ def test_gpus_are_linked_inside_of_a_host_and_over_the_network_between_hosts():
 
 
 def test_the_axis_across_is_laid_over_the_hosts_and_no_other():
-    of = links(parse("h100x16"), {"data": 1, "fsdp": 8, "tensor": 2}, across="tensor")
+    of = links(parse("h100x16"), {"data": 1, "fsdp": 8, "tensor": 2}, outer="tensor")
     assert {axis: link.hosts for axis, link in of.items()} == {"data": 1, "fsdp": 1, "context": 1, "tensor": 2}
     with pytest.raises(UserError, match=r"mesh\.fsdp is 1: 2 hosts"):
-        links(parse("h100x16"), {"data": 16}, across="fsdp")
+        links(parse("h100x16"), {"data": 16}, outer="fsdp")
     with pytest.raises(UserError, match="no such mesh axis"):
-        links(parse("h100x16"), {"data": 16}, across="host")
+        links(parse("h100x16"), {"data": 16}, outer="host")
 
 
 def test_a_tpu_axis_takes_the_dimensions_of_the_torus_that_multiply_to_it():

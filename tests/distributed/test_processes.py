@@ -83,7 +83,7 @@ def test_what_contradicts_itself_is_refused(changes, complaint):
 
 
 def test_alone_every_agreement_is_ones_own():
-    assert processes.from_first(lambda: {"a": 1}) == {"a": 1}
-    assert processes.first_ahead(lambda: "made") == "made"
+    assert processes.broadcast_from_first(lambda: {"a": 1}) == {"a": 1}
+    assert processes.on_first_then_all(lambda: "made") == "made"
     processes.barrier()
     assert processes.published("place") == {}

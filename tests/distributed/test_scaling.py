@@ -26,11 +26,11 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> jax
     """A step of pretraining on rows of LENGTH tokens."""
     stage, task = StageConfig("pretrain", {"a": 1.0}, 10, rows, LENGTH), Task(None, None, LENGTH)
     with jax.set_mesh(mesh):
-        trainer = build(stage, model, mesh, task=task, fresh=lambda path: True, seed=0, where="stage")[0]
+        phase = build(stage, model, mesh, task=task, fresh=lambda path: True, seed=0, where="stage")[0]
         kinds = [np.float32 if name == "weights" else np.int32 for name in Batch._fields]
         sharding = named(mesh, "batch", "length")
         batch = Batch(*(jax.ShapeDtypeStruct((rows, LENGTH), kind, sharding=sharding) for kind in kinds))
-        return trainer.train_step.lower(trainer.abstract_state, batch).compile()
+        return phase.train_step.lower(phase.abstract_state, batch).compile()
 
 
 def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, float]:

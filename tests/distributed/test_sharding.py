@@ -65,38 +65,38 @@ def test_a_mesh_is_made_of_the_devices_it_is_given():
     assert make_mesh(sizes(-1, 1, 1)).size == len(jax.devices())
 
 
-@pytest.mark.parametrize("across", ["data", "fsdp", "tensor"])
-def test_only_the_axis_that_is_laid_across_hosts_has_neighbours_on_different_ones(across):
+@pytest.mark.parametrize("across_hosts", ["data", "fsdp", "tensor"])
+def test_only_the_axis_that_is_laid_across_hosts_has_neighbours_on_different_ones(across_hosts):
     """Two hosts of four devices, which come mixed."""
     hosts = [jax.devices()[::2], jax.devices()[1::2]]
-    mesh = make_mesh(sizes(2, 2, 2), across=across, islands=hosts)
+    mesh = make_mesh(sizes(2, 2, 2), across_hosts=across_hosts, islands=hosts)
     host_of = np.vectorize(lambda device: device in hosts[1])(mesh.devices)
     for place, axis in enumerate(MESH_AXES):
         moved = host_of != np.roll(host_of, 1, axis=place)
-        assert moved.all() if axis == across else not moved.any(), axis
+        assert moved.all() if axis == across_hosts else not moved.any(), axis
 
 
 def test_an_axis_over_more_devices_than_hosts_has_its_near_pieces_on_one_host():
     hosts = [jax.devices()[:4], jax.devices()[4:]]
-    mesh = make_mesh(sizes(1, -1, 1), across="fsdp", islands=hosts)
+    mesh = make_mesh(sizes(1, -1, 1), across_hosts="fsdp", islands=hosts)
     assert [device in hosts[1] for device in mesh.devices.ravel()] == [False] * 4 + [True] * 4
-    alone = make_mesh(sizes(1, -1, 1), across="fsdp", islands=[jax.devices()])
+    alone = make_mesh(sizes(1, -1, 1), across_hosts="fsdp", islands=[jax.devices()])
     assert alone == make_mesh(sizes(1, -1, 1)), "one host has no slow network"
 
 
 @pytest.mark.parametrize(
-    ("across", "islands", "complaint"),
+    ("across_hosts", "islands", "complaint"),
     [
-        ("dat", [4, 4], r"across='dat': no such mesh axis; did you mean 'data'"),
+        ("dat", [4, 4], r"across_hosts='dat': no such mesh axis; did you mean 'data'"),
         ("tensor", [4, 4], "mesh.tensor is 1: expected a multiple of 2"),
         ("data", [3, 5], r"the hosts have \[3, 5\] devices"),
     ],
 )
-def test_an_axis_that_cannot_be_laid_across_hosts_is_refused(across, islands, complaint):
+def test_an_axis_that_cannot_be_laid_across_hosts_is_refused(across_hosts, islands, complaint):
     first = islands[0]
     hosts = [jax.devices()[:first], jax.devices()[first:]]
     with pytest.raises(UserError, match=complaint):
-        make_mesh(sizes(8, 1, 1), across=across, islands=hosts)
+        make_mesh(sizes(8, 1, 1), across_hosts=across_hosts, islands=hosts)
 
 
 def test_every_axis_of_every_parameter_has_a_place_in_the_table(eight_devices):
@@ -150,9 +150,9 @@ def test_moments_are_sharded_as_their_parameters_and_not_replicated(eight_device
     config = model_config(vocab_size=64)
     stage = StageConfig("posttrain", {"a": 1.0}, 10, 8, 16, start="x", train=["layers[1]/mlp/.*", "embeddings"])
     with jax.set_mesh(eight_devices):
-        trainer = build(stage, config, eight_devices, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
-        shardings = jax.tree.map(lambda x: x.sharding, trainer.abstract_params)
-        state = trainer.state(jax.device_put(make_params(config), shardings))
+        phase = build(stage, config, eight_devices, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+        shardings = jax.tree.map(lambda x: x.sharding, phase.abstract_params)
+        state = phase.state(jax.device_put(make_params(config), shardings))
     params = flatten(state.trainable)
     adam = next(each for each in jax.tree.leaves(state.opt, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(each, "mu"))
     for moments in (flatten(adam.mu), flatten(adam.nu)):
@@ -160,5 +160,5 @@ def test_moments_are_sharded_as_their_parameters_and_not_replicated(eight_device
         for path, moment in moments.items():
             assert moment.sharding.is_equivalent_to(params[path].sharding, moment.ndim), path
             assert moment.addressable_shards[0].data.size == moment.size // 4, path
-    for x, promised in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
+    for x, promised in zip(jax.tree.leaves(state), jax.tree.leaves(phase.abstract_state), strict=True):
         assert x.sharding.is_equivalent_to(promised.sharding, x.ndim)

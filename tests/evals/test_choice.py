@@ -17,7 +17,7 @@ from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config
 from tests.helpers.tiny_answers import AnswerCache, encoded
-from tests.helpers.tiny_cache import make_test
+from tests.helpers.tiny_cache import make_context
 
 TOKENIZER = tokenizer.train(["Is it so? Answer: yes Answer: no Answer: maybe not "] * 9, 330)
 CONFIG = model_config(vocab_size=TOKENIZER.vocab_size, layers=2)
@@ -42,7 +42,7 @@ def cache_of(rows, source) -> AnswerCache:
 
 
 def figures(rows, source, **options) -> dict:
-    return choice.figures(make_test(choice, cache_of(rows, source), **{**MODEL, "length": LENGTH} | options))
+    return choice.evaluate(make_context(choice, cache_of(rows, source), **{**MODEL, "length": LENGTH} | options))
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def test_figures_are_those_of_a_hand_computation(rows, source):
 )
 def test_choices_are_judged_by_the_sum_per_character_and_over_a_neutral_prompt(rows, source, neutral):
     cache = cache_of(rows, source)
-    test = make_test(choice, cache, options=choice.Options(neutral=neutral), **MODEL, length=LENGTH)
+    test = make_context(choice, cache, options=choice.Options(neutral=neutral), **MODEL, length=LENGTH)
     found, _ = choice.judged(test, [cache.note(index) for index in range(len(rows))])
     for name, lists in judged_by_hand(rows, source, neutral).items():
         for one, other in zip(found[name], lists, strict=True):
@@ -101,7 +101,7 @@ ASKED = [
 
 def likelihoods(length=LENGTH, batch_size=4, **options) -> np.ndarray:
     cache = cache_of(ROWS, FIXED)
-    test = make_test(choice, cache, **MODEL, length=length, batch_size=batch_size, **options)
+    test = make_context(choice, cache, **MODEL, length=length, batch_size=batch_size, **options)
     test = test if options else dataclasses.replace(test, compiled=COMPILED)
     items = [choice.encode([TOKENIZER.bos_id, prompt], choices, TOKENIZER, length) for prompt, choices in ASKED]
     return np.concatenate(choice.log_likelihoods(test, items))

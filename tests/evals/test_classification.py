@@ -14,7 +14,7 @@ from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import CLASSES, make_params, model_config
-from tests.helpers.tiny_cache import MemoryCache, make_test, plain
+from tests.helpers.tiny_cache import MemoryCache, make_context, plain
 
 NAMES = ["ache", "burn", "cut", "dent", "easy"]
 SETS = [[], [0], [0, 2], [1, 3, 4], [4]]  # the last class is in two of them
@@ -32,7 +32,7 @@ def cache(several: bool = False) -> MemoryCache:
 
 
 def measured(kind: str, several: bool = False, **changes):
-    return make_test(classification, cache(several), vocab_size=VOCAB, classes=CLASSES, **MODELS[kind], **changes)
+    return make_context(classification, cache(several), vocab_size=VOCAB, classes=CLASSES, **MODELS[kind], **changes)
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def probabilities_by_hand(kind: str) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("decoder", 1), ("encoder", 32)])
 def test_figures_of_single_labels_agree_with_scikit_learn(kind, batch_size):
-    true, found = cache().labels, classification.figures(measured(kind, batch_size=batch_size))
+    true, found = cache().labels, classification.evaluate(measured(kind, batch_size=batch_size))
     p = probabilities_by_hand(kind)
     predicted, all_classes = p.argmax(axis=-1), range(CLASSES)
     assert 0 < np.sum(true == predicted) < len(true)
@@ -89,7 +89,7 @@ def calibration_error(true: np.ndarray, p: np.ndarray) -> float:
 def test_the_calibration_error_is_of_fifteen_bins_over_the_whole_set(kind):
     p, true = probabilities_by_hand(kind), cache().labels
     expected = calibration_error(true, p)
-    found = classification.figures(measured(kind, batch_size=32))
+    found = classification.evaluate(measured(kind, batch_size=32))
     assert found["ece"] == pytest.approx(expected, abs=1e-5)
     by_halves = np.mean([calibration_error(true[half], p[half]) for half in (slice(0, 30), slice(30, 60))])
     assert abs(by_halves - expected) > 1e-3
@@ -115,7 +115,7 @@ def test_confidences_are_told_apart_up_to_one():
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("decoder", 1), ("encoder", 32)])
 def test_figures_of_several_labels_agree_with_scikit_learn(kind, batch_size):
-    found = classification.figures(measured(kind, several=True, batch_size=batch_size))
+    found = classification.evaluate(measured(kind, several=True, batch_size=batch_size))
     true = classification.multi_hot(SETS, CLASSES)[cache().labels]
     p = 1 / (1 + np.exp(-logits_by_hand(kind)))
     predicted = (p > 0.5).astype(int)
@@ -137,8 +137,8 @@ def test_label_sets_that_training_never_had_are_those_of_the_evaluated_documents
     other = [[3], [0, 1, 2, 3, 4]]
     documents = [plain(*cache().document(index)) for index in range(20)]
     new = MemoryCache(documents, [0, 1] * 10, NAMES, other)
-    found = classification.figures(
-        make_test(classification, new, vocab_size=VOCAB, classes=CLASSES, **MODELS["encoder"])
+    found = classification.evaluate(
+        make_context(classification, new, vocab_size=VOCAB, classes=CLASSES, **MODELS["encoder"])
     )
     assert [each["support"] for each in found["per_class"].values()] == [10, 10, 10, 20, 10]
 
@@ -157,18 +157,18 @@ def test_figures_of_counts_agree_with_scikit_learn_also_for_classes_that_never_o
 
 def test_no_constant_answer_beats_the_majority():
     constants = [np.mean(cache().labels == guess) for guess in range(CLASSES)]
-    assert classification.figures(measured("decoder"))["majority_accuracy"] == pytest.approx(max(constants))
+    assert classification.evaluate(measured("decoder"))["majority_accuracy"] == pytest.approx(max(constants))
 
 
 @pytest.mark.parametrize("several", [False, True])
 def test_figures_are_the_same_on_eight_devices(eight_devices, several):
     config = model_config(vocab_size=VOCAB, classes=CLASSES)
     whole, params = abstract(config), segmented(make_params(config), ((0, config.layers),))
-    expected = classification.figures(measured("decoder", several))
+    expected = classification.evaluate(measured("decoder", several))
     with jax.set_mesh(eight_devices):
         placed = jax.tree.map(jax.device_put, params, tree_shardings(eight_devices, whole.shapes, whole.axes))
         place = functools.partial(place_batch, eight_devices)
-        found = classification.figures(measured("decoder", several, params=placed, place=place, batch_size=8))
+        found = classification.evaluate(measured("decoder", several, params=placed, place=place, batch_size=8))
     for name, value in expected.items():
         if isinstance(value, (int, float)):
             assert found[name] == pytest.approx(value, rel=1e-4), name

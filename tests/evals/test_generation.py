@@ -17,7 +17,7 @@ from llm3.models.decoding import sample
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, model_config
 from tests.helpers.tiny_answers import DIALOGUE, TALK, AnswerCache, encoded, questions
-from tests.helpers.tiny_cache import BYTES, make_test
+from tests.helpers.tiny_cache import BYTES, make_context
 
 MODEL = {"layers": 2, "tie_embeddings": False}
 CONFIG = model_config(vocab_size=BYTES.vocab_size, **MODEL)
@@ -31,7 +31,7 @@ COMPILED: dict = {}
 
 def evaluation_of(cache, **options):
     fields = {"params": PARAMS, "length": LENGTH, "options": OPTIONS, **MODEL}
-    made = make_test(generation, cache, **fields | options)
+    made = make_context(generation, cache, **fields | options)
     return made if "place" in options else dataclasses.replace(made, compiled=COMPILED)
 
 
@@ -89,9 +89,9 @@ def test_a_long_prompt_keeps_its_last_tokens_behind_bos_and_is_counted():
     cache = questions([("0123456789", "yes"), ("0", "no")], BYTES)
     test = evaluation_of(cache, length=MAX_TOKENS + 6)
     assert generation.question(test, 0, 6).prompt == [BYTES.bos_id, *BYTES.encode("56789")]
-    assert generation.figures(test)["truncated"] == 1
+    assert generation.evaluate(test)["truncated"] == 1
     with pytest.raises(UserError, match=r"sequence_length=13: expected max_tokens=12 and at least 2"):
-        generation.figures(evaluation_of(cache, length=13))
+        generation.evaluate(evaluation_of(cache, length=13))
 
 
 def test_figures_are_means_over_the_items_beside_the_best_constant_answer():
@@ -99,7 +99,7 @@ def test_figures_are_means_over_the_items_beside_the_best_constant_answer():
     answers = [["nothing like it", text] for text in right[:2]] + [["the Same!", "other"]] * 5
     rows = [{"question": each, "answer": several} for each, several in zip(QUESTIONS, answers, strict=True)]
     cache = AnswerCache([encoded(row, DIALOGUE, BYTES) for row in rows])
-    found = generation.figures(evaluation_of(cache))
+    found = generation.evaluate(evaluation_of(cache))
     assert found["exact_match"] == pytest.approx(2 / 7)
     assert found["majority_exact_match"] == pytest.approx(5 / 7)
     assert found["items"] == 7 and found["truncated"] == 0

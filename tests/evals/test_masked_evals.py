@@ -17,7 +17,7 @@ from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config, stack
-from tests.helpers.tiny_cache import BYTES, MemoryCache, make_test, plain
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain
 
 ENCODER = {"causal": False, "pool": "mean"}
 WORDS = ["the", "cat", "naïve", "中文", "mat,", "and", "so", "👍"]
@@ -31,9 +31,9 @@ def documents(count: int = 9) -> list:
     return [plain(BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id) for text in texts]
 
 
-def figures(peer, order=None, options=None, **changes) -> dict[str, float]:
+def figures(plugin, order=None, options=None, **changes) -> dict[str, float]:
     cache = MemoryCache([documents()[i] for i in (order or range(len(documents())))])
-    return peer.figures(make_test(peer, cache, options=options, **ENCODER | {"length": 32} | changes))
+    return plugin.evaluate(make_context(plugin, cache, options=options, **ENCODER | {"length": 32} | changes))
 
 
 @functools.cache
@@ -87,20 +87,20 @@ def test_the_share_of_the_text_is_hidden_whatever_the_sizes_of_documents(options
     assert abs(shares.mean()) < 4 * shares.std() / np.sqrt(len(shares))
 
 
-@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
-def test_figures_do_not_depend_on_batch_size_or_packing(peer):
+@pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
+def test_figures_do_not_depend_on_batch_size_or_packing(plugin):
     shuffled = np.random.default_rng(0).permutation(len(documents())).tolist()
-    assert figures(peer, order=shuffled, batch_size=3) == pytest.approx(figures(peer), rel=1e-5)
+    assert figures(plugin, order=shuffled, batch_size=3) == pytest.approx(figures(plugin), rel=1e-5)
 
 
-@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
-def test_figures_are_the_same_on_eight_devices(peer):
+@pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
+def test_figures_are_the_same_on_eight_devices(plugin):
     config, params = model()
     mesh, whole, cut = mesh_of(8, data=2, fsdp=2, tensor=2), abstract(config), segmented(params, ((0, 3),))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, cut, tree_shardings(mesh, whole.shapes, whole.axes))
-        found = figures(peer, params=placed, place=lambda batch: place_batch(mesh, batch))
-    assert found == pytest.approx(figures(peer), rel=1e-5)
+        found = figures(plugin, params=placed, place=lambda batch: place_batch(mesh, batch))
+    assert found == pytest.approx(figures(plugin), rel=1e-5)
 
 
 def test_other_tokens_are_hidden_with_another_seed_and_the_same_with_the_same():
@@ -131,11 +131,11 @@ def test_a_uniform_model_has_the_vocabulary_as_its_pseudo_perplexity():
     assert found["pseudo_bits_per_byte"] == pytest.approx(math.log2(BYTES.vocab_size), rel=1e-5)
 
 
-@pytest.mark.parametrize("peer", [masked, pseudo_perplexity], ids=lambda peer: peer.__name__.split(".")[-1])
-def test_a_source_without_text_is_an_error_not_a_division_by_zero(peer):
+@pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
+def test_a_source_without_text_is_an_error_not_a_division_by_zero(plugin):
     empty = MemoryCache([plain(BYTES.bos_id, BYTES.eos_id)])
     with pytest.raises(UserError, match="source"):
-        peer.figures(make_test(peer, empty, length=32, **ENCODER))
+        plugin.evaluate(make_context(plugin, empty, length=32, **ENCODER))
 
 
 def test_options_that_make_no_sense_are_refused():

@@ -15,7 +15,7 @@ from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import make_documents, make_params, model_config
-from tests.helpers.tiny_cache import MemoryCache, make_test, plain
+from tests.helpers.tiny_cache import MemoryCache, make_context, plain
 
 TAGS = ["north", "south", "never"]
 
@@ -36,7 +36,7 @@ def cache(documents=tuple(DOCUMENTS), tags=None) -> MemoryCache:
 
 
 def figures(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict[str, float]:
-    return perplexity.figures(make_test(perplexity, cache(documents, tags), tokenizer=Bytes(), **changes))
+    return perplexity.evaluate(make_context(perplexity, cache(documents, tags), tokenizer=Bytes(), **changes))
 
 
 @functools.cache
@@ -104,11 +104,11 @@ def test_special_tokens_count_neither_nats_nor_bytes():
 
 
 def test_sums_are_added_in_float64():
-    class Given(evals.Test):
+    class Given(evals.EvalContext):
         def each(self, function, *arrays, table=None, change=None):
             for value in (2.0**24, 1.0, 1.0, 1.0):  # in float32, 2^24 + 1 is 2^24
                 yield None, {"nats": np.float32(value)}
 
-    test = make_test(perplexity, cache(), tokenizer=Bytes())
-    given = Given(**{name: getattr(test, name) for name in evals.Test.__dataclass_fields__})
+    test = make_context(perplexity, cache(), tokenizer=Bytes())
+    given = Given(**{name: getattr(test, name) for name in evals.EvalContext.__dataclass_fields__})
     assert given.sums(None)["nats"] == 2**24 + 3

@@ -18,7 +18,7 @@ from llm3.data.windows.spans import END, START
 from llm3.errors import UserError
 from llm3.evals import span
 from llm3.registry import read_options
-from tests.helpers.tiny_cache import BYTES, MemoryCache, make_test
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context
 
 SOURCE = SourceConfig("x", text="context", prompt="question", answers="answers")
 CONTEXT = "In 1850 the town had 12 mills; by 1900, there were 31."
@@ -42,7 +42,7 @@ ROWS = [
 ]
 
 
-class Oracle(evals.Test):
+class Oracle(evals.EvalContext):
     """A test whose model points at the targets of each chunk. height: of these logits, by (start, end)."""
 
     height = (9.0, 9.0)
@@ -53,16 +53,16 @@ class Oracle(evals.Test):
             yield batch, {"logits": (bits * np.array(self.height)).astype(np.float32)}
 
 
-def oracle(cache, **changes) -> evals.Test:
-    test = make_test(span, cache, **{"length": 100} | changes, classes=2)
-    return Oracle(**{name: getattr(test, name) for name in evals.Test.__dataclass_fields__})
+def oracle(cache, **changes) -> evals.EvalContext:
+    test = make_context(span, cache, **{"length": 100} | changes, classes=2)
+    return Oracle(**{name: getattr(test, name) for name in evals.EvalContext.__dataclass_fields__})
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(100, 4), (40, 1), (40, 3), (300, 2)])
 def test_a_perfect_predictor_is_perfect_in_windows_of_any_length(length, batch_size):
     test = oracle(cache_of(*ROWS), length=length, batch_size=batch_size)
     assert span.predictions(test) == ["12", "1900", "", "瑞士", "short"]
-    found = span.figures(test)
+    found = span.evaluate(test)
     assert (found["exact_match"], found["f1"], found["items"]) == (1.0, 1.0, 5)
     assert found["no_answer"] == {"share": 0.2, "predicted": 0.2, "exact_match": 1.0}
     assert found["answerable"] == {"exact_match": 1.0, "f1": 1.0}
@@ -70,7 +70,7 @@ def test_a_perfect_predictor_is_perfect_in_windows_of_any_length(length, batch_s
 
 
 def test_where_every_question_has_an_answer_nothing_is_said_of_those_without():
-    assert span.figures(oracle(cache_of(*ROWS[:2]))).keys() == {"exact_match", "f1", "items", "examples"}
+    assert span.evaluate(oracle(cache_of(*ROWS[:2]))).keys() == {"exact_match", "f1", "items", "examples"}
 
 
 def test_tokens_wider_than_an_answer_cost_what_lies_beside_it():
@@ -87,13 +87,13 @@ def test_a_span_that_cuts_a_character_loses_that_character_only():
                 yield batch, {"logits": np.roll(result["logits"], 1, axis=1)}
 
     test = oracle(cache_of(("蘇黎世是", "q", ["黎世"])))
-    shifted = Shifted(**{name: getattr(test, name) for name in evals.Test.__dataclass_fields__})
+    shifted = Shifted(**{name: getattr(test, name) for name in evals.EvalContext.__dataclass_fields__})
     assert span.predictions(shifted) == ["世"]
 
 
 def test_a_document_without_a_prediction_counts_as_one_without_an_answer():
     test = oracle(cache_of(*ROWS, (CONTEXT, "w" * 60, ["12"])))  # a question longer than half of the window
-    found = span.figures(test)
+    found = span.evaluate(test)
     assert found["items"] == 6 and found["exact_match"] == pytest.approx(5 / 6)
     assert found["no_answer"]["predicted"] == pytest.approx(2 / 6)
 
@@ -102,7 +102,7 @@ def test_no_answer_is_chosen_by_the_difference_of_its_score_and_the_best_span():
     cache = cache_of((CONTEXT, "Who?", []))  # "no answer": 18, the best span: 0
     for threshold, predicted in ((17.9, 1.0), (18.0, 0.0), (math.inf, 0.0)):
         test = oracle(cache, options=span.Options(no_answer_threshold=threshold))
-        assert span.figures(test)["no_answer"]["predicted"] == predicted
+        assert span.evaluate(test)["no_answer"]["predicted"] == predicted
 
 
 def test_no_span_is_longer_than_allowed_and_none_ends_before_it_starts():
@@ -117,11 +117,11 @@ def test_no_span_is_longer_than_allowed_and_none_ends_before_it_starts():
 def test_predictions_do_not_depend_on_batch_size_or_packing():
     cache = cache_of(*ROWS)
     model = {"classes": 2, "causal": False, "pool": "mean", "length": 100}
-    expected = span.predictions(make_test(span, cache, batch_size=4, **model))
+    expected = span.predictions(make_context(span, cache, batch_size=4, **model))
     assert len(set(expected)) > 2
     for size in (1, 3, 16):
-        assert span.predictions(make_test(span, cache, batch_size=size, **model)) == expected
-    apart = [span.predictions(make_test(span, cache.subset([i]), **model))[0] for i in range(cache.documents)]
+        assert span.predictions(make_context(span, cache, batch_size=size, **model)) == expected
+    apart = [span.predictions(make_context(span, cache.subset([i]), **model))[0] for i in range(cache.documents)]
     assert apart == expected
 
 
@@ -211,7 +211,7 @@ def test_the_nearest_reference_counts():
 def test_the_rules_are_chosen_by_name():
     cache = cache_of(("the town", "q", ["the town"]))
     test = oracle(cache, options=span.Options(rules="cmrc2018"))
-    assert span.figures(test)["exact_match"] == 1
+    assert span.evaluate(test)["exact_match"] == 1
     with pytest.raises(UserError, match=r"evaluations.x.*rules='cmrc'.*did you mean 'cmrc2018'"):
         read_options(span, {"rules": "cmrc"}, "evaluations.x")
     with pytest.raises(UserError, match=r"evaluations.x.*max_answer_tokens=0: expected at least 1"):

@@ -35,7 +35,7 @@ def test_a_parent_that_changes_after_the_preflight_is_refused_and_no_stage_begin
     tmp_path,
     parent,  # noqa: F811
 ):
-    """Between the preflight, which finds it whole, and the stage itself: while the untrained model is evaluated."""
+    """It changes after check_before_training found it intact: while the untrained model is evaluated."""
     damage, said = MEANWHILE[case]
     run, child = tmp_path / "run", tmp_path / "child"
     shutil.copytree(parent.run, run)

@@ -51,15 +51,19 @@ def plain(*tokens) -> Document:
     return Document(np.array(tokens, np.int32), None, len(tokens))
 
 
-def make_test(peer, cache, *, options=None, tokenizer=BYTES, length=16, batch_size=4, place=None, params=None, **model):
+def make_context(
+    plugin, cache, *, options=None, tokenizer=BYTES, length=16, batch_size=4, place=None, params=None, **model
+):
     """A test of a tiny model of random parameters on the documents of a cache."""
     config = model_config(**{"vocab_size": tokenizer.vocab_size} | model)
-    return evals.Test(
+    return evals.EvalContext(
         params=segmented(make_params(config), ((0, config.layers),)) if params is None else params,
         model=config,
-        config=EvaluationConfig(peer.__name__.split(".")[-1], "source", sequence_length=length, batch_size=batch_size),
-        options=options or (peer.Options() if hasattr(peer, "Options") else None),
-        kind=next(iter(peer.WINDOWS.values())),
+        config=EvaluationConfig(
+            plugin.__name__.split(".")[-1], "source", sequence_length=length, batch_size=batch_size
+        ),
+        options=options or (plugin.Options() if hasattr(plugin, "Options") else None),
+        kind=next(iter(plugin.WINDOWS.values())),
         cache=cache,
         tokenizer=tokenizer,
         place=place or (lambda batch: jax.tree.map(jnp.asarray, batch)),

@@ -178,13 +178,13 @@ def die_at(point: str) -> None:
 
 def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., bool], bool]]:
     """{WHAT: the function, as an owner and a name; whether a call of it is the one; whether to die before it}."""
-    from llm3.checkpoints import stage_checkpoints as checkpoint
+    from llm3.checkpoints import stage_checkpoints
     from llm3.data import mixture, tokenizer
     from llm3.data.formats import text
     from llm3.distributed import preemption
     from llm3.handoff import parent as handoff
     from llm3.report import logs
-    from llm3.stages import run_stage as training
+    from llm3.stages import run_stage
 
     def of_step(checkpoints, at, *_) -> bool:
         return of_stage(checkpoints) and at == step
@@ -198,8 +198,8 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     def of_writer(writer, at, _) -> bool:
         return pathlib.Path(writer._path).parent.name == stage and at == step
 
-    unfinished = f"{stage}/{'checkpoints' if step else checkpoint.BASE}/{step}.orbax-checkpoint-tmp"
-    checkpoints = checkpoint.Checkpoints
+    unfinished = f"{stage}/{'checkpoints' if step else stage_checkpoints.BASE}/{step}.orbax-checkpoint-tmp"
+    checkpoints = stage_checkpoints.Checkpoints
     return {
         "step": (preemption.StopRequest, "at_step", lambda request: request.steps == step, False),
         "data": (mixture.Mixture, "batch", lambda _, at, *__: at == step, False),
@@ -212,8 +212,8 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
         "saving_base": (checkpoints, "save_base", of_stage, False),
         "saved_base": (checkpoints, "save_base", once_done(of_stage), False),
         "reading": (handoff, "not_finite", lambda *_: True, True),
-        "handed": (training, "first_params", lambda _, of, *__: of.name == stage, False),
-        "row": (training, "write_row", lambda _, of, *__: of.name == stage, True),
+        "handed": (run_stage, "first_params", lambda _, of, *__: of.name == stage, False),
+        "row": (run_stage, "write_row", lambda _, of, *__: of.name == stage, True),
         "tokenizer": (tokenizer, "train", lambda *_: True, True),
         "tokens": (text, "encode", lambda *_: True, False),
     }
@@ -221,12 +221,12 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
 
 def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
     """Call `die` when the devices have been given a step of a stage, before anything waits for them."""
-    from llm3.stages import run_stage as training
+    from llm3.stages import run_stage
 
-    compile_step = training.compile_step
+    compile_step = run_stage.compile_step
 
-    def patched(run, trainer, done):
-        compiled, steps = compile_step(run, trainer, done), itertools.count(done + 1)
+    def patched(run, phase, done):
+        compiled, steps = compile_step(run, phase, done), itertools.count(done + 1)
 
         def call(*args):
             result = compiled(*args)
@@ -236,7 +236,7 @@ def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
 
         return call
 
-    training.compile_step = patched
+    run_stage.compile_step = patched
 
 
 def without_plots() -> None:

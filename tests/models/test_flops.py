@@ -71,11 +71,11 @@ ENCODER = {"causal": False, "pool": "mean"}
         ("top(1)", "lm", {"logit_chunk": 5, "tie_embeddings": False}),  # 12 positions in 3 chunks of 5
         (["layers[1]/attention/value/bias", "head/kernel"], "task", ENCODER),
         (["lora", "head/.*"], "task", {"adapters": LORA}),
-        ("all", "task", {"read_out": 3}),
-        ("top(1)", "task", {"read_out": 3, "remat": "full"}),
-        pytest.param("head/.*", "task", {"read_out": 3}, marks=pytest.mark.slow),
-        pytest.param("layers(1)", "task", {"read_out": 3, "remat": "dots"}, marks=pytest.mark.slow),
-        pytest.param("lora", "task", {"read_out": 3, "adapters": LORA}, marks=pytest.mark.slow),
+        ("all", "task", {"max_output_positions": 3}),
+        ("top(1)", "task", {"max_output_positions": 3, "remat": "full"}),
+        pytest.param("head/.*", "task", {"max_output_positions": 3}, marks=pytest.mark.slow),
+        pytest.param("layers(1)", "task", {"max_output_positions": 3, "remat": "dots"}, marks=pytest.mark.slow),
+        pytest.param("lora", "task", {"max_output_positions": 3, "adapters": LORA}, marks=pytest.mark.slow),
         ("all", "lm", {"adapters": (*LORA, ("idle", AdapterConfig(active=False)))}),
         pytest.param(["layers[1]/attention/query/lora/x/b"], "lm", {"adapters": LORA}, marks=pytest.mark.slow),
         pytest.param("lora", "lm", {"adapters": DORA}, marks=pytest.mark.slow),
@@ -145,7 +145,7 @@ def test_freezing_the_lower_layers_saves_their_backward_pass():
 def test_the_top_layer_is_computed_where_labels_are():
     """By hand: of one layer, all but keys and values is at 3 of 12 places."""
     whole = model_config(layers=1, classes=CLASSES, pool="last")
-    less = dataclasses.replace(whole, read_out=3)
+    less = dataclasses.replace(whole, max_output_positions=3)
     heads, kv = whole.heads * whole.head_dim, whole.kv_heads * whole.head_dim
     d = whole.d_model
     at_places = 2 * d * (2 * heads + 3 * whole.d_ff + CLASSES) + 4 * LENGTH * heads  # a place

@@ -26,9 +26,9 @@ each_model = pytest.mark.parametrize("kind", MODELS)
 
 
 @functools.cache
-def run(kind: str, several: bool, read_out: int = 0):
+def run(kind: str, several: bool, max_output_positions: int = 0):
     """batch -> the sums of the objective."""
-    config = model_config(classes=CLASSES, read_out=read_out, **MODELS[kind])
+    config = model_config(classes=CLASSES, max_output_positions=max_output_positions, **MODELS[kind])
     graph, params = abstract(config).graph, make_params(config)
     task = Task(None, BYTES, 16, SETS if several else None)
 

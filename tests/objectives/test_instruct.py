@@ -29,18 +29,18 @@ TASK = objectives.Task(None, BYTES, LENGTH)
 
 
 @functools.cache
-def sums_of(peer):
+def sums_of(plugin):
     graph = abstract(CONFIG).graph
 
     def run(params, batch):
-        return peer.loss(nnx.merge(graph, segmented(params, ((0, CONFIG.layers),))), batch, jax.random.key(0), TASK)
+        return plugin.loss(nnx.merge(graph, segmented(params, ((0, CONFIG.layers),))), batch, jax.random.key(0), TASK)
 
     return jit(run)
 
 
-def measured(*rows: Batch, peer=instruct) -> dict[str, float]:
+def measured(*rows: Batch, plugin=instruct) -> dict[str, float]:
     rows = (*rows, *[empty_window(LENGTH)] * (2 - len(rows)))
-    found = sums_of(peer)(PARAMS, jax.tree.map(jnp.asarray, stack(*rows)))
+    found = sums_of(plugin)(PARAMS, jax.tree.map(jnp.asarray, stack(*rows)))
     return {"loss": found.loss, "weight": found.weight, **found.metrics}
 
 
@@ -84,7 +84,7 @@ def test_plain_text_is_learnt_whole_beside_answers():
     assert instruct.WINDOWS["text"] == causal.WINDOWS["text"]
     whole = AnswerCache([each._replace(answer_mask=None) for each in questions(PAIRS, BYTES)._documents])
     rows = rows_of(load_plugin(windows, "dialogue").WindowTable(whole, LENGTH))
-    found, plain = measured(*rows), measured(*rows, peer=causal)
+    found, plain = measured(*rows), measured(*rows, plugin=causal)
     assert found["loss"] == pytest.approx(float(plain["loss"])) and found["weight"] == whole.tokens - len(PAIRS)
 
 

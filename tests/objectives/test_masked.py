@@ -144,9 +144,9 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 @functools.cache
-def model(read_out: int = 0):
+def model(max_output_positions: int = 0):
     """(params, function of params and batch: logits, function: loss sums and gradients) of a tiny encoder."""
-    config = model_config(**ENCODER, read_out=read_out)
+    config = model_config(**ENCODER, max_output_positions=max_output_positions)
     graph, cut = abstract(config).graph, ((0, config.layers),)
 
     def loss(params, batch):
@@ -218,12 +218,12 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut():
         options = {"objective": "masked", "optimizer": plain, "micro_batches": micro_batches}
         stage = StageConfig("pretrain", {"a": 1.0}, 5, 16, 16, **options)
         with jax.set_mesh(mesh):
-            trainer = build(stage, config, mesh, task=task(16), fresh=lambda path: True, seed=0, where="stage")[0]
+            phase = build(stage, config, mesh, task=task(16), fresh=lambda path: True, seed=0, where="stage")[0]
             params = jax.tree.map(
-                lambda x, s: jax.device_put(x, s.sharding), make_params(config), trainer.abstract_params
+                lambda x, s: jax.device_put(x, s.sharding), make_params(config), phase.abstract_params
             )
-            state, metrics = trainer.train_step(trainer.state(params), place_batch(mesh, stack(*rows)))
-        results.append((jax.device_get(metrics), flatten(jax.device_get(trainer.params(state)))))
+            state, metrics = phase.train_step(phase.state(params), place_batch(mesh, stack(*rows)))
+        results.append((jax.device_get(metrics), flatten(jax.device_get(phase.params(state)))))
     (expected, leaves), *others = results
     assert 0 < expected["weight"] < 16 * 16
     for metrics, found in others:

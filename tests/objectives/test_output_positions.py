@@ -52,7 +52,7 @@ def test_loss_and_gradients_are_those_of_all_positions(segments, changes):
     adapters = (("x", AdapterConfig(rank=2)),)
     config = model_config(classes=CLASSES, adapters=adapters, **changes)
     value, expected = gradients(config, segments)
-    found, gradient = gradients(dataclasses.replace(config, read_out=MOST), segments)
+    found, gradient = gradients(dataclasses.replace(config, max_output_positions=MOST), segments)
     assert found == pytest.approx(value, rel=1e-6)
     for path, leaf in expected.items():
         np.testing.assert_allclose(gradient[path], leaf, atol=2e-5, err_msg=path)
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_all_positions(segments, changes):
 
 
 def test_it_is_the_same_on_eight_devices():
-    config = model_config(classes=CLASSES, vocab_size=64, read_out=MOST)
+    config = model_config(classes=CLASSES, vocab_size=64, max_output_positions=MOST)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, jax.devices()[:8])
     graph, segments = abstract(config).graph, ((0, config.layers),)
 
@@ -82,8 +82,8 @@ def test_the_sums_and_metrics_are_the_same():
     params = init(config, 0, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
 
     results = []
-    for read_out in (0, MOST, 10):
-        graph = abstract(dataclasses.replace(config, read_out=read_out)).graph
+    for max_output_positions in (0, MOST, 10):
+        graph = abstract(dataclasses.replace(config, max_output_positions=max_output_positions)).graph
         model = nnx.merge(graph, segmented(params, ((0, config.layers),)))
         results.append(classify.loss(model, labelled(), jax.random.key(0), TASK))
     assert results[0].weight == 9

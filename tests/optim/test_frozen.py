@@ -126,8 +126,8 @@ def test_what_dora_takes_the_norm_of_stays_as_it_is():
     mesh = mesh_of(1)
     stage = StageConfig("finetune", {"a": 1.0}, 5, 4, 16, start="x", train="lora", frozen="compute")
     with jax.set_mesh(mesh):
-        trainer = build(stage, config, mesh, task=TASK, fresh=lambda path: True, seed=0, where="stage")[0]
-    dtypes = {path.split("/")[-2]: leaf.dtype.name for path, leaf in flatten(trainer.abstract_state.frozen).items()}
+        phase = build(stage, config, mesh, task=TASK, fresh=lambda path: True, seed=0, where="stage")[0]
+    dtypes = {path.split("/")[-2]: leaf.dtype.name for path, leaf in flatten(phase.abstract_state.frozen).items()}
     assert dtypes["query"] == dtypes["down"] == "float32" and dtypes["key"] == dtypes["up"] == "bfloat16"
 
 

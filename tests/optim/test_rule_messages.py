@@ -18,7 +18,7 @@ from llm3.optim.partition import make_partition
 from llm3.registry import load_plugin
 from llm3.segments import canonical
 from llm3.stages.cost import byte_report, with_full_step_seconds
-from llm3.training.phase import build, tied_notes
+from llm3.training.phase import build, tied_head_notes
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import TASK, jit, model_config
@@ -43,7 +43,7 @@ def test_training_a_tied_head_says_that_the_embedding_trains_too(rules, head, ti
     """TRAPS.md, 6."""
     model = model_config(tie_embeddings=tied)
     found = make_partition(canonical(abstract(model).shapes), rules, model.layers)
-    assert tied_notes(model, found, head) == notes
+    assert tied_head_notes(model, found, head) == notes
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_plan_counts_the_bytes_of_a_leaf_as_the_step_holds_it(kind):
     model, mesh = model_config(compute_dtype="bfloat16"), mesh_of(1)
     stage = StageConfig("finetune", {"a": 1.0}, 5, 4, 16, start="x", train="layers(1)", frozen=kind)
     with jax.set_mesh(mesh):
-        trainer = build(stage, model, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
-    stored = leaf_bytes(trainer)
-    assert stored.keys() == flatten(trainer.abstract_params).keys()
-    assert stored.total() == byte_report(trainer.abstract_state)["param_bytes"]
+        phase = build(stage, model, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+    stored = leaf_bytes(phase)
+    assert stored.keys() == flatten(phase.abstract_params).keys()
+    assert stored.total() == byte_report(phase.abstract_state)["param_bytes"]
     embedding = 61 * 16 * (4 if kind == "float32" else 2)
     assert (stored["embed/embedding"], stored["final_norm/scale"]) == (embedding, 16 * 4)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm3.planning import liveness as footprint
+from llm3.planning import liveness
 from llm3.planning.liveness import Shares
 
 ROWS, T, D = 7, 64, 32
@@ -14,7 +14,7 @@ BYTES = ROWS * T * D * 4  # of an array like X
 
 
 def of(function, *shapes, shares=ALONE):
-    return footprint.of(jax.make_jaxpr(function)(*shapes).jaxpr, shares)
+    return liveness.of(jax.make_jaxpr(function)(*shapes).jaxpr, shares)
 
 
 def test_a_product_counts_two_flops_a_multiplication_and_moves_what_it_reads_and_writes():

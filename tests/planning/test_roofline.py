@@ -10,7 +10,7 @@ from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
 from llm3.distributed.machines import links, parse
 from llm3.distributed.sharding import MESH_AXES
-from llm3.planning import trace as estimate
+from llm3.planning import trace
 from llm3.planning.roofline import Collective, Times, collectives, lowest, times
 from llm3.stages.stage import Stage, plan_stage
 from llm3.tree import size
@@ -52,18 +52,18 @@ def stage_of(config: RunConfig) -> Stage:
     return plan_stage(config, "s").computed_in("bfloat16" if dtype == "auto" else dtype)
 
 
-def step_of(config: RunConfig, mesh=None, phase: int = 0) -> estimate.Step:
-    return estimate.step(stage_of(config), mesh or on_paper(), phase)
+def step_of(config: RunConfig, mesh=None, index: int = 0) -> trace.Step:
+    return trace.step(stage_of(config), mesh or on_paper(), index)
 
 
-def trainer_of(config: RunConfig, mesh, phase: int = 0):
-    return stage_of(config).phases(mesh)[phase]
+def phase_of(config: RunConfig, mesh, index: int = 0):
+    return stage_of(config).phases(mesh)[index]
 
 
 def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
     with jax.set_mesh(mesh):
-        trainer = trainer_of(config, mesh)
-        return trainer.train_step.lower(trainer.abstract_state, stage_of(config).abstract_batch(mesh)).compile()
+        phase = phase_of(config, mesh)
+        return phase.train_step.lower(phase.abstract_state, stage_of(config).abstract_batch(mesh)).compile()
 
 
 @pytest.mark.parametrize(
@@ -78,18 +78,18 @@ def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
 )
 def test_the_stored_bytes_are_the_arguments_of_the_compiled_step(stage, sizes):
     config, mesh = config_of(stage), mesh_of(8, **sizes)
-    stored = estimate.stored(trainer_of(config, on_paper(**sizes)), stage_of(config), on_paper(**sizes))
+    stored = trace.stored(phase_of(config, on_paper(**sizes)), stage_of(config), on_paper(**sizes))
     assert stored.arguments == compiled(config, mesh).memory_analysis().argument_size_in_bytes
 
 
 def test_moments_and_gradients_are_those_of_what_trains():
     config = config_of({"train": "top(1)"})
-    trainer = trainer_of(config, on_paper(fsdp=2))
-    stored = estimate.stored(trainer, stage_of(config), on_paper(fsdp=2))
-    trainable = size(trainer.abstract_state.trainable)
+    phase = phase_of(config, on_paper(fsdp=2))
+    stored = trace.stored(phase, stage_of(config), on_paper(fsdp=2))
+    trainable = size(phase.abstract_state.trainable)
     assert stored.gradients == 4 * trainable / 2
     assert stored.moments == pytest.approx(2 * stored.gradients, abs=64)  # and counters
-    assert stored.parameters == 4 * size(trainer.abstract_params) / 2
+    assert stored.parameters == 4 * size(phase.abstract_params) / 2
 
 
 KEPT_BY_HAND = {  # bytes of a token and layer that the backward pass finds, beside attention's of T^2
@@ -150,7 +150,7 @@ def test_logits_in_chunks_are_not_held_together():
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
 def test_what_is_traced_for_a_device_is_its_share_of_the_flops_by_formula(stage, model, sizes):
     config, mesh = config_of(stage, **model), on_paper(**sizes)
-    expected = trainer_of(config, mesh).flops_per_step / mesh.size
+    expected = phase_of(config, mesh).flops_per_step / mesh.size
     assert step_of(config, mesh).flops == pytest.approx(expected, rel=1e-9)
 
 
@@ -167,7 +167,7 @@ def test_a_loop_does_a_little_more_than_the_formula_and_so_does_what_tensor_does
     """The gradient of the lowest layer's input; the narrow side of an adapter, and the classes."""
     config = config_of(stage, **model)
     for mesh in (on_paper(), on_paper(tensor=2)):
-        share = step_of(config, mesh).flops / (trainer_of(config, mesh).flops_per_step / mesh.size)
+        share = step_of(config, mesh).flops / (phase_of(config, mesh).flops_per_step / mesh.size)
         assert 1 <= share < 1.1
 
 
@@ -207,7 +207,7 @@ def test_the_collectives_are_those_of_the_compiled_step(sizes):
 
 
 def _on(config, sizes):
-    return trainer_of(config, on_paper(**sizes))
+    return phase_of(config, on_paper(**sizes))
 
 
 def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
@@ -218,9 +218,9 @@ def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
 
 def test_nothing_is_gathered_again_or_reduced_below_the_lowest_layer_that_trains():
     config, mesh = config_of({"train": "top(1)"}, tie_embeddings=False), on_paper(fsdp=4)
-    trainer = trainer_of(config, mesh)
-    sent = collectives(stage_of(config), trainer, mesh)
-    assert lowest(trainer) == LAYERS - 1
+    phase = phase_of(config, mesh)
+    sent = collectives(stage_of(config), phase, mesh)
+    assert lowest(phase) == LAYERS - 1
     of = {
         kind: {each.what: each.times for each in sent if each.kind == kind} for kind in ("all-gather", "reduce-scatter")
     }
@@ -258,7 +258,7 @@ def test_a_step_takes_between_the_longest_part_and_their_sum():
 
 def test_a_sweep_of_phases_is_estimated_each_with_what_trains_in_it():
     config = config_of({"train": "top(1)", "unfreeze": [[5, "all"]]}, remat="full")
-    first, last = (step_of(config, phase=phase) for phase in (0, 1))
+    first, last = (step_of(config, index=index) for index in (0, 1))
     assert first.flops < last.flops and first.kept < last.kept
 
 

@@ -14,7 +14,7 @@ from llm3.handoff.start import read_start
 from llm3.models.transformer import abstract
 from llm3.optim.partition import make_partition
 from llm3.segments import canonical
-from llm3.stages import rules as stages
+from llm3.stages import rules
 from llm3.tree import flatten
 from tests.helpers import tiny_run
 
@@ -69,7 +69,7 @@ def medical():
 
 
 def test_each_method_is_fitted_with_three_seeds_from_the_same_parent(medical):
-    order = stages.check(medical)
+    order = rules.check(medical)
     assert order[:2] == ["pretrain", "posttrain"]
     assert sorted(order[2:]) == [f"{method}_{seed}" for method in METHODS for seed in range(3)]
     for method in METHODS:
@@ -143,7 +143,7 @@ def test_only_the_last_figures_see_the_test_split(medical, tmp_path):
 
 def test_a_probe_comes_before_full_fine_tuning_which_keeps_its_head():
     config = configfile.load(PROBE)
-    assert stages.check(config) == ["pretrain", "posttrain", "probe", "finetune", "direct"]
+    assert rules.check(config) == ["pretrain", "posttrain", "probe", "finetune", "direct"]
     probe, tuned, direct = (config.stages[name] for name in ("probe", "finetune", "direct"))
     assert (probe.train, tuned.train) == (["head/.*"], "all")
     head = {"head/bias", "head/kernel"}

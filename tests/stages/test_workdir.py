@@ -5,7 +5,7 @@ import pytest
 from llm3.__main__ import main
 from llm3.config import load as configfile
 from llm3.files import RECORD, write_json
-from llm3.stages import workdir as workdirs
+from llm3.stages import workdir
 from tests.helpers import tiny_run as tiny
 
 
@@ -18,7 +18,7 @@ def file(tmp_path_factory):
 @pytest.fixture
 def begun(tmp_path, file):
     """The directory of a run whose pretrain stage has begun."""
-    record = workdirs.stage_record(configfile.load(file), "pretrain")
+    record = workdir.stage_record(configfile.load(file), "pretrain")
     write_json(tmp_path / "pretrain" / RECORD, record)
     return tmp_path
 
@@ -43,7 +43,7 @@ def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, begun, 
 
 def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, tmp_path, file):
     config = configfile.load(file)
-    write_json(tmp_path / "init" / RECORD, workdirs.stage_record(config, "init"))
+    write_json(tmp_path / "init" / RECORD, workdir.stage_record(config, "init"))
     changed = "--config.tokenizer.vocab_size=301"
     assert main(["run", f"--config={file}", f"--workdir={tmp_path}", "--stages=pretrain", changed]) == 2
     assert "holds 'init' of another config" in capsys.readouterr().err
@@ -64,11 +64,11 @@ def test_what_does_not_change_a_stage_may_change_between_two_starts(begun, file,
     config = configfile.load(file, [override])
     if override.startswith("sources.task"):
         config = configfile.load(file, [override, "evaluations={}"])
-        record = workdirs.stage_record(configfile.load(file, ["evaluations={}"]), "pretrain")
+        record = workdir.stage_record(configfile.load(file, ["evaluations={}"]), "pretrain")
         write_json(begun / "pretrain" / RECORD, record)
-    workdirs.check_record(begun, config, "pretrain")
+    workdir.check_record(begun, config, "pretrain")
 
 
 def test_differences_name_the_field():
     before, now = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2], "e": None}
-    assert workdirs.differences(before, now) == ["  a.c: 2 there, 3 now", "  d: [1] there, [2] now"]
+    assert workdir.differences(before, now) == ["  a.c: 2 there, 3 now", "  d: [1] there, [2] now"]

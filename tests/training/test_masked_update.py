@@ -52,11 +52,11 @@ def one_step(rules: list[str], remat: str, devices: int) -> tuple[dict, dict, Pa
     mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
     config = model_config(**{**vars(MODEL), "remat": remat})
     with jax.set_mesh(mesh):
-        trainer = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
-        lowered = trainer.train_step.lower(trainer.abstract_state, place_batch(mesh, make_batch(ROWS)))
-        run = Run(config, trainer, mesh, lowered.compile(compiler_options=COMPILE_FAST))
+        phase = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+        lowered = phase.train_step.lower(phase.abstract_state, place_batch(mesh, make_batch(ROWS)))
+        run = Run(config, phase, mesh, lowered.compile(compiler_options=COMPILE_FAST))
     state, metrics = run.step(run.state(PARAMS), make_batch(ROWS))
-    return run.canonical(state), metrics, trainer.partition
+    return run.canonical(state), metrics, phase.partition
 
 
 def mask_of(found: Partition) -> dict[str, np.ndarray]:

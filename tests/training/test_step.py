@@ -20,7 +20,7 @@ from llm3.objectives import Sums, causal
 from llm3.optim.optimizer import state_bytes
 from llm3.segments import segmented
 from llm3.training import guard
-from llm3.training.phase import Trainer, build
+from llm3.training.phase import Phase, build
 from llm3.training.step import TrainState, make_train_step
 from llm3.tree import flatten, leaf_digests
 from tests.helpers.meshes import mesh_of
@@ -40,14 +40,14 @@ OPTIMIZERS = {
 
 class Run(NamedTuple):
     config: ModelConfig
-    trainer: Trainer
+    phase: Phase
     mesh: jax.sharding.Mesh
     compiled: jax.stages.Compiled
 
     def state(self, params: dict) -> TrainState:
         with jax.set_mesh(self.mesh):
-            return self.trainer.state(
-                jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, self.trainer.abstract_params)
+            return self.phase.state(
+                jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, self.phase.abstract_params)
             )
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
@@ -57,10 +57,10 @@ class Run(NamedTuple):
 
     @property
     def shardings(self) -> TrainState:
-        return jax.tree.map(lambda x: x.sharding, self.trainer.abstract_state)
+        return jax.tree.map(lambda x: x.sharding, self.phase.abstract_state)
 
     def canonical(self, state: TrainState) -> dict:
-        return flatten(jax.device_get(self.trainer.params(state)))
+        return flatten(jax.device_get(self.phase.params(state)))
 
 
 @functools.cache
@@ -79,9 +79,9 @@ def make_run(rules=("all",), optimizer="gradient", devices=1, micro_batches=1, *
     )
     mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        trainer = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
-        lowered = trainer.train_step.lower(trainer.abstract_state, place_batch(mesh, make_batch(ROWS)))
-        return Run(config, trainer, mesh, lowered.compile(compiler_options=COMPILE_FAST))
+        phase = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+        lowered = phase.train_step.lower(phase.abstract_state, place_batch(mesh, make_batch(ROWS)))
+        return Run(config, phase, mesh, lowered.compile(compiler_options=COMPILE_FAST))
 
 
 PARAMS = make_params(model_config(vocab_size=64))
@@ -117,7 +117,7 @@ def mask_of(partition) -> dict[str, np.ndarray]:
 def assert_update_is_the_masked_one(run: Run) -> None:
     """One clipped and decayed SGD step equals that of the full gradients times the mask, computed in numpy."""
     loss, gradients = full_gradients()
-    masks, before, options = mask_of(run.trainer.partition), flatten(PARAMS), OPTIMIZERS["clipped"]
+    masks, before, options = mask_of(run.phase.partition), flatten(PARAMS), OPTIMIZERS["clipped"]
     masked = {path: gradient * masks[path] for path, gradient in gradients.items()}
     norm = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in masked.values()))
     assert norm > options.clip_norm
@@ -184,7 +184,7 @@ def test_after_training_frozen_leaves_are_bit_identical_and_every_selected_leaf_
         state, metrics = run.step(state, make_batch(ROWS, seed=i))
         assert metrics["skipped"] == 0
     assert leaf_digests(state.frozen) == leaf_digests(jax.device_get(run.state(PARAMS).frozen))
-    masks = mask_of(run.trainer.partition)
+    masks = mask_of(run.phase.partition)
     assert {path for path, mask in masks.items() if not mask.any()} == {"embed/embedding"}
     for path, after in run.canonical(state).items():
         for old, new, mask in zip(before[path], after, masks[path], strict=True):
@@ -192,11 +192,11 @@ def test_after_training_frozen_leaves_are_bit_identical_and_every_selected_leaf_
 
 
 def test_only_trainable_leaves_own_moments():
-    trainer = make_run(RULE, "adamw", micro_batches=4).trainer
-    trainable = state_bytes(trainer.abstract_state.trainable)
+    phase = make_run(RULE, "adamw", micro_batches=4).phase
+    trainable = state_bytes(phase.abstract_state.trainable)
     counts = 2 * 4  # of Adam and of the schedule, int32
-    assert state_bytes(trainer.abstract_state.opt) == 2 * trainable + counts
-    assert trainable < state_bytes(trainer.abstract_params) / 2
+    assert state_bytes(phase.abstract_state.opt) == 2 * trainable + counts
+    assert trainable < state_bytes(phase.abstract_params) / 2
 
 
 def assert_nothing_but_the_step_changed(before: TrainState, after: TrainState) -> None:
@@ -319,6 +319,6 @@ def test_metrics_of_the_objective_are_divided_by_the_global_weight():
 
 def test_the_step_never_moves_a_leaf_between_trainable_and_frozen():
     run, state = trained_once()
-    trainable, frozen = run.trainer.partition.split(PARAMS)
+    trainable, frozen = run.phase.partition.split(PARAMS)
     assert flatten(state.trainable).keys() == flatten(trainable).keys()
     assert flatten(state.frozen).keys() == flatten(frozen).keys()

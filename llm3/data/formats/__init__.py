@@ -1,6 +1,6 @@
 """How a row of a source becomes a document. A plugin is one file here; `SourceConfig.row_format` names it.
 
-A peer has
+A plugin has
 
     read(row, source) -> record                          what the row says, in plain values (as JSON has them)
     encode(record, tokenizer, template) -> Document      its tokens; template: of turns, "" for none
