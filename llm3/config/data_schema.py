@@ -1,4 +1,4 @@
-"""The knobs of texts: a tokenizer, and sources; parts of `llm3.config.schema`."""
+"""Config of the data of a run: its tokenizer and its sources. Part of `llm3.config.schema`."""
 
 import dataclasses
 from typing import Any
@@ -53,7 +53,7 @@ class SourceConfig:
 
     @property
     def row_format(self) -> str:
-        """What a row is: the file in `llm3/data/formats` that reads it."""
+        """Name of the plugin in `llm3/data/formats` that reads the rows."""
         if self.answers:
             return "span"
         if self.choices:
@@ -73,22 +73,23 @@ class SourceConfig:
             raise UserError(f"config: sources.*.data_files={files!r}: path={self.path!r} needs data_files or data_dir")
         if not 0 <= self.validation_share < 1:
             raise UserError(
-                f"config: sources.*.validation_share={self.validation_share!r}: expected a share from 0 up to, not "
-                "including, 1"
+                f"config: sources.*.validation_share={self.validation_share!r}: expected a share, 0 <= share < 1"
             )
         if not 0 <= self.bad_rows <= 1:
             raise UserError(f"config: sources.*.bad_rows={self.bad_rows!r}: expected a share from 0 to 1")
         if self.messages and (self.prompt or self.answer):
-            raise UserError("config: sources.*.messages: holds all turns; expected no prompt and no answer beside it")
+            raise UserError("config: sources.*.messages: holds all turns; expected no prompt and no answer with it")
         if (self.answer or self.answers) and not self.prompt:
-            raise UserError("config: sources.*.prompt is empty: expected the field that the answer answers")
+            raise UserError(
+                "config: sources.*.prompt is empty: expected the field with the question that the answer belongs to"
+            )
         if self.answers and "{" in self.text:
             raise UserError(
-                f"config: sources.*.text={self.text!r}: answers lie in a column, not in a template of several"
+                f"config: sources.*.text={self.text!r}: answers are spans of a column; expected no template"
             )
         if self.choices and not (self.prompt and self.answer):
-            raise UserError("config: sources.*.choices: needs prompt, and answer: the right choice or its number")
+            raise UserError("config: sources.*.choices: needs prompt and answer (the correct choice or its index)")
         if self.label and self.tag:
-            raise UserError("config: sources.*.tag and label: expected one of them")
+            raise UserError("config: sources.*.tag and label: expected only one of them")
         at_least("sources.*.max_documents", self.max_documents, 0)
         at_least("sources.*.max_row_bytes", self.max_row_bytes, 1)

@@ -1,4 +1,4 @@
-"""The one form in which text reaches the step, whatever the stage and the objective."""
+"""The arrays that every training step and evaluation reads, whatever the stage and the objective."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,8 @@ class Batch(NamedTuple):
     """Windows of packed documents. All arrays are [batch, length] ([length] for one window).
 
     tokens: int32. positions: int32, from 0 in each document. segments: int32, 1, 2, ... for the documents of a
-    window and 0 for padding. targets: int32, what is to be predicted at a position (a token, or a class).
-    weights: float32, how much the prediction at a position counts; 0 where there is nothing to predict.
+    window and 0 for padding. targets: int32, the token or class to predict at a position. weights: float32, the
+    weight of a position in the loss; 0 where there is nothing to predict.
     """
 
     tokens: Any

@@ -1,8 +1,8 @@
-"""Chat templates: how turns become text, in the jinja form that tokenizers carry (`chat_template`).
+"""Chat templates turn conversations into text. They are jinja sources, as in `chat_template` of a tokenizer's config.
 
-What a template sees is what `transformers` gives it: messages, add_generation_prompt, bos_token, eos_token, tools and
-documents (none), raise_exception and tojson; `{% generation %}` marks are read over. The time of day is left out: a row
-is the same text on every day.
+A template gets the names that `transformers` defines: messages, add_generation_prompt, bos_token, eos_token, tools and
+documents (both None), raise_exception and tojson. `{% generation %}` marks are ignored. The current time is not
+available, so that a row is the same text on any day.
 """
 
 import functools
@@ -23,21 +23,21 @@ from llm3.errors import UserError
 Turns = Sequence[tuple[str, str]]  # (role, content)
 Pieces = list[str | int]  # texts, and special tokens by id
 
-# While a template is at work, characters of private use stand for special tokens, and for an answer.
+# Characters of private use that stand for special tokens, and for an answer, while a template is rendered.
 BOS, EOS, ANSWER = "\U0010ff01", "\U0010ff02", "\U0010ff03"
 SENTINELS = re.compile(f"([{BOS}{EOS}{ANSWER}])")
 EXAMPLE = (("user", "Question?"), ("assistant", "Answer."))
 
 
 class TemplateError(Exception):
-    """A conversation that a template cannot write; its text says why, in the same words for all of a kind."""
+    """A conversation that a template cannot render. Errors of one kind have the same text."""
 
 
 class Answer(NamedTuple):
     """One answer of a conversation.
 
-    before: what comes before it, from the end of the answer before to the end of a prompt for it. lead: what the
-    template has the assistant say first, mostly nothing. text: the answer itself. end: what ends it.
+    before: the prompt, from the end of the previous answer. lead: what the template itself puts at the start of the
+    answer, usually nothing. text: the answer. end: the end of the turn.
     """
 
     before: Pieces
@@ -47,10 +47,10 @@ class Answer(NamedTuple):
 
 
 def load_template(text_or_path: str) -> str:
-    """The source of a template: itself where it holds a jinja block, else what the file of this name holds.
+    """The source of a template, given as source (with a jinja block) or as the name of a file.
 
-    A JSON file is read as a tokenizer's configuration. Raises UserError for a file that cannot be read, a syntax error
-    (with its line), and a template that does not write a question and its answer as `split_answers` needs it.
+    A JSON file is read as a tokenizer's config. Raises UserError for a file that cannot be read, a syntax error (with
+    its line), and a template that `split_answers` cannot use for a question and its answer.
     """
     where, source = "tokenizer.chat_template", text_or_path
     if text_or_path and not re.search(r"\{[{%]", text_or_path):
@@ -59,7 +59,7 @@ def load_template(text_or_path: str) -> str:
             source = Path(text_or_path).read_text(encoding="utf-8")
             source = json.loads(source)["chat_template"] if text_or_path.endswith(".json") else source
         except FileNotFoundError:
-            raise UserError(f"{where}: no such file, and no jinja template") from None
+            raise UserError(f"{where}: neither a file nor a jinja template") from None
         except (OSError, ValueError, KeyError, TypeError) as error:  # bad UTF-8 and bad JSON are ValueErrors
             raise UserError(f"{where}: cannot be read: {type(error).__name__}: {error}") from None
         if not isinstance(source, str):
@@ -74,11 +74,11 @@ def load_template(text_or_path: str) -> str:
 
 
 def split_answers(turns: Turns, template: str) -> list[Answer]:
-    """A conversation as its answers, one for each turn of the assistant, which has the last turn.
+    """The answers of a conversation, one for each turn of the assistant, who has the last turn.
 
-    There is one <bos>, at the start, and each answer has an end: what the template writes after it, or else <eos>.
-    White space behind the end goes before the next answer. template "": the bare contents, a system's text on lines of
-    its own. Raises TemplateError.
+    There is one <bos>, at the start. An answer ends with the template's end of turn, or with <eos> if it has none;
+    white space after the end belongs to the next prompt. Without a template, contents follow each other unchanged, a
+    system prompt in lines of its own. Raises TemplateError.
     """
     return _templated(turns, template) if template else _bare(turns)
 
@@ -97,7 +97,9 @@ def _bare(turns: Turns) -> list[Answer]:
 
 def _templated(turns: Turns, template: str) -> list[Answer]:
     if any(SENTINELS.search(content) for _, content in turns):
-        raise TemplateError("a text holds U+10FF01 to U+10FF03, which stand for special tokens in a chat template")
+        raise TemplateError(
+            "a text has a character from U+10FF01 to U+10FF03; they stand for special tokens in a chat template"
+        )
     whole, read, result = _render(template, turns), 0, []
     for place, (role, content) in enumerate(turns):
         if role != "assistant":
@@ -106,7 +108,7 @@ def _templated(turns: Turns, template: str) -> list[Answer]:
         until = _render(template, turns[: place + 1])
         model = _render(template, [*turns[:place], ("assistant", ANSWER)])
         if not (whole.startswith(until) and until.startswith(prompt) and model.startswith(prompt)):
-            raise TemplateError("the chat template writes the turns before an answer in another way once it is there")
+            raise TemplateError("the chat template renders the turns before an answer differently with and without it")
         head, _, tail = model[len(prompt) :].partition(ANSWER)
         written = until[len(prompt) :]
         kept = written[len(head) : len(written) - len(tail)]
@@ -121,7 +123,7 @@ def _templated(turns: Turns, template: str) -> list[Answer]:
 
 
 def _pieces(text: str) -> Pieces:
-    """Texts between the special tokens. Every <bos> is left out: the one of a document is put at its start."""
+    """The texts and special tokens of a rendered text, without <bos>: a document has only one, at its start."""
     parts = SENTINELS.split(text)
     return [Tokenizer.eos_id if part == EOS else part for part in parts if part and part != BOS]
 
@@ -133,13 +135,13 @@ def _render(template: str, turns: Turns, *, add_generation_prompt: bool = False)
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
     except jinja2.TemplateSyntaxError:
         raise
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise TemplateError(f"the chat template stops: {type(error).__name__}: {str(error)[:100]}") from None
+    except Exception as error:  # a template is a program that may raise anything
+        raise TemplateError(f"the chat template fails: {type(error).__name__}: {str(error)[:100]}") from None
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> jinja2.Template:
-    """Raises jinja2.TemplateSyntaxError. A template may name the special tokens of this tokenizer: it is no content."""
+    """Compile a template. It may spell special tokens, unlike contents. Raises jinja2.TemplateSyntaxError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -169,12 +171,12 @@ def _raise_exception(message: str) -> None:
 
 
 def merge_texts(pieces: Pieces) -> Pieces:
-    """The same with texts that follow each other as one, so that they are encoded as one."""
+    """The pieces with adjacent texts merged, so that they are encoded together."""
     groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
     return [each for texts, group in groups for each in (["".join(group)] if texts else group)]
 
 
 def encode_pieces(pieces: Pieces, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of pieces, one after the other."""
+    """The tokens of pieces, end to end."""
     texts = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
     return list(itertools.chain.from_iterable([each] if isinstance(each, int) else next(texts) for each in pieces))

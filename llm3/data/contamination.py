@@ -1,4 +1,4 @@
-"""What of an evaluation's texts is in the training data: equal documents, near-duplicates, shared n-grams of tokens."""
+"""Evaluation documents in the training data: exact copies, near-duplicates, shared n-grams of tokens."""
 
 import hashlib
 import json
@@ -12,20 +12,22 @@ from llm3.data.cache.cache import TokenCache
 from llm3.errors import UserError
 from llm3.files import write_whole
 
-FORMAT = 1  # raise it when a result changes its meaning
-NEAR = 0.5  # the share of its n-grams from which on a document is called a near-duplicate
-WORST = 5  # documents that are named
-CHUNK = 1 << 16  # positions of a stream that are hashed together: their arrays stay in a core's cache
-BASE = 0x9E3779B97F4A7C15  # odd; a polynomial in it, modulo 2 ** 64, is the hash of an n-gram
-FILTER_BITS = 26  # of the table that holds most n-grams off the sorted search, at most
+FORMAT = 1  # part of the key; raise it when the meaning of a result changes
+NEAR = 0.5  # a document with this share of its n-grams in the training data is a near-duplicate
+WORST = 5  # documents in `Contamination.worst`
+CHUNK = 1 << 16  # tokens hashed at once; their arrays fit in a core's cache
+BASE = 0x9E3779B97F4A7C15  # odd; the hash of an n-gram is a polynomial in it, modulo 2 ** 64
+FILTER_BITS = 26  # log2 of the largest filter, which keeps most n-grams from the sorted search
 
 
 class Contamination(NamedTuple):
-    """Counts of an evaluation's documents that have text.
+    """How many documents of an evaluation are in the training data; documents without text do not count.
 
-    exact: those that are equal to a training document. near: those with at least half of their n-grams in the training
-    data, the equal ones among them. any: those with at least one. share: of all their n-grams. worst: (row of the
-    source, share of its n-grams) of at most five, those with the most.
+    exact: documents equal to a training document
+    near: documents with at least half of their n-grams in the training data, exact copies included
+    any: documents with at least one n-gram in the training data
+    share: share of all n-grams that are in the training data
+    worst: (row of the source, share of its n-grams) of the most contaminated documents, at most five
     """
 
     documents: int
@@ -38,12 +40,11 @@ class Contamination(NamedTuple):
 
 
 def find_contamination(evaluation: TokenCache, training: Iterable[TokenCache], n: int = 13) -> Contamination:
-    """What of an evaluation is in the training data, all tokenized alike. Time is linear in both.
+    """Count the documents of an evaluation that are in the training data. All caches must have the same tokenizer.
 
-    An n-gram is n tokens of one document (13 as in Brown et al. 2020, appendix C, of words there), without the
-    document's <bos> and <eos>; a document that is shorter than n is one n-gram. They are compared by 64 bits of hash:
-    one in 2 ** 64 pairs of different ones counts as equal. Memory grows with the evaluation only.
-    Raises UserError if n < 1.
+    An n-gram is n tokens of one document, without <bos> and <eos>; a document shorter than n is one n-gram. (Brown et
+    al. 2020, appendix C, use 13 words.) N-grams are compared by 64 bits of hash, so one in 2 ** 64 pairs of different
+    n-grams counts as equal. Time is linear in both; memory grows with the evaluation only. Raises UserError if n < 1.
     """
     training = list(training)
     filled = np.diff(evaluation.offsets) > 2
@@ -68,21 +69,21 @@ def find_contamination(evaluation: TokenCache, training: Iterable[TokenCache], n
 def cached_contamination(
     evaluation: TokenCache, training: Iterable[TokenCache], directory: Path, n: int = 13
 ) -> Contamination:
-    """`overlap`, found in `directory` where it was computed of the same texts before."""
+    """The result of `find_contamination`, from a file in `directory` if it was computed before."""
     training = list(training)
     texts = [FORMAT, n, evaluation.fingerprint, *sorted(each.fingerprint for each in training)]
     file = directory / f"contamination-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}.json"
     try:
         known = json.loads(file.read_text())
         return Contamination(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or damaged: it is computed again
+    except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: compute it again
         found = find_contamination(evaluation, training, n)
         write_whole(file, json.dumps(found._asdict()))
         return found
 
 
 def contamination_sentence(name: str, found: Contamination) -> str:
-    """An overlap in words, for a report."""
+    """Contamination in words, for a report."""
     if not found.any:
         return f"{name}: none of its {found.documents:,} documents shares {found.n} tokens with the training data"
     return (
@@ -92,9 +93,9 @@ def contamination_sentence(name: str, found: Contamination) -> str:
 
 
 def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each document of an evaluation how many n-grams it has, and how many of them are in the training data.
+    """(n-grams of each evaluation document, how many of them are in the training data): both int64 [documents].
 
-    Both int64 [documents]; an n-gram counts as often as it stands in the document. Raises UserError if n < 1.
+    An n-gram counts as often as it occurs in the document. Raises UserError if n < 1.
     """
     if n < 1:
         raise UserError(f"contamination: n={n}: expected at least 1")
@@ -113,10 +114,10 @@ def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int)
 
 
 class _Wanted:
-    """The n-grams of one length of an evaluation, and which of them have been found."""
+    """The evaluation's n-grams of one length, and which of them have been found in the training data."""
 
     def __init__(self, cache: TokenCache, length: int, chosen: np.ndarray):
-        """chosen: bool [documents], those whose n-grams are wanted."""
+        """chosen: bool [documents], True for documents whose n-grams are wanted."""
         hashes, documents = [], []
         for places, valid, hashed in _hashed(cache, [length]):
             document = np.searchsorted(cache.offsets, places[valid[length]], side="right") - 1
@@ -125,26 +126,26 @@ class _Wanted:
         self._documents, self._count = np.concatenate(documents), cache.documents
         self._hashes, self._inverse = np.unique(np.concatenate(hashes), return_inverse=True)
         self.found = np.zeros(len(self._hashes), bool)
-        # Sixteen places a hash: all but one in sixteen of the others are told apart by one look.
+        # Sixteen slots per hash, so that one look rejects fifteen of sixteen other hashes.
         self._shift = np.uint64(64 - min(max(4 + len(self._hashes).bit_length(), 10), FILTER_BITS))
         self._maybe = np.zeros(1 << (64 - int(self._shift)), bool)
         self._maybe[self._hashes >> self._shift] = True
 
     def look_for(self, hashes: np.ndarray, valid: np.ndarray) -> None:
-        """Mark those of the n-grams that are among these hashes, where they are valid."""
+        """Mark the wanted n-grams among these hashes; hashes count only where `valid` is True."""
         hashes = hashes[self._maybe[(hashes >> self._shift).astype(np.intp)] & valid]
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         self.found[places[self._hashes[places] == hashes]] = True
 
     def count(self, marked: np.ndarray) -> np.ndarray:
-        """How many n-grams of each document are marked: int64 [documents]."""
+        """Marked n-grams of each document: int64 [documents]. marked: bool [distinct n-grams]."""
         return np.bincount(self._documents[marked[self._inverse]], minlength=self._count)
 
 
 def _hashed(
     cache: TokenCache, lengths: list[int]
 ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]]:
-    """Yield, chunk by chunk, places in the stream, and for each length which of them start an n-gram, and its hash."""
+    """Yield for each chunk: positions in the stream, and {length: where an n-gram starts}, {length: its hash}."""
     most = max(lengths)
     for start in range(0, cache.tokens, CHUNK):
         stop = min(start + CHUNK, cache.tokens)
@@ -159,7 +160,7 @@ def _hashed(
 
 
 def _starts(ends: np.ndarray, length: int, size: int) -> np.ndarray:
-    """bool [size]: places from which `length` tokens meet no <eos>, which precedes each end, and no <bos>, on it."""
+    """bool [size], True where the next `length` tokens lie in one document, between its <bos> and <eos>."""
     starts = np.ones(size, bool)
     blocked = (ends[:, None] - np.arange(length + 1)).ravel()
     starts[blocked[(blocked >= 0) & (blocked < size)]] = False
@@ -167,7 +168,7 @@ def _starts(ends: np.ndarray, length: int, size: int) -> np.ndarray:
 
 
 def _scrambled(tokens: np.ndarray) -> np.ndarray:
-    """A hash of 64 bits for each token number (splitmix64, Steele et al. 2014); uint64, in place."""
+    """A 64-bit hash of each token id (splitmix64, Steele et al. 2014): uint64, in place."""
     tokens += np.uint64(BASE)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         tokens ^= tokens >> np.uint64(shift)
@@ -177,7 +178,7 @@ def _scrambled(tokens: np.ndarray) -> np.ndarray:
 
 
 def _rolling(hashes: np.ndarray, lengths: list[int], size: int) -> dict[int, np.ndarray]:
-    """For each length m the hashes of the m tokens from each of the first `size` places, from those of the tokens.
+    """{m: hashes of the m tokens from each of the first `size` positions}, from the hashes of single tokens.
 
     h(x y) = h(x) * BASE ** len(y) + h(y), modulo 2 ** 64 (Karp and Rabin 1987), by doubling.
     """
@@ -186,7 +187,7 @@ def _rolling(hashes: np.ndarray, lengths: list[int], size: int) -> dict[int, np.
     while True:
         for length in lengths:
             if length & power:
-                after = length % power  # tokens that are hashed already: they follow the others
+                after = length % power  # tokens hashed so far; they come after the others
                 found[length] = _joined(hashes, power, found[length], after) if after else hashes
         if 2 * power > max(lengths):
             return {length: found[length][:size] for length in lengths}
@@ -195,6 +196,6 @@ def _rolling(hashes: np.ndarray, lengths: list[int], size: int) -> dict[int, np.
 
 
 def _joined(left: np.ndarray, left_tokens: int, right: np.ndarray, right_tokens: int) -> np.ndarray:
-    """At each place the hash of `left_tokens` tokens and of the `right_tokens` tokens behind them."""
+    """At each position, the hash of `left_tokens` tokens followed by `right_tokens` tokens."""
     places = min(len(left), len(right) - left_tokens)
     return left[:places] * np.uint64(pow(BASE, right_tokens, 2**64)) + right[left_tokens : left_tokens + places]

@@ -1,4 +1,4 @@
-"""The texts of a run, by name: sources tokenized once, and cut into windows as an objective or evaluation asks."""
+"""The data of a run: sources by name, tokenized once, and cut into windows for each objective or evaluation."""
 
 import hashlib
 import itertools
@@ -19,7 +19,7 @@ from llm3.registry import load_plugin
 
 
 class Library:
-    """Sources by name, with one tokenizer and one cache directory. What was read once is kept."""
+    """Sources by name, with one tokenizer and one cache directory. Token caches and windows are opened only once."""
 
     def __init__(self, configs: dict[str, SourceConfig], tokenizer: Tokenizer, cache_dir: Path, template: str = ""):
         check_writable(cache_dir)
@@ -28,7 +28,7 @@ class Library:
         self._windows: dict[tuple, Windows] = {}
 
     def cache(self, name: str, split: str) -> TokenCache:
-        """The tokens of one split of a source. Class numbers are those of its train split."""
+        """The token cache of one split of a source. All splits number the classes as the train split does."""
         if (name, split) not in self._caches:
             labels = self.labels(name) if self._source(name).label and split != "train" else None
             self._caches[name, split] = self.build_split(name, split, labels=labels)
@@ -37,7 +37,7 @@ class Library:
     def build_split(
         self, name: str, split: str, *, labels: list[str] | None = None, shard: tuple[int, int] | None = None
     ) -> TokenCache | None:
-        """Tokenize a split, or one shard in n of it (then None, unless it was the last one)."""
+        """Tokenize a split, or share i of n of it with shard=(i, n); None while other shares are missing."""
         source = self._source(name)
         records = sources.open_split(source, split, cache_dir=self.cache_dir)
         return cache.build_cache(
@@ -59,11 +59,11 @@ class Library:
     def labels(self, name: str) -> list[str]:
         """The class names of a labelled source. Raises UserError where it has no labels."""
         if not self._source(name).label:
-            raise UserError(f"source {name!r} has no labels: set sources.{name}.label to the field that holds them")
+            raise UserError(f"source {name!r} has no labels: set sources.{name}.label to the field with the class")
         return self.cache(name, "train").label_names
 
     def windows(self, kind: str, name: str, split: str, length: int) -> Windows:
-        """A table of windows; for the kinds see `llm3.data.windows`."""
+        """The windows of a split; kind: a plugin of `llm3.data.windows`. length: positions of a window."""
         key = (kind, name, split, length)
         if key not in self._windows:
             self._windows[key] = load_plugin(windows, kind).WindowTable(self.cache(name, split), length)
@@ -71,7 +71,7 @@ class Library:
 
 
 def check_writable(cache_dir: Path) -> None:
-    """Create the cache directory. Raises UserError where it cannot be created or written to."""
+    """Create the cache directory. Raises UserError if it cannot be created or written to."""
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
         if not os.access(cache_dir, os.W_OK | os.X_OK):
@@ -85,7 +85,7 @@ def check_writable(cache_dir: Path) -> None:
 def trained_tokenizer(
     configs: dict[str, SourceConfig], names: list[str], cache_dir: Path, *, vocab_size: int, train_bytes: int
 ) -> Tokenizer:
-    """The tokenizer of the train splits of these sources, or of a sample of them, found in the cache or trained."""
+    """A tokenizer trained on up to `train_bytes` of these sources' train splits, or the same one from the cache."""
     check_writable(cache_dir)
     for name in names:
         if name not in configs:

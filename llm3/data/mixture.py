@@ -1,4 +1,4 @@
-"""Batches: a weighted mixture of window tables for training, and each window once for evaluation."""
+"""Batches: a weighted mixture of sources for training, and each window once for evaluation."""
 
 import bisect
 import collections
@@ -17,23 +17,23 @@ from llm3.data.packing import Windows
 from llm3.errors import UserError, at_least, nearest, one_of
 
 T = TypeVar("T")
-Schedule = list[tuple[int, dict[str, float]]]  # from which step on, which weights
+Schedule = list[tuple[int, dict[str, float]]]  # (first step, {source: weight}) of each phase
 
 
 class _Phase(NamedTuple):
-    """Rows of which the sources' shares stay the same."""
+    """A range of rows in which the shares of the sources are constant."""
 
-    first: int  # the first row, counted over all batches from step 0
-    shares: dict[str, int]  # source -> its share, as whole numbers
-    before: dict[str, int]  # source -> rows that were drawn from it before
+    first: int  # number of the first row, counted over all batches from step 0
+    shares: dict[str, int]  # source -> its share, an integer
+    before: dict[str, int]  # source -> rows drawn from it before this phase
 
 
 class Mixture:
-    """An endless, shuffled, weighted mixture: `batch` is a pure function of the tables, schedule, seed and step.
+    """An endless, shuffled, weighted mixture: `batch` is a pure function of windows, schedule, seed and step.
 
-    Weights are shares of the tokens (positions that are not padding), or of the documents, as packing left them: a
-    table whose windows hold fewer is drawn more often. They are kept to within half a percent. Each table is reshuffled
-    in every epoch, with a memory that does not grow with it, and goes on where it was when the weights change.
+    Weights are shares of tokens (positions that are not padding) or of documents, kept to within half a percent: a
+    source whose windows hold fewer tokens is drawn more often. Each source is reshuffled in every epoch, in constant
+    memory, and continues where it was when the weights change.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class Mixture:
         by: str = "tokens",
         corrupt: Callable[[Batch, np.random.Generator], Batch] | None = None,
     ):
-        """schedule: [(first step, {table: weight}), ...], the first at step 0. by: "tokens" or "documents".
+        """schedule: [(first step, {source: weight}), ...], the first at step 0. by: "tokens" or "documents".
 
-        corrupt: applied to each window, with random numbers that depend on seed, step and row only, so that they are
-        the same on any number of hosts. Raises UserError for a schedule that does not start at 0 and ascend, a weight
-        that is not positive, a name without a table, and a table with no windows.
+        corrupt: applied to each window; its random numbers depend only on seed, step and row, so they are the same on
+        any number of hosts. Raises UserError for steps that do not ascend from 0, a weight that is not positive, an
+        unknown source, and a source without windows.
         """
         at_least("batch_size", batch_size, 1)
         one_of("weights", by, ("tokens", "documents"))
@@ -76,7 +76,7 @@ class Mixture:
             self._phases.append(_Phase(first, _shares(weights, self._windows, by), self._drawn(first)))
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
-        """These rows (default: all) of the global batch of a step, arrays [rows, T]; a host asks for its own only."""
+        """Rows (default: all) of the global batch of a step: arrays [rows, T]. A host asks for its own rows only."""
         rows = range(self._batch_size) if rows is None else rows
         windows = [self._windows[name][index] for name, index in self.origins(step, rows)]
         if self._corrupt is not None:
@@ -84,16 +84,16 @@ class Mixture:
         return _stack(windows)
 
     def origins(self, step: int, rows: Sequence[int] | None = None) -> list[tuple[str, int]]:
-        """Which window of which table each of these rows (default: all) of the global batch is."""
+        """(source, index of its window) of the given rows (default: all) of the global batch."""
         rows = range(self._batch_size) if rows is None else rows
         return [self._origin(step * self._batch_size + row) for row in rows]
 
     def draws(self, step: int) -> dict[str, int]:
-        """How many rows have been drawn from each table in the batches before `step`."""
+        """{source: rows drawn from it in the batches before `step`}."""
         return self._drawn(step * self._batch_size)
 
     def epochs(self, step: int) -> dict[str, float]:
-        """How many times each table has been gone through in the batches before `step`."""
+        """{source: epochs of it in the batches before `step`}."""
         return {name: count / len(self._windows[name]) for name, count in self.draws(step).items()}
 
     def _origin(self, row: int) -> tuple[str, int]:
@@ -111,12 +111,12 @@ class Mixture:
         return self._phases[bisect.bisect_right(self._phases, row, key=lambda phase: phase.first) - 1]
 
     def _random(self, step: int, row: int) -> np.random.Generator:
-        # The lowest words of the counter are those that drawing advances.
+        # Drawing advances the lowest words of the counter.
         return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, row, step]))
 
 
 def check_weights(weights: Mapping[str, float], sources: Collection[str], where: str) -> None:
-    """Raise UserError, with `where` before it, unless each weight is a positive number of one of `sources`."""
+    """Raise UserError, starting with `where`, unless each weight is a positive number for a known source."""
     if not weights:
         raise UserError(f"{where}: names no source; expected at least one source, as {{source: weight}}")
     for name, weight in weights.items():
@@ -124,11 +124,13 @@ def check_weights(weights: Mapping[str, float], sources: Collection[str], where:
             raise UserError(f"{where}: unknown source {name!r}: {nearest(name, sources)}")
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not (number and weight > 0 and math.isfinite(weight)):
-            raise UserError(f"{where}: {name} has weight {weight!r}; expected a number above 0 (or leave it out)")
+            raise UserError(
+                f"{where}: {name} has weight {weight!r}; expected a number above 0 (to drop a source, remove its entry)"
+            )
 
 
 def _shares(weights: dict[str, float], windows: Mapping[str, Windows], by: str) -> dict[str, int]:
-    """How many rows are drawn from each table to every hundred from the one that is drawn least."""
+    """Rows drawn from each source per hundred rows of the source that is drawn least."""
     draws = {}
     for name in sorted(weights):
         table = windows[name]
@@ -138,9 +140,9 @@ def _shares(weights: dict[str, float], windows: Mapping[str, Windows], by: str) 
 
 
 def _counts(shares: dict[str, int], rows: int) -> dict[str, int]:
-    """How many of the first `rows` rows come from each table: within one of its share of those the earlier ones left.
+    """How many of the first `rows` rows come from each source.
 
-    The interleaving of `grain.MapDataset.mix`: a table takes what rounding down the shares of all later ones leaves.
+    As in `grain.MapDataset.mix`, the shares of all later sources are rounded down, and a source takes the remainder.
     """
     counts, left = {}, sum(shares.values())
     for name, share in shares.items():
@@ -150,13 +152,13 @@ def _counts(shares: dict[str, int], rows: int) -> dict[str, int]:
 
 
 def _pick(shares: dict[str, int], row: int) -> tuple[str, int]:
-    """The table of row `row` from 0, and how many rows before it are from the same: whose count the row raises."""
+    """The source of a row (from 0), and how many earlier rows come from that source."""
     before, after = _counts(shares, row), _counts(shares, row + 1)
     return next((name, count) for name, count in before.items() if count < after[name])
 
 
 def finite_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
-    """Each window exactly once, in order, arrays [batch_size, T]; the last batch is filled with padding rows."""
+    """Each window exactly once, in order: arrays [batch_size, T]. Padding rows fill the last batch."""
     at_least("batch_size", batch_size, 1)
     for start in range(0, len(windows), batch_size):
         rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
@@ -165,9 +167,9 @@ def finite_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
-    """Yield make(start), ..., make(stop - 1), up to `depth` of them made ahead by a thread.
+    """Yield make(start), ..., make(stop - 1); a thread makes up to `depth` of them ahead.
 
-    What `make` raises is raised here. The thread ends with the iterator, also when its consumer stops early.
+    Exceptions of `make` are raised here. The thread ends with the iterator, also if its consumer stops early.
     """
     at_least("prefetch depth", depth, 1)
     thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
@@ -187,5 +189,5 @@ def _stack(rows: list[Batch]) -> Batch:
 
 
 def _seed(seed: int, name: str) -> int:
-    """A seed of 32 bits that depends on the name, so that adding a source leaves the order of the others alone."""
+    """A 32-bit seed that depends on the name, so that a new source does not change the order of the others."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""From what a config says of a stage's data to a schedule of weights: temperature, phases, replay."""
+"""The weights of a stage's sources over its steps: temperature, phases, replay."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,20 +20,20 @@ def weight_schedule(
 ) -> Schedule:
     """[(first step, {source: weight}), ...] of a stage of `steps` steps, the first at step 0.
 
-    data: the weights from step 0 on. data_schedule: [[step, {source: weight}], ...], the weights from each of these
-    steps on, instead of those before. tokens: of each source that there is.
+    data: weights from step 0 on. data_schedule: [[step, {source: weight}], ...], weights that replace the earlier ones
+    from each step on. tokens: {source: number of tokens}, for all sources.
 
-    temperature t > 0 multiplies each weight by tokens ** (1 / t): with equal weights, 1 draws in proportion to size,
-    and more is nearer to equal shares (mBERT, Devlin 2019; XLM-R, Conneau et al. 2020, where 1 / t is alpha).
+    temperature t > 0 multiplies each weight by tokens ** (1 / t). With equal weights, t = 1 draws in proportion to
+    size, and larger t is closer to equal shares (mBERT, Devlin 2019; XLM-R, Conneau et al. 2020, where 1 / t is alpha).
 
-    replay r: in every phase, a share r is drawn from what the parent was trained on, by the weights `parent`, and 1 - r
-    from the stage's own data: the recipe of continual pretraining (Ibrahim et al. 2024). A source in both has the sum.
+    replay r: in every phase, a share r is drawn from the parent's data, by the weights `parent`, and 1 - r from the
+    stage's own data, as in continual pretraining (Ibrahim et al. 2024). A source in both gets the sum.
 
-    Raises UserError, with `where` ("config.stages.NAME") before it, for an unknown source, a weight that is not
+    Raises UserError, starting with `where` ("config.stages.NAME"), for an unknown source, a weight that is not
     positive, steps that do not ascend between 0 and `steps`, a source without tokens, and replay without a parent.
     """
     if replay and not parent:
-        raise UserError(f"{where}.replay={replay}: needs a stage to start from, whose data is replayed")
+        raise UserError(f"{where}.replay={replay}: needs a `start`: the data of its parent is replayed")
     phases = [(0, data), *_parsed(data_schedule, steps, f"{where}.data_schedule")]
     for step, weights in phases:
         check_weights(weights, tokens, f"{where}.data_schedule: step {step}" if step else f"{where}.data")
@@ -66,7 +66,7 @@ def _tempered(
     for name in weights:
         if not tokens[name]:
             raise UserError(f"{where}.temperature: source {name!r} has no tokens")
-    # Relative to the largest, so that no power overflows.
+    # relative to the largest, so that no power overflows
     most = max(tokens[name] for name in weights)
     return {name: weight * (tokens[name] / most) ** (1 / temperature) for name, weight in weights.items()}
 

@@ -1,4 +1,4 @@
-"""Documents packed into windows of a fixed length: what the tables of windows in `llm3/data/windows` share."""
+"""Packing documents into windows of a fixed length, for the plugins in `llm3/data/windows`."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -7,11 +7,11 @@ import numpy as np
 
 from llm3.data.batch import Batch
 
-PACKING_BLOCK = 16_384  # pieces that are packed together; bounds the time and memory of the packer
+PACKING_BLOCK = 16_384  # pieces per run of the packer; bounds its time and memory
 
 
 class Windows(Protocol):
-    """What `Mixture` and `finite_batches` read."""
+    """The interface that `Mixture` and `finite_batches` read; `llm3.data.windows` explains the attributes."""
 
     waste: float
     truncated: int
@@ -26,10 +26,10 @@ class Windows(Protocol):
 
 
 class PackedWindows:
-    """Windows that hold pieces of documents whole; a subclass says what a piece is.
+    """Windows packed with pieces of documents, none of them split. A subclass defines the pieces.
 
-    sizes: int [pieces], the tokens of each, at most `length`. waste: the share of padded positions. max_pieces: the
-    most pieces in one window. A subclass sets `documents`, and `truncated` and `dropped` where they are not 0.
+    sizes: int [pieces], tokens of each piece, at most `length`. max_pieces: the most pieces in one window. A subclass
+    sets `documents`, and `truncated` and `dropped` if they are not 0.
     """
 
     documents: int
@@ -65,7 +65,7 @@ class PackedWindows:
             start = stop
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
-        """Write tokens, targets and weights of a piece into its place of the window."""
+        """Write tokens, targets and weights of a piece into its slice of the window."""
         raise NotImplementedError
 
     def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
@@ -109,18 +109,18 @@ def _best_fit(sizes: np.ndarray, capacity: int) -> list[list[int]]:
 
 
 def empty_window(length: int) -> Batch:
-    """All padding: segment 0, weight 0."""
+    """A window of padding: arrays [length] of zeros."""
     return Batch(*(np.zeros(length, np.float32 if field == "weights" else np.int32) for field in Batch._fields))
 
 
 def mark_segment(window: Batch, place: slice, segment: int) -> None:
-    """Make a place of a window a segment, with positions of its own."""
+    """Make a slice of a window one segment, with positions from 0."""
     window.segments[place] = segment
     window.positions[place] = np.arange(place.stop - place.start)
 
 
 def checked_index(index: int, table: Windows) -> int:
-    """The index of a window of the table. Raises IndexError."""
+    """The index as an int. Raises IndexError if the table has no such window."""
     if not 0 <= index < len(table):
         raise IndexError(f"window {index} of {len(table)}")
     return int(index)

@@ -1,4 +1,4 @@
-"""A lossless byte-level BPE tokenizer whose special tokens no text can spell."""
+"""A lossless byte-level BPE tokenizer. No text can spell its special tokens."""
 
 import functools
 import hashlib
@@ -13,12 +13,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from llm3.errors import UserError
 from llm3.files import write_whole
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # their ids are their places
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # the id of a token is its index
 MIN_VOCAB_SIZE = len(SPECIALS) + 256
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """{character: the byte that it stands for} in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    """{character: byte} of a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -28,7 +28,7 @@ BYTES = _byte_alphabet()
 
 
 class Tokenizer:
-    """Text to token ids and back: bytes in equal bytes out, and special tokens come from code only, never from text.
+    """Text to token ids and back without loss. Special tokens come from code only, never from text.
 
     Safe to call from several threads at once.
     """
@@ -36,14 +36,14 @@ class Tokenizer:
     pad_id, bos_id, eos_id, mask_id = range(len(SPECIALS))
 
     def __init__(self, canonical_json: str):
-        """Take the JSON form of the `tokenizers` library. Raises ValueError if it is not such a tokenizer."""
+        """Read the JSON of the `tokenizers` library. Raises ValueError if it is not a byte-level tokenizer of llm3."""
         self._json = canonical_json
         try:
             self._backend = tokenizers.Tokenizer.from_str(canonical_json)
         except Exception as error:  # the library raises bare Exceptions
             raise ValueError(f"cannot be parsed: {error}") from error
         self._check_layout()
-        self._backend.encode_special_tokens = True  # a text that spells "<|eos|>" is only text
+        self._backend.encode_special_tokens = True  # "<|eos|>" in a text is plain text
         self._backend.no_padding()
         self._backend.no_truncation()
 
@@ -58,7 +58,7 @@ class Tokenizer:
             raise ValueError(f"{len(lacking)} of the 256 bytes have no token")
         for added in self._backend.get_added_tokens_decoder().values():
             if added.lstrip or added.rstrip:
-                raise ValueError(f"its token {added.content!r} takes the spaces beside it with it")
+                raise ValueError(f"its token {added.content!r} also matches the spaces around it")
 
     @property
     def vocab_size(self) -> int:
@@ -66,45 +66,45 @@ class Tokenizer:
 
     @functools.cached_property
     def hash(self) -> str:
-        """The sha256 of the canonical JSON: equal for equal tokenizers, on any machine."""
+        """The sha256 of the canonical JSON, which is the same on any machine."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
-        """The UTF-8 bytes that each token stands for: int32 [vocab_size], 0 for special tokens."""
+        """The number of UTF-8 bytes of each token: int32 [vocab_size], 0 for special tokens."""
         return np.array([len(token) for token in self.token_bytes], np.int32)
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """What each token stands for; nothing for special tokens."""
+        """The UTF-8 bytes of each token; empty for special tokens."""
         added = self._backend.get_added_tokens_decoder()
         tokens = []
         for i in range(self.vocab_size):
-            if i in added:  # written as it is: the library's decoder would take "naïve" for byte-level characters
+            if i in added:  # stored as plain text; the library's decoder would read "naïve" as byte-level characters
                 tokens.append(b"" if added[i].special else added[i].content.encode())
             else:
                 tokens.append(bytes(BYTES[character] for character in self._backend.id_to_token(i)))
         return tokens
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, with no special tokens."""
+        """The tokens of a text, without special tokens."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, by all threads of the tokenizers library."""
+        """The tokens of each text, computed by all threads of the tokenizers library."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens; special tokens are left out, and bytes that are not UTF-8 become U+FFFD."""
+        """The text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.token_bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
 
     def extended(self, tokens: Sequence[str]) -> "Tokenizer":
-        """This tokenizer with more tokens behind its own, in the given order, each found in texts before all others.
+        """This tokenizer with new tokens, appended in the given order. They match before all tokens of the vocabulary.
 
-        A token of ASCII characters from a letter or digit to a letter or digit is found as a whole word only, any other
-        wherever it stands (not every script has spaces); of several that begin at one place, the longest. Raises
-        UserError for a token that is empty, named twice, or already in the vocabulary.
+        An ASCII token that begins and ends with a letter or digit matches whole words only. Any other token matches
+        anywhere (not every script has spaces). The longest match wins. Raises UserError for a token that is empty,
+        named twice, or already in the vocabulary.
         """
         known = {text: i for i, text in enumerate(self.token_bytes) if text}
         added: dict[str, AddedToken] = {}
@@ -118,9 +118,9 @@ class Tokenizer:
                 raise UserError(f"{where}: not a valid Unicode text") from None
             if taken is not None:
                 kind = "a special token" if taken < len(SPECIALS) else "a token of the vocabulary"
-                raise UserError(f"{where}: already {kind} (id {taken}); leave it out")
+                raise UserError(f"{where}: already {kind} (id {taken}); remove it")
             if token in added:
-                raise UserError(f"{where}: named twice; expected every new token once")
+                raise UserError(f"{where}: named twice; expected each new token once")
             word = token.isascii() and token[0].isalnum() and token[-1].isalnum()
             added[token] = AddedToken(token, single_word=word, normalized=False, special=False)
         backend = tokenizers.Tokenizer.from_str(self._json)
@@ -128,7 +128,7 @@ class Tokenizer:
         return Tokenizer(_canonical(backend.to_str()))
 
     def without(self, tokens: Sequence[str]) -> "Tokenizer":
-        """The tokenizer that these tokens extended to this one. Raises UserError where they are not its last ones."""
+        """This tokenizer without its last tokens, which must be `tokens`. Raises UserError if they are not the last."""
         content = json.loads(self._json)
         kept = max(0, len(content["added_tokens"]) - len(tokens))
         last = [each["content"] for each in content["added_tokens"][kept:] if not each["special"]]
@@ -138,12 +138,12 @@ class Tokenizer:
         return Tokenizer(_canonical(json.dumps(content)))
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to one JSON file, whole or not at all."""
+        """Write the tokenizer to a JSON file, complete or not at all."""
         write_whole(Path(path), self._json)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Read what `save` wrote. Raises UserError if the file is missing, damaged or another kind of tokenizer."""
+        """Read a file of `save`. Raises UserError if it is missing, damaged or another kind of tokenizer."""
         try:
             return cls(_canonical(Path(path).read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -153,10 +153,10 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: the same tokenizer, hash and all, for the same texts in the same order.
+    """Train a byte-level BPE. The same texts in the same order give the same tokenizer, hash included.
 
-    A vocabulary that the texts cannot fill stays smaller. Raises UserError if vocab_size is below 260 (4 special
-    tokens and 256 bytes). Splits words as GPT-2 does (Radford et al. 2019, section 2.2).
+    The vocabulary stays smaller than vocab_size if the texts have too few merges. Words are split as in GPT-2 (Radford
+    et al. 2019, section 2.2). Raises UserError if vocab_size is below 260 (4 special tokens and 256 bytes).
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -176,5 +176,5 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _canonical(text: str) -> str:
-    """One spelling for one tokenizer: the library writes the vocabulary in another order each time."""
+    """A unique spelling of a tokenizer; the library writes the vocabulary in a different order each time."""
     return json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -23,8 +23,8 @@ def test_the_text_repeats_the_documents_with_their_lines_in_other_orders(tmp_pat
 
 
 def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_data.corpus, "load", lambda *_: {"text": DOCUMENTS})
-    for name, value in (("VOCAB_SIZE", 300), ("TIMES", 1), ("BATCHES", 2), ("cores", lambda: 1)):
+    monkeypatch.setattr(bench_data.corpus, "load_corpus", lambda *_: {"text": DOCUMENTS})
+    for name, value in (("VOCAB_SIZE", 300), ("TIMES", 1), ("BATCHES", 2), ("available_cores", lambda: 1)):
         monkeypatch.setattr(bench_data, name, value)
     figures = bench_data.measure_cache(1e-4, tmp_path)
     assert figures["peak_rss_bytes"] is None or figures["peak_rss_bytes"] >= figures["rss_before_bytes"] > 1e7
@@ -52,7 +52,7 @@ def test_what_is_compared_are_the_tokens_of_both_and_the_faster_time_of_each(tmp
 
     monkeypatch.setattr(bench_data, "_build", timed(build, lambda cache: cache.tokens))
     monkeypatch.setattr(datasets.Dataset, "map", timed(map_, lambda rows: sum(map(len, rows["tokens"]))))
-    monkeypatch.setattr(bench_data, "cores", lambda: 1)
+    monkeypatch.setattr(bench_data, "available_cores", lambda: 1)
     trained = tokenizer.train(DOCUMENTS, 300)
     trained.save(tmp_path / "tokenizer.json")
     size = bench_data.write_text(tmp_path / "part.jsonl", DOCUMENTS, 20_000)

@@ -1,4 +1,4 @@
-"""A token cache holds every text once, in an order of its own, and is never read when it is damaged."""
+"""A token cache holds every document once, in an order by content, and is never read when it is damaged."""
 
 import dataclasses
 import hashlib
@@ -49,7 +49,7 @@ def digest(content):
 
 
 @pytest.mark.parametrize("labels", [None, ["yes", "no"]])
-def test_the_documents_of_one_part_lie_in_the_order_of_their_digests_as_they_always_did(labels, tmp_path):
+def test_the_documents_of_one_part_are_in_the_order_of_their_digests(labels, tmp_path):
     texts = [*TEXTS, *TEXTS[:20], *TEXTS[:5], "", "中文", "é\n"]
     row_labels = [labels[i % 2] for i in range(len(texts))] if labels else None
     copies, expected = {}, []
@@ -89,7 +89,7 @@ def test_a_second_build_reads_and_encodes_nothing(tmp_path, monkeypatch):
     assert not again.document(0).flags.writeable
 
 
-def test_the_fingerprint_tells_texts_labels_class_order_tokenizers_and_templates_apart(tmp_path):
+def test_the_fingerprint_depends_on_texts_labels_class_order_tokenizer_and_template(tmp_path):
     other = tokenizer.train(TEXTS, 290)
     labels = ["a", "b"] * 30
     prints = [
@@ -113,10 +113,10 @@ def test_labels_follow_their_texts_and_classes_are_sorted_or_as_given(tmp_path):
         assert built.label_sets is None
         found = {text: built.label_names[label] for text, label in zip(contents(built), built.labels, strict=True)}
         assert found == dict(zip(TEXTS, labels, strict=True))
-    assert len(list(tmp_path.glob("tokens-*"))) == 1  # the names of classes play no part in what is encoded
+    assert len(list(tmp_path.glob("tokens-*"))) == 1  # encoding does not depend on class names
 
 
-def test_a_label_that_is_not_a_class_is_named(tmp_path):
+def test_a_label_that_is_not_a_class_is_an_error_with_the_nearest_name(tmp_path):
     with pytest.raises(UserError, match=r"unknown label 'catt'.*did you mean 'cat'"):
         build(["x", "y"], tmp_path, ["cat", "catt"], labels=["cat", "dog"])
 
@@ -126,7 +126,7 @@ NONE_OR_ONE = [("none", []), ("one", ["b"]), ("other", ["a"])]
 
 @pytest.mark.parametrize("several", [True, None])
 @pytest.mark.parametrize("rows", [NONE_OR_ONE, [("both", ["b", "a"]), ("one", ["b"]), ("same", ["a", "b"])]])
-def test_documents_of_several_labels_or_none_have_sets_of_them(rows, several, tmp_path):
+def test_documents_with_several_labels_or_none_have_sets_of_labels(rows, several, tmp_path):
     records = [{"text": text, "labels": labels, **({"several": True} if several else {})} for text, labels in rows]
     for names in (None, ["b", "x", "a"]):
         built = cache.build_cache(ListRecords((tuple(records),)), "text", trained, tmp_path, labels=names)
@@ -136,7 +136,7 @@ def test_documents_of_several_labels_or_none_have_sets_of_them(rows, several, tm
         assert dict(zip(contents(built), sets, strict=True)) == {text: sorted(labels) for text, labels in rows}
 
 
-def test_a_source_where_all_documents_happen_to_have_one_of_several_labels_has_sets(tmp_path):
+def test_a_multi_label_source_has_sets_even_if_each_document_has_one_label(tmp_path):
     rows = tuple({"text": str(i), "labels": ["ab"[i % 2]], "several": True} for i in range(4))
     built = cache.build_cache(ListRecords((rows,)), "text", trained, tmp_path, labels=["b", "a"])
     assert built.label_sets == [[0], [1]]
@@ -169,7 +169,7 @@ def build_dialogues(directory):
 
 @pytest.mark.parametrize("name", EVERY_FILE)
 @pytest.mark.parametrize("damage", [_flip_a_byte, _halve, lambda path: path.unlink()])
-def test_a_damaged_cache_is_built_again_and_said_aloud(name, damage, tmp_path, capsys):
+def test_a_damaged_cache_is_rebuilt_with_a_warning(name, damage, tmp_path, capsys):
     build_dialogues(tmp_path)
     [directory] = tmp_path.iterdir()
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
@@ -179,10 +179,10 @@ def test_a_damaged_cache_is_built_again_and_said_aloud(name, damage, tmp_path, c
     build_dialogues(tmp_path)
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     missing_manifest = name == "manifest.json" and not damage.__name__.startswith("_")
-    assert missing_manifest or re.search(r"damaged .*building it again", capsys.readouterr().err)
+    assert missing_manifest or re.search(r"damaged .*rebuilding it", capsys.readouterr().err)
 
 
-def test_of_a_large_cache_only_the_sizes_are_verified(tmp_path, monkeypatch, capsys):
+def test_only_the_file_sizes_of_a_large_cache_are_verified(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "MAX_VERIFIED_BYTES", 1000)
     build(TEXTS, tmp_path)
     [stream] = tmp_path.glob("*/*/stream.bin")
@@ -195,13 +195,13 @@ def test_of_a_large_cache_only_the_sizes_are_verified(tmp_path, monkeypatch, cap
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_cache_that_stays_damaged_is_given_up(tmp_path, monkeypatch):
+def test_a_cache_that_stays_damaged_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build.shards, "check_files", lambda *_, **__: (_ for _ in ()).throw(ValueError("worn")))
     with pytest.raises(UserError, match="damaged again"):
         build(TEXTS, tmp_path)
 
 
-def test_answers_and_notes_are_those_of_their_documents(tmp_path):
+def test_answer_masks_and_notes_belong_to_their_documents(tmp_path):
     built = build_dialogues(tmp_path)
     for i in range(built.documents):
         turns = DIALOGUES[built.rows[i]]["turns"]
@@ -215,7 +215,7 @@ def test_answers_and_notes_are_those_of_their_documents(tmp_path):
     assert not list(plain.reader._directory.rglob("answered.bin"))
 
 
-def test_an_interrupted_build_leaves_nothing_half_done_and_the_next_one_succeeds(tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_no_incomplete_files_and_the_next_one_succeeds(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "encode_batch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -224,7 +224,7 @@ def test_an_interrupted_build_leaves_nothing_half_done_and_the_next_one_succeeds
     assert sorted(contents(build(TEXTS, tmp_path))) == sorted(TEXTS)
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day_and_a_running_build_is_not(tmp_path):
+def test_files_of_a_killed_build_are_removed_after_a_day_and_files_of_a_running_build_are_kept(tmp_path):
     now = time.time()
     for name, directory_hours, stream_hours in (("dead", 30, 30), ("slow", 30, 1), ("new", 1, 1)):
         directory = tmp_path / f"tokens-0123456789abcdef.{name}"
@@ -237,7 +237,7 @@ def test_what_a_killed_process_left_is_removed_after_a_day_and_a_running_build_i
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".new", ".slow"]
 
 
-def test_documents_have_equal_hashes_where_their_texts_are_equal(tmp_path):
+def test_documents_have_equal_hashes_if_and_only_if_their_texts_are_equal(tmp_path):
     one, other = build(["same", "same", "", "mine"], tmp_path), build(["yours", "same", ""], tmp_path)
     hashes = [dict(zip(contents(each), each.document_hashes().tolist(), strict=True)) for each in (one, other)]
     assert hashes[0].items() & hashes[1].items() == {(text, hashes[0][text]) for text in ("same", "")}
@@ -245,7 +245,7 @@ def test_documents_have_equal_hashes_where_their_texts_are_equal(tmp_path):
     assert len(set(one.document_hashes().tolist())) == 3
 
 
-def test_a_first_few_are_the_documents_of_the_smallest_keys_however_the_source_is_cut(tmp_path):
+def test_a_sample_has_the_documents_with_the_smallest_keys_however_the_source_is_cut(tmp_path):
     whole = build(TEXTS, tmp_path)
     for parts in ([TEXTS], [TEXTS[:13], [], TEXTS[13:50], TEXTS[50:]]):
         built = cache.build_cache(texts_in_parts(*parts), "text", trained, tmp_path)
@@ -266,7 +266,7 @@ def four_parts(tmp_path_factory):
 
 @settings(deadline=None, max_examples=80)
 @given(data=st.data())
-def test_any_range_of_the_stream_is_that_of_the_documents_end_to_end(four_parts, data):
+def test_any_range_of_the_stream_equals_the_documents_end_to_end(four_parts, data):
     built, _ = four_parts
     indices = data.draw(st.none() | st.lists(st.integers(0, built.documents - 1), max_size=12))
     chosen = built
@@ -292,7 +292,7 @@ def test_the_stream_of_all_parts_is_read_across_their_borders(four_parts):
         assert (built.read_tokens(start, start + 300) == stream[start : start + 300]).all()
 
 
-def test_a_document_that_is_not_there_is_an_error(four_parts):
+def test_an_index_out_of_range_is_an_error(four_parts):
     built, _ = four_parts
     for call in (built.document, built.note, lambda i: built.subset([i]), built.subset([0]).answer_mask):
         for index in (-1, built.documents):
@@ -309,7 +309,7 @@ def test_progress_is_one_line_without_a_terminal_and_a_bar_on_demand(tmp_path, c
     assert "tokens: encoding fake\n" not in capsys.readouterr().err
 
 
-def test_the_manifest_counts_what_is_in_the_cache(tmp_path):
+def test_the_manifest_counts_documents_tokens_bytes_and_rows(tmp_path):
     built = build(TEXTS, tmp_path)
     (path,) = tmp_path.glob("tokens-*/manifest.json")
     manifest = json.loads(path.read_text())
@@ -319,6 +319,6 @@ def test_the_manifest_counts_what_is_in_the_cache(tmp_path):
 
 
 @pytest.mark.parametrize("batches", [[], [[]], [[], []]])
-def test_a_source_without_documents_is_named(batches, tmp_path):
+def test_a_source_without_documents_is_an_error_that_names_it(batches, tmp_path):
     with pytest.raises(UserError, match=r"source fake: .*no rows"):
         cache.build_cache(texts_in_parts(*batches), "text", trained, tmp_path)

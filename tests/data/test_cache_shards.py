@@ -1,4 +1,4 @@
-"""A cache is built part by part: by any number of processes, on any machine, killed and resumed, to the same bytes."""
+"""A cache is built part by part, by any number of processes, killed and resumed, and always has the same bytes."""
 
 import dataclasses
 import json
@@ -49,12 +49,12 @@ def alone(tmp_path_factory):
     return files(directory)
 
 
-def test_several_processes_build_the_bytes_of_one(alone, tmp_path):
+def test_several_processes_build_the_same_bytes_as_one(alone, tmp_path):
     build(mixed(), tmp_path, max_bad_share=1, workers=2)
     assert files(tmp_path) == alone
 
 
-def test_parts_that_take_long_are_left_to_other_processes(tmp_path, monkeypatch):
+def test_slow_parts_are_built_by_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build, "available_cores", lambda: 2)
     asked = []
     monkeypatch.setattr(cache_build, "_in_processes", lambda job, parts, workers: asked.append((list(parts), workers)))
@@ -68,25 +68,25 @@ def test_parts_that_take_long_are_left_to_other_processes(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 3, 1)])
-def test_the_shares_of_an_array_job_make_the_bytes_of_one_process_in_any_order(order, alone, tmp_path):
+def test_the_shares_of_an_array_job_build_the_same_bytes_as_one_process_in_any_order(order, alone, tmp_path):
     found = [build(mixed(), tmp_path, max_bad_share=1, shard=(i, 3), workers=1) for i in order]
     assert found[:2] == [None, None]
     assert isinstance(found[2], cache.TokenCache)
     assert files(tmp_path) == alone
 
 
-def test_a_share_builds_its_own_parts_only(tmp_path):
+def test_a_share_builds_only_its_own_parts(tmp_path):
     build(mixed(), tmp_path, max_bad_share=1, shard=(2, 3), workers=1)
     assert sorted(path.name for path in tmp_path.glob("tokens-*/*")) == ["shard-000001", "shard-000004"]
 
 
-def test_more_shares_than_parts_are_no_harm(alone, tmp_path):
+def test_there_may_be_more_shares_than_parts(alone, tmp_path):
     found = [build(mixed(), tmp_path, max_bad_share=1, shard=(i, 8), workers=1) for i in range(8, 0, -1)]
     assert [each is not None for each in found] == [False] * 7 + [True]
     assert files(tmp_path) == alone
 
 
-def test_shares_and_whole_builds_at_the_same_time_make_the_bytes_of_one_process(alone, tmp_path):
+def test_concurrent_shares_and_full_builds_make_the_same_bytes_as_one_process(alone, tmp_path):
     options = [{"shard": (1, 2)}, {"shard": (2, 2)}, {}, {}]
     errors = []
 
@@ -121,7 +121,7 @@ def is_running(pid):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_build_goes_on_where_it_was_and_leaves_no_process(workers, tmp_path):
+def test_a_killed_build_resumes_and_leaves_no_process(workers, tmp_path):
     build(numbered(4), tmp_path / "whole", workers=1)
     cache_dir, gate = tmp_path / "killed", str(tmp_path / "gate")
     command = [sys.executable, tiny_records.__file__, str(cache_dir), gate, "2", str(workers)]
@@ -146,21 +146,23 @@ def test_a_killed_build_goes_on_where_it_was_and_leaves_no_process(workers, tmp_
 
 
 @pytest.mark.parametrize("name", ["stream.bin", "documents.npy", "shard.json"])
-def test_a_finished_shard_that_was_damaged_before_the_rest_was_built_is_built_again(name, tmp_path, capsys):
+def test_a_finished_shard_that_is_damaged_before_the_others_are_built_is_rebuilt(name, tmp_path, capsys):
     build(numbered(4), tmp_path / "whole", workers=1)
     build(numbered(4), tmp_path / "parts", shard=(1, 2), workers=1)
     [path] = tmp_path.glob(f"parts/tokens-*/shard-000002/{name}")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     kept = path.parents[1] / "shard-000000" / "stream.bin"
     modified = kept.stat().st_mtime_ns
-    assert build(numbered(4), tmp_path / "parts", shard=(2, 2), workers=1) is None  # another share's; it is removed
+    assert (
+        build(numbered(4), tmp_path / "parts", shard=(2, 2), workers=1) is None
+    )  # a damaged shard of the other share is removed
     assert "damaged" in capsys.readouterr().err
     build(numbered(4), tmp_path / "parts", shard=(1, 2), workers=1)
     assert kept.stat().st_mtime_ns == modified
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_only_the_damaged_shard_of_a_finished_cache_is_built_again(tmp_path):
+def test_only_the_damaged_shard_of_a_finished_cache_is_rebuilt(tmp_path):
     build(numbered(3), tmp_path)
     whole = files(tmp_path)
     [directory] = tmp_path.iterdir()
@@ -186,11 +188,11 @@ def test_a_shard_that_another_process_finished_first_is_kept(tmp_path, monkeypat
     monkeypatch.setattr(shards, "write_shard", write_while_another_process_builds)
     assert build(numbered(2), tmp_path).documents == 40
     [directory] = tmp_path.iterdir()
-    assert written == ["shard-000000", "shard-000000", "shard-000001"]  # the second one was there, and is not written
+    assert written == ["shard-000000", "shard-000000", "shard-000001"]  # the second one existed already
     assert raced[1:] == [(directory / "shard-000000").stat().st_ino]
 
 
-def test_the_manifest_is_put_in_its_place_after_all_other_files(tmp_path, monkeypatch):
+def test_the_manifest_is_written_after_all_other_files(tmp_path, monkeypatch):
     plain, placed = os.replace, []
     monkeypatch.setattr(cache_build.os, "replace", lambda a, b: (placed.append(Path(b).name), plain(a, b)))
     build(numbered(2), tmp_path)
@@ -215,7 +217,7 @@ def test_bad_rows_are_counted_by_reason_and_set_aside_with_their_rows(tmp_path, 
     assert build(texts_in_parts(["x"]), tmp_path).bad_rows_file is None
 
 
-def test_too_many_bad_rows_stop_the_run_and_another_limit_needs_no_other_build(tmp_path, monkeypatch):
+def test_too_many_bad_rows_are_an_error_and_a_higher_limit_needs_no_new_build(tmp_path, monkeypatch):
     records = ListRecords((({"text": "one"}, BadRow("text is empty", "raw")), ({"text": "two"},)))
     for _ in range(2):
         with pytest.raises(UserError) as caught:
@@ -238,7 +240,7 @@ def test_too_many_bad_rows_stop_the_run_and_another_limit_needs_no_other_build(t
         build(records, tmp_path)
 
 
-def test_a_row_that_a_form_cannot_encode_is_bad_too(tmp_path, monkeypatch):
+def test_a_row_that_the_row_format_cannot_encode_is_bad_too(tmp_path, monkeypatch):
     def encode(record, tokenizer, template):
         if record["text"] == "no":
             raise BadRow("said no")
@@ -264,7 +266,7 @@ def test_a_source_of_bad_rows_only_has_no_documents(tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "most"), [(7, 10**6), (1000, 100)])
-def test_texts_are_encoded_together_and_forgotten(rows, most, tmp_path, monkeypatch):
+def test_texts_are_encoded_in_batches_of_bounded_size(rows, most, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "ROWS_AT_A_TIME", rows)
     monkeypatch.setattr(shards, "CHARACTERS_AT_A_TIME", most)
     sizes = []
@@ -280,14 +282,14 @@ def test_texts_are_encoded_together_and_forgotten(rows, most, tmp_path, monkeypa
     assert files(tmp_path / "a") == files(build(texts_in_parts(TEXTS), tmp_path / "b").reader._directory.parent)
 
 
-def test_a_source_that_changed_is_another_cache(tmp_path):
+def test_a_changed_source_gets_a_new_cache(tmp_path):
     build(numbered(2), tmp_path)
     changed = dataclasses.replace(numbered(2), batches=(*numbered(2).batches, ({"text": "new"},)))
     assert build(changed, tmp_path).documents == 41
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_token_files_are_mapped_when_they_are_read_and_few_stay_open(tmp_path, monkeypatch):
+def test_token_files_are_mapped_on_demand_and_few_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr("llm3.data.cache.reader.OPEN_FILES", 2)
     built = build(numbered(6), tmp_path)
     assert built.reader._mapped.cache_info().currsize == 0
@@ -307,13 +309,13 @@ def test_worker_processes_import_no_jax():
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
-def test_a_worker_that_is_killed_is_said_and_what_is_finished_is_kept(tmp_path):
+def test_a_killed_worker_is_an_error_and_finished_shards_are_kept(tmp_path):
     with pytest.raises(UserError, match=r"source fake: a process .* was killed"):
         build(dataclasses.replace(numbered(3), slow=2, gate="die"), tmp_path, workers=2)
     assert build(numbered(3), tmp_path, workers=1).documents == 60
 
 
-def test_a_file_of_several_parts_becomes_a_cache_of_all_its_rows(tmp_path, monkeypatch):
+def test_a_file_of_several_parts_becomes_one_cache_of_all_rows(tmp_path, monkeypatch):
     monkeypatch.setattr("llm3.data.sources.lines.PART_BYTES", 1000)
     rows = [json.dumps({"text": text, "kind": f"k{i % 3}"}) for i, text in enumerate(TEXTS)]
     rows[40:40] = ["{broken", '{"text": null, "kind": "k0"}', '{"text": "lacks its kind"}']

@@ -1,4 +1,4 @@
-"""What an evaluation shares with the training data is found, and nothing else, wherever it lies in the stream."""
+"""N-grams that an evaluation shares with the training data are found, and no others, wherever they lie."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from llm3.data.contamination import Contamination, contamination_sentence, find_
 from llm3.errors import UserError
 from tests.helpers.tiny_tokens import BOS, EOS, TokensInMemory, make_documents
 
-# Few tokens, so that n-grams meet by chance, and texts of all lengths around n.
+# Few different tokens, so that n-grams coincide by chance, and texts of all lengths around n.
 texts = st.lists(st.lists(st.integers(3, 5), max_size=9), max_size=8)
 
 
@@ -21,7 +21,7 @@ def cache_of(texts, **options):
 
 
 def by_definition(evaluation, training, n):
-    """(n-grams, those of them in the training data) of each text, by sets of tuples."""
+    """(number of n-grams, number of n-grams in the training data) of each text, by sets of tuples."""
 
     def grams(text, size):
         return [tuple(text[i : i + size]) for i in range(len(text) - size + 1)] if size else []
@@ -38,7 +38,7 @@ def by_definition(evaluation, training, n):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 16])
 @given(evaluation=texts, training=st.lists(texts, max_size=2), n=st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
-def test_shared_ngrams_are_those_of_the_definition_whatever_chunks_are_read(chunk, evaluation, training, n):
+def test_shared_ngrams_follow_the_definition_for_any_chunk_size(chunk, evaluation, training, n):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contamination, "CHUNK", chunk)
         grams, found = ngrams_found(cache_of(evaluation), [cache_of(each) for each in training], n)
@@ -47,7 +47,7 @@ def test_shared_ngrams_are_those_of_the_definition_whatever_chunks_are_read(chun
 
 @given(evaluation=texts, training=st.lists(texts, max_size=2))
 @settings(max_examples=100, deadline=None)
-def test_an_overlap_counts_documents_with_text_by_how_much_they_share(evaluation, training):
+def test_contamination_counts_documents_by_the_share_of_their_ngrams(evaluation, training):
     rows = [100 + i for i in range(len(evaluation))]
     found = find_contamination(cache_of(evaluation, rows=rows), [cache_of(each) for each in training], n=4)
     counts = by_definition(evaluation, training, 4)
@@ -70,7 +70,7 @@ def test_a_document_inside_a_longer_one_is_a_near_duplicate_and_a_changed_one_is
     assert [row for row, _ in found.worst] == [0, 1, 2]
 
 
-def test_words_on_both_sides_of_a_documents_end_are_no_ngram():
+def test_no_ngram_crosses_the_end_of_a_document():
     found = find_contamination(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])], n=4)
     assert not found.any
     assert find_contamination(cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4, 5, 6, 7]])], n=4).any
@@ -81,8 +81,8 @@ def test_the_parts_of_one_document_may_lie_in_several_training_sources():
     assert ngrams_found(cache_of([list(range(10, 50))]), training, 5)[1].tolist() == [32]
 
 
-def test_hashes_of_different_ngrams_do_not_meet():
-    """Also those of runs of one token and of few different ones, on which weak hashes fail."""
+def test_hashes_of_different_ngrams_do_not_collide():
+    """N-grams of few different tokens, on which weak hashes fail."""
     grams = np.array(list(itertools.product(range(4), repeat=9)), np.uint64)
     scrambled = contamination._scrambled(np.concatenate([grams.ravel(), np.zeros(9, np.uint64)]))
     assert len(np.unique(contamination._rolling(scrambled, [9], grams.size)[9][::9])) == len(grams)
@@ -94,7 +94,7 @@ def test_without_training_data_or_documents_nothing_is_shared():
     assert find_contamination(cache_of([[3, 4], []]), []) == empty._replace(documents=1)
 
 
-def test_a_sentence_names_the_worst_rows():
+def test_a_sentence_counts_copies_near_duplicates_and_shared_ngrams():
     found = Contamination(815, 3, 10, 45, 0.0123, ((12, 1.0), (7, 0.504)), 13)
     assert contamination_sentence("medical_test", found) == (
         "medical_test: of 815 documents 3 are in the training data, 10 by half or more of their 13-grams, "
@@ -103,12 +103,12 @@ def test_a_sentence_names_the_worst_rows():
     assert "none of its 2 documents" in contamination_sentence("x", Contamination(2, 0, 0, 0, 0.0, (), 13))
 
 
-def test_ngrams_of_no_token_are_refused():
+def test_ngrams_without_tokens_are_refused():
     with pytest.raises(UserError, match="n=0"):
         find_contamination(cache_of([[3]]), [], n=0)
 
 
-def test_what_was_found_once_is_not_computed_again(tmp_path, monkeypatch):
+def test_a_result_is_computed_once_and_again_only_if_its_file_is_damaged(tmp_path, monkeypatch):
     evaluation, training = cache_of([[3, 4, 5, 6]]), [cache_of([[7, 3, 4], [5, 6, 7]])]
     first = contamination.cached_contamination(evaluation, training, tmp_path, n=2)
     assert first == find_contamination(evaluation, training, n=2)

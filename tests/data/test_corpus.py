@@ -1,4 +1,4 @@
-"""The embedded corpus is the same on every run, and its splits share neither modules nor texts."""
+"""The built-in corpus is the same on every run, and its splits share neither modules nor texts."""
 
 import collections
 import hashlib
@@ -69,7 +69,7 @@ def test_the_examples_of_a_split_are_docstrings_of_modules_of_that_split(splits)
         assert {beginning(text) for text in splits["numerical_task"][split]["text"]} <= inside
 
 
-def test_the_corpora_are_large_enough_and_about_what_they_say(splits):
+def test_the_corpora_are_large_enough_and_cover_their_subjects(splits):
     characters = {name: sum(map(len, splits[name]["train"]["text"])) for name in ("python", "numerical")}
     assert characters["python"] > 1_500_000
     assert characters["numerical"] > 5_000_000
@@ -95,7 +95,7 @@ def test_every_class_is_in_every_split_and_none_is_a_majority(splits):
         assert max(counts.values()) < 0.35 * counts.total()
 
 
-def test_examples_do_not_name_the_library_that_they_are_about(splits):
+def test_examples_do_not_name_the_library_that_they_document(splits):
     named = re.compile(
         r"numpy|scipy|jax|flax|optax|orbax|\b(np|jnp|nnx|lax|linen|stats|signal|sparse)\b", re.IGNORECASE
     )
@@ -177,7 +177,7 @@ def test_capping_keeps_the_same_examples_whatever_the_order():
     assert set(kept) == set(corpus.capped(examples[::-1], 5))
 
 
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
+def test_a_missing_package_is_an_error_that_names_it(monkeypatch, tmp_path):
     monkeypatch.setitem(PACKAGES, "numpy", "numpy-that-nobody-has")
     with pytest.raises(UserError, match="numpy-that-nobody-has, which is not installed"):
         corpus.load_corpus("numerical", "train", tmp_path)

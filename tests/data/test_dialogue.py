@@ -1,4 +1,4 @@
-"""Conversations become tokens of which exactly the answers and their ends are labelled, and windows keep them whole."""
+"""In a tokenized conversation, the answer mask covers exactly the answers and their ends; windows keep it intact."""
 
 import functools
 import json
@@ -57,7 +57,7 @@ def trained():
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXT, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0), st.one_of(st.just(""), TEXT))
-def test_without_a_template_the_labels_are_exactly_each_answer_and_its_eos_and_no_byte_is_lost(contents, system):
+def test_without_a_template_the_answer_mask_covers_each_answer_and_its_eos_and_no_byte_is_lost(contents, system):
     tok, found = trained(), encoded(talk(*contents, system=system), TALK, trained())
     assert [tok.decode(run) for run in runs(found)] == contents[1::2]
     assert all(run[-1] == EOS and run.count(EOS) == 1 for run in runs(found))
@@ -69,7 +69,7 @@ def test_without_a_template_the_labels_are_exactly_each_answer_and_its_eos_and_n
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(SAFE, min_size=2, max_size=6).filter(lambda x: len(x) % 2 == 0), st.sampled_from(sorted(TEMPLATES)))
-def test_with_a_template_there_is_one_bos_and_each_answer_has_one_labelled_end(contents, name):
+def test_with_a_template_there_is_one_bos_and_the_answer_mask_covers_one_end_per_answer(contents, name):
     found = encoded(talk(*contents), TALK, trained(), TEMPLATES[name])
     assert found.tokens[0] == trained().bos_id and found.tokens.tolist().count(trained().bos_id) == 1
     end = "<|im_end|>" if name == "chatml" else ""
@@ -82,7 +82,7 @@ def test_with_a_template_there_is_one_bos_and_each_answer_has_one_labelled_end(c
 
 @pytest.mark.parametrize("name", ["chatml", "zephyr", "llama"])
 @pytest.mark.parametrize("contents", [("Why?", "So."), (" a b ", "c\nd", "漢字?", "🙂 \"x\" <&> 'y'", "e", "f ")])
-def test_what_a_template_writes_and_what_it_marks_as_generated_is_what_transformers_makes_of_it(name, contents):
+def test_tokens_and_answer_mask_of_a_template_equal_those_of_transformers(name, contents):
     transformers = pytest.importorskip("transformers")
     named = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIALS, strict=False))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=_backend(), **named)
@@ -95,7 +95,7 @@ def test_what_a_template_writes_and_what_it_marks_as_generated_is_what_transform
     ids, mask = np.array(made["input_ids"]), np.array(made["assistant_masks"], bool)
     if ids[0] != BYTES.bos_id:
         ids, mask = np.insert(ids, 0, BYTES.bos_id), np.insert(mask, 0, False)
-    size = len(found.tokens)  # transformers goes on with the white space behind the last end
+    size = len(found.tokens)  # transformers keeps the white space after the last end
     assert found.tokens.tolist() == ids[:size].tolist() and not BYTES.decode(ids[size:]).strip()
     assert found.answer_mask.tolist() == mask[:size].tolist()
 
@@ -106,19 +106,19 @@ def _backend():
     return tokenizers.Tokenizer.from_str(BYTES._json)
 
 
-def test_white_space_behind_an_end_is_not_learnt_and_begins_the_next_prompt():
+def test_white_space_after_an_end_is_no_target_and_begins_the_next_prompt():
     found = encoded(talk("a", "b", "c", "d"), TALK, BYTES, ZEPHYR)
     assert runs(found) == [[*BYTES.encode("b"), EOS], [*BYTES.encode("d"), EOS]]
     assert BYTES.decode(found.tokens) == "<|user|>\na\n<|assistant|>\nb\n<|user|>\nc\n<|assistant|>\nd"
 
 
-def test_a_template_without_an_end_gets_eos_behind_each_answer():
+def test_a_template_without_an_end_of_turn_gets_eos_after_each_answer():
     found = encoded(talk("a", "b", "c", "d "), TALK, BYTES, PLAIN)
     assert runs(found) == [[*BYTES.encode("b"), EOS], [*BYTES.encode("d "), EOS]]
     assert found.note is None
 
 
-def test_what_a_template_has_the_assistant_say_first_is_learnt_and_noted():
+def test_text_that_a_template_puts_before_an_answer_is_a_target_and_noted():
     template = PLAIN.replace(
         "m.role + ': ' + m.content", "m.role + ': ' + ('<think></think> ' if m.role == 'assistant' else '') + m.content"
     )
@@ -145,23 +145,23 @@ def test_a_template_may_spell_the_special_tokens_and_a_content_may_not():
 @pytest.mark.parametrize(
     ("template", "turns", "reason"),
     [
-        (LLAMA, talk("a", "b", system="s"), "stops: TemplateError: roles must alternate"),
+        (LLAMA, talk("a", "b", system="s"), "fails: TemplateError: roles must alternate"),
         (
             "{% for m in messages %}{{ m.content }}{% if loop.last %}!{% else %}?{% endif %}{% endfor %}",
             talk("a", "b"),
-            "writes the turns before an answer in another way",
+            "renders the turns before an answer differently",
         ),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", talk("a", "b"), "changes an answer"),
-        ("{% for m in messages %}{{ m.content.nothing.at_all }}{% endfor %}", talk("a", "b"), "stops: UndefinedError"),
-        ("{% for m in messages %}{{ m.content.__class__.mro() }}{% endfor %}", talk("a", "b"), "stops: SecurityError"),
+        ("{% for m in messages %}{{ m.content.nothing.at_all }}{% endfor %}", talk("a", "b"), "fails: UndefinedError"),
+        ("{% for m in messages %}{{ m.content.__class__.mro() }}{% endfor %}", talk("a", "b"), "fails: SecurityError"),
     ],
 )
-def test_a_row_that_a_template_cannot_write_is_a_bad_one(template, turns, reason):
+def test_a_row_that_a_template_cannot_render_is_bad(template, turns, reason):
     with pytest.raises(BadRow, match=reason):
         encoded(turns, TALK, BYTES, template)
 
 
-def test_a_template_is_itself_or_a_file_or_in_a_tokenizers_configuration(tmp_path):
+def test_a_template_is_given_as_source_as_a_file_or_in_a_tokenizer_config(tmp_path):
     (tmp_path / "chat.jinja").write_text(ZEPHYR)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": ZEPHYR}))
     assert load_template("") == "" and load_template(ZEPHYR) == ZEPHYR
@@ -172,13 +172,13 @@ def test_a_template_is_itself_or_a_file_or_in_a_tokenizers_configuration(tmp_pat
 @pytest.mark.parametrize(
     ("given_template", "expected"),
     [
-        ("nowhere.jinja", r"chat_template='nowhere.jinja': no such file, and no jinja template"),
+        ("nowhere.jinja", r"chat_template='nowhere.jinja': neither a file nor a jinja template"),
         ("{% for m in messages %}\n\n{{ m.content }", r"chat_template: line 3: "),
         ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", r"with a question and its answer: .*changes an"),
-        ("{{ raise_exception('no') }}", r"with a question and its answer: the chat template stops: TemplateError: no"),
+        ("{{ raise_exception('no') }}", r"with a question and its answer: the chat template fails: TemplateError: no"),
     ],
 )
-def test_a_template_that_cannot_work_is_refused_at_once(given_template, expected):
+def test_an_unusable_template_is_refused_when_it_is_loaded(given_template, expected):
     with pytest.raises(UserError, match=expected):
         load_template(given_template)
 
@@ -193,13 +193,13 @@ def test_a_template_that_cannot_work_is_refused_at_once(given_template, expected
         ([{"role": "user", "content": 3}], "a content of messages is of type int, not a text"),
         ([{"role": "user", "content": " "}], "a content of messages is empty"),
         ([{"role": "user", "content": "\ud800"}], "a content of messages is not valid Unicode"),
-        ([{"role": "tool", "content": "x"}], "messages: a role is none of system, user, assistant"),
-        ([], "messages: the assistant says nothing"),
-        (talk("a")["messages"], "messages: the assistant says nothing"),
+        ([{"role": "tool", "content": "x"}], "messages: a role is not one of system, user, assistant"),
+        ([], "messages: no turn is the assistant's"),
+        (talk("a")["messages"], "messages: no turn is the assistant's"),
         (talk("a", "b", "c")["messages"], "messages: the last turn is not the assistant's"),
-        (talk("a", "b")["messages"][1:], "messages: user and assistant do not take turns"),
+        (talk("a", "b")["messages"][1:], "messages: user and assistant do not alternate"),
         (talk("a", "b")["messages"] * 2 + talk("", "c")["messages"][1:], "messages: user and assistant do not"),
-        (talk("a", "b")["messages"] + talk("a", "b", system="s")["messages"], "messages: a system's text is not at"),
+        (talk("a", "b")["messages"] + talk("a", "b", system="s")["messages"], "messages: a system prompt is not at"),
     ],
 )
 def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
@@ -208,14 +208,14 @@ def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
     assert str(raised.value).startswith(reason)
 
 
-def test_an_empty_system_text_is_none():
+def test_an_empty_system_prompt_is_dropped():
     assert dialogue.read_row({"messages": [{"role": "system", "content": ""}, *talk("a", "b")["messages"]]}, TALK) == {
         "turns": [["user", "a"], ["assistant", "b"]],
         "references": ["b"],
     }
 
 
-def test_of_several_answers_the_first_is_learnt_and_all_are_references():
+def test_the_first_of_several_answers_is_the_target_and_all_are_references():
     found = encoded({"question": "q", "answer": ["first", "second"]}, DIALOGUE, BYTES)
     assert runs(found) == [[*BYTES.encode("first"), EOS]] and found.note == {"references": ["first", "second"]}
     for answer, reason in (([], "answer is empty"), (["a", 3], "answer is of type int"), (None, "answer is null")):
@@ -244,7 +244,7 @@ CHOICES = SourceConfig("x", prompt="q", choices="options", answer="answer")
         (["2", "1", "0"], "2", 0),
     ],
 )
-def test_the_right_choice_is_named_by_its_text_or_else_by_its_number(options, answer, correct):
+def test_the_correct_choice_is_named_by_its_text_or_else_by_its_index(options, answer, correct):
     assert choice.read_row({"q": "?", "options": options, "answer": answer}, CHOICES)["correct"] == correct
 
 
@@ -252,11 +252,11 @@ def test_the_right_choice_is_named_by_its_text_or_else_by_its_number(options, an
     ("options", "answer", "reason"),
     [
         (["a", "b"], "c", "answer is none of the choices"),
-        (["a", "b"], 2, "answer is not the number of a choice"),
+        (["a", "b"], 2, "answer is not the index of a choice"),
         (["a", "b"], "-1", "answer is none of the choices"),
         (["a", "b"], 0.5, "answer is of type float"),
-        (["a"], 0, "options has fewer than 2"),
-        (["a", "a"], 0, "options has one twice"),
+        (["a"], 0, "options has fewer than 2 choices"),
+        (["a", "a"], 0, "options has the same choice twice"),
         (["a", None], 0, "one of options is null"),
         (["a", 1], 0, "one of options is of type int"),
         ("ab", 0, "options is of type str, not a list"),
@@ -270,7 +270,7 @@ def test_choices_that_cannot_be_asked_are_bad_rows_by_reason(options, answer, re
 YES_NO = SourceConfig("x", prompt="{q}\nAnswer: ", choices=["yes", "no"], answer="label")
 
 
-def test_a_choice_is_encoded_jointly_with_its_prompt_and_labelled_from_the_first_token_that_holds_a_byte_of_it():
+def test_a_choice_is_encoded_jointly_with_its_prompt_and_masked_from_the_first_token_with_a_byte_of_it():
     tok = tokenizer.train(["Answer: yes Answer: no Is it so "] * 9, 330)
     found = encoded({"q": "Is it so", "label": "yes"}, YES_NO, tok)
     assert found.tokens.tolist() == [tok.bos_id, *tok.encode("Is it so\nAnswer: yes"), EOS]
@@ -280,7 +280,7 @@ def test_a_choice_is_encoded_jointly_with_its_prompt_and_labelled_from_the_first
 
 @settings(max_examples=100, deadline=None)
 @given(TEXT, TEXT)
-def test_the_labelled_tokens_of_a_choice_are_exactly_those_that_hold_a_byte_of_it(prompt, right):
+def test_the_answer_mask_covers_exactly_the_tokens_with_a_byte_of_the_choice(prompt, right):
     row = {"q": prompt, "options": [right, right + "x"], "answer": 0}
     found, tok = encoded(row, CHOICES, trained()), trained()
     sizes = tok.byte_lengths[found.tokens]
@@ -295,13 +295,13 @@ def test_a_choice_goes_through_the_template():
     assert runs(found) == [[*BYTES.encode("a "), EOS]] and found.note["choices"] == ["a", "b"]
 
 
-def test_a_tokenizer_learns_from_all_texts_of_a_row():
+def test_a_tokenizer_is_trained_on_all_texts_of_a_row():
     assert dialogue.texts(dialogue.read_row(talk("a", "b", system="s"), TALK)) == ["s", "a", "b"]
     row = {"q": "q", "options": ["x", "y"], "answer": 0}
     assert choice.texts(choice.read_row(row, CHOICES)) == ["q", "x", "y"]
 
 
-def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_nowhere_else():
+def test_windows_hold_whole_documents_with_targets_exactly_at_their_answer_masks():
     cache = questions([("what", "that"), ("who", "she"), ("a longer one?", "no"), ("x", "y")], BYTES)
     table = WindowTable(cache, 24)
     seen = []
@@ -323,7 +323,7 @@ def test_windows_hold_whole_documents_with_a_target_at_each_labelled_token_and_n
     assert table.waste == pytest.approx(1 - (sum(len(cache.document(i)) for i in range(4)) - 4) / 48)
 
 
-def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_labels_is_dropped_and_counted():
+def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_targets_is_dropped_and_counted():
     cache = questions([("p" * 9, "a" * 9), ("p" * 12, "a"), ("p", "a"), ("p" * 11, "a")], BYTES)
     table = WindowTable(cache, 12)
     assert (table.truncated, table.dropped) == (3, 1)
@@ -334,7 +334,7 @@ def test_a_long_document_keeps_its_first_tokens_and_one_that_loses_all_labels_is
     assert windows[3].weights.tolist() == [0] * 11 + [1] and windows[3].targets[11] == BYTES.encode("a")[0]
 
 
-def test_documents_without_labels_of_their_own_are_learnt_as_a_whole():
+def test_all_tokens_are_targets_in_documents_without_an_answer_mask():
     cache = AnswerCache([Document(np.arange(1, 9, dtype=np.int32), None, 8)])
     window = WindowTable(cache, 10)[0]
     assert window.weights.tolist() == [1] * 7 + [0] * 3

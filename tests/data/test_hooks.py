@@ -1,4 +1,4 @@
-"""Rows pass through the functions that a config names."""
+"""Transforms and filters that a config names are applied to rows."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def texts(**fields):
     return list(open_split(**fields).texts())
 
 
-def test_transforms_run_in_order_before_filters_and_fields_name_what_they_leave():
+def test_transforms_run_in_order_before_filters_and_fields_name_their_results():
     names = dict(transforms=["rows_of_test:shout", "rows_of_test:twice"], filters=["rows_of_test:is_even"])
     assert texts(text="loud", **names)[:2] == ["DOCUMENT 0DOCUMENT 0", "DOCUMENT 2DOCUMENT 2"]
     assert (
@@ -61,7 +61,7 @@ def test_transforms_run_in_order_before_filters_and_fields_name_what_they_leave(
         open_split(text="lout", **names)
 
 
-def test_rows_that_a_filter_leaves_out_keep_their_numbers_and_are_not_bad():
+def test_filtered_rows_keep_their_numbers_and_are_not_bad():
     assert [number for number, _ in read(filters=["rows_of_test:is_even"])] == list(range(0, 200, 2))
 
 
@@ -97,7 +97,7 @@ def test_a_function_that_fails_is_an_error_that_names_it_and_the_row():
         open_split(transforms=["rows_of_test:forgets"])
 
 
-def test_a_held_out_text_is_the_one_that_the_transforms_leave():
+def test_texts_are_held_out_by_their_transformed_content():
     options = dict(text="loud", transforms=["rows_of_test:shout"], validation="", validation_share=0.3)
     below = int(0.3 * 2**64).to_bytes(8, "big")
     assert {hashlib.sha256(text.encode()).digest()[:8] >= below for text in texts(**options)} == {True}

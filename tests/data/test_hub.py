@@ -1,4 +1,4 @@
-"""Datasets as the hub holds them: by config and split, and as a stream, which is cached as any other source is."""
+"""Datasets laid out as on the hub are read by configuration and split; a stream is cached like any other source."""
 
 import functools
 from pathlib import Path
@@ -50,11 +50,11 @@ def test_a_dataset_is_read_by_the_name_of_its_config_and_split(streaming):
     assert len({read(name=name).key for name in TEXTS}) == 2
 
 
-def test_a_share_of_a_split_is_read_by_its_name():
+def test_a_slice_of_a_split_is_read_by_its_name():
     assert list(records(path="corpus", name="news", train="learn[10%:20%]").texts()) == TEXTS["news"][10:20]
 
 
-def test_a_stream_becomes_the_same_bytes_by_several_processes_and_in_shares(monkeypatch, tmp_path):
+def test_several_processes_and_shares_build_the_same_bytes_from_a_stream(monkeypatch, tmp_path):
     monkeypatch.setattr(tables, "STREAM_PART_ROWS", 30)
     monkeypatch.setattr(lines, "PART_BYTES", 1000)
     opened = records(path="corpus", name="news", streaming=True)

@@ -1,4 +1,4 @@
-"""Sources by name: what an evaluation shares with the training texts is counted, and the cache can be written."""
+"""Sources by name: tokenized once, labelled like their train split, in a cache directory that can be written."""
 
 import json
 
@@ -37,13 +37,13 @@ def library(configs, tmp_path):
     return Library(configs, trained, tmp_path / "cache")
 
 
-def test_what_was_read_once_is_not_read_again(library, monkeypatch):
+def test_caches_and_windows_are_opened_once(library, monkeypatch):
     first = library.cache("news", "train"), library.windows("pieces", "news", "train", 8)
     monkeypatch.setattr(sources, "open_split", lambda *_, **__: pytest.fail("read again"))
     assert (library.cache("news", "train"), library.windows("pieces", "news", "train", 8)) == first
 
 
-def test_a_shard_in_n_is_built_alone_and_the_last_one_makes_the_cache_whole(library):
+def test_a_share_is_built_alone_and_the_last_share_completes_the_cache(library):
     assert library.build_split("news", "train", shard=(2, 2)) is None
     whole = library.build_split("news", "train", shard=(1, 2))
     assert whole.documents == 3 and whole.fingerprint == library.cache("news", "train").fingerprint
@@ -74,7 +74,7 @@ def test_a_cache_directory_that_cannot_be_written_is_refused_by_name(configs, tm
         Library(configs, trained, tmp_path / "read-only")
 
 
-def test_a_tokenizer_is_trained_once_on_a_sample_that_is_no_larger_than_was_asked_for(configs, tmp_path, monkeypatch):
+def test_a_tokenizer_is_trained_once_on_a_sample_of_at_most_train_bytes(configs, tmp_path, monkeypatch):
     seen, plain = [], tokenizer.train
     monkeypatch.setattr(tokenizer, "train", lambda texts, size: plain(seen.append(list(texts)) or seen[-1], size))
 

@@ -1,4 +1,4 @@
-"""Where local copies of sources lie, they are read instead."""
+"""Local copies of sources are read instead of the hub."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def test_with_a_data_dir_a_source_is_read_from_its_local_files_by_split():
     assert (local.text, local.label) == ("body", "kind")
 
 
-def test_without_a_data_dir_or_a_local_folder_a_source_stays_as_it_is():
+def test_without_a_data_dir_or_a_local_folder_a_source_is_unchanged():
     copies("train")
     assert sources.use_local_copy(HUB, "") is HUB
     builtin = SourceConfig("builtin:python")

@@ -1,4 +1,4 @@
-"""A batch is a pure function of tables, weights, seed and step; evaluation sees each window exactly once."""
+"""A batch is a pure function of windows, weights, seed and step; evaluation sees each window exactly once."""
 
 import collections
 import itertools
@@ -15,7 +15,7 @@ from llm3.errors import UserError
 
 
 class Numbered:
-    """Windows of 4 tokens that hold their own number; the last `padded` positions are padding."""
+    """Windows of 4 tokens with the index of the window; the last `padded` positions are padding."""
 
     truncated = dropped = 0
 
@@ -67,7 +67,7 @@ def test_the_order_of_windows_does_not_depend_on_the_batch_size():
     assert numbers(Mixture(TABLES, WEIGHTS, 8, 5), range(30)) == numbers(Mixture(TABLES, WEIGHTS, 24, 5), range(10))
 
 
-def test_each_epoch_holds_each_window_once_in_an_order_of_its_own():
+def test_each_epoch_holds_each_window_once_in_a_different_order():
     drawn = numbers(Mixture({"a": Numbered(120)}, [(0, {"a": 1.0})], 8, seed=0), range(45))
     epochs = [drawn[:120], drawn[120:240], drawn[240:360]]
     for epoch in epochs:
@@ -75,7 +75,7 @@ def test_each_epoch_holds_each_window_once_in_an_order_of_its_own():
     assert epochs[0] != epochs[1] != epochs[2] != list(range(120))
 
 
-def test_another_seed_gives_another_order_and_another_source_changes_no_order():
+def test_the_order_depends_on_the_seed_and_not_on_other_sources():
     alone = numbers(Mixture(TABLES, [(0, {"a": 1.0})], 8, seed=5), range(30))
     assert alone != numbers(Mixture(TABLES, [(0, {"a": 1.0})], 8, seed=6), range(30))
     mixed = numbers(Mixture(TABLES, [(0, {"c": 1.0, "a": 1.0})], 8, seed=5), range(40))
@@ -84,7 +84,7 @@ def test_another_seed_gives_another_order_and_another_source_changes_no_order():
 
 
 @pytest.mark.parametrize("shares", [{"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 0.9, "b": 0.05, "c": 0.05}, {"a": 1, "b": 1}])
-def test_each_stretch_of_rows_is_within_two_rows_a_source_of_the_weights(shares):
+def test_any_range_of_rows_is_within_two_rows_per_source_of_the_weights(shares):
     mixture = Mixture(TABLES, [(0, shares)], 8, seed=3)
     drawn = np.array([number // 1000 for number in numbers(mixture, range(60))])
     for name, source in zip("abc", (1, 2, 3), strict=True):
@@ -96,13 +96,13 @@ def test_each_stretch_of_rows_is_within_two_rows_a_source_of_the_weights(shares)
 
 
 @pytest.mark.parametrize(("by", "expected"), [("tokens", {"a": 4, "b": 1}), ("documents", {"a": 1, "b": 1.5})])
-def test_a_table_whose_windows_hold_less_is_drawn_more_often(by, expected):
+def test_a_source_whose_windows_hold_less_is_drawn_more_often(by, expected):
     tables = {"a": Numbered(100, 1, padded=3, documents=300), "b": Numbered(60, 2, documents=120)}
     drawn = Mixture(tables, [(0, {"a": 1, "b": 1})], 10, 0, by=by).draws(500)
     assert drawn["a"] / drawn["b"] == pytest.approx(expected["a"] / expected["b"], rel=0.005)
 
 
-def test_a_source_goes_on_where_it_was_when_the_weights_change():
+def test_a_source_continues_where_it_was_when_the_weights_change():
     alone = {name: numbers(Mixture(TABLES, [(0, {name: 1.0})], 8, seed=5), range(60)) for name in TABLES}
     changing = Mixture(TABLES, CHANGING, 8, seed=5)
     drawn = numbers(changing, range(60))
@@ -115,7 +115,7 @@ def test_a_source_goes_on_where_it_was_when_the_weights_change():
     assert drawn[: 11 * 8] == numbers(Mixture(TABLES, WEIGHTS, 8, seed=5), range(11))
 
 
-def test_draws_and_origins_are_what_the_batches_hold():
+def test_draws_and_origins_agree_with_the_batches():
     mixture, counted = Mixture(TABLES, CHANGING, 8, seed=2), collections.Counter()
     for step in range(50):
         assert mixture.draws(step) == {name: counted[name] for name in TABLES}
@@ -137,13 +137,13 @@ def noisy(window, random):
     return window._replace(tokens=random.integers(0, 2**63, 64))
 
 
-def test_tables_of_one_length_have_orders_of_their_own():
+def test_sources_of_equal_length_have_different_orders():
     mixture = Mixture({"a": Numbered(100, 1), "b": Numbered(100, 2)}, [(0, {"a": 1, "b": 1})], 10, seed=0)
     origins = [origin for step in range(20) for origin in mixture.origins(step)]
     assert [index for name, index in origins if name == "a"] != [index for name, index in origins if name == "b"]
 
 
-def test_what_is_drawn_in_a_row_depends_on_seed_step_and_row_only():
+def test_random_numbers_of_a_row_depend_on_seed_step_and_row_only():
     mixture = Mixture(TABLES, WEIGHTS, 8, seed=5, corrupt=noisy)
     whole = [mixture.batch(step).tokens for step in range(6)]
     again = Mixture(TABLES, CHANGING, 8, seed=5, corrupt=noisy)
@@ -154,7 +154,7 @@ def test_what_is_drawn_in_a_row_depends_on_seed_step_and_row_only():
     assert (Mixture(TABLES, WEIGHTS, 8, seed=6, corrupt=noisy).batch(0).tokens != whole[0]).all()
 
 
-def test_epochs_tell_how_often_each_table_was_gone_through():
+def test_epochs_count_the_passes_over_each_source():
     mixture = Mixture(TABLES, [(0, {"a": 1.0, "b": 3.0}), (40, {"b": 1.0})], 8, seed=1)
     drawn = collections.Counter(number // 1000 for number in numbers(mixture, range(100)))
     assert mixture.epochs(100) == {"a": drawn[1] / 130, "b": drawn[2] / 110}
@@ -172,7 +172,7 @@ def test_epochs_tell_how_often_each_table_was_gone_through():
         ({}, "at least one source"),
     ],
 )
-def test_a_mixture_that_cannot_be_drawn_is_refused(weights, message):
+def test_a_mixture_with_wrong_weights_is_refused(weights, message):
     with pytest.raises(UserError, match=message):
         Mixture(TABLES | {"empty": Numbered(0)}, [(0, {"a": 1.0}), (5, weights)], 8, seed=0)
 
@@ -183,7 +183,7 @@ def test_weights_that_do_not_start_at_0_and_ascend_are_refused(steps):
         Mixture(TABLES, [(step, {"a": 1.0}) for step in steps], 8, seed=0)
 
 
-def test_weights_count_tokens_or_documents():
+def test_weights_are_by_tokens_or_documents_only():
     with pytest.raises(UserError, match=r"weights='token'.*did you mean 'tokens'"):
         Mixture(TABLES, WEIGHTS, 8, seed=0, by="token")
 
@@ -200,12 +200,12 @@ def shares_of(weights):
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-def test_without_more_the_weights_are_those_of_the_config_at_every_step():
+def test_by_default_the_weights_are_constant_as_in_the_config():
     assert made() == [(0, {"a": 1.0, "b": 1.0})]
 
 
 @pytest.mark.parametrize(("temperature", "ratio"), [(1, 8), (3, 2), (1e9, 1)])
-def test_temperature_draws_by_a_power_of_the_size(temperature, ratio):
+def test_temperature_weighs_sources_by_a_power_of_their_size(temperature, ratio):
     [(_, weights)] = made(temperature=temperature)
     assert weights["a"] / weights["b"] == pytest.approx(ratio)
     [(_, weights)] = made(temperature=temperature, data={"a": 1.0, "b": 5.0})
@@ -239,18 +239,18 @@ def test_replay_gives_the_parents_data_its_share_in_every_phase():
         ({"data_schedule": [[100, {"b": 1.0}]]}, "step 100: expected ascending"),
         ({"data_schedule": [["9", {"b": 1.0}]]}, "step '9': expected ascending"),
         ({"data_schedule": [10, {"b": 1.0}]}, r"10: expected a pair \[step"),
-        ({"replay": 0.1}, r"config.stages.x.replay=0.1: needs a stage to start from"),
+        ({"replay": 0.1}, r"config.stages.x.replay=0.1: needs a `start`"),
         ({"replay": 0.1, "parent": {"d": 1.0}}, "replay: the parent's data: unknown source 'd'"),
         ({"temperature": 2, "tokens": TOKENS | {"b": 0}}, r"config.stages.x.temperature: source 'b' has no tokens"),
     ],
 )
-def test_data_that_cannot_be_drawn_is_refused_with_what_was_expected(changes, message):
+def test_wrong_data_of_a_stage_is_an_error_that_says_what_was_expected(changes, message):
     with pytest.raises(UserError, match=message):
         made(**changes)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 100])
-def test_evaluation_sees_each_window_once_in_full_batches_whose_rest_is_padding(batch_size):
+def test_evaluation_sees_each_window_once_in_batches_filled_with_padding(batch_size):
     batches = list(finite_batches(Numbered(17, padded=1), batch_size))
     assert {batch.tokens.shape for batch in batches} == {(batch_size, 4)}
     rows = Batch(*(np.concatenate(field) for field in zip(*batches, strict=True)))

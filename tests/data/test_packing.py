@@ -1,4 +1,4 @@
-"""Windows lose no target, count none twice, cross no document's end, and say what they waste."""
+"""Windows hold each target exactly once, keep documents apart, and report their padding."""
 
 import collections
 import itertools
@@ -105,7 +105,7 @@ def test_waste_is_the_share_of_padded_positions(built, table, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_document_is_cut_from_its_own_start_whatever_it_is_packed_with(built, length):
+def test_a_document_is_cut_from_its_own_start_whatever_else_is_in_the_window(built, length):
     packed = [piece for window in windows_of(pieces.WindowTable(built, length)) for piece in segments_of(window)]
     found = collections.Counter((tuple(tokens), tuple(targets)) for tokens, _, targets, _ in packed)
     expected = collections.Counter()
@@ -150,7 +150,7 @@ def test_a_table_names_the_documents_and_tokens_of_each_segment(built, table, le
         assert [segment for segment, _, _ in named] == list(range(1, window.segments.max() + 1))
         for segment, document, (first, stop) in named:
             tokens = built.document(document)[first:stop].tolist()
-            if table is examples.WindowTable:  # a document that is cut keeps its end
+            if table is examples.WindowTable:  # a cut document keeps its <eos>
                 tokens[-1] = trained.eos_id
             assert window.tokens[window.segments == segment].tolist() == tokens
 
@@ -164,7 +164,7 @@ def test_a_table_counts_the_documents_in_it(built, table, length):
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_ends_where_its_length_says_and_refuses_windows_of_one_token(built, table):
+def test_a_table_has_no_window_outside_its_length_and_refuses_windows_of_one_token(built, table):
     packed = table(built, 64)
     for index in (len(packed), -1):
         with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""Rows are read in parts, by data only, and what is wrong with a row costs that row only."""
+"""Rows are read in parts whose cut depends on the data only, and a damaged row costs only itself."""
 
 import bz2
 import gzip
@@ -61,14 +61,14 @@ def test_every_bad_row_has_its_reason_its_number_and_its_start():
 
 @pytest.mark.parametrize("line", [b'{"text": "\xff"}', b'{"text": 3}', b'{"text": "' + b"x" * 2000 + b'"}', b"{{"])
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
-def test_a_bad_line_costs_itself_only_wherever_reads_begin(line, block, monkeypatch):
+def test_a_bad_line_costs_only_itself_for_any_block_size(line, block, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK", block)
     Path("rows.jsonl").write_bytes(as_json(["a", "é"]) + line + b"\n" + as_json(["中", "b"]))
     assert texts(data_files="rows.jsonl", max_row_bytes=1000) == ["a", "é", "中", "b"]
 
 
 @pytest.mark.parametrize("block", [7, 1 << 20])
-def test_lines_of_up_to_the_most_bytes_are_read_and_no_others(block, monkeypatch):
+def test_lines_of_up_to_max_row_bytes_are_read_and_no_others(block, monkeypatch):
     monkeypatch.setattr(lines, "BLOCK", block)
     Path("rows.txt").write_text("\n".join("x" * length for length in range(1, 40)))
     rows = [row for _, row in read(path="text", data_files="rows.txt", max_row_bytes=14)]
@@ -76,14 +76,14 @@ def test_lines_of_up_to_the_most_bytes_are_read_and_no_others(block, monkeypatch
     assert [str(row) for row in rows[14:]] == ["longer than 14 bytes"] * 25
 
 
-def test_a_row_of_a_table_is_measured_too():
+def test_rows_of_a_table_have_the_same_limit_of_bytes():
     datasets.Dataset.from_dict({"text": ["short", "é" * 11, "é" * 10]}).to_parquet("rows.parquet")
     rows = read(path="parquet", data_files="rows.parquet", max_row_bytes=20)
     assert [str(row) for _, row in rows] == ["{'text': 'short'}", "longer than 20 bytes", str({"text": "é" * 10})]
 
 
 @pytest.mark.parametrize("open_file", [open, gzip.open])
-def test_a_line_of_fifty_megabytes_is_passed_over_in_little_memory(open_file):
+def test_a_line_of_fifty_megabytes_is_skipped_in_little_memory(open_file):
     with open_file("rows.jsonl", "wb") as file:
         file.write(as_json(["before"]) + b'{"text": "')
         for _ in range(50):
@@ -104,7 +104,7 @@ def test_a_line_of_fifty_megabytes_is_passed_over_in_little_memory(open_file):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_text_file_has_a_row_a_line_and_blank_lines_are_none(end):
+def test_a_text_file_has_one_row_per_line_that_is_not_blank(end):
     content = ["first", "", " second ", "\t", "third\rof it", "last"]
     Path("rows.txt").write_bytes(end.join(content).encode())
     assert read(path="text", data_files="rows.txt") == [
@@ -167,7 +167,7 @@ def test_a_damaged_compressed_file_is_an_error_that_names_it():
         read(data_files="rows.jsonl.gz")
 
 
-def test_a_json_document_is_read_as_its_rows():
+def test_json_arrays_data_documents_and_lines_give_the_same_rows():
     rows = [{"text": text} for text in TEXTS]
     Path("array.json").write_text(json.dumps(rows, indent=1))
     Path("data.json").write_text(json.dumps({"data": rows}))
@@ -194,7 +194,7 @@ def test_local_lines_need_no_copy_on_disk_whether_they_stream_or_not():
     assert not list(Path("cache").rglob("*.arrow"))
 
 
-def test_a_large_corpus_is_cut_into_enough_parts_for_many_cores_and_none_too_large_for_memory():
+def test_a_large_corpus_has_enough_parts_for_many_cores_and_none_too_large_for_memory():
     million, billion = 10**6, 10**9
     assert lines.part_bytes(30 * million) == 32 << 20, "one part"
     for total in (34 * million, 100 * million, billion, 100 * billion):

@@ -1,4 +1,4 @@
-"""A split of a source comes out as records; what cannot be used is an error that names it."""
+"""A split of a source becomes records; an unusable name, file or field is an error that names it."""
 
 import hashlib
 import json
@@ -78,7 +78,7 @@ def test_splits_come_from_the_files_and_names_of_the_source():
     assert sizes == [200, 7, 207]
 
 
-def test_the_test_split_has_the_name_that_the_source_gives_it():
+def test_the_source_names_its_test_split():
     write("other.jsonl", ROWS[:7])
     assert len(load("test", data_files={"train": "rows.jsonl", "eval": "other.jsonl"}, test="eval")) == 7
 
@@ -93,7 +93,7 @@ def test_a_held_out_share_is_disjoint_by_content_complete_and_always_the_same():
     assert len(texts("validation", **options)) / 2000 == pytest.approx(0.2, abs=0.04)
 
 
-def test_bad_rows_are_shared_out_between_the_sides_like_the_others():
+def test_bad_rows_are_held_out_like_other_rows():
     write("holes.jsonl", [{"body": None if i % 4 == 0 else f"document {i}"} for i in range(2000)])
     sides = {}
     for split in ("train", "validation"):
@@ -112,7 +112,7 @@ def test_without_a_validation_split_all_rows_train_and_validation_is_refused():
 
 
 @pytest.mark.parametrize("most", [1, 9, 100, 199, 200, 1000])
-def test_max_documents_keeps_the_rows_with_the_smallest_hashes_and_of_equal_texts_the_first(most):
+def test_max_documents_keeps_the_rows_with_the_smallest_hashes_and_the_first_of_equal_texts(most):
     rows = [(reference_hash(row["body"]), number) for number, row in enumerate(ROWS)]
     opened = open_split(max_documents=most)
     kept = [number for part in opened.parts() for number, _ in opened.read_part(part)]
@@ -127,14 +127,14 @@ def test_max_documents_does_not_count_bad_rows_and_takes_none_from_the_other_spl
 
 
 @pytest.mark.parametrize("count", [1, 100, 7000, 19_999])
-def test_the_sample_of_many_rows_is_that_of_a_full_sort(count, monkeypatch):
+def test_the_threshold_of_a_sample_equals_a_full_sort(count, monkeypatch):
     monkeypatch.setattr(selection, "ROWS_AT_A_TIME", 256)
     hashes = np.random.default_rng(0).integers(0, 5000, 20_000).tolist()  # with ties
     pairs = list(zip(hashes, range(20_000), strict=True))
     assert selection.sample_threshold(iter(pairs), count) == sorted(pairs)[count - 1]
 
 
-def test_a_sample_of_no_fewer_than_all_rows_is_all_of_them():
+def test_a_sample_of_all_rows_has_no_threshold():
     assert selection.sample_threshold(iter([(5, 0), (3, 1)]), 2) is None
 
 
@@ -172,12 +172,12 @@ def test_a_wrong_name_is_an_error_with_the_nearest_right_ones(options, message):
         (dict(data_files="x", max_documents=-1), r"sources\.\*\.max_documents=-1: expected at least 0"),
     ],
 )
-def test_a_source_that_makes_no_sense_is_refused_by_its_field(fields, message):
+def test_an_inconsistent_source_is_an_error_that_names_the_field(fields, message):
     with pytest.raises(UserError, match=message):
         SourceConfig(**dict(path="json") | fields)
 
 
-def test_a_source_of_files_takes_names_lists_splits_or_a_folder():
+def test_data_files_may_be_a_name_a_list_splits_or_a_folder():
     for files in ("rows.jsonl", ["rows.jsonl"], {"train": "rows.jsonl"}, {"train": ["rows.jsonl"]}):
         assert len(load(data_files=files)) == 200
     assert SourceConfig("json", data_dir="folder").data_files is None
@@ -197,14 +197,14 @@ def test_no_rows_are_an_error(content):
         open_split(data_files="none.json")
 
 
-def test_a_field_that_only_some_rows_have_is_no_error_and_a_row_without_it_is_a_bad_one():
+def test_a_field_may_be_missing_in_some_rows_which_are_then_bad():
     write("some.jsonl", [{"other": 1}, {"body": "x"}, {"other": 2}])
     opened = open_split(data_files="some.jsonl")
     rows = [(number, str(row)) for part in opened.parts() for number, row in opened.read_part(part)]
     assert rows == [(0, "no field 'body'"), (1, "{'text': 'x'}"), (2, "no field 'body'")]
 
 
-def test_the_key_changes_with_the_file_the_split_and_the_fields_that_matter():
+def test_the_key_changes_with_the_file_the_split_and_fields_that_change_records():
     def key(split="train", **fields):
         return open_split(split, **fields).key
 
@@ -227,7 +227,7 @@ def test_the_key_of_a_table_changes_with_its_file():
     assert len(load(**options)) == 50
 
 
-def test_a_name_that_the_hub_does_not_answer_for_is_an_error(monkeypatch):
+def test_an_unreachable_hub_is_an_error_that_names_the_source(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("no route to the hub")
 

@@ -1,4 +1,4 @@
-"""What the datasets library reads comes in parts by rows, on disk or as a stream, in any process."""
+"""Datasets on disk and streamed datasets are read in parts by rows, in any process."""
 
 import itertools
 import multiprocessing
@@ -24,7 +24,7 @@ def read_part(records, part):
     return [(number, str(row)) for number, row in records.read_part(part)]
 
 
-def test_what_datasets_reads_is_read():
+def test_csv_parquet_and_arrow_files_and_parts_of_splits_are_read():
     table = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(500))})
     table.to_csv("rows.csv")
     table.to_parquet("rows.parquet")
@@ -37,7 +37,7 @@ def test_what_datasets_reads_is_read():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_row_of_a_csv_file_that_is_not_utf8_costs_itself_only(streaming):
+def test_invalid_utf8_in_a_csv_file_costs_only_its_row(streaming):
     good = b'\xef\xbb\xbftext,n\ncaf\xc3\xa9 \xe4\xb8\xad,1\n"of \xf0\x9f\x99\x82\ntwo lines",2\n'
     Path("rows.csv").write_bytes(good + b"caf\xe9,3\nlast,4\n\xe4\xb8,5\n")
     rows = read(path="csv", data_files="rows.csv", streaming=streaming)
@@ -47,7 +47,7 @@ def test_a_row_of_a_csv_file_that_is_not_utf8_costs_itself_only(streaming):
     assert rows[2][1].start.startswith('{"')
 
 
-def test_class_numbers_become_names_also_in_lists_and_a_row_without_a_class_is_a_bad_one():
+def test_class_numbers_become_names_also_in_lists_and_a_row_without_a_class_is_unusable():
     names = datasets.ClassLabel(names=["no", "yes"])
     features = {"text": datasets.Value("string"), "kind": names, "kinds": datasets.List(names)}
     columns = {"text": ["x", "y", "z"], "kind": [1, 0, -1], "kinds": [[1, 0], [], [0]]}
@@ -79,7 +79,7 @@ def test_tables_and_streams_come_in_parts_by_rows(monkeypatch):
         assert rows == [(number, {"text": text}) for number, text in enumerate(TEXTS)]
 
 
-def test_a_stream_says_which_splits_there_are():
+def test_an_unknown_split_of_a_stream_is_an_error_with_the_nearest_name():
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
     with pytest.raises(UserError, match="unknown split 'trian': did you mean 'train'"):
         open_split(path="parquet", data_files="rows.parquet", train="trian", streaming=True)
@@ -89,7 +89,7 @@ def test_a_stream_that_breaks_off_is_an_error_that_names_its_source():
     datasets.Dataset.from_dict({"text": TEXTS}).to_parquet("rows.parquet")
     opened = open_split(path="parquet", data_files="rows.parquet", streaming=True)
     Path("rows.parquet").write_bytes(Path("rows.parquet").read_bytes()[:-500])
-    with pytest.raises(UserError, match=r"source parquet rows\.parquet: the stream cannot be read on"):
+    with pytest.raises(UserError, match=r"source parquet rows\.parquet: the stream broke off"):
         opened.parts()
 
 

@@ -1,4 +1,4 @@
-"""Running text and pairs become tokens, and any script comes out as it went in."""
+"""Running text and pairs become tokens and back, in any script, without loss."""
 
 import json
 import tempfile
@@ -43,7 +43,7 @@ def test_a_text_may_be_a_template_over_columns():
     ("label", "names"),
     [("yes", ["yes"]), (3, ["3"]), (True, ["true"]), (["b", "a", "b", 2], ["2", "a", "b"]), ([], [])],
 )
-def test_labels_are_names_and_a_list_of_them_is_several(label, names):
+def test_labels_become_names_and_a_list_of_labels_is_several(label, names):
     record = record_of({"text": "x", "kind": label}, label="kind")
     assert record == {"text": "x", "labels": names} | ({"several": True} if isinstance(label, list) else {})
 
@@ -86,7 +86,7 @@ def test_a_text_stands_between_bos_and_eos_and_each_text_of_a_pair_has_its_own_e
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=60), st.sampled_from(SCRIPTS)), max_size=20), st.booleans())
-def test_bytes_out_equal_bytes_in_for_any_script(trained, texts, escaped):
+def test_decoded_bytes_equal_the_bytes_of_the_text_in_any_script(trained, texts, escaped):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         rows = [json.dumps({"text": each}, ensure_ascii=escaped) for each in ["first", *texts]]

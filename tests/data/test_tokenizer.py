@@ -72,7 +72,7 @@ def test_encoding_a_batch_equals_encoding_each_text():
     assert trained.encode_batch(TEXTS) == [trained.encode(text) for text in TEXTS]
 
 
-def test_training_twice_gives_the_same_tokenizer_and_another_text_another():
+def test_training_twice_gives_the_same_tokenizer_and_other_texts_a_different_one():
     assert tokenizer.train(iter(TEXTS), 330).hash == trained.hash
     assert tokenizer.train([*TEXTS, "zzz zzz zzz"], 330).hash != trained.hash
 
@@ -105,7 +105,7 @@ def test_a_saved_tokenizer_loads_as_the_same_and_leaves_no_other_file(tmp_path):
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["tokenizer.json"]
 
 
-def test_a_missing_tokenizer_is_named(tmp_path):
+def test_a_missing_tokenizer_is_an_error_that_names_the_file(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.json does not exist"):
         Tokenizer.load(tmp_path / "nothing.json")
 
@@ -155,11 +155,11 @@ def test_a_word_is_found_as_a_whole_word_and_the_longest_of_several_is():
     assert extended.encode("(acetaminophen)")[1:-1] == [first]
     assert extended.encode("acetaminophen-acetaminophen").count(first) == 2
     assert first not in extended.encode("acetaminophens") and ion not in extended.encode("lions, million, 3ion")
-    assert lead in extended.encode("mis leading")  # it does not begin with a letter
+    assert lead in extended.encode("mis leading")  # a token that does not begin with a letter matches anywhere
     assert trained.vocab_size + ADDED.index("漢字漢") in extended.encode("此漢字漢此")
 
 
-def test_an_extended_tokenizer_is_another_one_and_can_be_saved_extended_again_and_taken_back(tmp_path):
+def test_an_extended_tokenizer_can_be_saved_extended_again_and_reduced_to_the_original(tmp_path):
     extended.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
     text = "naïve acetaminophen"
@@ -173,7 +173,7 @@ def test_an_extended_tokenizer_is_another_one_and_can_be_saved_extended_again_an
 
 
 @pytest.mark.parametrize("tokens", [["aspirin"], [*ADDED, "aspirin"], [*ADDED[1:], ADDED[0]], ["<|mask|>", *ADDED]])
-def test_only_the_last_tokens_can_be_taken_back(tokens):
+def test_only_the_last_tokens_can_be_removed(tokens):
     with pytest.raises(UserError, match=r"tokenizer\.add=.*the last tokens of the vocabulary are"):
         extended.without(tokens)
 
@@ -196,14 +196,14 @@ def test_a_token_that_cannot_be_added_is_refused(tokens, message):
         trained.extended(tokens)
 
 
-def test_a_token_that_is_there_already_by_an_extension_is_refused():
+def test_a_token_that_an_earlier_extension_added_is_refused():
     with pytest.raises(UserError, match=f"'naïve': already a token of the vocabulary .id {trained.vocab_size + 1}"):
         extended.extended(["naïve"])
 
 
-def test_a_tokenizer_whose_added_tokens_swallow_spaces_is_refused(tmp_path):
+def test_a_tokenizer_whose_added_tokens_also_match_spaces_is_refused(tmp_path):
     content = json.loads(extended._json)
     content["added_tokens"][-1]["lstrip"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="takes the spaces beside it with it"):
+    with pytest.raises(UserError, match="also matches the spaces around it"):
         Tokenizer.load(tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Words of any script, from tokens that may hold less than a character."""
+"""Word boundaries in any script, from tokens that may hold only part of a character."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def words_of(text: str, tokenizer) -> list[str]:
     ],
     ids=lambda words: words[0].strip(),
 )
-def test_words_are_those_of_the_text_whatever_its_tokens_are(words, tokenizer):
+def test_words_depend_on_the_text_and_not_on_its_tokens(words, tokenizer):
     assert words_of("".join(words), tokenizer) == words
 
 
@@ -45,7 +45,7 @@ def test_a_special_token_and_a_new_document_begin_a_word():
     assert word_numbers(tokens, segments, tokenizer).tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 4, 4, 4]
 
 
-def test_a_character_that_a_window_begins_or_ends_inside_of_is_one_word():
+def test_part_of_a_character_at_the_start_or_end_of_a_window_is_one_word():
     tokenizer = TOKENIZERS["bytes"]
     tokens = np.array(tokenizer.encode("中文字"))[1:-1]
     assert word_numbers(tokens, np.ones_like(tokens), tokenizer).tolist() == [0, 0, 1, 1, 1, 2, 2]

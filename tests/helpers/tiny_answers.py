@@ -12,7 +12,7 @@ TALK = SourceConfig("x", messages="messages")
 
 
 class AnswerCache(MemoryCache):
-    """A MemoryCache that knows which tokens are labelled."""
+    """A MemoryCache with answer masks."""
 
     def answer_mask(self, index: int) -> np.ndarray:
         labelled = self._documents[index].answer_mask
@@ -32,6 +32,6 @@ def questions(pairs, tokenizer) -> AnswerCache:
 
 
 def runs(document) -> list[list[int]]:
-    """The tokens of each run of labelled tokens."""
+    """The tokens of each run of the answer mask."""
     edges = np.flatnonzero(np.diff(np.pad(document.answer_mask.astype(int), 1)))
     return [document.tokens[a:b].tolist() for a, b in edges.reshape(-1, 2)]

@@ -16,7 +16,7 @@ COMPILED: dict = {}  # what any test compiled
 
 
 class MemoryCache:
-    """What windows and evaluations read of a cache. labels: numbers of classes (or of `label_sets`), or None."""
+    """The part of a token cache that windows and evaluations use. labels: indices of classes or of `label_sets`."""
 
     def __init__(self, documents: list[Document], labels=None, label_names=(), label_sets=None):
         self._documents = documents

@@ -8,7 +8,7 @@ BOS, EOS = 1, 2
 
 
 class TokensInMemory:
-    """What tables of windows, and what looks for overlaps, read of a token cache. labels: a class number each."""
+    """The part of a token cache that windows and contamination use. labels: a class number per document."""
 
     def __init__(self, documents, labels=None, rows=None):
         self._documents = [np.array(document, np.uint16) for document in documents]

@@ -95,11 +95,11 @@ def test_answers_may_also_be_a_list_as_in_the_files_of_squad():
         ({"answers": {"text": ["b"], "answer_start": [0]}}, "answer is not at its offset"),
         ({"answers": {"text": ["c"], "answer_start": [-1]}}, "answer is not at its offset"),
         ({"answers": {"text": ["c"], "answer_start": [9]}}, "answer is not at its offset"),
-        ({"answers": {"text": ["b"], "answer_start": []}}, "answers is not of the form"),
-        ({"answers": {"text": ["b"]}}, "answers is not of the form"),
-        ({"answers": "b"}, "answers is not of the form"),
+        ({"answers": {"text": ["b"], "answer_start": []}}, "answers is not like"),
+        ({"answers": {"text": ["b"]}}, "answers is not like"),
+        ({"answers": "b"}, "answers is not like"),
         ({"answers": None}, "answers is null"),
-        ({"answers": {"text": ["b"], "answer_start": ["1"]}}, "something else than texts and whole numbers"),
+        ({"answers": {"text": ["b"], "answer_start": ["1"]}}, "values other than texts and integers"),
         ({"answers": {"text": [""], "answer_start": [1]}}, "an empty text"),
         ({"question": " "}, "question is empty"),
         ({"context": 3}, "context is of type int"),
@@ -111,7 +111,7 @@ def test_a_row_that_cannot_be_used_is_named_by_its_reason(changes, reason):
 
 
 def test_offsets_into_a_template_are_refused():
-    with pytest.raises(UserError, match=r"sources\.\*\.text='\{title\}.*answers lie in a column"):
+    with pytest.raises(UserError, match=r"sources\.\*\.text='\{title\}.*answers are spans of a column"):
         SourceConfig("x", text="{title}\n{context}", prompt="question", answers="answers")
 
 

@@ -1,7 +1,7 @@
-"""The parts of a source become shards of a token cache, in several processes, and the shards become a whole.
+"""Building a token cache: each part of a source becomes a shard, in several processes; then the shards are joined.
 
-A part always becomes the same bytes, so it does not matter who builds which, when, how often, or on which machine.
-Nothing here imports jax: worker processes start quickly.
+A part always becomes the same bytes, whichever process or machine builds it. Nothing here imports jax, so that worker
+processes start quickly.
 """
 
 import collections
@@ -31,17 +31,17 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.registry import load_plugin
 
-MANIFEST = "manifest.json"  # written last: without it, a cache is half-built
+MANIFEST = "manifest.json"  # written last: a cache without it is incomplete
 JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
 LABELS = "labels.npy"
-DAMAGE_ERRORS = (OSError, ValueError, KeyError)  # what reading raises where files are not as they were written
-INLINE_SECONDS = 1.0  # parts that take so long together are no work for other processes: these take as long to start
-ABANDONED_SECONDS = 24 * 3600  # a temporary directory that nobody wrote to for so long
+DAMAGE_ERRORS = (OSError, ValueError, KeyError)  # raised by reading damaged files
+INLINE_SECONDS = 1.0  # build in this process for so long, before starting others (which takes about as long)
+ABANDONED_SECONDS = 24 * 3600  # age of the last write, from which on a temporary directory is removed
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A cache to build in `target`: what its parts are read and encoded by. It is sent to other processes."""
+    """A cache to build in `target`, and what reading and encoding its parts needs. It is sent to worker processes."""
 
     records: Any
     row_format: str
@@ -54,7 +54,7 @@ class Job:
 def build_shards(
     job: Job, parts: list[Any], mine: range, workers: int | None, progress: bool | None
 ) -> list[dict[str, Any]] | None:
-    """Build those of the shards `mine` that are not there whole. Returns what all shards hold; None while some lack."""
+    """Build missing or damaged shards among `mine`. Returns the metadata of all shards; None while some are missing."""
     left = [number for number in mine if not _is_intact(_shard(job, number))]
     if left:
         of = "" if len(parts) == 1 else f": {len(left):,} of {len(parts):,} parts"
@@ -74,7 +74,7 @@ def _shard(job: Job, number: int) -> Path:
 
 
 def _is_intact(directory: Path) -> bool:
-    """Whether a shard is there; a damaged one is removed, and that is said."""
+    """Whether a shard exists and is intact. A damaged one is removed, with a warning."""
     if not directory.exists():
         return False
     try:
@@ -87,12 +87,12 @@ def _is_intact(directory: Path) -> bool:
 
 
 def warn_damaged(path: Path, error: Exception) -> None:
-    """One line on stderr."""
-    print(f"tokens: {path} is damaged ({error}); building it again", file=sys.stderr)
+    """Print one line to stderr."""
+    print(f"tokens: {path} is damaged ({error}); rebuilding it", file=sys.stderr)
 
 
 def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) -> Iterator[int]:
-    """Build shards; yields the number of each when it is there. Few and small ones are built in this process."""
+    """Build shards and yield the number of each one built. Few or small ones are built in this process."""
     left = collections.deque(numbers)
     wanted = workers or available_cores()
     started = time.monotonic()
@@ -112,27 +112,27 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            f"source {job.records.name}: a process that encodes it was killed, perhaps for want of memory; "
-            "what is finished is kept: the same line again goes on"
+            f"source {job.records.name}: a process that encodes it was killed, perhaps for lack of memory; "
+            "finished shards are kept; rerun the command to resume"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_job: Job  # of a worker process: sent once, since it may hold a long list of parts
+_job: Job  # the job of this worker process; sent once, since it may hold a long list of parts
 
 
 def _init_worker(job: Job) -> None:
     global _job
     _job = job
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the worker without a traceback
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
 def _exit_with(parent: Any) -> None:
     parent.join()
-    os._exit(1)  # a pool whose owner was killed waits for ever
+    os._exit(1)  # the pool of a killed owner would wait forever
 
 
 def _build_in_worker(number: int, part: Any) -> int:
@@ -140,13 +140,13 @@ def _build_in_worker(number: int, part: Any) -> int:
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _build_shard(job: Job, number: int, part: Any) -> int:
     target = _shard(job, number)
-    if target.exists():  # another process, building the same cache, was faster
+    if target.exists():  # another process that builds the same cache was faster
         return number
     made = job.temporary / target.name
     made.mkdir()
@@ -163,7 +163,7 @@ def _tokenizer(file: Path) -> Tokenizer:
 
 
 def join_shards(job: Job, metadata: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write what all shards say together beside them, and the manifest last. It may be done by several at once."""
+    """Write the arrays over all shards, and the manifest last. Several processes may do so at once."""
     made = job.temporary / "joined"
     made.mkdir()
     directories = [_shard(job, number) for number in range(len(metadata))]
@@ -218,7 +218,7 @@ def _offsets(lengths: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _save_joined(path: Path, length: int, arrays: Iterable[np.ndarray]) -> None:
-    """Save arrays end to end as one .npy file, one of them in memory at a time."""
+    """Save arrays end to end as one .npy file, with one array in memory at a time."""
     arrays = iter(arrays)
     first = next(arrays)
     header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": (length,)}
@@ -240,7 +240,7 @@ def remove_abandoned(cache_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(what: str, parts: int, bar: bool | None):
-    """Yield a function that counts parts: a bar on a terminal, one plain line elsewhere."""
+    """Yield a function that counts a part: a progress bar on a terminal, one plain line elsewhere."""
     console = rich.console.Console(stderr=True)
     if bar is None:
         bar = console.is_terminal

@@ -1,4 +1,4 @@
-"""Tokens on disk, memory-mapped: each text is tokenized once, and what changed or broke is tokenized again."""
+"""Tokens on disk, memory-mapped. A source is tokenized once, and again only after a change or damage."""
 
 import dataclasses
 import hashlib
@@ -18,22 +18,26 @@ from llm3.data.cache.reader import ShardReader
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
 
-FORMAT = 3  # part of the key: raise it when the files or their meaning change
-MAX_VERIFIED_BYTES = 2**30  # larger caches are opened by the sizes of their files, without computing digests
-ATTEMPTS = 3  # to build what is damaged
+FORMAT = 3  # part of the key; raise it when the files or their meaning change
+MAX_VERIFIED_BYTES = 2**30  # of larger caches, only the sizes of files are verified, not the digests
+ATTEMPTS = 3  # builds before a damaged cache is given up
 KEYS_AT_A_TIME = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """Tokenized documents: a stream of tokens, document after document, in an order that depends on their content.
+    """Tokenized documents: one stream of tokens, document after document, in an order that depends on content only.
 
-    offsets: int64 [documents + 1], where documents start in the stream. document_bytes: int64 [documents], UTF-8 bytes
-    of their texts. rows: int64 [documents], their rows in the source. keys: uint64 [documents], pseudo-random, by which
-    samples are drawn. labels: int32 [documents], indices of `label_sets`, or, where that is None, of `label_names`;
-    None without labels. label_sets: lists of indices of `label_names`, where a document may have several labels or
-    none. fingerprint: sha256 of contents, label names and all that they are encoded by. rows_read, bad: how many rows
-    of the source were read, and how many could not be used, by reason; the file that holds them, or None.
+    offsets: int64 [documents + 1], where each document starts in the stream, and its end
+    document_bytes: int64 [documents], UTF-8 bytes of each document
+    rows: int64 [documents], the row of each document in the source
+    keys: uint64 [documents], pseudo-random; samples take the smallest keys
+    labels: int32 [documents], indices of `label_sets`, or of `label_names` if `label_sets` is None; None: no labels
+    label_sets: lists of indices of `label_names`, for documents with any number of labels; None: one label each
+    fingerprint: sha256 of contents, label names, tokenizer and template
+    rows_read, bad: number of rows read from the source, and of unusable rows by reason
+    bad_rows_file: JSON lines of the unusable rows; None: there are none
+    chosen: int64 [documents], indices of stored documents; None: all, in stored order
     """
 
     reader: ShardReader
@@ -48,7 +52,7 @@ class TokenCache:
     rows_read: int
     bad: dict[str, int]
     bad_rows_file: Path | None
-    chosen: np.ndarray | None = None  # int64 [documents], of those that are stored; None: all, in their order
+    chosen: np.ndarray | None = None
 
     @property
     def documents(self) -> int:
@@ -56,28 +60,28 @@ class TokenCache:
 
     @property
     def tokens(self) -> int:
-        """All tokens, [bos] and [eos] of each document included."""
+        """The number of tokens, [bos] and [eos] of each document included."""
         return int(self.offsets[-1])
 
     @property
     def text_bytes(self) -> int:
-        """The UTF-8 bytes of all texts."""
+        """The UTF-8 bytes of all documents."""
         return int(self.document_bytes.sum())
 
     def document(self, index: int) -> np.ndarray:
-        """The tokens of one document, [bos] and [eos] included: uint16 or uint32, a read-only view."""
+        """The tokens of a document, [bos] and [eos] included: uint16 or uint32 [n], a read-only view."""
         return self.reader.tokens(*self._place(index))
 
     def answer_mask(self, index: int) -> np.ndarray:
-        """Which tokens of a document are labelled, bool [n]; all, where its source tells no answers apart."""
+        """bool [n], True at the tokens of answers; all True if the row format marks no answers."""
         return self.reader.answer_mask(*self._place(index))
 
     def note(self, index: int) -> dict[str, Any] | None:
-        """What an evaluation needs besides the tokens of a document."""
+        """The note of a document (see `llm3.data.formats.Document`)."""
         return self.reader.note(self._stored_index(index))
 
     def read_tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1 of the stream, clipped to it as a slice is: uint16 or uint32, perhaps read-only."""
+        """Tokens [start, stop) of the stream, clipped as a slice: uint16 or uint32, perhaps read-only."""
         start, stop, _ = slice(start, stop).indices(self.tokens)
         if self.chosen is None or start >= stop:
             return self.reader.tokens(start, max(start, stop)) if self.tokens else self.reader.tokens(0, 0)
@@ -97,7 +101,7 @@ class TokenCache:
         return int(self.reader.offsets[document]), int(self.reader.offsets[document + 1])
 
     def document_hashes(self) -> np.ndarray:
-        """64 bits of the blake2b of each document's tokens: uint64 [documents]. Equal texts have equal hashes."""
+        """64 bits of blake2b of each document's tokens: uint64 [documents]. Equal documents have equal hashes."""
         hashes = np.empty(self.documents, np.uint64)
         for index in range(self.documents):
             digest = hashlib.blake2b(self.document(index), digest_size=8).digest()
@@ -105,9 +109,9 @@ class TokenCache:
         return hashes
 
     def first(self, documents: int) -> "TokenCache":
-        """A sample that does not change: the documents of the smallest keys, in their order. All, if there are fewer.
+        """A fixed sample: the documents with the smallest keys, in the order of their keys; all, if there are fewer.
 
-        The documents of a source of one part lie in this order from the start.
+        A source of a single part is stored in this order.
         """
         if documents >= self.documents:
             return self
@@ -118,7 +122,7 @@ class TokenCache:
         return self.subset(smallest)
 
     def subset(self, indices: np.ndarray) -> "TokenCache":
-        """These documents, in this order. indices: int [n]."""
+        """The documents at `indices`, int [n], in this order."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not (indices.min() >= 0 and indices.max() < self.documents):
             raise IndexError(f"documents {indices.min()} to {indices.max()} of {self.documents}")
@@ -148,16 +152,17 @@ def build_cache(
     labels: list[str] | None = None,
     shard: tuple[int, int] | None = None,
 ) -> TokenCache | None:
-    """The token cache of the records of a source (`sources.open_split`), found in `cache_dir`, or built there.
+    """The token cache of a source's records (from `sources.split.open_split`), opened or built in `cache_dir`.
 
-    Each part of the source becomes a shard, whole or not at all, so that a build that was killed goes on where it was.
-    max_bad_share: the share of rows that may be bad. workers: processes that encode (None: one a core, or none).
-    progress: a bar (None: on a terminal only; otherwise one line). labels: the classes in order (None: those found,
-    sorted). shard: (i, n) builds the i-th of n shares of the parts only, i from 1, and gives None while parts lack.
+    max_bad_share: max share of unusable rows
+    workers: processes that encode; None: one per core, or this process alone for a small source
+    progress: whether to show a progress bar or print one line; None: a bar on a terminal only
+    labels: class names in order; None: the names found, sorted
+    shard: (i, n) builds only share i of n of the parts, i from 1; the result is None while other parts are missing
 
-    When a cache is opened, the digests of all files are verified, or if they have more than 1 GiB together, only their
-    sizes; what is damaged is built again, said on stderr. Raises UserError where more rows are bad than may be, for a
-    source without a document, and for a label that is not in `labels`.
+    Each part becomes a shard, complete or not at all, so that a killed build resumes. Opening a cache verifies the
+    digests of its files (of more than 1 GiB together, only the sizes); damaged files are rebuilt, with a warning on
+    stderr. Raises UserError for too many unusable rows, for no document, and for a label that is not in `labels`.
     """
     key = _key(records, row_format, tokenizer, template)
     target = Path(cache_dir) / f"tokens-{key[:16]}"
@@ -169,7 +174,7 @@ def build_cache(
                 cache_build.warn_damaged(target, error)
         if not _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard):
             return None
-    raise UserError(f"tokens: {target} was built {ATTEMPTS} times, and is damaged again: is its disk in order?")
+    raise UserError(f"tokens: {target} was built {ATTEMPTS} times and is damaged again; check its disk")
 
 
 def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> str:
@@ -178,7 +183,7 @@ def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> 
 
 
 def _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard) -> bool:
-    """Build what lacks, or the share `shard` of it. Returns whether all is there."""
+    """Build the missing shards, or the share `shard` of them, and join them. Returns whether the cache is complete."""
     parts = list(records.parts())
     if not parts:
         raise UserError(f"source {records.name}: it has no rows")
@@ -199,7 +204,7 @@ def _build_missing(records, row_format, tokenizer, template, target, key, worker
 
 
 def _open(directory: Path, key: str, source: str, labels: list[str] | None, max_bad_share: float) -> TokenCache:
-    """Raises what is in `cache_build.DAMAGE_ERRORS` if anything is missing or is not what was written."""
+    """Open a complete cache. Raises `cache_build.DAMAGE_ERRORS` for missing or damaged files."""
     manifest = shards.read_with_digest(directory / MANIFEST)
     if manifest["key"] != key:
         raise ValueError(f"{MANIFEST} belongs to another cache")
@@ -228,7 +233,7 @@ def _open(directory: Path, key: str, source: str, labels: list[str] | None, max_
 
 
 def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_share: float) -> None:
-    """Say how many rows are bad. Raises UserError if they are more than may be, or if nothing is left."""
+    """Print how many rows are unusable. Raises UserError if there are too many, or if no document is left."""
     bad, read = sum(manifest["bad"].values()), manifest["rows_read"]
     if bad:
         file = directory / shards.BAD_ROWS
@@ -238,7 +243,7 @@ def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_
             with open(file, encoding="ascii") as lines:
                 first = json.loads(next(lines))
             raise UserError(
-                f"{counts}, and bad_rows={max_bad_share:g} may be; they are in {file}, the first: row {first['row']} "
+                f"{counts}, more than bad_rows={max_bad_share:g}; they are in {file}, the first: row {first['row']} "
                 f"(counted from 0), {first['reason']}: {first['start']!r}"
             )
         print(f"tokens: {counts}: set aside in {file}", file=sys.stderr)
@@ -249,7 +254,7 @@ def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_
 
 
 def _labels(directory: Path, manifest: dict[str, Any], labels: list[str] | None):
-    """The names of all classes, the sets of them that documents have (None: each has one), and each document's."""
+    """(class names, sets of classes or None if each document has one, class or set of each document: int32 [n])."""
     found = sorted({name for names in manifest["label_sets"] for name in names})
     if not (found or manifest["several"]):
         return [], None, None

@@ -1,4 +1,4 @@
-"""The shards of a token cache, read as one."""
+"""Reading the shards of a token cache as one."""
 
 import bisect
 import functools
@@ -11,11 +11,11 @@ import numpy as np
 
 from llm3.data.cache import shards
 
-OPEN_FILES = 64  # that stay mapped
+OPEN_FILES = 64  # files that stay mapped
 
 
 class ShardReader:
-    """The documents of all shards as they lie on disk, in order of shards; files are mapped when they are read."""
+    """The stored documents of all shards, in order of shards. Files are mapped when they are first read."""
 
     def __init__(self, directory: Path, manifest: dict[str, Any]):
         self._directory = directory
@@ -27,7 +27,7 @@ class ShardReader:
         self._mapped = functools.lru_cache(OPEN_FILES)(self._map)
 
     def _map(self, name: str) -> np.ndarray | None:
-        """A file of a shard, or None where the shard has no such file."""
+        """The content of a shard's file; None if the shard has no such file."""
         if name not in self._files:
             return None
         path = self._directory / name
@@ -37,18 +37,18 @@ class ShardReader:
         return np.asarray(np.memmap(path, dtype, "r")) if self._files[name][1] else np.empty(0, dtype)
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1 of all, end to end: a read-only view where one shard holds them."""
+        """Tokens [start, stop) of all documents end to end; a read-only view if one shard holds them."""
         return self._read(shards.STREAM, start, stop, lambda size: np.zeros(size, self._dtype))
 
     def answer_mask(self, start: int, stop: int) -> np.ndarray:
-        """bool [stop - start]: which of these tokens are labelled."""
+        """bool [stop - start], True at the tokens of answers."""
         return self._read(shards.ANSWER_MASK, start, stop, lambda size: np.ones(size, bool))
 
     def _read(self, name: str, start: int, stop: int, absent: Callable[[int], np.ndarray]) -> np.ndarray:
         pieces = []
         shard = bisect.bisect_right(self._first_token, start) - 1
         while not pieces or start < stop:
-            if shard == len(self._shards):  # an empty range at the end of all
+            if shard == len(self._shards):  # an empty range behind the last token
                 return absent(0)
             base, end = self._first_token[shard : shard + 2]
             upto = min(stop, end)
@@ -58,6 +58,7 @@ class ShardReader:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def note(self, document: int) -> dict[str, Any] | None:
+        """The note of a stored document, or None."""
         shard = bisect.bisect_right(self._first_document, document) - 1
         place = document - self._first_document[shard]
         folder = shards.folder(shard)

@@ -1,4 +1,4 @@
-"""One part of a source, tokenized: a directory of files, written whole or not at all, that says when it is damaged."""
+"""One tokenized part of a source: a directory that is written complete or not at all, and that detects damage."""
 
 import array
 import collections
@@ -15,20 +15,20 @@ import numpy as np
 from llm3.data.formats import BadRow, Document
 from llm3.data.tokenizer import Tokenizer
 
-OFFSETS = "offsets.npy"  # of all shards together, beside them
-SHARD = "shard.json"  # what is in a shard, with the digests of its files; written last
+OFFSETS = "offsets.npy"  # offsets of all documents, beside the shards
+SHARD = "shard.json"  # metadata of a shard, with the digests of its files; written last
 STREAM = "stream.bin"  # tokens, uint16 or uint32, documents end to end
-ANSWER_MASK = "answered.bin"  # bool, one a token; only where a document has labelled tokens
-NOTES, NOTE_ENDS = "notes.jsonl", "note_ends.npy"  # only where a document has a note
+ANSWER_MASK = "answered.bin"  # bool, one per token; only if a document has an answer mask
+NOTES, NOTE_ENDS = "notes.jsonl", "note_ends.npy"  # only if a document has a note
 DOCUMENTS = "documents.npy"
-BAD_ROWS = "bad_rows.jsonl"  # only where there are some
+BAD_ROWS = "bad_rows.jsonl"  # only if there are unusable rows
 FIELDS = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("row", "<i8"), ("key", "<u8"), ("labels", "<i4")])
 
-ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # are encoded together, and forgotten
+ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # rows are encoded in batches of about this size
 
 
 class _BatchEncoder:
-    """A tokenizer that encodes many texts together, by all its threads, when it is asked for the first of them."""
+    """A tokenizer that encodes a batch of texts, with all threads, when the first of them is asked for."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
         self._tokenizer, self._texts = tokenizer, list(dict.fromkeys(texts))
@@ -48,7 +48,7 @@ class _BatchEncoder:
 
 
 class _ShardBuilder:
-    """What is gathered of a part: tokens and little else, so that memory follows the tokens of a part."""
+    """Collects the documents of a part. It keeps little but tokens, so memory is proportional to the tokens."""
 
     def __init__(self, source: str, dtype: np.dtype):
         self._source, self._dtype = source, dtype
@@ -80,7 +80,7 @@ class _ShardBuilder:
         self._rows_read += 1
 
     def save(self, directory: Path) -> None:
-        """Write the files: documents sorted by digest, which is as good as random, and bad rows as they came."""
+        """Write the files: documents sorted by digest (as good as random), unusable rows in their order."""
         digests = _without_copies(np.frombuffer(self._digests, ">u8").reshape(-1, 4))
         order = np.lexsort(digests.T)
         label_sets = sorted(self._label_sets)
@@ -128,7 +128,7 @@ class _ShardBuilder:
 def write_shard(
     directory: Path, records: Any, part: Any, row_format: ModuleType, tokenizer: Tokenizer, template: str
 ) -> None:
-    """Tokenize a part into an empty directory: the same bytes for the same part, wherever and whenever."""
+    """Tokenize a part into an empty directory: the same bytes for the same part, on any machine."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     shard = _ShardBuilder(records.name, dtype)
     for rows in _together(records.read_part(part), row_format):
@@ -148,7 +148,7 @@ def write_shard(
 
 
 def _together(rows: Iterable[tuple[int, Any]], row_format: ModuleType) -> Iterator[list[tuple[int, Any]]]:
-    """Yield the rows in lists of a bounded size."""
+    """Yield the rows in lists of bounded size."""
     together, characters = [], 0
     for row, record in rows:
         together.append((row, record))
@@ -161,14 +161,14 @@ def _together(rows: Iterable[tuple[int, Any]], row_format: ModuleType) -> Iterat
 
 
 def content(record: dict[str, Any]) -> bytes:
-    """What documents are ordered and told apart by. A plain text, labelled or not, has had one form from the start."""
+    """The bytes whose digest orders and identifies a document. Plain texts keep their original encoding."""
     if set(record) <= {"text", "labels"} and len(record.get("labels", ())) <= 1:
         return json.dumps([record["text"], *(record.get("labels") or [""])]).encode()
     return json.dumps(record, sort_keys=True).encode()
 
 
 def _without_copies(digests: np.ndarray) -> np.ndarray:
-    """The digests, the n-th copy of one with a digest of its own, so that copies do not stand together."""
+    """The digests, with a new one for every repeated digest, so that copies of a document are scattered."""
     order = np.lexsort(digests.T)
     ordered = digests[order]
     first = np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)])[: len(ordered)]
@@ -191,7 +191,7 @@ def check_shard(directory: Path) -> None:
 
 
 def check_files(directory: Path, files: dict[str, list], digests: bool = True) -> None:
-    """Raise OSError or ValueError unless all files are as `digest_and_size` said (with digests=False: of that size)."""
+    """Raise OSError or ValueError unless all files have the given `digest_and_size` (digests=False: the given size)."""
     for name, expected in files.items():
         found = digest_and_size(directory / name) if digests else [expected[0], (directory / name).stat().st_size]
         if found != list(expected):
@@ -205,12 +205,12 @@ def digest_and_size(path: Path) -> list:
 
 
 def write_with_digest(path: Path, metadata: dict[str, Any]) -> None:
-    """Write JSON with a digest of itself inside."""
+    """Write JSON that contains its own digest."""
     path.write_text(json.dumps({"seal": _digest_of(metadata), **metadata}, indent=1), "ascii")
 
 
 def read_with_digest(path: Path) -> dict[str, Any]:
-    """What `write_with_digest` wrote. Raises OSError, ValueError or KeyError for anything else."""
+    """Read a file of `write_with_digest`. Raises OSError, ValueError or KeyError if it is damaged."""
     metadata = json.loads(path.read_text("ascii"))
     if metadata.pop("seal") != _digest_of(metadata):
         raise ValueError(f"{path.name} is not as it was written")
@@ -222,7 +222,7 @@ def _digest_of(metadata: dict[str, Any]) -> str:
 
 
 def publish(made: Path, target: Path) -> None:
-    """Rename a directory to its place, unless another process was first: it has written the same."""
+    """Rename a directory to its final name, unless another process has already put the same content there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.rename(made, target)

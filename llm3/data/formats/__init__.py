@@ -1,13 +1,13 @@
-"""How a row of a source becomes a document. A plugin is one file here; `SourceConfig.row_format` names it.
+"""Row formats: how a row of a source becomes a document. A plugin is one file here; `SourceConfig.row_format` names it.
 
 A plugin has
 
-    read(row, source) -> record                          what the row says, in plain values (as JSON has them)
-    encode(record, tokenizer, template) -> Document      its tokens; template: of turns, "" for none
-    texts(record) -> list of str                         what a tokenizer is trained on
+    read_row(row, source) -> record                      the content of a row, in plain JSON values
+    encode(record, tokenizer, template) -> Document      its tokens; template: a chat template, or ""
+    texts(record) -> list of str                         the texts that a tokenizer is trained on
 
-`read` and `encode` raise BadRow for what cannot be used. They depend on nothing but their arguments, so that a row
-becomes the same bytes in any process.
+`read_row` and `encode` raise BadRow for an unusable row. They depend on their arguments only, so that a row becomes the
+same bytes in any process.
 """
 
 import string
@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-START_CHARACTERS = 200  # of a bad row, that are kept
+START_CHARACTERS = 200  # characters of an unusable row that are kept
 
 
 class BadRow(Exception):
-    """A row that cannot be used; its text is the reason, in the words by which such rows are counted.
+    """An unusable row. The text is the reason; rows are counted by reason, so it names no values of the row.
 
-    start: how the row begins, where that is known.
+    start: the beginning of the row, if known.
     """
 
     def __init__(self, reason: str, start: str = ""):
@@ -33,9 +33,9 @@ class BadRow(Exception):
 class Document(NamedTuple):
     """One row, tokenized.
 
-    tokens: int32 [n], <bos> and the last <eos> included. labelled: bool [n], the tokens that an answer is made of, or
-    None where all are alike. text_bytes: UTF-8 bytes of its texts. labels: names of its classes (or its tag). note:
-    what an evaluation needs besides the tokens, in plain values, or None.
+    tokens: int32 [n], <bos> and the last <eos> included. answer_mask: bool [n], True at the tokens of answers; None if
+    the row format marks no answers. text_bytes: UTF-8 bytes of its texts. labels: names of its classes (or its tag).
+    note: plain JSON values that an evaluation needs besides the tokens, or None.
     """
 
     tokens: np.ndarray
@@ -46,19 +46,19 @@ class Document(NamedTuple):
 
 
 def columns_of(spec: str) -> list[str]:
-    """The columns that a field of the config names: itself, or those of a template like "{question}\\n{context}"."""
+    """The columns of a config field: the field itself, or the columns of a template like "{question}\\n{context}"."""
     if "{" not in spec:
         return [spec]
     return [name for _, name, _, _ in string.Formatter().parse(spec) if name is not None]
 
 
 def bytes_of(texts: Iterable[str]) -> int:
-    """The UTF-8 bytes of texts together."""
+    """The number of UTF-8 bytes of all texts."""
     return sum(len(text.encode()) for text in texts)
 
 
 def value(row: Mapping[str, Any], name: str) -> Any:
-    """A column of a row. Raises BadRow where it is missing or null."""
+    """A column of a row. Raises BadRow if it is missing or null."""
     if name not in row:
         raise BadRow(f"no field {name!r}")
     if row[name] is None:
@@ -67,7 +67,7 @@ def value(row: Mapping[str, Any], name: str) -> Any:
 
 
 def text_of(row: Mapping[str, Any], spec: str) -> str:
-    """What a field of the config says of a row, a text that is not blank. Raises BadRow."""
+    """The text of a config field in a row. Raises BadRow, also for a blank text."""
     texts = {name: value(row, name) for name in columns_of(spec)}
     for name, text in texts.items():
         if not isinstance(text, str):

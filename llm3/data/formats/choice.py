@@ -1,4 +1,4 @@
-"""A prompt, several answers to choose from, and which of them is right."""
+"""Multiple choice: a prompt, several choices, and the correct one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from llm3.data.tokenizer import Tokenizer
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """{"prompt", "choices": list of str, "correct": the number of the right one, from 0}. Raises BadRow."""
+    """{"prompt", "choices": list of str, "correct": index of the correct choice}. Raises BadRow."""
     fixed = not isinstance(source.choices, str)
     name, one = ("choices", "a choice") if fixed else (source.choices, f"one of {source.choices}")
     choices = source.choices if fixed else value(row, name)
@@ -19,14 +19,14 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
         raise BadRow(f"{name} is of type {type(choices).__name__}, not a list")
     choices = [text_of({one: each}, one) for each in choices]
     if len(choices) < 2:
-        raise BadRow(f"{name} has fewer than 2")
+        raise BadRow(f"{name} has fewer than 2 choices")
     if len(set(choices)) < len(choices):
-        raise BadRow(f"{name} has one twice")
+        raise BadRow(f"{name} has the same choice twice")
     return {"prompt": text_of(row, source.prompt), "choices": choices, "correct": _correct(row, source.answer, choices)}
 
 
 def _correct(row: Mapping[str, Any], field: str, choices: list[str]) -> int:
-    """From the right choice's text or its number; digits are a number where they are not a choice; False, True 0, 1."""
+    """The index of the correct choice, from its text, an index, digits that are no choice, or a truth value."""
     answer = value(row, field) if field in row else text_of(row, field)
     if isinstance(answer, str):
         if answer in choices:
@@ -35,20 +35,21 @@ def _correct(row: Mapping[str, Any], field: str, choices: list[str]) -> int:
             raise BadRow(f"{field} is none of the choices")
         answer = int(answer)
     if not isinstance(answer, int):
-        raise BadRow(f"{field} is of type {type(answer).__name__}, not a choice or its number")
+        raise BadRow(f"{field} is of type {type(answer).__name__}, not a choice or its index")
     if not 0 <= answer < len(choices):
-        raise BadRow(f"{field} is not the number of a choice")
+        raise BadRow(f"{field} is not the index of a choice")
     return int(answer)
 
 
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
-    """The prompt and the right choice, encoded jointly as `evals/choice.py` scores them; labelled: it and its end.
+    """The prompt and the correct choice, encoded jointly, as `evals/choice.py` scores them.
 
-    note: "choices", "correct", and "prompt", the pieces before the choice. Raises BadRow.
+    The answer mask covers the choice and its end. note: "choices", "correct", and "prompt", the pieces before the
+    choice. Raises BadRow.
     """
     choices, correct = record["choices"], record["correct"]
     [answer] = render_answers([("user", record["prompt"]), ("assistant", choices[correct])], template)
-    if answer.text != choices[correct]:  # the template takes white space off
+    if answer.text != choices[correct]:  # the template strips white space
         choices = [each.strip() for each in choices]
     prompt = merge_texts(answer.before + answer.lead)
     ids, first = encode_choice(prompt, choices[correct], tokenizer)
@@ -60,7 +61,7 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
 
 
 def encode_choice(prompt: Pieces, choice: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """The tokens of a prompt and a choice, encoded jointly, and the first of them that holds a byte of the choice."""
+    """(tokens of a prompt and a choice, encoded jointly; index of the first token with a byte of the choice)."""
     *before, last = prompt
     if not isinstance(last, str):
         before, last = prompt, ""

@@ -1,4 +1,4 @@
-"""A prompt and its answer, or a conversation of several turns: what is learnt are the answers, each with its end."""
+"""A prompt and its answer, or a conversation of several turns. The answers, with their ends, are the targets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """{"turns": [[role, content], ...], "references": the right answers to the last question}. Raises BadRow."""
+    """{"turns": [[role, content], ...], "references": correct answers to the last prompt}. Raises BadRow."""
     if source.messages:
         turns = read_turns(value(row, source.messages), source.messages)
         return {"turns": turns, "references": [turns[-1][1]]}
@@ -32,34 +32,35 @@ def _references(row: Mapping[str, Any], field: str) -> list[str]:
 
 
 def read_turns(messages: Any, field: str) -> list[list[str]]:
-    """[[role, content], ...]: perhaps a system's text, then a user and the assistant in turn. Raises BadRow."""
+    """[[role, content], ...]: a system prompt or none, then user and assistant in turn. Raises BadRow."""
     if not isinstance(messages, list | tuple) or not all(isinstance(each, Mapping) for each in messages):
         raise BadRow(f"{field} is not a list of {{role, content}}")
     turns, content_of = [], f"a content of {field}"
     for message in messages:
         role, content = value(message, "role"), value(message, "content")
         if role not in ROLES:
-            raise BadRow(f"{field}: a role is none of {', '.join(ROLES)}")
-        if role != "system" or content != "":  # many data sets have an empty system's text for none
+            raise BadRow(f"{field}: a role is not one of {', '.join(ROLES)}")
+        if role != "system" or content != "":  # many data sets have an empty system prompt for none
             turns.append([role, text_of({content_of: content}, content_of)])
     roles = [role for role, _ in turns]
     if "assistant" not in roles:
-        raise BadRow(f"{field}: the assistant says nothing")
+        raise BadRow(f"{field}: no turn is the assistant's")
     if roles[-1] != "assistant":
         raise BadRow(f"{field}: the last turn is not the assistant's")
     talk = roles[1:] if roles[0] == "system" else roles
     if "system" in talk:
-        raise BadRow(f"{field}: a system's text is not at the start")
+        raise BadRow(f"{field}: a system prompt is not at the start")
     if talk != ["user", "assistant"] * (len(talk) // 2):
-        raise BadRow(f"{field}: user and assistant do not take turns")
+        raise BadRow(f"{field}: user and assistant do not alternate")
     return turns
 
 
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
-    """Labelled are each answer's tokens and its end. Each is encoded apart from its prompt, as a prompt alone will be.
+    """The conversation; its answer mask covers each answer and its end.
 
-    note: "references", where there are several; "end", the tokens that end the last answer, where these are not <eos>;
-    "lead", what a template begins it with, and is labelled as well. Raises BadRow.
+    Answers are encoded apart from their prompts, since a prompt is encoded alone at inference. note: "references", if
+    there are several; "end", the tokens that end the last answer, if not <eos>; "lead", the text that the template
+    puts at the start of the answer (part of the mask). Raises BadRow.
     """
     parts = render_answers(record["turns"], template)
     runs: list[tuple[list[int], bool]] = []
@@ -77,7 +78,7 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
 
 
 def render_answers(turns: Turns, template: str) -> list[Answer]:
-    """The conversation as its answers. Raises BadRow where the template cannot write it."""
+    """The answers of a conversation. Raises BadRow if the template cannot render it."""
     try:
         return split_answers(turns, template)
     except TemplateError as error:
@@ -85,7 +86,7 @@ def render_answers(turns: Turns, template: str) -> list[Answer]:
 
 
 def concatenate_runs(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of tokens end to end: int32 [n], and bool [n], which of them are labelled."""
+    """Runs of (tokens, whether they are an answer), end to end: tokens int32 [n], answer mask bool [n]."""
     tokens = np.concatenate([np.array(run, np.int32) for run, _ in runs])
     return tokens, np.repeat([labelled for _, labelled in runs], [len(run) for run, _ in runs])
 

@@ -1,4 +1,4 @@
-"""Extractive reading comprehension: a question, a context, and the places of its answers in it, as SQuAD gives them.
+"""Extractive reading comprehension: a question, a context, and the answers with their offsets, as in SQuAD.
 
 Rajpurkar et al. 2016 (SQuAD), 2018 (questions without an answer), Cui et al. 2019 (CMRC 2018, the same in Chinese).
 """
@@ -14,10 +14,10 @@ from llm3.data.tokenizer import Tokenizer
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """{"question", "context", "answers": [[text, first character], ...]}; no answers: the context does not hold one.
+    """{"question", "context", "answers": [[text, first character], ...]}; unanswerable questions have no answers.
 
-    The answers are a column {"text": [...], "answer_start": [...]}, or a list of {"text", "answer_start"}. Raises
-    BadRow, also where an answer is not at its offset.
+    The column of answers holds {"text": [...], "answer_start": [...]}, or a list of {"text", "answer_start"}. Raises
+    BadRow, also for an answer that is not at its offset.
     """
     question, context = text_of(row, source.prompt), text_of(row, source.text)
     answers = [[text, start] for text, start in _pairs(value(row, source.answers), source.answers)]
@@ -35,10 +35,10 @@ def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:
         else:
             pairs = [(each["text"], each["answer_start"]) for each in answers]
     except (KeyError, TypeError, ValueError):
-        raise BadRow(f"{name} is not of the form {{text: [...], answer_start: [...]}}") from None
+        raise BadRow(f"{name} is not like {{text: [...], answer_start: [...]}}") from None
     for text, start in pairs:
         if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
-            raise BadRow(f"{name} holds something else than texts and whole numbers")
+            raise BadRow(f"{name} holds values other than texts and integers")
         if not text.strip():
             raise BadRow(f"{name} holds an empty text")
     return pairs
@@ -47,8 +47,8 @@ def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:
 def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
     """[bos] question [eos] context [eos].
 
-    note: "answers", their texts; "spans", [first token, last token] of the distinct ones in their order, the fewest
-    tokens of the document that cover an answer; "context", the index of the first token of the context.
+    note: "answers", their texts; "spans", the distinct [first token, last token] in order, the fewest tokens of the
+    document that cover an answer; "context", the index of the first token of the context.
     """
     del template
     question, context = tokenizer.encode_batch([record["question"], record["context"]])

@@ -1,4 +1,4 @@
-"""Running text, or a pair of texts; perhaps with its class, its classes, or the name of its domain."""
+"""Running text, or a pair of texts, with or without class names or the name of a domain."""
 
 import json
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from llm3.data.tokenizer import Tokenizer
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """{"text", "pair" where the source names one, "labels" where it names a label or a tag, "several"}.
+    """{"text", "pair" if the source names one, "labels" if it names a label or a tag, "several" for a list of labels}.
 
-    labels: the names of its classes, sorted, each once; whole numbers and truth values are written as JSON has them.
-    several: True where the label is a list, which may be empty: of no class. Raises BadRow.
+    labels: distinct class names, sorted; integers and truth values become names as JSON. several: True if the label is
+    a list, which may be empty. Raises BadRow.
     """
     record: dict[str, Any] = {"text": text_of(row, source.text)}
     if source.pair:
@@ -31,7 +31,7 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
 
 
 def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
-    """[bos] text [eos], or [bos] text [eos] pair [eos]. Running text has no turns: the template plays no part."""
+    """[bos] text [eos], or [bos] text [eos] pair [eos]. Running text has no turns, so the template is not used."""
     parts = texts(record)
     tokens = [tokenizer.bos_id]
     for part in parts:
@@ -45,7 +45,7 @@ def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Do
 
 
 def texts(record: Mapping[str, Any]) -> list[str]:
-    """The text, and the other one of a pair."""
+    """The text, or both texts of a pair."""
     return [record[name] for name in ("text", "pair") if name in record]
 
 
@@ -54,6 +54,6 @@ def _name(label: Any, spec: str) -> str:
         return text_of({"label": label}, "label") if not spec.isidentifier() else text_of({spec: label}, spec)
     if label is None:
         raise BadRow(f"{spec} holds a null")
-    if not isinstance(label, int):  # truth values are whole numbers too
+    if not isinstance(label, int):  # truth values are integers too
         raise BadRow(f"{spec} is of type {type(label).__name__}, not a class name")
     return json.dumps(label)

@@ -1,12 +1,11 @@
-"""The embedded corpus: documentation that is on every machine that runs llm3, so that a first run downloads nothing.
+"""The built-in corpus: documentation that every installation of llm3 has, so that a first run downloads nothing.
 
 `python`: docstrings of Python's standard library and the language reference's topics (general text).
 `numerical`: docstrings of numpy, scipy, jax, flax, optax and orbax (domain text).
-`numerical_task`: single docstrings of `numerical`, the names of packages masked, labelled with the sub-package that
-they describe.
+`numerical_task`: single docstrings of `numerical` with package names masked; the label is their sub-package.
 
-A module belongs to one split, and a text that several modules share is kept once, so splits share neither modules nor
-texts. The task has the same split of modules as `numerical`.
+Splits share neither modules nor texts: a module belongs to one split, and a text that several modules share is kept
+once. `numerical_task` splits modules as `numerical` does.
 """
 
 import hashlib
@@ -33,15 +32,16 @@ from llm3.data.sources.docstrings import (
 )
 from llm3.errors import UserError, one_of
 
-EXTRACTION = (
-    1  # part of the key of what is kept on disk: raise it when anything here or in docstrings.py changes the result
-)
+EXTRACTION = 1  # part of the key of the files on disk; raise it when this file or docstrings.py changes the result
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT_SHARE = {"python": 0.05, "numerical": 0.15}  # of the text, for validation and for test each
-DOCUMENT_CHARACTERS = 6000  # a document is a run of a module's docstrings of about this size
-EXAMPLE_CHARACTERS = (200, 800)  # shorter docstrings are no examples; longer ones are cut
-EXAMPLES_A_CLASS = {"train": 240, "validation": 48, "test": 48}  # the most; some classes have fewer
+HELD_OUT_SHARE = {
+    "python": 0.05,
+    "numerical": 0.15,
+}  # share of the text held out for validation, and the same share for test
+DOCUMENT_CHARACTERS = 6000  # documents are runs of a module's docstrings of about this size
+EXAMPLE_CHARACTERS = (200, 800)  # shorter docstrings are skipped, longer ones are cut
+EXAMPLES_A_CLASS = {"train": 240, "validation": 48, "test": 48}  # at most; some classes have fewer
 CLASSES = (
     "flax.linen",
     "flax.nnx",
@@ -65,10 +65,10 @@ _NAMES = re.compile(rf"(?<![a-z0-9])(?:{_MASKED_WORDS})(?![a-z0-9])|{'|'.join(PA
 
 
 def load_corpus(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
-    """One split ("train", "validation" or "test") of an embedded corpus: a column "text"; for the task also "label".
+    """One split ("train", "validation" or "test") of a built-in corpus: column "text", and "label" for the task.
 
-    Extracted at the first call (some seconds) and kept in `cache_dir` for these versions of Python and the packages.
-    Raises UserError for an unknown name or split, or a package that is not installed.
+    The first call extracts the corpus (some seconds) and stores it in `cache_dir`, keyed by the versions of Python and
+    the packages. Raises UserError for an unknown name or split, or a package that is not installed.
     """
     one_of("sources.path builtin:", name, ("numerical", "numerical_task", "python"))
     one_of("sources split", split, SPLITS)
@@ -96,7 +96,7 @@ def _version(distribution: str) -> str:
 
 
 def _extract_into(directory: Path, family: str) -> None:
-    """Write all splits of a family to `directory`: whole or not at all, byte for byte the same each time."""
+    """Write all splits of a family to `directory`, complete or not at all, with the same bytes each time."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=directory.name + "."))
     try:
@@ -128,7 +128,7 @@ def _normal(text: str) -> str:
 
 
 def without_repeats(docstrings: Iterable[Docstring]) -> list[Docstring]:
-    """The first docstring of each text, but for letter case and white space; empty ones are dropped."""
+    """The first docstring of each text, ignoring letter case and white space. Empty docstrings are dropped."""
     first: dict[str, Docstring] = {}
     for docstring in docstrings:
         first.setdefault(_normal(docstring.text), docstring)
@@ -137,10 +137,10 @@ def without_repeats(docstrings: Iterable[Docstring]) -> list[Docstring]:
 
 
 def split_modules(docstrings: Iterable[Docstring], held_out_share: float) -> dict[str, str]:
-    """Which split each module belongs to.
+    """{module: its split}.
 
-    In each sub-package by itself, modules in the order of their hashes fill validation and test up to
-    `held_out_share` of the text each; what fits in neither trains. A docstring counts as much text as its example.
+    Within each sub-package, modules in the order of their hashes fill validation and test, up to `held_out_share` of
+    the text each; the other modules are for training. A docstring counts with the length of its example.
     """
     sizes: dict[str, dict[str, int]] = {}
     for docstring in docstrings:
@@ -158,9 +158,9 @@ def split_modules(docstrings: Iterable[Docstring], held_out_share: float) -> dic
 
 
 def subpackage(module: str) -> str:
-    """The public sub-package that a module's documentation is about: "jax._src.numpy.ufuncs" -> "jax.numpy".
+    """The public sub-package that a module documents: "jax._src.numpy.ufuncs" -> "jax.numpy".
 
-    All of optax is one; so is the standard library.
+    optax counts as one sub-package, and so does the standard library.
     """
     package, *inside = module.split(".")
     if package == "optax":
@@ -197,12 +197,12 @@ def task_examples(docstrings: Iterable[Docstring]) -> Iterator[Docstring]:
 
 
 def mask_names(text: str) -> str:
-    """Put MASK for words that name a sub-package or are its usual abbreviation, and for a library's name anywhere."""
+    """Replace names and usual abbreviations of sub-packages by MASK, and names of libraries even inside words."""
     return _NAMES.sub(MASK, text)
 
 
 def capped(examples: list[Docstring], most: int) -> list[Docstring]:
-    """At most `most` examples of each class: those with the smallest hashes, in their old order."""
+    """At most `most` examples of each class: the ones with the smallest hashes, in their original order."""
     kept: dict[str, int] = {}
     chosen = set()
     for example in sorted(examples, key=lambda e: _hash(e.text)):

@@ -1,4 +1,4 @@
-"""The docstrings of a running installation: of Python's standard library, and of the numerical packages under llm3."""
+"""Docstrings of the installed Python standard library, and of the numerical packages that llm3 depends on."""
 
 import ast
 import gc
@@ -38,7 +38,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Docstring(NamedTuple):
-    """One docstring: the module that it was found in, the qualified name of what it describes, its cleaned text."""
+    """A docstring: its module, the qualified name of the documented object, and its cleaned text."""
 
     module: str
     name: str
@@ -47,7 +47,7 @@ class Docstring(NamedTuple):
 
 @contextmanager
 def no_garbage_collection():
-    """Parsing makes millions of small objects and no circles; collecting them takes half of the time."""
+    """No garbage collection: parsing makes millions of objects without cycles, and collecting takes half the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -58,7 +58,7 @@ def no_garbage_collection():
 
 
 def python_docstrings() -> Iterator[Docstring]:
-    """The standard library: its Python files, the modules written in C, and the topics of `help()`."""
+    """The standard library: its Python files, its C modules, and the topics of `help()`."""
     yield from file_docstrings(Path(sysconfig.get_path("stdlib")), "")
     for name in _C_MODULES.split():
         with suppress(ImportError):  # not every platform has every module
@@ -76,7 +76,7 @@ def numerical_docstrings() -> Iterator[Docstring]:
 
 
 def file_docstrings(root: Path, package: str) -> Iterator[Docstring]:
-    """Those of all Python files below `root`, in the order of their paths; tests are left out."""
+    """The docstrings of all Python files below `root`, in the order of their paths, without tests."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if any(map(_NOT_DOCUMENTATION.fullmatch, parts)):
@@ -88,7 +88,7 @@ def file_docstrings(root: Path, package: str) -> Iterator[Docstring]:
 
 
 def _tree_docstrings(node: ast.AST, module: str, name: str) -> Iterator[Docstring]:
-    """The docstrings of a module, class or function and of what a module or class defines, in source order."""
+    """The docstrings of a module, class or function, and of all definitions in a module or class, in source order."""
     if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
         yield Docstring(module, name, _clean(text))
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -104,9 +104,9 @@ def _tree_docstrings(node: ast.AST, module: str, name: str) -> Iterator[Docstrin
 
 
 def _added_docstring(call: ast.Call, module: str) -> Iterator[Docstring]:
-    """What numpy and scipy attach to objects written in C: `add_newdoc("package", "object", "text")`, or nearly so.
+    """A docstring that numpy or scipy attaches to a C object, by a call like `add_newdoc("package", "object", "text")`.
 
-    Nothing where the call does not spell out a name.
+    Yields nothing if the call has no literal name.
     """
     strings = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     names = [string for string in strings if re.fullmatch(r"[\w.]+", string)]
@@ -118,7 +118,7 @@ def _added_docstring(call: ast.Call, module: str) -> Iterator[Docstring]:
 
 
 def _live_docstrings(module: types.ModuleType) -> Iterator[Docstring]:
-    """The docstrings of an imported module, its functions, its classes and their members, by name."""
+    """The docstrings of an imported module, its functions, its classes and their members, in the order of names."""
     name = module.__name__
     found = [(name, module)]
     for key, value in sorted(vars(module).items()):

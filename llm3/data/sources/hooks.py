@@ -1,4 +1,4 @@
-"""Transforms and filters of rows: plain functions that a config names as "module:function"."""
+"""Transforms and filters of rows: functions that a config names as "module:function"."""
 
 import difflib
 import functools
@@ -15,9 +15,9 @@ from llm3.errors import UserError, nearest
 
 
 def apply_transforms(row: dict[str, Any], transforms: Sequence[str], where: str) -> dict[str, Any]:
-    """The row after the transforms, in order. where: of the row, for messages.
+    """The row after all transforms, in order. where: the source and number of the row, for messages.
 
-    A transform may raise BadRow; whatever else it raises, or returns that is not a row, is a UserError.
+    A transform may raise BadRow. Any other exception, or a result that is not a dict, becomes a UserError.
     """
     for spec in transforms:
         row = _call(spec, "transforms", row, where)
@@ -27,7 +27,7 @@ def apply_transforms(row: dict[str, Any], transforms: Sequence[str], where: str)
 
 
 def passes_filters(row: dict[str, Any], filters: Sequence[str], where: str) -> bool:
-    """Whether every filter keeps the row. Raises as `apply_transforms` does."""
+    """Whether all filters keep the row. Raises the same errors as `apply_transforms`."""
     return all(_call(spec, "filters", row, where) for spec in filters)
 
 
@@ -43,7 +43,7 @@ def _call(spec: str, field: str, row: dict[str, Any], where: str) -> Any:
 
 @functools.cache
 def load_function(spec: str, field: str) -> Callable[[dict[str, Any]], Any]:
-    """The function that `sources.*.{field}` names. Raises UserError where there is none."""
+    """The function that `sources.*.{field}` names. Raises UserError if there is none."""
     where = f"config: sources.*.{field}={spec!r}"
     name, colon, function = spec.partition(":")
     if not (name and colon and function):
@@ -66,7 +66,7 @@ def load_function(spec: str, field: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def _near_module(name: str) -> str:
-    """The end of a message: what there is in the place of a module that does not exist."""
+    """The end of an error message: modules with similar names in the package of a missing module."""
     parent = name.rpartition(".")[0]
     inside = getattr(importlib.import_module(parent), "__path__", []) if parent else None
     names = [f"{parent}.{each.name}".lstrip(".") for each in pkgutil.iter_modules(inside)]
@@ -75,6 +75,6 @@ def _near_module(name: str) -> str:
 
 
 def file_digest(spec: str, field: str) -> str:
-    """The sha256 of the file that holds the function, so that a changed one is told from what it was."""
+    """The sha256 of the file that defines the function; it changes when the function does."""
     file = inspect.getsourcefile(inspect.unwrap(load_function(spec, field)))
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""

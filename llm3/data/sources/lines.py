@@ -1,6 +1,6 @@
-"""Local files of lines, JSON objects or texts, read by ranges of bytes: what is wrong with a line costs that line only.
+"""Local files with a JSON object or a text per line, read by ranges of bytes. A damaged line costs only that line.
 
-A row's number is the number of its line, counted from 0 over all files in order. Blank lines are no rows.
+The number of a row is the number of its line, counted from 0 over all files in order. Blank lines are no rows.
 """
 
 import bz2
@@ -19,43 +19,49 @@ from typing import Any, BinaryIO
 from llm3.data.formats import START_CHARACTERS, BadRow
 from llm3.errors import UserError
 
-PART_BYTES = 32 << 20  # a corpus up to this is one part, and no part is larger ...
-PARTS = 64  # ... of a larger one, so many parts keep all cores at work to the end, if they are not too small for it
+PART_BYTES = 32 << 20  # the largest part; a corpus up to this size is one part
+PARTS = 64  # parts of a larger corpus, enough to keep many cores busy to the end
 SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by a file's first bytes
-ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")  # not read here
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by the first bytes of a file
+ARCHIVES = (
+    b"PK\x03\x04",
+    b"\x28\xb5\x2f\xfd",
+    b"\x04\x22\x4d\x18",
+    b"Rar!",
+    b"7z\xbc\xaf",
+)  # read by the datasets library
 
 
 def part_bytes(total: int) -> int:
-    """Where a corpus of `total` bytes is cut: the same on every machine. A part ends at the first line end after it."""
+    """The bytes per part of a corpus of `total` bytes, the same on every machine. A part ends at the next line end."""
     return PART_BYTES if total <= PART_BYTES else min(PART_BYTES, max(SMALLEST_PART_BYTES, total // PARTS))
 
 
 @dataclasses.dataclass(frozen=True)
 class Lines:
-    """The rows of files of lines. objects: each is a JSON object; else a text, in the field "text"."""
+    """The rows of files of lines. objects: whether a line is a JSON object, or else a text for the field "text"."""
 
     files: tuple[str, ...]
     objects: bool
-    longest: int  # bytes of a line
+    longest: int  # the most bytes of a line
 
     @property
     def key(self) -> list:
-        """What tells these files from others, and from what they were: paths, sizes and times of change."""
+        """Identifies the content of the files: paths, sizes and modification times."""
         stats = [(file, Path(file).stat()) for file in self.files]
         return ["lines", self.objects, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
 
     def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
-        """(number of the first row, (file, start, stop)), in bytes; a compressed file is one piece."""
+        """Yield (number of the first row, (file, start byte, stop byte)); a compressed file is one piece."""
         first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
         for name in self.files:
             with open_decompressed(name) as file:
                 first = yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first)
 
     def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows of one piece with their numbers, in constant memory."""
+        """Yield (number, row) of a piece, in constant memory."""
         name, start, stop = place
         with open_decompressed(name) as file:
             file.seek(start)
@@ -67,12 +73,12 @@ class Lines:
                     yield number, row
 
     def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows from the first on, numbered in their own file."""
+        """Yield (number, row) from the first row on; numbers restart in each file."""
         for name in self.files:
             yield from self.rows(0, (name, 0, sys.maxsize))
 
     def _row(self, line: bytes) -> dict[str, Any] | BadRow | None:
-        """None for a blank line."""
+        """The row of a line; None for a blank line."""
         if len(line) > self.longest:
             return _bad(f"longer than {self.longest:,} bytes", line)
         try:
@@ -95,14 +101,14 @@ def _bad(reason: str, line: bytes) -> BadRow:
 
 
 def is_line_file(file: str) -> bool:
-    """Whether a local file is one of lines, as it is or compressed: not an archive, nor one JSON document."""
+    """Whether a local file, perhaps compressed, consists of lines: neither an archive nor a single JSON document."""
     head = _head(file)
     archive = head.startswith(ARCHIVES) or head[257:262] == b"ustar"
     return not (archive or _is_array(file, head) or is_data_document(file))
 
 
 def is_data_document(file: str) -> bool:
-    """Whether a .json file is one object whose rows are the list "data", as {"data": [...]}."""
+    """Whether a .json file is one object {"data": [...]} with a list of rows."""
     return _is_json(file) and re.match(rb'\s*\{\s*"data"\s*:\s*\[', _head(file).removeprefix(BOM)) is not None
 
 
@@ -121,7 +127,7 @@ def _head(file: str) -> bytes:
 
 @contextlib.contextmanager
 def open_decompressed(name: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed. Raises UserError where they cannot be."""
+    """Open a file, decompressed if necessary. Raises UserError for damaged content."""
     opener = _opener(name)
     with (opener or open)(name, "rb") as file:
         try:
@@ -139,7 +145,7 @@ def _opener(name: str) -> Callable[[str, str], BinaryIO] | None:
 def _cuts(file: BinaryIO, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
     """Cut a file at line ends into pieces of about `size` bytes. first: the number of its first line.
 
-    Returns the number that follows its last line's.
+    Yields as `Lines.pieces`; returns the number of the first line of the next file.
     """
     start = offset = 0
     lines, last = first, b"\n"
@@ -158,7 +164,7 @@ def _cuts(file: BinaryIO, name: str, size: int, first: int) -> Generator[tuple[i
 
 
 def _lines(file: BinaryIO, size: int, longest: int) -> Iterator[bytes]:
-    """The lines in the next `size` bytes, without their ends; of one that is too long, at least one byte too many."""
+    """The lines in the next `size` bytes, without line ends. A line over `longest` bytes is cut, but still too long."""
     rest = b""
     while size > 0 and (block := file.read(min(size, BLOCK))):
         size -= len(block)

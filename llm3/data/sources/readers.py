@@ -1,8 +1,11 @@
-"""Opening a split: an embedded corpus, local files of lines, or whatever else `datasets.load_dataset` reads.
+"""Opening a split: a built-in corpus, local files of lines, or any dataset that `datasets.load_dataset` reads.
 
-A reader has `key` (plain values that tell its content from others), `pieces()` -> (number of its first row, place),
-`rows(number of the first row, place)` -> (number, row or BadRow) and `head()`, the rows from the first on without a
-look at the rest. The cut into pieces depends on the data only. Readers go to other processes by pickle.
+A reader can be pickled for other processes, and has
+
+    key                  plain values that identify its content
+    pieces()             yields (number of the first row, place); the cut depends on the data only
+    rows(first, place)   yields (number, row or BadRow) of a piece
+    head()               yields (number, row or BadRow) from the first row on, without reading the rest
 """
 
 import codecs
@@ -24,11 +27,11 @@ from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, Dataset
 from llm3.errors import UserError, nearest
 
 BUILTIN = "builtin:"
-FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # the loaders of local files
+FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # builders of `datasets` for local files
 
 
 def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | DatasetTable | DatasetStream:
-    """The reader of one split, by the name that the dataset has for it. Raises UserError for what is not to be had."""
+    """The reader of a split; split: its name in the dataset. Raises UserError if it cannot be opened."""
     if source.path.startswith(BUILTIN):
         table = corpus.load_corpus(source.path.removeprefix(BUILTIN), split, cache_dir)
         return DatasetTable(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
@@ -36,7 +39,7 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
         _check_file(path, source)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    if source.path in FILE_LOADERS:  # or opening a local file tells the hub, and waits where that cannot be reached
+    if source.path in FILE_LOADERS:  # otherwise opening a local file contacts the hub
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     root = cache_dir / "datasets"
     options: dict[str, Any] = {"data_files": source.data_files, "data_dir": source.data_dir, "cache_dir": str(root)}
@@ -47,7 +50,7 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
             return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes)
         if files and is_data_document(files[0]):
             builder = datasets.load_dataset_builder(source.path, source.name, **options, field="data")
-        latin1 = builder.info.builder_name == "csv"  # so that what is not UTF-8 costs its row only
+        latin1 = builder.info.builder_name == "csv"  # so that invalid UTF-8 costs only its row
         if latin1:
             builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=LATIN1)
         key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
@@ -60,14 +63,14 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
 
 
 def source_name(source: SourceConfig) -> str:
-    """How messages call a source."""
+    """The name of a source in messages."""
     return " ".join(str(part) for part in (source.path, source.name, source.data_dir, source.data_files) if part)
 
 
 def _line_files(builder: datasets.DatasetBuilder, source: SourceConfig, split: str) -> list[str]:
-    """The files of this split, where they are local files of lines; none where `datasets` has to read it.
+    """The files of a split if they are local files of lines; [] if `datasets` has to read them.
 
-    It reads parts of splits ("train[:90%]"), and folders whose README may say what their files hold.
+    `datasets` reads parts of splits ("train[:90%]"), and folders with a README, which may describe the files.
     """
     described = builder.info.features is not None or Path(source.path, "README.md").exists()
     if builder.info.builder_name not in ("json", "text") or described:
@@ -101,7 +104,7 @@ def _explained(error: Exception, source: SourceConfig, split: str) -> str:
             _check_utf8(path)
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
         return (
-            f"source {source_name(source)}: not found here, and not on the Hugging Face hub or that cannot be reached "
+            f"source {source_name(source)}: not found here or on the Hugging Face hub, or the hub cannot be reached "
             f"(expected a name on the hub, a folder, one of {', '.join(FILE_LOADERS)} with data_files, "
             f"or {BUILTIN}python, {BUILTIN}numerical): {cause}"
         )
@@ -109,7 +112,7 @@ def _explained(error: Exception, source: SourceConfig, split: str) -> str:
 
 
 def _local_files(source: SourceConfig) -> Iterator[Path]:
-    """The files that `data_files` names on this machine, relative to the working directory; wildcards are expanded."""
+    """The local files of `data_files`, relative to the working directory, with wildcards expanded."""
     for pattern in _flat(source.data_files):
         if "://" in pattern or source.path not in FILE_LOADERS:
             continue
@@ -138,14 +141,14 @@ def _check_file(path: Path, source: SourceConfig) -> None:
 
 
 def nearest_beside(path: Path) -> str:
-    """The end of an error message: what the folder of a missing path holds, the nearest names first."""
+    """The end of an error message: names in the folder of a missing path, the nearest first."""
     names = sorted(entry.name for entry in path.parent.iterdir())
     return nearest(path.name, difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5])
 
 
 def _check_utf8(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # of the first byte that is not decoded yet
+    offset = 0  # offset of the first byte not decoded yet
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             try:

@@ -1,4 +1,4 @@
-"""Which rows of a split are used: held out or not, and a fixed sample, both by a hash of the text."""
+"""Selecting rows by a hash of their text: rows held out for validation, and fixed samples."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ ROWS_AT_A_TIME = 1 << 16  # rows whose hashes are compared at once
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """The side of a split by hash: `share` of the texts are for validation. Equal texts never lie on both sides."""
+    """One side of a split by hash: `share` of the texts are for validation. Equal texts are on the same side."""
 
     share: float
     validation: bool
@@ -29,7 +29,7 @@ def hash_of(text: str) -> int:
 
 
 def sample_threshold(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, int] | None:
-    """The `count`-th smallest of (hash, row number), in memory for that many; None where there are no more rows."""
+    """The `count`-th smallest (hash, row number), in memory for `count` rows; None if there are no more rows."""
     rows = iter(rows)
     kept = np.empty((0, 2), np.uint64)
     seen = 0
@@ -42,7 +42,7 @@ def sample_threshold(rows: Iterable[tuple[int, int]], count: int) -> tuple[int, 
 
 
 def sample_texts(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """The texts in their order; of more than `most_bytes` those with the smallest hashes, in memory for that many."""
+    """At most `most_bytes` of the texts: those with the smallest hashes, in their order, in memory for them only."""
     kept: list[tuple[int, int, str]] = []
     size = 0
     for number, text in enumerate(texts):

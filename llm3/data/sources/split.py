@@ -1,7 +1,7 @@
-"""Records of a source's split: rows read, changed, filtered and selected, each as its form says, in fixed parts.
+"""The records of one split of a source: rows are read in fixed parts, transformed, filtered and selected.
 
-Bad input is a UserError that names the file, field, split or row, before any device work; a row that cannot be used is
-a BadRow, which costs that row only.
+Bad input is a UserError that names the file, field, split or row, before any device work. An unusable row is a BadRow
+and costs only that row.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from llm3.data.sources.tables import DatasetStream, DatasetTable
 from llm3.errors import UserError, nearest, one_of
 from llm3.registry import load_plugin
 
-PROBED_ROWS = 1000  # rows in which the fields are looked for
-NOT_IN_KEY = {  # fields that records do not follow from, or that are in their key in another form
+PROBED_ROWS = 1000  # rows that are searched for the fields
+NOT_IN_KEY = {  # fields that do not change records, or that enter the key in another way
     *("path", "name", "data_files", "data_dir", "local", "train", "validation", "test", "streaming"),
     *("validation_share", "max_documents", "bad_rows", "transforms", "filters"),
 }
@@ -35,10 +35,9 @@ NOT_IN_KEY = {  # fields that records do not follow from, or that are in their k
 def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records":
     """The records of one split ("train", "validation" or "test").
 
-    Without a validation split of its own, a source holds out `validation_share` of its train split, by a hash of the
-    text: equal texts never lie on both sides. `max_documents` keeps the records of the train split with the smallest
-    hashes. Raises UserError for files, fields, splits and functions that cannot be used, and for what cannot be
-    reached; the rows are read later.
+    Without a validation split, `validation_share` of the train split is held out by a hash of the text, so that equal
+    texts are on the same side. `max_documents` keeps the records of the train split with the smallest hashes. Rows are
+    read later. Raises UserError for files, fields, splits and functions that do not exist or cannot be read.
     """
     one_of("split", split, corpus.SPLITS)
     where = f"source {source_name(source)}"
@@ -74,7 +73,7 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
 
 
 def _split_name(source: SourceConfig, split: str) -> str:
-    """How messages call a split: a source, with the files of this split only."""
+    """The name of a split in messages: the source with the files of this split only."""
     files = source.data_files
     if isinstance(files, dict):
         files = files.get(split.partition("[")[0], files)
@@ -82,11 +81,11 @@ def _split_name(source: SourceConfig, split: str) -> str:
 
 
 def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
-    """The source as it is read where local copies lie in `data_dir` ("" for none; relative to the working directory).
+    """The source, or its local copy in `data_dir` (relative to the working directory; "": there are no copies).
 
-    A source with `local` becomes the files data_dir/local/{train,validation,test}.jsonl, those of them that exist, as
-    splits of these names; its fields and its other settings stay. Without a validation file it holds out
-    `validation_share`. Any other source is returned as it is. Raises UserError where there is no such file at all.
+    The copy of a source with `local` is data_dir/local/{train,validation,test}.jsonl, as splits of these names; files
+    may be missing, and without a validation file `validation_share` is held out. All other settings stay. A source
+    without `local` is returned unchanged. Raises UserError if there is none of these files.
     """
     if not (data_dir and source.local):
         return source
@@ -113,7 +112,7 @@ def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
 
 
 def _nearest_existing(path: Path) -> str:
-    """What there is in the place of a path's first component that does not exist."""
+    """Names similar to the first component of a path that does not exist, in its folder."""
     missing = next(each for each in (*reversed(path.parents), path) if not each.exists())
     if not missing.parent.is_dir():
         return f"{missing.parent} is not a folder"
@@ -121,9 +120,9 @@ def _nearest_existing(path: Path) -> str:
 
 
 class Part(NamedTuple):
-    """A piece of a split: the number of its first row, and where its reader finds it.
+    """A piece of a split: the number of its first row, and its place for the reader.
 
-    last: the greatest (hash, row number) that is in the sample of `max_documents`; None where all rows are.
+    last: the greatest (hash, row number) in the sample of `max_documents`; None if the sample holds all rows.
     """
 
     first: int
@@ -133,17 +132,17 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """One split of a source. It goes to other processes by pickle."""
+    """One split of a source. It can be pickled for other processes."""
 
     source: SourceConfig
     name: str  # for messages
-    key: str  # of the files, the split and all settings that the records follow from
+    key: str  # digest of the files, the split and all settings that change records
     reader: Lines | DatasetTable | DatasetStream
     held_out: selection.HeldOut | None
-    sample: int  # records at most; 0: all
+    sample: int  # the most records; 0: all
 
     def parts(self) -> list[Part]:
-        """The pieces of about 32 MiB that the rows are read in, cut by data only."""
+        """The pieces of about 32 MiB in which the rows are read; the cut depends on the data only."""
         return self._parts
 
     @functools.cached_property
@@ -157,17 +156,17 @@ class Records:
         return [part._replace(last=last) for part in pieces]
 
     def read_part(self, part: Part) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The records of a part, each with its row's number in the source, from 0.
+        """Yield (number of the row in the source, record or BadRow) of a part.
 
-        Rows that are filtered out, held out or not in the sample do not come; nor do as large a share of the bad ones.
-        Raises UserError where a transform or a filter fails.
+        Rows that are filtered out, held out or not in the sample are skipped; unusable rows are held out and sampled
+        like others. Raises UserError if a transform or filter fails.
         """
         for number, digest, record in self._candidates(part):
             if part.last is None or (digest, number) <= part.last:
                 yield number, record
 
     def texts(self) -> Iterator[str]:
-        """The texts of all records: what a tokenizer is trained on."""
+        """The texts of all records, to train a tokenizer on."""
         row_format = load_plugin(formats, self.source.row_format)
         for part in self.parts():
             for _, record in self.read_part(part):
@@ -175,7 +174,7 @@ class Records:
                     yield from row_format.texts(record)
 
     def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
-        """(number, hash, record) of the rows on this side of the split."""
+        """Yield (number, hash, record) of the rows on this side of the split."""
         hashed = self.held_out is not None or self.sample
         row_format = load_plugin(formats, self.source.row_format)
         for number, row in self.reader.rows(part.first, part.place):
@@ -193,7 +192,7 @@ class Records:
     def _record(
         self, number: int, row: dict[str, Any] | BadRow, row_format: ModuleType
     ) -> dict[str, Any] | BadRow | None:
-        """None for a row that a filter does not keep."""
+        """The record of a row, or BadRow; None for a row that a filter removes."""
         if isinstance(row, BadRow):
             return row
         where = f"source {self.name}: row {number}"
@@ -210,12 +209,12 @@ class Records:
 
 
 def _exceeds(texts: list[str], most: int) -> bool:
-    """Whether the texts have more than so many UTF-8 bytes together."""
+    """Whether the texts together have more than `most` UTF-8 bytes."""
     return 4 * sum(map(len, texts)) > most and sum(len(text.encode()) for text in texts) > most
 
 
 def _check_fields(reader: Lines | DatasetTable | DatasetStream, source: SourceConfig, split: str) -> None:
-    """Raise a UserError where there is no row, or none of the first ones has a field that the config names."""
+    """Raise a UserError if there are no rows, or if a field of the config is in none of the first rows."""
     specs = [source.pair, source.label, source.tag, source.prompt, source.answer, source.messages, source.answers]
     specs += [source.text] if source.row_format in ("text", "span") else []
     specs += [source.choices] if isinstance(source.choices, str) else []

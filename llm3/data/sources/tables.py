@@ -1,4 +1,4 @@
-"""The rows of what the `datasets` library has read: a memory-mapped table, or a stream."""
+"""Rows of the `datasets` library: of a memory-mapped table, or of a stream."""
 
 import copy
 import dataclasses
@@ -21,14 +21,14 @@ LATIN1 = "latin-1"  # one character for each byte
 
 @dataclasses.dataclass(frozen=True)
 class DatasetTable:
-    """A dataset on disk. A pickled one names its files, and another process maps them again."""
+    """A dataset on disk. It pickles the names of its files, and another process maps them again."""
 
     dataset: datasets.Dataset
-    key: Any  # what tells its content from others
-    latin1: bool = False  # whether a character stands for a byte of UTF-8
+    key: Any  # identifies its content
+    latin1: bool = False  # whether each character stands for a byte of UTF-8
 
     def pieces(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """(number of the first row, (that, the row to stop before))."""
+        """Yield (number of the first row, (first row, stop row))."""
         count = len(self.dataset)
         total = max(self.dataset.data.nbytes, 1)
         rows = max(1, part_bytes(total) * count // total)
@@ -36,7 +36,7 @@ class DatasetTable:
             yield start, (start, min(start + rows, count))
 
     def rows(self, first: int, place: tuple[int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows of one piece with their numbers. Numbers of classes are written as names."""
+        """Yield (number, row) of a piece. Numbers of classes become names."""
         number, stop = place
         names = _class_names(self.dataset.features)
         while number < stop:
@@ -47,13 +47,13 @@ class DatasetTable:
                 number += 1
 
     def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows from the first on."""
+        """Yield (number, row) from the first row on."""
         return self.rows(0, (0, len(self.dataset)))
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetStream:
-    """A dataset that is read as it comes. Its pieces are found by reading it once; each knows where it resumes."""
+    """A streamed dataset. Finding its pieces reads it once; each piece holds the state of the stream to resume from."""
 
     dataset: datasets.IterableDataset
     key: Any
@@ -61,7 +61,7 @@ class DatasetStream:
     latin1: bool = False
 
     def pieces(self) -> Iterator[tuple[int, tuple[dict[str, Any], int]]]:
-        """(number of the first row, (the state of the stream before it, rows))."""
+        """Yield (number of the first row, (state of the stream before it, number of rows))."""
         stream = copy.deepcopy(self.dataset)
         start, rows = stream.state_dict(), 0
         for total, _ in enumerate(self._read(stream), 1):
@@ -73,14 +73,14 @@ class DatasetStream:
             yield total - rows, (start, rows)
 
     def rows(self, first: int, place: tuple[dict[str, Any], int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows of one piece with their numbers. Numbers of classes are written as names."""
+        """Yield (number, row) of a piece. Numbers of classes become names."""
         state, count = place
         stream = copy.deepcopy(self.dataset)
         stream.load_state_dict(state)
         return enumerate(itertools.islice(self._read(stream), count), first)
 
     def head(self) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """The rows from the first on."""
+        """Yield (number, row) from the first row on."""
         return enumerate(self._read(copy.deepcopy(self.dataset)))
 
     def _read(self, stream: datasets.IterableDataset) -> Iterator[dict[str, Any] | BadRow]:
@@ -89,11 +89,11 @@ class DatasetStream:
             for row in stream:
                 yield _decoded(row) if self.latin1 else _named(row, names)
         except READ_ERRORS as error:
-            raise UserError(f"source {self.name}: the stream cannot be read on: {error.__cause__ or error}") from error
+            raise UserError(f"source {self.name}: the stream broke off: {error.__cause__ or error}") from error
 
 
 def _decoded(row: dict[str, Any]) -> dict[str, Any] | BadRow:
-    """A row whose texts hold a character for each byte, as UTF-8."""
+    """A row with one character per byte, decoded as UTF-8."""
     try:
         return {_utf8(name).removeprefix("\ufeff"): _utf8(value) for name, value in row.items()}
     except UnicodeDecodeError:
@@ -105,7 +105,7 @@ def _utf8(value: Any) -> Any:
 
 
 def _class_names(features: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
-    """{column of classes, or of lists of them: its numbers -> names}."""
+    """{column of classes or lists of classes: function from numbers to names}."""
     readers = {column: _class_name(feature) for column, feature in features.items()}
     return {column: reader for column, reader in readers.items() if reader}
 
@@ -113,7 +113,7 @@ def _class_names(features: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
 def _class_name(feature: Any) -> Callable[[Any], Any] | None:
     if isinstance(feature, datasets.ClassLabel):
         names = dict(enumerate(feature.names))
-        return names.get  # a row without a class holds null, or -1
+        return names.get  # a row without a class has null or -1
     if isinstance(feature, datasets.List | datasets.LargeList) and (inner := _class_name(feature.feature)):
         return lambda values: None if values is None else [inner(value) for value in values]
     return None

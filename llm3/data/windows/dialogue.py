@@ -1,4 +1,4 @@
-"""Whole documents of which only some tokens are to be learnt: the answers."""
+"""Whole documents whose answers are the only targets."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from llm3.errors import at_least
 
 
 class WindowTable(PackedWindows):
-    """Instruction tuning: each document in one window, a target at each labelled token, and nowhere else.
+    """Instruction tuning: each document lies in one window, and its targets are the tokens of its answer mask.
 
-    A document of more than T predictions keeps the first T, and is counted in `truncated`; where no label is left, it
-    is left out, and counted in `dropped` as well.
+    A document with more than T predictions keeps the first T and counts as truncated. If no target remains, it gets no
+    window and counts as dropped too.
     """
 
     def __init__(self, cache: TokenCache, length: int):

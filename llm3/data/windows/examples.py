@@ -1,4 +1,4 @@
-"""Whole documents with a label."""
+"""Whole documents with a class label."""
 
 import numpy as np
 
@@ -10,18 +10,17 @@ from llm3.errors import UserError, at_least
 
 
 class WindowTable(PackedWindows):
-    """Classification: whole documents; the label is the target at each document's last token, and nowhere else.
+    """Classification: whole documents; each has one target, its label, at its last token.
 
-    A target is a class, or the number of a set of classes where documents have several. A document longer than T keeps
-    its first T - 1 tokens and its end token, a pair of texts as many of each as `shortened` says; it is counted in
-    `truncated`.
+    A target is the index of a class, or of a set of classes if documents have several. A document longer than T keeps
+    its first T - 1 tokens and its <eos>; a pair of texts is cut by `shortened`. Both count as truncated.
     """
 
     def __init__(self, cache: TokenCache, length: int):
         """Raises UserError if length < 3 or the cache has no labels."""
         at_least("sequence_length", length, 3)
         if cache.labels is None:
-            raise UserError("classification needs a source with labels: set its `label` field")
+            raise UserError("classification needs a source with labels: set the source's `label` field")
         self._cache, self._labels = cache, cache.labels
         sizes = np.diff(cache.offsets)
         self.truncated = int(np.sum(sizes > length))
@@ -39,9 +38,9 @@ class WindowTable(PackedWindows):
 
 
 def shortened(tokens: np.ndarray, length: int) -> np.ndarray:
-    """[bos] A [eos] or [bos] A [eos] B [eos] with at most `length` tokens, cut at the ends of the texts.
+    """[bos] A [eos] or [bos] A [eos] B [eos], cut to at most `length` tokens; texts lose their last tokens.
 
-    Of a pair, the longer text is cut until both are equally long, then one after the other (Devlin et al. 2019's code).
+    The longer text of a pair is cut until both are equally long, then both in turn (as the code of Devlin et al. 2019).
     """
     if len(tokens) <= length:
         return tokens

@@ -1,4 +1,4 @@
-"""Running text, cut in pieces from each document's own start."""
+"""Running text for evaluation: each document is cut into pieces from its own start."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from llm3.errors import at_least
 
 
 class WindowTable(PackedWindows):
-    """Language-model evaluation: documents cut from their own starts in pieces of at most T predictions.
+    """Language-model evaluation: documents cut into pieces of at most T predictions.
 
-    A piece is never split over windows, so the loss of a document depends on nothing but the document and T. Each
-    target is counted exactly once.
+    No piece is split between windows, so the loss of a document depends only on the document and T. Each token but
+    <bos> is a target exactly once.
     """
 
     def __init__(self, cache: TokenCache, length: int):

@@ -1,4 +1,4 @@
-"""Questions with the contexts that answer them."""
+"""Questions with contexts that hold their answers."""
 
 import numpy as np
 
@@ -8,20 +8,21 @@ from llm3.data.packing import PackedWindows
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import at_least
 
-START, END, CHOICE = 1, 2, 4  # bits of a target: the answer starts here, ends here; the position may be chosen
-SHORTEST = 8  # of windows: a question of half of it leaves room for a token of the context
+START, END, CHOICE = 1, 2, 4  # bits of a target: the answer starts here; ends here; a prediction may choose it
+SHORTEST = 8  # shortest window: a question of half its length leaves room for a token of the context
 SPECIALS_IN_CHUNK = 3  # [bos] question [eos] part of the context [eos]
 
 
 class WindowTable(PackedWindows):
-    """Reading comprehension: whole chunks [bos] question [eos] part of the context [eos], packed into windows.
+    """Reading comprehension: chunks [bos] question [eos] part of the context [eos], packed into windows.
 
-    A context that does not fit is cut into parts that overlap by half, each with the question. Targets are bits: the
-    tokens of the part and <bos>, which stands for "no answer here", are marked CHOICE, the first answer START and END;
-    of a chunk that does not hold all of it, <bos> is both. The weight is 1 at each chunk's <bos>, an example.
+    A context that does not fit is cut into parts that overlap by half, each behind the question. Targets are bits:
+    - CHOICE marks <bos> ("no answer here") and the tokens of the part;
+    - START and END mark the first answer, or both mark <bos> if the chunk does not hold the whole answer.
+    A chunk is one example: the weight is 1 at its <bos>.
 
-    dropped: documents whose question is longer than T / 2, which are left out, and those of whose chunks none holds
-    the answer, which stay with weight 0. No document loses tokens otherwise: truncated is 0.
+    dropped counts two kinds of documents: a question longer than T / 2 gets no window; an answer that no chunk holds
+    whole gets weight 0. No other document loses tokens: truncated is 0.
     """
 
     def __init__(self, cache: TokenCache, length: int):
@@ -37,8 +38,8 @@ class WindowTable(PackedWindows):
         chunks = np.where(fits, 1 + -(-np.maximum(contexts - room, 0) // strides), 0)
         self._document = np.repeat(np.arange(cache.documents), chunks)
         number = np.arange(len(self._document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        self._before = (questions + 2)[self._document]  # the tokens of a chunk before its part
-        self._first = self._before + number * strides[self._document]  # token of the document where a part starts
+        self._before = (questions + 2)[self._document]  # tokens of a chunk before its part of the context
+        self._first = self._before + number * strides[self._document]  # where a part starts, in tokens of the document
         self._parts = np.minimum(room[self._document], sizes[self._document] - 1 - self._first)
         self.documents = int(fits.sum())
         super().__init__(self._before + self._parts + 1, length)
@@ -46,7 +47,7 @@ class WindowTable(PackedWindows):
         self.dropped = int(np.sum(~self._answered))
 
     def _documents_with_their_answer(self) -> np.ndarray:
-        """Which documents a chunk of theirs holds the answer of, or have none: bool [documents]."""
+        """bool [documents], True for documents with a chunk that holds the first answer, or without an answer."""
         found = np.zeros(self._cache.documents, bool)
         for chunk, document in enumerate(self._document):
             if not found[document]:
@@ -75,6 +76,6 @@ class WindowTable(PackedWindows):
         window.weights[place.start] = self._answered[document]
 
     def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
-        """Of a chunk: the tokens that are its part of the context."""
+        """The document of a chunk, and (first, stop) of its part of the context."""
         first = int(self._first[piece])
         return int(self._document[piece]), (first, first + int(self._parts[piece]))

@@ -1,4 +1,4 @@
-"""Running text, cut every T tokens."""
+"""Running text for training: all documents end to end, cut every T tokens."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from llm3.errors import at_least
 
 
 class WindowTable:
-    """Language-model training: the documents end to end, cut every T tokens, with no padding but in the last window.
+    """Language-model training: a stream of documents cut every T tokens; only the last window has padding.
 
-    Every token but the first of each document is a target of weight 1 exactly once, also at the borders of windows.
+    Every token but the first of each document is a target of weight 1 exactly once, also across window borders.
     """
 
     truncated = dropped = 0
@@ -20,7 +20,7 @@ class WindowTable:
         """Raises UserError if length < 2."""
         at_least("sequence_length", length, 2)
         self._cache, self._length = cache, length
-        self._inputs = max(cache.tokens - 1, 0)  # the last token of all predicts nothing
+        self._inputs = max(cache.tokens - 1, 0)  # the last token of the stream predicts nothing
         self._windows = -(-self._inputs // length)
         self.waste = 1 - self._inputs / (self._windows * length) if self._windows else 0.0
         self.documents = cache.documents
@@ -44,14 +44,14 @@ class WindowTable:
         return window
 
     def documents_of(self, index: int) -> list[tuple[int, int, tuple[int, int]]]:
-        """(segment, document, (first, stop) of its tokens) for each document in the `tokens` of a window."""
+        """(segment, document, (first, stop) of the document's tokens) for each document in a window."""
         start, stop, first, ends = self._layout(index)
         begins = self._cache.offsets[first : first + len(ends)]
         spans = zip(np.maximum(start - begins, 0).tolist(), (np.minimum(ends, stop) - begins).tolist(), strict=True)
         return [(number + 1, first + number, span) for number, span in enumerate(spans)]
 
     def _layout(self, index: int) -> tuple[int, int, int, np.ndarray]:
-        """The window's place in the stream, start and stop, the document there, and the ends of the documents in it."""
+        """(start, stop, document at start, ends of the documents) of a window, in tokens of the stream."""
         start = checked_index(index, self) * self._length
         stop = min(start + self._length, self._inputs)
         first, last = np.searchsorted(self._cache.offsets, [start, stop - 1], side="right") - 1
