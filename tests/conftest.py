@@ -5,14 +5,14 @@ import os
 import shutil
 import tempfile
 
+from tests.helpers import forks
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little: without it the suite takes about twice as long.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", forks.FLAGS)
 
 import jax
 import pytest
-
-from tests.helpers import forks
 
 jax.config.update("jax_num_cpu_devices", 8)
 

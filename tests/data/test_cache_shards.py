@@ -105,7 +105,7 @@ def test_concurrent_shares_and_full_builds_make_the_same_bytes_as_one_process(al
     assert files(tmp_path) == alone
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=600):
     until = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < until

@@ -14,7 +14,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS = (  # to compile quickly rather than well
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 ROOT = pathlib.Path(__file__).parents[2]
 _server: subprocess.Popen | None = None
 cpu_seconds = 0.0  # user and system time of all forks that have ended

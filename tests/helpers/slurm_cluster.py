@@ -135,19 +135,19 @@ def _start(here: Cluster) -> None:
                 start_new_session=True,
             )
         if name == "munged":
-            until(munge["socket"].exists, 20, "munged listens", logs[name])
+            until(munge["socket"].exists, 120, "munged listens", logs[name])
 
     def idle() -> bool:
         asked = subprocess.run(["sinfo", "-h", "-o", "%T"], env=here.environment, capture_output=True, text=True)
         return asked.stdout.strip() == "idle"
 
-    until(idle, 30, "the node is idle", logs["slurmctld"])
+    until(idle, 120, "the node is idle", logs["slurmctld"])
 
 
 def _end_jobs(here: Cluster) -> None:
     here.ask("scancel", "--user=root", "--state=PENDING")
     here.ask("scancel", "--user=root", "--state=RUNNING", "--full", "--signal=KILL")
-    until(lambda: not here.ask("squeue", "--noheader"), 30, "no job is left")
+    until(lambda: not here.ask("squeue", "--noheader"), 120, "no job is left")
 
 
 def _stop(directory: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -141,7 +142,7 @@ def process(
 
 
 def die_at(point: str) -> None:
-    """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: sleeps). WHAT is one of
+    """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: hangs). WHAT is one of
 
     step: so many steps have been made, over all stages; computing: the devices are at this step; data: the batch of a
     step is read, in any stage; log: a line of metrics has been written; row: a stage is trained and its row is about
@@ -156,7 +157,7 @@ def die_at(point: str) -> None:
 
     def die() -> None:
         if name == "HANG":
-            time.sleep(1000)
+            hang()
         os.kill(os.getpid(), signal.Signals[name])
         if "LLM3_PROCESS" in os.environ:
             time.sleep(3)  # these steps take milliseconds, and the others hear of it in the meantime
@@ -174,6 +175,20 @@ def die_at(point: str) -> None:
         return original(*args, **kwargs) if before else result
 
     setattr(owner, attribute, patched)
+
+
+def hang() -> None:
+    """Do nothing until all others are further; then let the watchdog's clock run ahead of any limit."""
+    from llm3.distributed import processes, watchdog
+
+    def others_wait() -> bool:
+        places = {process: watchdog.Place(*place) for process, place in processes.published("place").items()}
+        return len(places) == processes.count() and watchdog.late(places) == [processes.index()]
+
+    while not others_wait():
+        time.sleep(0.1)
+    watchdog.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 10**6, sleep=time.sleep)
+    time.sleep(ENDS_WITHIN)
 
 
 def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., bool], bool]]:

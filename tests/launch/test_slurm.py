@@ -78,7 +78,7 @@ def repository(tmp_path_factory):
             env=environment | more,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done
@@ -120,7 +120,7 @@ def pipeline(repository, slurm, submit):
     chain = ("launch/slurm_pipeline.sh", *NODE, "--ntasks-per-node=2")
     numbers = submit(*chain, WORKDIR="chain", AT_STEP_4="scancel --signal=TERM $SLURM_JOB_ID")
     waits_for = [slurm.job(number)["Dependency"] for number in numbers]
-    states = slurm.ended(tokens, *numbers, seconds=540)
+    states = slurm.ended(tokens, *numbers, seconds=1500)
     files = [f"chain/slurm/llm3-{stage}-{number}.log" for stage, number in zip(STAGES, numbers, strict=True)]
     return types.SimpleNamespace(
         states=states,
@@ -174,7 +174,7 @@ def test_an_array_job_builds_the_token_cache_that_the_stages_read(repository, pi
 def test_the_jobs_behind_one_that_failed_are_cancelled(repository, slurm, submit):
     chain = ("launch/slurm_pipeline.sh", *NODE, "--ntasks-per-node=1")
     numbers = submit(*chain, "--", "--config.stages.pretrain.stepz=3", WORKDIR="misspelt")
-    assert slurm.ended(*numbers, seconds=60) == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert slurm.ended(*numbers, seconds=600) == ["FAILED", "CANCELLED", "CANCELLED"]
     assert slurm.job(numbers[0])["ExitCode"] == f"{Exit.BAD_INPUT}:0"
     [log] = (repository.base / "misspelt" / "slurm").iterdir()
     assert "did you mean 'steps'" in log.read_text()
@@ -194,9 +194,9 @@ def test_a_job_is_requeued_where_it_may_end_otherwise_the_next_time(slurm, submi
     job = ("sbatch", "--parsable", *NODE, "--ntasks-per-node=1", "launch/slurm.sbatch")
     numbers = {end: submit(*job, WORKDIR="none", END=end, RETRIES="1")[0] for end in ends}
     for end, command in {"wait": ("scancel",), "wait,0": ("scontrol", "requeue")}.items():
-        slurm_cluster.until(lambda end=end: slurm.job(numbers[end])["JobState"] == "RUNNING", 60, f"{end} runs")
+        slurm_cluster.until(lambda end=end: slurm.job(numbers[end])["JobState"] == "RUNNING", 600, f"{end} runs")
         slurm.ask(*command, numbers[end])
-    slurm.ended(*numbers.values(), seconds=90)
+    slurm.ended(*numbers.values(), seconds=600)
     found = {end: slurm.job(number) for end, number in numbers.items()}
     assert {end: (job["JobState"], job["Restarts"]) for end, job in found.items()} == ends
 

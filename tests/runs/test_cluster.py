@@ -134,7 +134,7 @@ def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_
 @pytest.mark.parametrize("where", ["data", "step"])
 def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(base, whole, where):
     points = {1: f"HANG@{where}::6"}
-    ended = run(base, f"hung {where}", "2 x 2", STAGES, "--config.hang_seconds=10", status=Exit.HUNG, points=points)
+    ended = run(base, f"hung {where}", "2 x 2", STAGES, "--config.hang_seconds=600", status=Exit.HUNG, points=points)
     for process, each in enumerate(ended):
         assert f"process {process} of 2" in each.stderr and "late: process 1\n" in each.stderr
         assert "Current thread" in each.stderr or "Thread 0x" in each.stderr

@@ -126,7 +126,7 @@ def test_a_disk_that_became_read_only_is_said_to_be_that_and_the_process_ends_at
     disk.remount("ro")
     environment = os.environ | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT}/tests", "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-c", SAVE, disk.path]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=True)
     reason = f"NotWritten {disk.path}: the checkpoint of step 20 was not written: Read-only file system\n"
     assert (done.stdout, done.stderr) == (reason, "")
     assert newest(Checkpoints(disk.path, read_only=True)).step == 10
