@@ -233,6 +233,7 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut():
             np.testing.assert_allclose(found[path], leaf, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_an_encoder_is_pretrained_posttrained_and_fine_tuned_to_classify(tmp_path):
     tiny.write_texts(tmp_path / "texts")
     extra = """c.model.causal, c.model.pool = False, "mean"

@@ -129,18 +129,19 @@ def test_a_run_without_a_whole_report_has_something_left_to_do(tmp_path, whole):
     assert is_reported(tmp_path, names) and not is_reported(tmp_path, [*names, "another"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole):
     """One run, killed in every stage: while texts are read, steps logged, checkpoints written, rows evaluated."""
     config, workdir = tiny.write_config(whole.base / "killed.py", whole.base), whole.base / "killed"
     cache = f"--config.cache_dir={whole.base / 'killed-cache'}"
     command = ("run", f"--config={config}", f"--workdir={workdir}", cache)
-    for point in ("tokenizer", "tokens", "log:pretrain:6", "saving:posttrain:4", "saved:finetune:8", "row:scratch"):
-        tiny.process(command, point=f"SIGKILL@{point}", status=-9)
-    done = tiny.process(command)
+    points = ("tokenizer", "tokens", "log:pretrain:6", "saving:posttrain:4", "saved:finetune:8", "row:scratch")
+    done = tiny.process(command, deaths=[f"SIGKILL@{point}" for point in points])
     assert "scratch: resumes at step 10" in done.stdout
     assert_same_results(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same(whole):
     workdir = whole.base / "damaged"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
@@ -163,6 +164,7 @@ def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same
     assert_same_results(workdir, whole)
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     """pretrain in one run; from its directory, posttrain in a second one; then what is left of that one."""
     parent, child = whole.base / "parent", whole.base / "child"
@@ -183,6 +185,7 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     assert tiny.rows(whole.workdir)["posttrain"]["general_bits_per_byte_change"] is not None
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_examples_on_another_number_of_devices(whole):
     workdir = whole.base / "moved"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain")
@@ -206,6 +209,7 @@ def test_a_stage_whose_parent_was_trained_anew_is_refused(whole, capsys):
     assert "posttrain was trained from other parameters of 'pretrain'" in error and "000000000000 now" in error
 
 
+@pytest.mark.slow
 def test_a_report_that_was_cut_short_is_written_again(whole):
     """matrix.json is written last: without it, the report is not taken for whole."""
     matrix = whole.workdir / "matrix.json"

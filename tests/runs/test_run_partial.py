@@ -18,6 +18,8 @@ from llm3.segments import canonical_path, segmented
 from llm3.tree import flatten, leaf_digests, params_digest
 from tests.helpers import tiny_run as tiny
 
+pytestmark = pytest.mark.slow
+
 STAGES = """c.model.compute_dtype = "bfloat16"
 c.evaluations = dict(general=c.evaluations.general)
 fit = dict(c.stages.finetune.to_dict(), seed=0, steps=8, save_every=3)
@@ -118,7 +120,6 @@ def killed(whole):
     return workdir
 
 
-@pytest.mark.slow
 def test_a_stage_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole, killed):
     """While a base is saved, after a partial save, between two phases, in the second, in the last save, at the row."""
     measured = {"seconds", "step_seconds", "full_step_seconds", "peak_bytes", "evaluation_seconds"}
@@ -132,7 +133,6 @@ def test_a_stage_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_b
         assert lines[0] == lines[1]
 
 
-@pytest.mark.slow
 def test_no_save_and_no_resuming_touches_the_base(killed):
     base = [changed for changed, _ in tiny.files(killed / "gradual" / "base").values()]
     for step in (3, 4, 6, 8):
