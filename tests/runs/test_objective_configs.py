@@ -57,7 +57,7 @@ def test_answers_that_are_learnt_by_heart_are_written_and_chosen_after_every_sta
     answered = [row | {"answer": " ".join(row["answer"].split()[:2])} for row in fixture("medical/medquad/test.jsonl")]
     learnt_by_heart(tmp_path / "data", "medical/medquad", answered[:4])
     abstracts = {row["label"]: row for row in fixture("medical/pubmedqa/train.jsonl")}  # the last one of each label
-    abstracts = [row | {"context": row["context"][:200]} for row in abstracts.values()]
+    abstracts = [row | {"context": row["context"][:60]} for row in abstracts.values()]
     learnt_by_heart(tmp_path / "data", "medical/pubmedqa", abstracts)
     names = ("pretrain", "posttrain", "finetune")
     sizes = {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain", "answers", "reading")}
@@ -67,7 +67,7 @@ def test_answers_that_are_learnt_by_heart_are_written_and_chosen_after_every_sta
     sizes |= {"stages.pretrain.sequence_length": 64, "stages.posttrain.sequence_length": 96}
     sizes |= {"stages.finetune.sequence_length": 256}
     few = {f"stages.{name}.{field}": 80 for name in names[1:] for field in ("steps", "save_every", "log_every")}
-    few |= {f"stages.{name}.optimizer.learning_rate": 1e-2 for name in names[1:]}
+    few |= {"stages.posttrain.optimizer.learning_rate": 1e-2, "stages.finetune.optimizer.learning_rate": 5e-3}
     few |= {"stages.posttrain.optimizer.name": "adamw", "stages.posttrain.optimizer.options": {}}
     few |= {"model.d_model": 64, "model.d_ff": 64, "stages.posttrain.data.medquad": 0.05}
     rows, metrics = rows_of(tmp_path, "reading.py", names, data_dir=tmp_path / "data", **sizes, **few)
