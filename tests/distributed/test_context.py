@@ -72,6 +72,7 @@ def computed(case: str, mesh_name: str):
 
 @pytest.mark.parametrize("mesh_name", list(MESHES)[1:])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_losses_and_gradients_are_those_of_one_device(case, mesh_name):
     if case != "causal" and mesh_name == "context":
         pytest.skip("the other meshes show it")

@@ -165,9 +165,9 @@ def loss_and_gradients(cut=None, **changes):
     "changes",
     [
         {"remat": "full"},
-        {"logit_chunk": 4},
+        pytest.param({"logit_chunk": 4}, marks=pytest.mark.slow),
         {"logit_chunk": 5},
-        {"remat": "dots", "scan_unroll": 3},
+        pytest.param({"remat": "dots", "scan_unroll": 3}, marks=pytest.mark.slow),
         {"cut": ((0, 1), (1, 3)), "scan_unroll": 2},
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         pytest.param({"remat": "full", "scan_unroll": 3}, marks=pytest.mark.slow),

@@ -207,6 +207,7 @@ def test_reading_the_hidden_places_only_changes_neither_loss_nor_gradients():
         np.testing.assert_allclose(leaf, expected[path], atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_depend_on_how_the_batch_is_cut():
     config = model_config(**ENCODER)
     plain = OptimizerConfig("sgd", 1.0, "constant", weight_decay=0.0, clip_norm=0.0)

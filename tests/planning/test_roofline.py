@@ -99,6 +99,7 @@ KEPT_BY_HAND = {  # bytes of a token and layer that the backward pass finds, bes
 
 
 @pytest.mark.parametrize("policy", KEPT_BY_HAND)
+@pytest.mark.slow
 def test_the_activations_kept_are_those_of_the_formula_times_batch_and_layers(policy):
     rows = 16
 
@@ -163,6 +164,7 @@ def test_what_is_traced_for_a_device_is_its_share_of_the_flops_by_formula(stage,
     ],
     ids=["top", "lora", "classify"],
 )
+@pytest.mark.slow
 def test_a_loop_does_a_little_more_than_the_formula_and_so_does_what_tensor_does_not_cut(stage, model):
     """The gradient of the lowest layer's input; the narrow side of an adapter, and the classes."""
     config = config_of(stage, **model)
@@ -194,6 +196,7 @@ def test_windows_that_are_cut_hold_the_keys_and_values_of_all():
         pytest.param({"data": 2, "fsdp": 4}, id="data and fsdp"),
     ],
 )
+@pytest.mark.slow
 def test_the_collectives_are_those_of_the_compiled_step(sizes):
     """On a CPU, all is float32, a reduce-scatter an all-reduce, and both uses of the embedding are reduced."""
     config = config_of({"kind": "pretrain", "start": None}, compute_dtype="float32")
