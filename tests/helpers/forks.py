@@ -101,8 +101,11 @@ def _serve() -> list[str]:
 
 
 def _wait(pid: int, seconds: float) -> dict[str, Any]:
-    end = time.monotonic() + seconds
+    end, client = time.monotonic() + seconds, os.getppid()
     while True:
+        if os.getppid() != client:  # it was killed, and nobody waits any more
+            os.kill(pid, signal.SIGKILL)
+            sys.exit()
         ended, status, used = os.wait4(pid, os.WNOHANG)
         if ended:
             return {"status": os.waitstatus_to_exitcode(status), "cpu_seconds": used.ru_utime + used.ru_stime}
