@@ -1,4 +1,4 @@
-"""Errors that a user can act on, checks that raise them, and the exit status of each way in which a run can end."""
+"""Errors that a user can act on, checks that raise them, and the exit status for each way that a run can end."""
 
 import difflib
 import enum
@@ -15,10 +15,10 @@ class Exit(enum.IntEnum):
 
     DONE = 0
     BAD_INPUT = 2
-    DIVERGED = 3  # the guard left out too many steps in a row
+    DIVERGED = 3  # the guard skipped too many steps in a row
     HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
-    NOT_WRITTEN = 5  # a checkpoint or another file: what was there before is whole
-    PREEMPTED = 75  # SIGTERM: all is saved, to be run again (EX_TEMPFAIL of sysexits.h)
+    NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
+    PREEMPTED = 75  # SIGTERM: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
 
 
 class UserError(Exception):
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Too many steps in a row had to be left out."""
+    """The guard skipped too many steps in a row."""
 
     exit = Exit.DIVERGED
 
@@ -39,12 +39,12 @@ class NotWritten(UserError):
     exit = Exit.NOT_WRITTEN
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what only a write can meet with: a full disk, a quota, read-only
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full disk, quota exceeded, read-only: only a write raises these
 
 
 @contextmanager
 def writing(what: object, *numbers: int) -> Iterator[None]:
-    """Raise NotWritten where the operating system refuses to write `what`; numbers: for these errors only."""
+    """Turn an OSError into NotWritten that names `what`. numbers: only for these values of errno; none: for all."""
     try:
         yield
     except OSError as error:
@@ -53,29 +53,29 @@ def writing(what: object, *numbers: int) -> Iterator[None]:
         raise NotWritten(f"{what} was not written: {error.strerror or error}") from error
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    """What an error was raised from, the first cause first, and the error itself."""
-    return [*(causes(error.__cause__) if error.__cause__ is not None else []), error]
+def cause_chain(error: BaseException) -> list[BaseException]:
+    """The chain of `__cause__`, the root cause first, the error itself last."""
+    return [*(cause_chain(error.__cause__) if error.__cause__ is not None else []), error]
 
 
-def cause(error: BaseException) -> str:
-    """The first cause, on one line."""
-    first = causes(error)[0]
+def root_cause(error: BaseException) -> str:
+    """The type and message of the root cause, on one line."""
+    first = cause_chain(error)[0]
     return f"{type(first).__name__}: {' '.join(str(first).split())[:300]}"
 
 
-def refused(error: BaseException) -> str | None:
-    """What the operating system said, where that is what an error was raised from; None for any other error."""
-    for each in causes(error):
+def os_reason(error: BaseException) -> str | None:
+    """The message of the operating system if an OSError caused this error, else None."""
+    for each in cause_chain(error):
         if isinstance(each, OSError):
             return each.strerror or str(each)
-        if number := re.search(r"os_error_code='(\d+)'", str(each)):  # as TensorStore says it
+        if number := re.search(r"os_error_code='(\d+)'", str(each)):  # the wording of TensorStore
             return os.strerror(int(number[1]))
     return None
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message, the first few of them."""
+    """The first `most` names for a message, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -1,4 +1,4 @@
-"""The names of a run's files, and how a file is written: complete, or not at all."""
+"""The names of the files in a run directory, and atomic writes."""
 
 import json
 import os
@@ -9,24 +9,24 @@ from typing import Any
 
 from llm3.errors import UserError, writing
 
-# In the directory of a run
+# In the run directory
 TOKENIZER = "tokenizer.json"
 REPORT = "report.md"
-MATRIX = "matrix.json"  # the rows of all stages; written last, so that its presence marks a complete report
-INIT = "init"  # the folder of the untrained model, and its name as the parent of baselines
+MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence marks a complete report
+INIT = "init"  # the folder of the untrained model, and its name as a parent
 
-# In the folder of a stage
+# In a stage folder
 CHECKPOINTS = "checkpoints"
-RECORD = "config.json"  # the part of the config that the stage was computed from
+RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
-ROW = "evaluation.json"  # the stage's row of the matrix, once the stage is finished
-DETAILS = "details.json"  # what its evaluations report beyond single numbers
+ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
+DETAILS = "details.json"  # evaluation results that are not single numbers
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file such that a reader finds either the old content or the new one. Raises OSError.
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees either the old content or the new one. Raises OSError.
 
-    Missing folders are made. Several processes may write the same file at once: the last one wins.
+    Missing folders are created. Several processes may write the same file at once: the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
@@ -40,14 +40,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file with `write_whole`. Raises NotWritten where the disk refuses, ValueError for NaN or inf."""
+    """Write a JSON file atomically. Raises NotWritten if the disk refuses, ValueError for NaN or inf."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with writing(path):
-        write_whole(path, text)
+        write_atomic(path, text)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None where there is none. Raises UserError for a damaged one."""
+    """The content of a JSON file; None if the file does not exist. Raises UserError if it is damaged."""
     if not path.is_file():
         return None
     try:

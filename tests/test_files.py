@@ -1,14 +1,14 @@
-"""A file of a run is complete or untouched."""
+"""Files of a run are written completely or not at all."""
 
 import json
 
 import pytest
 
 from llm3.errors import NotWritten, UserError
-from llm3.files import read_json, write_json, write_whole
+from llm3.files import read_json, write_atomic, write_json
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path):
+def test_json_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a" / "b.json"
     write_json(path, {"x": 1})
     with pytest.raises(TypeError):
@@ -23,11 +23,11 @@ def test_a_damaged_record_is_named(tmp_path):
         read_json(tmp_path / "record.json")
 
 
-def test_a_file_that_cannot_be_written_stays_as_it_was_and_leaves_nothing_beside_it(tmp_path):
+def test_a_file_that_cannot_be_written_stays_as_it_was_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "row.json"
     write_json(path, {"x": 1})
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "\ud800")
+        write_atomic(path, "\ud800")
     (tmp_path / "folder").mkdir()
     with pytest.raises(NotWritten, match="folder was not written"):
         write_json(tmp_path / "folder", {})

@@ -1,7 +1,7 @@
-"""A save that Orbax goes on with in the background, and the errors of its threads.
+"""Asynchronous Orbax saves, and the errors of their background threads.
 
-Where a save fails, every thread that has a part in it says so, with a traceback. All but one line of that is noise:
-it is kept back here, and the error is raised to whoever waits for the save.
+When a save fails, every thread involved logs a traceback. This module suppresses that noise and raises the error once,
+to the caller that waits for the save.
 """
 
 import logging
@@ -17,7 +17,7 @@ POLL_SECONDS = 2.0
 
 
 class _Failures(logging.Filter):
-    """Keeps back what threads of Orbax log of their errors, and remembers the last one."""
+    """Suppresses the errors that Orbax threads log, and remembers the last one."""
 
     last: BaseException | None = None
 
@@ -34,39 +34,39 @@ _failures = _Failures()
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_failures)
 warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-_tell = sys.unraisablehook
+_default_hook = sys.unraisablehook
 
 
-def _tell_others(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":  # what TensorStore meets with that comes too late
-        _tell(unraisable)
+def _unraisable_hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":  # a TensorStore callback after shutdown
+        _default_hook(unraisable)
 
 
-sys.unraisablehook = _tell_others
+sys.unraisablehook = _unraisable_hook
 
 
-class Stuck(Exception):
-    """A thread of a save has failed, and another one waits for a process that waits for this one."""
+class Deadlock(Exception):
+    """A save thread has failed, and the remaining ones wait for another process, which waits for this one."""
 
 
-class Pending:
-    """A save of `step`, to be made before it begins; `response` is Orbax's, once it has begun."""
+class AsyncSave:
+    """One save of `step`, created before it begins; `response` is the response of Orbax once it has begun."""
 
     def __init__(self, step: int):
         self.step, self.response = step, None
         _failures.last = None
 
     def wait(self) -> Any:
-        """Return when the save is finished. Raises what Orbax raises, and Stuck, from the cause."""
+        """Return when the save is finished. Raises any error of Orbax, and Deadlock from its cause."""
         failed = None
         while jax.process_count() > 1:
             started = time.monotonic()
             try:
                 return self.response.result(POLL_SECONDS)
             except TimeoutError:
-                if time.monotonic() - started < POLL_SECONDS:  # one of the save's own
+                if time.monotonic() - started < POLL_SECONDS:  # raised by the save itself
                     raise
             if failed is not None:
-                raise Stuck from failed
+                raise Deadlock from failed
             failed = _failures.last
         return self.response.result()

@@ -1,7 +1,7 @@
-"""Checkpoints of what trains alone: its leaves as pieces that are laid over a complete base.
+"""Checkpoints of trainable weights only, as slices that patch a full base checkpoint.
 
-A piece is a leaf of a segmented tree: "layers/6:8/mlp/up/kernel" holds layers 6 and 7 of the base's
-"layers/mlp/up/kernel"; a path outside the stack stands for the whole leaf.
+A slice is a leaf of a segmented tree: "layers/6:8/mlp/up/kernel" holds layers 6 and 7 of "layers/mlp/up/kernel" in the
+base. A path outside the layer stack holds the complete leaf.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from llm3.errors import UserError
 from llm3.segments import canonical_path, locate
 
 
-def check_pieces(where: str, pieces: Mapping[str, Any], base: Mapping[str, tuple]) -> None:
-    """Raise UserError where a piece does not fit into `base`, {path: (shape, dtype)}."""
+def check_slices(where: str, slices: Mapping[str, Any], base: Mapping[str, tuple]) -> None:
+    """Raise UserError for a slice whose path, layers, shape or dtype does not fit `base`, {path: (shape, dtype)}."""
     wrong = []
-    for path, piece in pieces.items():
+    for path, leaf in slices.items():
         canonical, layers = locate(path)
         if canonical not in base:
             wrong.append(f"{path}: not in the base")
@@ -27,16 +27,16 @@ def check_pieces(where: str, pieces: Mapping[str, Any], base: Mapping[str, tuple
             shape = (len(layers), *shape[1:])
         if layers is not None and not 0 <= layers.start < layers.stop <= base[canonical][0][0]:
             wrong.append(f"{path}: the base has {base[canonical][0][0]} layers")
-        elif (tuple(piece.shape), np.dtype(piece.dtype)) != (shape, dtype):
-            wrong.append(f"{path}: {piece.dtype} {tuple(piece.shape)}, the base expects {dtype} {shape}")
+        elif (tuple(leaf.shape), np.dtype(leaf.dtype)) != (shape, dtype):
+            wrong.append(f"{path}: {leaf.dtype} {tuple(leaf.shape)}, the base expects {dtype} {shape}")
     if wrong:
         raise UserError("\n  ".join([f"{where} does not fit its base:", *wrong]))
 
 
-def pieces_like(abstract: Mapping[str, Any], saved: Mapping[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the `saved` pieces, {path: (shape, dtype)}, in dtype and sharding of the canonical leaves.
+def abstract_slices(abstract: Mapping[str, Any], saved: Mapping[str, tuple]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The `saved` slices, {path: (shape, dtype)}, with the dtype and sharding of their canonical leaves.
 
-    A sharding fits the piece of a leaf as well, for the axis of the layers is never cut.
+    The sharding of a leaf also fits its slices, because the layer axis is never sharded.
     """
     leaves = {path: abstract[canonical_path(path)] for path in saved}
     return {
@@ -44,28 +44,28 @@ def pieces_like(abstract: Mapping[str, Any], saved: Mapping[str, tuple]) -> dict
     }
 
 
-def overlay(base: dict[str, Any], pieces: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the pieces laid over it, {canonical path: leaf}; the base's arrays are donated, or changed in place.
+def patch(base: dict[str, Any], slices: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` patched by the slices, {canonical path: leaf}; jax arrays of the base are donated, numpy ones are mutated.
 
-    Both are numpy arrays or both on devices; the result has the shardings of the base.
+    Base and slices are either all numpy arrays or all on devices. The result keeps the shardings of the base.
     """
     if all(isinstance(leaf, np.ndarray) for leaf in base.values()):
-        return base | _laid_over(base, pieces)
-    touched = {path: base[path] for path in map(canonical_path, pieces)}
+        return base | _patched(base, slices)
+    touched = {path: base[path] for path in map(canonical_path, slices)}
     shardings = {path: leaf.sharding for path, leaf in touched.items()}
-    return base | jax.jit(_laid_over, out_shardings=shardings, donate_argnums=0)(touched, dict(pieces))
+    return base | jax.jit(_patched, out_shardings=shardings, donate_argnums=0)(touched, dict(slices))
 
 
-def _laid_over(base: Mapping[str, Any], pieces: Mapping[str, Any]) -> dict[str, Any]:
+def _patched(base: Mapping[str, Any], slices: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
-    for path, piece in pieces.items():
+    for path, values in slices.items():
         canonical, layers = locate(path)
         leaf = changed.get(canonical, base[canonical])
         if layers is None:
-            changed[canonical] = piece
+            changed[canonical] = values
         elif isinstance(leaf, np.ndarray):
-            leaf[layers.start : layers.stop] = piece
+            leaf[layers.start : layers.stop] = values
             changed[canonical] = leaf
         else:
-            changed[canonical] = leaf.at[layers.start : layers.stop].set(piece)
+            changed[canonical] = leaf.at[layers.start : layers.stop].set(values)
     return changed

@@ -1,4 +1,4 @@
-"""The stages of a run as its checkpoints have them, and the parameters of one of them."""
+"""Read-only access to a finished or running run: which stages have checkpoints, and the parameters of one stage."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from llm3.models.transformer import abstract_params
 
 
 def trained_stages(workdir: Path) -> list[str]:
-    """The stages of a run that have a checkpoint: parents first, baselines last. Raises UserError without any."""
+    """The stages of a run that have a checkpoint: parents first, baselines last. Raises UserError if there is none."""
     ranks = {}
     for directory in workdir.glob(f"*/{CHECKPOINTS}"):
         checkpoints = Checkpoints(directory, read_only=True)
@@ -27,9 +27,9 @@ def trained_stages(workdir: Path) -> list[str]:
 def load_stage(
     workdir: Path, name: str, step: str = "latest", mesh: Mesh | None = None
 ) -> tuple[dict, ModelConfig, dict]:
-    """The canonical parameters of a stage of a run, its model and its metadata. Raises UserError.
+    """The canonical parameters, model config and checkpoint metadata of a stage. Raises UserError.
 
-    mesh: where the parameters are placed; None: numpy arrays.
+    mesh: the mesh to place the parameters on; None: return numpy arrays.
     """
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:

@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself: digests and shapes of all leaves, a digest over all of that, and its score.
+"""The metadata of a checkpoint: digests and shapes of all leaves, a digest of the metadata itself, and a score.
 
-The score is the metric by which the best checkpoint of a stage is chosen.
+The score is the metric that selects the best checkpoint of a stage.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from llm3.tree import combine_digests, leaf_digests
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of any pytree, in the order of its leaves."""
+    """Any pytree as {path: leaf}, in leaf order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
 def as_arrays(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves as arrays, of jax or of numpy."""
+    """The leaves as arrays: jax arrays stay, anything else becomes a numpy array."""
     return {path: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for path, leaf in leaves.items()}
 
 
@@ -46,28 +46,28 @@ def not_finite(leaves: dict[str, Any]) -> list[str]:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """A leaf as a numpy array, also one that is spread over processes: all of them have to ask for it."""
+    """A leaf as a numpy array. If it is sharded over several processes, all of them must call this."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
 
 
 def digests_of(leaves: dict[str, Any]) -> dict[str, str]:
-    """`leaf_digests` in parallel, also of arrays that are spread over processes."""
+    """`leaf_digests` in parallel, also for arrays that are sharded over several processes."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         each = pool.map(leaf_digests, ({path: on_host(leaf)} for path, leaf in leaves.items()))
         return {path: digest for one in each for path, digest in one.items()}
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
+    """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
-    """`meta` as JSON gives it back, with the digests and shapes of all leaves, and its own digest.
+def with_digests(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
+    """`meta` after a round trip through JSON, with the digests and shapes of all leaves and a digest of itself.
 
-    Where `meta["base"]` names the digest of other parameters that these are laid over, `params_digest` covers them too.
+    In a delta checkpoint, `meta["base"]` is the digest of the base, and `params_digest` covers it as well.
     """
     meta = json.loads(json.dumps(meta))
     meta.pop("meta_digest", None)
@@ -81,12 +81,12 @@ def sealed(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
 
 
 def saved_shapes(meta: dict, part: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """{path: (shape, dtype)} of a part, "params" or "opt", from its metadata."""
+    """{path: (shape, dtype)} of a part, "params" or "opt", as recorded in the metadata."""
     return {path: (tuple(shape), jnp.dtype(dtype)) for path, (shape, dtype) in meta["shapes"][part].items()}
 
 
-def other_arrays(arrays: dict[str, Any], saved: dict[str, tuple]) -> list[str]:
-    """What is wrong with the arrays found, by path, where {path: (shape, dtype)} was saved."""
+def array_mismatches(arrays: dict[str, Any], saved: dict[str, tuple]) -> list[str]:
+    """One line for each path where dtype or shape on disk differ from the `saved` {path: (shape, dtype)}."""
     found = {path: f"{array.dtype} {tuple(array.shape)}" for path, array in arrays.items()}
     expected = {path: f"{dtype} {shape}" for path, (shape, dtype) in saved.items()}
     return [
@@ -97,7 +97,7 @@ def other_arrays(arrays: dict[str, Any], saved: dict[str, tuple]) -> list[str]:
 
 
 def check_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) -> None:
-    """Raise UserError, with the whole difference, where a checkpoint does not have these leaves and shapes."""
+    """Raise UserError that lists every leaf whose path or shape differs between the checkpoint and `abstract`."""
     wrong = [f"{path}: not in the checkpoint" for path in abstract if path not in saved]
     wrong += [f"{path}: only in the checkpoint" for path in saved if path not in abstract]
     wrong += [
@@ -110,26 +110,26 @@ def check_shapes(where: str, abstract: dict[str, Any], saved: dict[str, tuple]) 
 
 
 def scored(name: str, signed: float | None) -> dict:
-    """The field of a checkpoint's metadata for a figure, signed so that lower is better.
+    """The metadata field for the metric that selects the best checkpoint, signed so that lower is better.
 
-    It is empty without a figure, and for one that is not finite: that checkpoint cannot be the best.
+    Its value is None if the metric is missing or not finite: such a checkpoint cannot be the best.
     """
-    known = signed is not None and math.isfinite(signed)
-    return {"scored": {"name": name, "value": float(signed)} if known else None}
+    finite = signed is not None and math.isfinite(signed)
+    return {"scored": {"name": name, "value": float(signed)} if finite else None}
 
 
 def best_step(metas: Mapping[int, dict], stage: str, where: str) -> int:
-    """Of {step: metadata} of a stage, the step with the lowest figure, the later one of equals.
+    """The step with the lowest score in {step: metadata}; of equal scores, the later step.
 
-    Only figures of the name that the latest one has are compared. Raises UserError where none has a figure.
+    Only scores of the same metric as the latest score are compared. Raises UserError if no step has a score.
     """
-    figures = {step: meta["scored"] for step, meta in metas.items() if meta.get("scored")}
-    if not figures:
+    scores = {step: meta["scored"] for step, meta in metas.items() if meta.get("scored")}
+    if not scores:
         raise UserError(
-            f"{where}.step='best': no checkpoint of the parent has a figure to choose by: set stages.{stage}.best in "
+            f"{where}.step='best': no checkpoint of the parent has a metric to choose by: set stages.{stage}.best in "
             f"the parent's config, as in best='EVALUATION_bits_per_byte', or name a step "
-            f"(there: {', '.join(map(str, metas))})"
+            f"(available: {', '.join(map(str, metas))})"
         )
-    name = figures[max(figures)]["name"]
-    comparable = [step for step in figures if figures[step]["name"] == name]
-    return min(comparable, key=lambda step: (figures[step]["value"], -step))
+    name = scores[max(scores)]["name"]
+    comparable = [step for step in scores if scores[step]["name"] == name]
+    return min(comparable, key=lambda step: (scores[step]["value"], -step))

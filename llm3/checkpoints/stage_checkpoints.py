@@ -1,7 +1,7 @@
-"""The checkpoints of a stage. Those of a stage with frozen leaves hold what trains, and rest on one complete base.
+"""The checkpoints of a stage. A stage with frozen parameters saves delta checkpoints, which patch one full base.
 
-The base, STAGE/base/0, is written once, at the stage's start. A checkpoint that rests on it says so in its metadata:
-`base` is the `params_digest` of the base, and its own `params_digest` covers that. Readers do not see the difference.
+The base, STAGE/base/0, is written once, when the stage starts. The metadata of a delta checkpoint names it: `base` is
+the `params_digest` of the base, and the `params_digest` of the delta covers it. Readers see no difference.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,24 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm3.checkpoints.delta import check_pieces, overlay, pieces_like
+from llm3.checkpoints.delta import abstract_slices, check_slices, patch
 from llm3.checkpoints.metadata import digests_of, on_host, saved_shapes
 from llm3.checkpoints.orbax_store import DamagedCheckpoint, Store
 from llm3.errors import UserError, listed
 from llm3.tree import combine_digests, flatten, unflatten
 
-BASE = "base"  # the folder of a stage that holds its base, and the key of its digest in the metadata
+BASE = "base"  # the folder of the base in a stage, and the metadata key of its digest
 
 
 class Wanted(NamedTuple):
-    """What a resuming stage needs at some step, as trees of jax.ShapeDtypeStruct."""
+    """The parameters and optimizer state that a stage needs to resume, as trees of jax.ShapeDtypeStruct."""
 
     params: dict  # canonical
     opt: Any
 
 
 class Restored(NamedTuple):
-    """What `load_newest` found; params: canonical; skipped: a line for each newer step that is damaged, and why."""
+    """The checkpoint that `load_newest` restored. params: canonical. skipped: a line for each newer, damaged step."""
 
     step: int
     params: dict
@@ -38,9 +38,9 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one stage in `directory`, which stands beside its base.
+    """The checkpoints of one stage in `directory`, next to the directory of its base.
 
-    keep: how many of the latest steps stay. best: the name of a metric; the step where it is lowest stays as well.
+    keep: the number of latest steps to keep. best: the name of a metric; the step where it is lowest is kept too.
     read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
     """
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self._steps = Store(directory, keep=keep, best=best, read_only=read_only)
         self.directory = self._steps.directory
         self._base = Store(self.directory.parent / BASE, keep=1, read_only=read_only)
-        self._base_digest: str | None = None  # of the base that `save_base` has found or written
+        self._base_digest: str | None = None  # set by `save_base`
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -61,21 +61,21 @@ class Checkpoints:
         return self._steps.steps()
 
     def latest(self) -> int | None:
-        """The highest step, whichever file is the newest."""
+        """The highest step, regardless of file times."""
         return self._steps.latest()
 
     def meta(self, step: int) -> dict:
-        """The metadata of a step. Raises UserError where there is no such step, and DamagedCheckpoint."""
+        """The metadata of a step. Raises UserError if there is no such step, DamagedCheckpoint if it is damaged."""
         return self._steps.meta(step)
 
     def save_base(self, params: dict, meta: dict, trained: dict | None = None) -> None:
-        """See to it that there is a base for what is frozen; to be called whenever a stage starts or resumes.
+        """Ensure that a base with the frozen parameters exists; call it whenever a stage starts or resumes.
 
-        params: the canonical parameters. trained: the segmented leaves that may differ from the base by now, for a
-        stage that resumes; default none. A base that holds all the rest of `params` stays as it is. Any other one (a
-        run died before its first checkpoint, or it is damaged) is replaced by `params`, in the background.
+        params: the canonical parameters. trained: the segmented leaves that training may have changed, if the stage
+        resumes. A base that equals `params` in all other leaves is kept. Any other base (the run died before its first
+        checkpoint, or the base is damaged) is replaced by `params`, in the background.
 
-        Raises UserError where checkpoints rest on a base that is neither there nor equal to `params`.
+        Raises UserError if delta checkpoints depend on a base that is missing and differs from `params`.
         """
         expected = digests_of(flatten(params))
         digest = self._matching_base(expected, flatten(trained or {}))
@@ -83,8 +83,8 @@ class Checkpoints:
         digest = digest or combine_digests(expected)
         if others := [step for step, base in self._bases().items() if base != digest]:
             raise UserError(
-                f"{self._base.directory} does not hold the frozen parameters of this stage, on which the checkpoints "
-                f"of step {listed(map(str, others))} in {self.directory} rest: bring it back, or move them away"
+                f"{self._base.directory} does not hold the frozen parameters of this stage, needed by the delta "
+                f"checkpoints of step {listed(map(str, others))} in {self.directory}: restore it, or move them away"
             )
         if not found:
             if self._base.steps():
@@ -100,30 +100,30 @@ class Checkpoints:
         meta: dict,
         metrics: Mapping[str, float] | None = None,
         *,
-        partial: bool = False,
+        delta: bool = False,
     ) -> None:
-        """Save in the background, as in `Store`; a complete checkpoint of canonical `params`, unless `partial`.
+        """Save in the background, as `Store.save`: a full checkpoint of canonical `params`, unless `delta`.
 
-        partial: `params` is the segmented tree of what trains; the rest is that of the base. Raises UserError as well
-        where a leaf does not fit the base, and where the base is not as `save_base` left it.
+        delta: `params` is the segmented tree of the trainable parameters; the base holds the others. Also raises
+        UserError if a leaf does not fit the base, or if the base has changed since `save_base`.
         """
-        meta = {key: value for key, value in meta.items() if key != BASE}  # a resumed stage brings that of its start
-        if partial and self._base_digest is None:
-            raise RuntimeError("save_base comes before a save of what trains alone")
+        meta = {key: value for key, value in meta.items() if key != BASE}  # a resumed stage passes its old metadata
+        if delta and self._base_digest is None:
+            raise RuntimeError("call save_base before saving a delta checkpoint")
         self.wait()
-        if partial:
+        if delta:
             base = self._base_of(f"step {step}", self._base_digest)
-            check_pieces(f"step {step}", flatten(params), saved_shapes(base, "params"))
+            check_slices(f"step {step}", flatten(params), saved_shapes(base, "params"))
             meta[BASE] = self._base_digest
         self._steps.save(step, params, opt, meta, metrics)
 
     def wait(self) -> None:
-        """Return when the last save and that of the base are finished. Raises NotWritten as in `Store`."""
+        """Return when the last save and the save of the base are finished. Raises NotWritten as `Store.wait`."""
         self._base.wait()
         self._steps.wait()
 
     def close(self) -> None:
-        """Wait for the last saves and release what Orbax holds. Raises NotWritten as in `Store`."""
+        """Wait for the last saves and close the Orbax checkpointers. Raises NotWritten as `Store.close`."""
         try:
             self._base.close()
         finally:
@@ -135,36 +135,38 @@ class Checkpoints:
         return saved_shapes(self._base_of(f"step {step}", meta[BASE]) if BASE in meta else meta, "params")
 
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
-        """The canonical parameters of a step, as in `Store`, also where they rest on the base."""
+        """The canonical parameters of a step, from a full or a delta checkpoint, as `Store.load_params`."""
         meta = self.meta(step)
         if BASE not in meta:
             return self._steps.load_params(step, abstract)
         self._base_of(f"step {step}", meta[BASE])
         base = flatten(self.base(abstract))
-        like = None if abstract is None else pieces_like(flatten(abstract), saved_shapes(meta, "params"))
-        return unflatten(overlay(base, flatten(self.load_trainable(step, like and unflatten(like)))))
+        like = None if abstract is None else abstract_slices(flatten(abstract), saved_shapes(meta, "params"))
+        return unflatten(patch(base, flatten(self.load_trainable(step, like and unflatten(like)))))
 
     def load_trainable(self, step: int, abstract: dict | None = None) -> dict:
-        """The segmented tree of what trained, as a checkpoint that rests on the base holds it; see `load_params`."""
+        """The segmented tree of trained parameters in a delta checkpoint; see `load_params`."""
         if BASE not in self.meta(step):
-            raise UserError(f"{self.directory / str(step)} is complete: it does not say what trained")
+            raise UserError(
+                f"{self.directory / str(step)} is a full checkpoint: it does not record which parameters were trained"
+            )
         return self._steps.load_params(step, abstract)
 
     def load_opt(self, step: int, abstract: Any) -> Any:
-        """The optimizer state of a step, as in `Store`."""
+        """The optimizer state of a step, as `Store.load_opt`."""
         return self._steps.load_opt(step, abstract)
 
     def base(self, abstract: dict | None = None) -> dict:
-        """The canonical parameters of the base; the rest as in `load_params`."""
+        """The canonical parameters of the base, as `load_params`."""
         self._base.wait()
         return self._base.load_params(0, abstract)
 
     def load_newest(self, wanted: Callable[[int], Wanted]) -> Restored | None:
-        """The highest step that is intact; None only where there is no checkpoint at all.
+        """The highest intact step; None only if there is no checkpoint at all.
 
-        wanted: what to load at a step. A damaged step stays where it is until the next save, which renames it to
-        <step>.damaged; all that rest on a damaged base are damaged. Raises UserError where none can be read, and where
-        an intact one has other paths or shapes.
+        wanted: {step: trees to load}, as a function. The next save renames a damaged step to <step>.damaged. All delta
+        checkpoints of a damaged base are damaged. Raises UserError if no checkpoint can be read, or if an intact one
+        has other paths or shapes.
         """
         skipped: list[str] = []
         for step in reversed(self.steps()):
@@ -178,32 +180,32 @@ class Checkpoints:
         if skipped:
             reasons = "\n".join(f"  {line}" for line in skipped)
             raise UserError(
-                f"{self.directory}: none of its checkpoints can be read; move it away to start anew\n{reasons}"
+                f"{self.directory}: none of its checkpoints can be read; move it away to start again\n{reasons}"
             )
         return None
 
     def _base_of(self, what: str, digest: str | None) -> dict:
-        """The metadata of the base, which must have this digest."""
+        """The metadata of the base, which must have this digest. what: the checkpoint that needs it."""
         path = self._base.directory / "0"
         if 0 not in self._base.steps():
-            raise DamagedCheckpoint(f"{path}, on which {what} rests, is missing")
+            raise DamagedCheckpoint(f"{path}, the base of {what}, is missing")
         meta = self._base.meta(0)
         if meta["params_digest"] != digest:
-            raise DamagedCheckpoint(f"{path} holds other parameters than those on which {what} rests")
+            raise DamagedCheckpoint(f"{path} does not hold the parameters that {what} was saved against")
         return meta
 
     def _matching_base(self, expected: dict[str, str], trained: dict[str, Any]) -> str | None:
-        """The digest of the base, if it is intact and has these digests once `trained` is laid over."""
+        """The digest of the base, if it is intact and has the `expected` digests once patched by `trained`."""
         try:
             base, meta = flatten(self.base()), self._base.meta(0)
-            check_pieces("what trains", trained, saved_shapes(meta, "params"))
+            check_slices("the trained parameters", trained, saved_shapes(meta, "params"))
         except UserError:
             return None
         host = {path: on_host(leaf) for path, leaf in trained.items()}
-        return meta["params_digest"] if digests_of(overlay(base, host)) == expected else None
+        return meta["params_digest"] if digests_of(patch(base, host)) == expected else None
 
     def _bases(self) -> dict[int, str]:
-        """{step: the base on which it rests}, without the steps that were found to be damaged."""
+        """{step: digest of its base} of the delta checkpoints that are not known to be damaged."""
         bases = {}
         for step in self.steps():
             with suppress(DamagedCheckpoint):

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm3.data.cache.cache import TokenCache
 from llm3.errors import UserError
-from llm3.files import write_whole
+from llm3.files import write_atomic
 
 FORMAT = 1  # part of the key; raise it when the meaning of a result changes
 NEAR = 0.5  # a document with this share of its n-grams in the training data is a near-duplicate
@@ -78,7 +78,7 @@ def cached_contamination(
         return Contamination(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
     except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: compute it again
         found = find_contamination(evaluation, training, n)
-        write_whole(file, json.dumps(found._asdict()))
+        write_atomic(file, json.dumps(found._asdict()))
         return found
 
 

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from llm3.errors import UserError
-from llm3.files import write_whole
+from llm3.files import write_atomic
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # the id of a token is its index
 MIN_VOCAB_SIZE = len(SPECIALS) + 256
@@ -139,7 +139,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a JSON file, complete or not at all."""
-        write_whole(Path(path), self._json)
+        write_atomic(Path(path), self._json)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":

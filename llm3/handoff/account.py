@@ -1,4 +1,4 @@
-"""The account of a hand-off: what becomes of every leaf, and whether the loaded ones keep their function."""
+"""The account of a handoff: what happens to every leaf, and whether the model computes the loaded ones as before."""
 
 import dataclasses
 import re
@@ -12,40 +12,40 @@ from llm3.handoff.start import Start
 
 
 class Account(NamedTuple):
-    """What becomes of every leaf, by path."""
+    """What happens to every leaf, by path."""
 
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
     dropped: tuple[str, ...]
-    extended: tuple[str, ...]  # of the loaded ones, those that new tokens were added to
-    cast: dict[str, str]  # of the loaded ones, those that had another dtype, and which
+    extended: tuple[str, ...]  # the loaded leaves that gain rows or columns for new tokens
+    cast: dict[str, str]  # {path: dtype in the parent} of the loaded leaves whose dtype changes
 
-    def said(self) -> dict:
-        """For the metadata of the child: what is not simply the parent's."""
+    def provenance(self) -> dict:
+        """The leaves that differ from the parent, for the metadata of the child."""
         return {key: list(getattr(self, key)) for key in ("fresh", "dropped", "extended")} | {"cast": self.cast}
 
     def describe(self) -> str:
-        """In a line."""
-        return "; ".join([f"{len(self.loaded)} leaves loaded", *changes(self.said())])
+        """The account on one line."""
+        return "; ".join([f"{len(self.loaded)} leaves loaded", *changes(self.provenance())])
 
 
-def changes(said: dict) -> list[str]:
-    """What is not simply the parent's, in words; `said` as a child's metadata and its lineage have it."""
-    number = Counter((said.get("cast") or {}).values())
-    cast = [f"{n} {'leaf' if n == 1 else 'leaves'} cast from {dtype}" for dtype, n in sorted(number.items())]
-    cast += [f"frozen kernels rounded to {said['rounded']}"] if said.get("rounded") else []
-    words = {"extended": "extended by the mean of the old tokens", "fresh": "fresh", "dropped": "dropped"}
-    return cast + [f"{text}: {listed(said[key])}" for key, text in words.items() if said.get(key)]
+def changes(provenance: dict) -> list[str]:
+    """Phrases for everything that differs from the parent, given the metadata of a child or a link of a lineage."""
+    counts = Counter((provenance.get("cast") or {}).values())
+    cast = [f"{n} {'leaf' if n == 1 else 'leaves'} cast from {dtype}" for dtype, n in sorted(counts.items())]
+    cast += [f"frozen kernels rounded to {provenance['rounded']}"] if provenance.get("rounded") else []
+    phrases = {"extended": "extended by the mean of the old tokens", "fresh": "fresh", "dropped": "dropped"}
+    return cast + [f"{phrase}: {listed(provenance[key])}" for key, phrase in phrases.items() if provenance.get(key)]
 
 
 def account_for(
     model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str, added: int = 0
 ) -> Account:
-    """Account for every leaf of the model and of the parent, given {path: shape} of each.
+    """Account for every leaf of the model and of the parent, each given as {path: shape}.
 
-    A rule is a regular expression over a whole path. added: the new tokens behind the parent's vocabulary. Raises
-    UserError with the whole difference where a leaf is missing, left over, or of another shape, and where a rule
-    matches nothing.
+    A rule is a regular expression that must match the full path. added: the number of new tokens after the parent's
+    vocabulary. Raises UserError if a rule matches nothing, or with all problems if any leaf is missing, left over or
+    of another shape.
     """
     fresh = {path for path in model if any(re.fullmatch(rule, path) for rule in start.fresh)}
     dropped = {path for path in parent if any(re.fullmatch(rule, path) for rule in start.drop)}
@@ -55,18 +55,18 @@ def account_for(
                 raise UserError(f"{where}.{name}: {rule!r} matches no leaf; {nearest(rule, paths)}")
     kept = set(parent) - dropped
     problems = [
-        f"  {path} {model[path]}: not in the parent; name it in start.fresh if it is to be new"
+        f"  {path} {model[path]}: not in the parent; name it in start.fresh to initialize it"
         for path in sorted(set(model) - fresh - kept)
     ]
     problems += [
-        f"  {path} {parent[path]}: not in this model; name it in start.drop if it is not needed"
+        f"  {path} {parent[path]}: not in this model; name it in start.drop to discard it"
         for path in sorted(kept - set(model))
     ]
     loaded = sorted((set(model) - fresh) & kept)
     extended = [path for path in loaded if vocabulary.grows(path, parent[path], model[path], added)]
     problems += [
-        f"  {path}: {model[path]} in this model, {parent[path]} in the parent; take the parent's model, or name it in "
-        f"start.fresh if it is to be new"
+        f"  {path}: {model[path]} in this model, {parent[path]} in the parent; use the parent's model config, or "
+        f"name it in start.fresh to initialize it"
         for path in loaded
         if tuple(model[path]) != tuple(parent[path]) and path not in extended
     ]
@@ -77,7 +77,7 @@ def account_for(
     )
 
 
-# What changes no result, or only that of leaves which `check_labels` and the account look after.
+# Fields that change no result, or only results of leaves that `check_labels` and the account check.
 FREE_MODEL_FIELDS = (
     *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
     *("vocab_size", "classes", "pool", "adapters", "max_output_positions"),
@@ -85,7 +85,7 @@ FREE_MODEL_FIELDS = (
 
 
 def check_function(before: ModelConfig, now: ModelConfig, account: Account, where: str) -> None:
-    """Raise UserError where leaves of the same shapes would be used in another way than the parent used them."""
+    """Raise UserError if the child would compute something else than the parent from leaves of the same shape."""
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(before, field.name), getattr(now, field.name)
         if field.name not in FREE_MODEL_FIELDS and theirs != ours:

@@ -1,7 +1,7 @@
-"""The checkpoint that a stage starts from: found, checked against this run, verified, and taken over.
+"""The parent checkpoint that a stage starts from: find it, check it against this run, verify its digests, load it.
 
-Every leaf of the model is loaded from the parent or declared fresh, and every leaf of the parent is loaded or declared
-dropped; otherwise the stage does not start.
+Every leaf of the model is either loaded from the parent or declared fresh. Every leaf of the parent is either loaded or
+declared dropped. Otherwise the stage does not start.
 """
 
 from collections.abc import Iterator
@@ -24,39 +24,39 @@ from llm3.tree import flatten, unflatten
 
 
 class Parent(NamedTuple):
-    """A checkpoint to start from, found and described, not yet read."""
+    """A checkpoint to start from. Its metadata are read, its parameters are not."""
 
     start: Start
     checkpoints: Checkpoints
     step: int
     meta: dict
-    leaves: dict[str, tuple[tuple[int, ...], np.dtype]]  # {path: (shape, dtype)} of its parameters
-    added: int = 0  # the tokens that this run's vocabulary has behind the parent's
+    leaves: dict[str, tuple[tuple[int, ...], np.dtype]]  # {path: (shape, dtype)} of the parameters
+    added: int = 0  # the number of tokens that this run adds after the parent's vocabulary
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{path: shape} of its parameters."""
+        """{path: shape} of the parameters."""
         return {path: shape for path, (shape, _) in self.leaves.items()}
 
     def describe(self) -> dict:
-        """Where it is and what it holds, for the metadata of its child."""
+        """Its location and digest, for the metadata of the child."""
         run, digest = str(self.start.run.resolve()), self.meta["params_digest"]
         return {"run": run, "stage": self.start.stage, "step": self.step, "params_digest": digest}
 
     def check_dtypes(self, where: str) -> None:
-        """Raise UserError where a leaf does not hold floating-point numbers."""
+        """Raise UserError if a leaf is not floating-point."""
         at = self.checkpoints.directory / str(self.step)
         for path, (_, dtype) in self.leaves.items():
             if not jnp.issubdtype(dtype, jnp.floating):
                 raise UserError(f"{where}: {at}: {path} is {dtype}, expected float; start from another step or stage")
 
     def verify(self, where: str) -> None:
-        """Read all of its parameters once, into host memory. Raises UserError where any byte is not what was saved."""
+        """Read all parameters once, into host memory. Raises UserError if any leaf does not match its digest."""
         with _reading(self.checkpoints, self.step, where):
             params = self.checkpoints.load_params(self.step)
         self.check_finite(params, where)
 
     def check_finite(self, params: dict, where: str) -> None:
-        """Raise UserError where a leaf of what was read holds a NaN or an infinity."""
+        """Raise UserError if a loaded leaf holds a NaN or an infinity."""
         if wrong := not_finite(flatten(params)):
             at = self.checkpoints.directory / str(self.step)
             raise UserError(f"{where}: {at}: {', '.join(wrong)} not finite (NaN or infinity); start from another step")
@@ -64,18 +64,20 @@ class Parent(NamedTuple):
 
 @contextmanager
 def _reading(checkpoints: Checkpoints, step: int, where: str) -> Iterator[None]:
-    """Say of a checkpoint that cannot be read who asked for it, and what else there is."""
+    """Add to any UserError the config field `where` that names the checkpoint, and the steps to use instead."""
     try:
         yield
     except UserError as error:
         others = ", ".join(str(each) for each in checkpoints.steps() if each != step)
-        instead = f"start from another step (there: {others})" if others else "train the parent anew"
+        instead = f"start from another step (available: {others})" if others else "train the parent again"
         raise UserError(f"{where}: {error}: restore it from a copy, or {instead}") from error
 
 
 def find_checkpoint(start: Start, where: str) -> Parent:
-    """The parent's checkpoint. Raises UserError where the run, the stage, a finished checkpoint or the step is not,
-    and for a checkpoint whose metadata cannot be read or whose parameters are no floating-point numbers.
+    """The parent checkpoint that `start` names.
+
+    Raises UserError if the run, the stage, the step or any finished checkpoint is missing, if the metadata cannot be
+    read, or if a parameter is not floating-point.
     """
     if not start.run.is_dir():
         siblings = [str(each) for each in start.run.parent.glob("*/")] if start.run.parent.is_dir() else []
@@ -110,10 +112,10 @@ def find_checkpoint(start: Start, where: str) -> Parent:
 
 
 def check_tokenizer(parent: Parent, tokenizer_hash: str, where: str, extends: str | None = None) -> bool:
-    """Whether the parent knows only the vocabulary that this run's tokenizer extends; `added` is then to be set.
+    """Whether the parent lacks the tokens that this run adds; the caller then sets `added`.
 
-    extends: the hash of the tokenizer that `tokenizer.add` puts tokens behind. Raises UserError where the parent was
-    trained with any other tokenizer.
+    extends: the hash of the tokenizer that `tokenizer.add` extends. Raises UserError if the parent was trained with
+    neither this run's tokenizer nor that one.
     """
     theirs = parent.meta["tokenizer_hash"]
     if theirs in (tokenizer_hash, extends):
@@ -126,40 +128,40 @@ def check_tokenizer(parent: Parent, tokenizer_hash: str, where: str, extends: st
 
 
 def check_labels(known: list[str], labels: list[str], where: str) -> None:
-    """Raise UserError where a task head would be taken over for other classes than it knows."""
+    """Raise UserError if a loaded task head was trained on other classes than this stage has."""
     if known != labels:
         raise UserError(
-            f"{where}: the parent's task head knows the classes {known}, this stage {labels}: "
+            f"{where}: the parent's task head has the classes {known}, this stage has {labels}: "
             f"name the head in start.fresh=['head/.*']"
         )
 
 
 def load(parent: Parent, abstract_params: dict, where: str) -> tuple[dict, Account]:
-    """The parent's leaves in the shapes' dtypes and shardings, verified by digest; fresh leaves are left out.
+    """The loaded leaves, verified by digest, in the dtypes and shardings of `abstract_params`; fresh leaves are absent.
 
-    Leaves that new tokens extend are verified as the parent has them. Raises UserError.
+    Extended leaves are verified before new tokens are added. Raises UserError.
     """
     model, saved = flatten(abstract_params), parent.leaves
     shapes = {path: leaf.shape for path, leaf in model.items()}
     account = account_for(shapes, parent.shapes(), parent.start, where, parent.added)
-    rest = next(iter(model.values())).sharding  # all on the same devices
-    rest = NamedSharding(rest.mesh, PartitionSpec()) if isinstance(rest, NamedSharding) else rest
-    whole = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=rest) for path, (shape, dtype) in saved.items()}
-    whole |= {path: model[path] for path in account.loaded}
-    whole |= {path: vocabulary.shrunk(path, model[path], *saved[path]) for path in account.extended}
+    sharding = next(iter(model.values())).sharding  # all leaves are on the same devices
+    sharding = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+    target = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for path, (shape, dtype) in saved.items()}
+    target |= {path: model[path] for path in account.loaded}
+    target |= {path: vocabulary.before_extension(path, model[path], *saved[path]) for path in account.extended}
     with _reading(parent.checkpoints, parent.step, where):
         if parent.checkpoints.meta(parent.step)["params_digest"] != parent.meta["params_digest"]:
             raise UserError(f"{parent.checkpoints.directory / str(parent.step)} has changed since it was found")
-        params = flatten(parent.checkpoints.load_params(parent.step, unflatten(whole)))
+        params = flatten(parent.checkpoints.load_params(parent.step, unflatten(target)))
     params = {path: params[path] for path in account.loaded}
-    params |= {path: vocabulary.grown(path, params[path], model[path]) for path in account.extended}
+    params |= {path: vocabulary.extended(path, params[path], model[path]) for path in account.extended}
     parent.check_finite(params, where)
     cast = {path: saved[path][1].name for path in account.loaded if saved[path][1] != model[path].dtype}
     return unflatten(params), account._replace(cast=cast)
 
 
 def lineage(parent: Parent | None) -> list[dict]:
-    """The chain of ancestors, the first pretraining step first, from the parent's metadata alone."""
+    """The chain of ancestors, oldest first, from the metadata of the parent alone."""
     if parent is None:
         return []
     keys = (

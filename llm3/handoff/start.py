@@ -1,7 +1,7 @@
-"""What a config's `start` says: the run, stage and step to start from, and which leaves are not taken over.
+"""The `start` of a stage config: the run, stage and step to start from, and which leaves are fresh or dropped.
 
-Resume and start-from never guess: a stage resumes from its own checkpoint, starts from its parent's parameters, or
-starts from nothing.
+llm3 never guesses: a stage resumes from its own checkpoint, starts from the parameters of its parent, or starts from
+random initialization.
 """
 
 import re
@@ -11,30 +11,30 @@ from typing import Any, NamedTuple
 from llm3.errors import UserError, nearest
 from llm3.files import INIT
 
-NAMED_STEPS = ("latest", "best")  # both of a finished stage
+NAMED_STEPS = ("latest", "best")  # both need a finished stage
 
 
 class Start(NamedTuple):
-    """Where a stage starts from: a run directory, a stage in it, a step; and what is not taken over."""
+    """The checkpoint that a stage starts from, and the rules for leaves that are not loaded from it."""
 
     run: Path
     stage: str
     step: int | str  # a number, "latest" or "best"
-    fresh: tuple[str, ...]
-    drop: tuple[str, ...]
+    fresh: tuple[str, ...]  # regular expressions of model leaves to initialize
+    drop: tuple[str, ...]  # regular expressions of parent leaves to discard
 
 
 def read_start(value: Any, workdir: Path, where: str) -> Start | None:
-    """A config's `start`: None, the name of a stage of this run, or dict(run=, stage=, step=, fresh=, drop=).
+    """Parse `start`: None, the name of a stage of this run, or dict(run=, stage=, step=, fresh=, drop=).
 
-    A relative `run` is relative to the current directory. Raises UserError.
+    A relative `run` is resolved against the current directory. Raises UserError.
     """
     if value is None:
         return None
     if isinstance(value, str):
         value = {"stage": value}
     if not isinstance(value, dict):
-        raise UserError(f"{where}={value!r}: expected a stage's name or dict({', '.join(Start._fields)})")
+        raise UserError(f"{where}={value!r}: expected the name of a stage or dict({', '.join(Start._fields)})")
     for name in value:
         if name not in Start._fields:
             raise UserError(f"{where}.{name}: no such field; {nearest(name, Start._fields)}")

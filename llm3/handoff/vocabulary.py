@@ -1,7 +1,7 @@
-"""New tokens in a trained model: the leaves that have a row or column for each token, and how these grow.
+"""Adding tokens to a trained model: the leaves with one row or column per token, and how they are extended.
 
-A new token starts at the mean of the old ones, which keeps the old ones' probabilities nearly as they were (Hewitt
-2021, "Initializing New Word Embeddings for Pretrained Language Models").
+A new token starts at the mean of the old tokens, which nearly preserves their probabilities (Hewitt 2021, "Initializing
+New Word Embeddings for Pretrained Language Models").
 """
 
 from typing import Any
@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-VOCABULARY_AXES = {"embed/embedding": 0, "lm_head/kernel": 1}  # by leaf
+VOCABULARY_AXES = {"embed/embedding": 0, "lm_head/kernel": 1}  # {path: axis}
 
 
 def grows(path: str, before: tuple[int, ...], after: tuple[int, ...], added: int) -> bool:
-    """Whether a leaf of shape `before` becomes one of shape `after` by `added` > 0 new tokens, and by nothing else."""
+    """Whether `added` > 0 new tokens, and nothing else, turn a leaf of shape `before` into shape `after`."""
     axis = VOCABULARY_AXES.get(path)
     if axis is None or not added:
         return False
-    return tuple(after) == tuple(size + added * (place == axis) for place, size in enumerate(before))
+    return tuple(after) == tuple(size + added * (index == axis) for index, size in enumerate(before))
 
 
-def shrunk(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """`leaf` in its older shape and dtype, its vocabulary axis in one piece: no mesh need divide the older size."""
+def before_extension(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The parent's shape and dtype, sharded as `leaf` except along the vocabulary: the mesh may not divide it."""
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
         names = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
@@ -31,11 +31,8 @@ def shrunk(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> jax.Shap
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def grown(path: str, leaf: jax.Array, like: Any) -> jax.Array:
-    """`leaf` in the shape, dtype and sharding of `like`: the old tokens as they are, the new ones their mean.
-
-    The mean is taken in float32.
-    """
+def extended(path: str, leaf: jax.Array, like: Any) -> jax.Array:
+    """`leaf` extended to the shape, dtype and sharding of `like`: new tokens are the float32 mean of the old ones."""
     axis = VOCABULARY_AXES[path]
     added = like.shape[axis] - leaf.shape[axis]
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from llm3.errors import NotWritten, UserError, writing
-from llm3.files import METRICS, write_whole
+from llm3.files import METRICS, write_atomic
 from llm3.report.units import plain
 
 
@@ -23,7 +23,7 @@ class MetricsWriter:
         self._path = directory / METRICS
         kept = [] if resume_step is None else [line for line in read_metrics(directory) if line["step"] <= resume_step]
         with writing(self._path):
-            write_whole(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
+            write_atomic(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
             if resume_step is None:
                 for events in directory.glob("events.out.tfevents.*"):
                     events.unlink()

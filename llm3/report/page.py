@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm3.files import MATRIX, REPORT, write_whole
+from llm3.files import MATRIX, REPORT, write_atomic
 from llm3.report import cost, seeds
 from llm3.report.details import in_detail, repeated
 from llm3.report.matrix import Figure, complete, figures, majority, parent_of, standard_error, write_matrix
@@ -40,7 +40,7 @@ def write_report(
     if found:
         plot_seeds(directory / "seeds.png", found)
     text = page(rows, baselines, title=title, command=command, facts=facts, details=details)
-    write_whole(directory / REPORT, text)
+    write_atomic(directory / REPORT, text)
     write_matrix(directory / MATRIX, rows, baselines)  # the last: it says that the report is whole
 
 

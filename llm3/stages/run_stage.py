@@ -143,7 +143,7 @@ class StageRun:
         meta = self.meta | scored(best, value) | {"step": done, "finished": finished} | cost
         rests = self.saves_deltas and not finished
         params = phase.trained(state) if rests else self.whole(phase, state)
-        self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, partial=rests)
+        self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, delta=rests)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on the devices; each process reads its own rows."""

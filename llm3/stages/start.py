@@ -123,7 +123,7 @@ def first_params(session: Session, stage: Stage, parent: Parent | None, phase: P
         said = {"fresh": fresh}
     else:
         params, account = handoff.load(parent, phase.abstract_params, f"{stage.where}.start")
-        fresh, said = account.fresh, account.said()
+        fresh, said = account.fresh, account.provenance()
         if fresh:
             params = unflatten(flatten(params) | flatten(init(phase.model, seed, session.mesh, only=fresh)))
         session.console.print(

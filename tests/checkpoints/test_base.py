@@ -1,4 +1,4 @@
-"""Nothing rests on a base that is not what it was, and nothing that rests on one changes it."""
+"""No delta checkpoint uses a base that has changed, and saving one never changes its base."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import NotWritten, UserError
 from tests.helpers.tiny_checkpoints import HARMS, abstract, data_files, flip, largest, same
-from tests.helpers.tiny_partial import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole
+from tests.helpers.tiny_delta import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole
 
 # Orbax leaves coroutines behind when it fails on a damaged file
 pytestmark = pytest.mark.filterwarnings(
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    return save_stage(tmp_path_factory.mktemp("partial") / "stage")
+    return save_stage(tmp_path_factory.mktemp("delta") / "stage")
 
 
 @pytest.fixture
@@ -30,23 +30,23 @@ def stage(original, tmp_path) -> Path:
 
 def without(base: Path) -> str:
     shutil.rmtree(base)
-    return "base/0, on which step 20 rests, is missing"
+    return "base/0, the base of step 20, is missing"
 
 
 def half_written(base: Path) -> str:
     (base / "0").rename(base / "0.orbax-checkpoint-tmp")
-    return "base/0, on which step 20 rests, is missing"
+    return "base/0, the base of step 20, is missing"
 
 
 def other(base: Path) -> str:
     shutil.rmtree(base)
     with Checkpoints(base.parent / "checkpoints") as checkpoints:
         checkpoints._base.save(0, whole(5), {}, {})
-    return "base/0 holds other parameters than those on which step 20 rests"
+    return "base/0 does not hold the parameters that step 20 was saved against"
 
 
 def overwritten(base: Path) -> str:
-    """Other values that Orbax takes for sound."""
+    """Other values, which Orbax loads without an error."""
     with Checkpoints(base.parent / "elsewhere") as checkpoints:
         checkpoints.save(0, START | {"head": whole(5)["head"]}, {}, {})
     shutil.rmtree(base / "0" / "params")
@@ -71,7 +71,7 @@ def test_a_base_that_is_gone_or_damaged_or_another_one_is_named_and_a_complete_s
     assert reason.replace("20", "10") in str(error.value)
     shutil.rmtree(stage / "checkpoints" / "10")
     with Checkpoints(stage / "earlier") as checkpoints:
-        save(checkpoints, 10, partial=False)
+        save(checkpoints, 10, delta=False)
     (stage / "earlier" / "10").rename(stage / "checkpoints" / "10")
     with Checkpoints(stage / "checkpoints") as checkpoints:
         restored = newest(checkpoints)
@@ -83,7 +83,7 @@ def test_a_base_that_is_gone_or_damaged_or_another_one_is_named_and_a_complete_s
     assert same(reader(stage).load_params(20, abstract(START)), AT[20])
 
 
-def test_a_damaged_base_stays_where_it_is_until_nothing_rests_on_it(stage):
+def test_a_damaged_base_stays_where_it_is_until_no_checkpoint_needs_it(stage):
     flip(largest(stage / "base" / "0" / "params"))
     damaged = contents(stage / "base")
     with Checkpoints(stage / "checkpoints") as checkpoints:
@@ -94,7 +94,7 @@ def test_a_damaged_base_stays_where_it_is_until_nothing_rests_on_it(stage):
         assert contents(stage / "base") == damaged
         assert {each.name for each in (stage / "checkpoints").iterdir()} == {"10.damaged", "20.damaged", "30"}
         checkpoints.save_base(AT[20], {})
-        checkpoints.save(40, trainable(AT[10]), OPTS[20], {}, partial=True)
+        checkpoints.save(40, trainable(AT[10]), OPTS[20], {}, delta=True)
     assert [each.name for each in (stage / "base").iterdir()] == ["0"]
     assert same(reader(stage).load_params(40, abstract(START)), AT[10])
 
@@ -125,7 +125,7 @@ def test_a_damaged_base_is_restored_from_the_same_parameters(stage):
     assert same(reader(stage).load_params(20, abstract(START)), AT[20])
 
 
-def test_a_stage_refuses_a_base_that_would_change_what_is_frozen(stage):
+def test_a_stage_rejects_a_base_that_would_change_frozen_parameters(stage):
     before = contents(stage)
     with Checkpoints(stage / "checkpoints") as checkpoints:
         for params, trained in ((whole(5), None), (AT[20], None), (AT[20], {"head": AT[20]["head"]})):
@@ -135,7 +135,7 @@ def test_a_stage_refuses_a_base_that_would_change_what_is_frozen(stage):
     assert contents(stage) == before
 
 
-def test_nothing_rests_on_a_base_that_was_not_written(tmp_path, monkeypatch):
+def test_no_delta_checkpoint_is_saved_if_its_base_was_not_written(tmp_path, monkeypatch):
     checkpoints, rename = Checkpoints(tmp_path / "checkpoints"), os.rename
 
     def fail(source, target, **options):

@@ -1,4 +1,4 @@
-"""A damaged checkpoint is found, named and never read in silence."""
+"""A damaged checkpoint is found, named and never silently loaded."""
 
 import shutil
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_flipped_byte_is_found_and_named_and_the_previous_step_is_taken(copy, 
 
 
 def overwrite_params(step: Path, params: dict) -> None:
-    """Other arrays in a finished checkpoint, in a way that Orbax takes for sound."""
+    """Replace the arrays of a finished checkpoint in a way that Orbax does not notice."""
     shutil.rmtree(step / "params")
     ocp.save_checkpointables(step.parent / "other", {"params": params})
     (step.parent / "other" / "params").rename(step / "params")
@@ -118,7 +118,7 @@ def test_a_half_written_directory_is_no_checkpoint(copy):
     assert restored.skipped == []
 
 
-def test_where_every_checkpoint_is_damaged_nothing_starts_anew(copy):
+def test_a_stage_does_not_start_again_if_every_checkpoint_is_damaged(copy):
     flip(largest(copy / "10" / "params"))
     shutil.rmtree(copy / "20" / "meta")
     with pytest.raises(UserError) as error:
@@ -128,7 +128,7 @@ def test_where_every_checkpoint_is_damaged_nothing_starts_anew(copy):
     assert Checkpoints(copy).steps() == [10, 20]
 
 
-def test_a_damaged_checkpoint_is_set_aside_never_deleted_and_never_pushes_out_an_intact_one(copy):
+def test_a_damaged_checkpoint_is_renamed_never_deleted_and_never_displaces_an_intact_one(copy):
     flip(largest(copy / "20" / "params"))
     damaged = largest(copy / "20" / "params").read_bytes()
     with Checkpoints(copy, keep=2) as checkpoints:

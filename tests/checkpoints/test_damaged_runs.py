@@ -1,6 +1,7 @@
-"""Each file of the latest checkpoint of a real run, and of the base it rests on, flipped, cut short and deleted.
+"""Each file of the latest checkpoint of a real run, and of its base, is flipped, truncated and deleted.
 
-Never other values than were saved, and never a new beginning: the step before, which is said, or a refusal.
+The run then uses the values that were saved, falls back to the previous step with a message, or stops with an error. It
+never uses other values and never starts again from nothing.
 """
 
 import shutil
@@ -33,7 +34,7 @@ STAGES = {"pretrain": (8, 10), "posttrain": (4, 8)}  # the previous and the late
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A whole run, and one that was killed two steps before its end: the second stage rests on a base."""
+    """A complete run, and one killed two steps before its end; the second stage saves delta checkpoints."""
     base = tmp_path_factory.mktemp("harm") / "base"
     tiny.write_texts(base / "texts")
     config = tiny.write_config(base / "config.py", base, EXTRA)
@@ -45,7 +46,7 @@ def runs(tmp_path_factory):
 
 
 def newest(stage: Path) -> Restored | None:
-    """What the stage would resume from, in numpy arrays."""
+    """The checkpoint that the stage would resume from, as numpy arrays."""
     checkpoints = Checkpoints(stage / "checkpoints", read_only=True)
 
     def wanted(step: int) -> Wanted:
@@ -64,7 +65,7 @@ def everything(restored: Restored) -> dict[str, object]:
 
 
 def comes_of_harm(path: Path, stage: Path, part: str, intact: dict[int, dict]) -> int | None:
-    """The step that the stage would resume from after harm to `path`, as it was saved; None where it is refused."""
+    """The step that the stage would resume from after damage to `path`; None if it is rejected."""
     previous, latest = STAGES[stage.name]
     try:
         restored = newest(stage)
@@ -108,7 +109,7 @@ def test_a_run_falls_back_to_the_step_before_says_so_and_ends_as_one_that_was_no
 
 
 @pytest.mark.parametrize("part", ["base/0/params", "base/0/meta"])
-def test_a_run_without_an_intact_base_is_refused_and_nothing_is_changed(runs, part):
+def test_a_run_without_an_intact_base_is_rejected_and_nothing_is_changed(runs, part):
     workdir = Path(shutil.copytree(runs.killed, runs.base / f"without {part.replace('/', ' ')}"))
     stage = workdir / "posttrain"
     flip(max(data_files(stage / part), key=lambda path: path.stat().st_size))

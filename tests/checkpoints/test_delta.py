@@ -1,4 +1,4 @@
-"""Checkpoints of what trains alone read as the whole model; what is frozen is written once."""
+"""Delta checkpoints load as the complete model; frozen parameters are written once."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
 from llm3.tree import combine_digests, flatten, leaf_digests, params_digest, unflatten
 from tests.helpers.tiny_checkpoints import abstract, data_files, flip, largest, on_mesh, same, sharded
-from tests.helpers.tiny_partial import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole
+from tests.helpers.tiny_delta import AT, OPTS, START, contents, newest, reader, save, save_stage, trainable, whole
 
 # Orbax leaves coroutines behind when it fails on a damaged file
 pytestmark = pytest.mark.filterwarnings(
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    return save_stage(tmp_path_factory.mktemp("partial") / "stage")
+    return save_stage(tmp_path_factory.mktemp("delta") / "stage")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def stage(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "stage"))
 
 
-def test_a_partial_checkpoint_reads_as_the_whole_model(original):
+def test_a_delta_checkpoint_loads_as_the_complete_model(original):
     checkpoints = reader(original)
     for step, params in AT.items():
         assert same(checkpoints.load_params(step, abstract(START)), params)
@@ -42,24 +42,24 @@ def test_a_partial_checkpoint_reads_as_the_whole_model(original):
     assert same(checkpoints.load_params(20, half), jax.tree.map(lambda x: x.astype(jnp.bfloat16), AT[20]))
 
 
-def test_what_trained_and_the_base_are_read_apart(original, tmp_path):
+def test_trained_parameters_and_the_base_can_be_read_separately(original, tmp_path):
     checkpoints = reader(original)
     assert same(checkpoints.load_trainable(10, abstract(trainable(START))), trainable(AT[10]))
     assert same(checkpoints.base(abstract(START)), START)
     with Checkpoints(tmp_path / "checkpoints") as complete:
-        save(complete, 10, partial=False)
-    with pytest.raises(UserError, match="10 is complete"):
+        save(complete, 10, delta=False)
+    with pytest.raises(UserError, match="10 is a full checkpoint"):
         complete.load_trainable(10)
     with pytest.raises(UserError, match="base has no step 0"):
         complete.base()
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
-def test_what_one_mesh_trained_another_one_reads_whole(tmp_path):
+def test_a_delta_checkpoint_loads_on_another_mesh(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     with checkpoints:
         checkpoints.save_base(on_mesh(START, 2, 2, 2), {})
-        checkpoints.save(20, on_mesh(trainable(AT[20]), 2, 2, 2), {}, {}, partial=True)
+        checkpoints.save(20, on_mesh(trainable(AT[20]), 2, 2, 2), {}, {}, delta=True)
     for shape in ((1, 8, 1), (2, 1, 2), (1, 1, 1)):
         target = sharded(on_mesh(START, *shape))
         params = checkpoints.load_params(20, target)
@@ -67,7 +67,7 @@ def test_what_one_mesh_trained_another_one_reads_whole(tmp_path):
         assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target)
 
 
-def test_the_digest_of_a_partial_checkpoint_covers_its_base(original, tmp_path):
+def test_the_digest_of_a_delta_checkpoint_covers_its_base(original, tmp_path):
     meta = reader(original).meta(20)
     own = leaf_digests(trainable(AT[20]))
     assert (
@@ -82,7 +82,7 @@ def test_the_digest_of_a_partial_checkpoint_covers_its_base(original, tmp_path):
     assert other.meta(20)["params_digest"] != meta["params_digest"]
 
 
-def test_what_is_frozen_is_written_once_and_never_touched(tmp_path):
+def test_frozen_parameters_are_written_once_and_never_touched(tmp_path):
     big = START | {
         "embed": {"embedding": jnp.asarray(np.random.default_rng(0).standard_normal((4096, 64)), jnp.float32)}
     }
@@ -95,7 +95,7 @@ def test_what_is_frozen_is_written_once_and_never_touched(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         restored = newest(checkpoints, big)
         checkpoints.save_base(restored.params, restored.meta, trainable(restored.params))
-        checkpoints.save(30, trainable(restored.params), {}, restored.meta, partial=True)
+        checkpoints.save(30, trainable(restored.params), {}, restored.meta, delta=True)
         checkpoints.save(40, restored.params, {}, restored.meta)
     assert contents(tmp_path / "base") == written
     sizes = {
@@ -104,7 +104,7 @@ def test_what_is_frozen_is_written_once_and_never_touched(tmp_path):
     assert sizes["30"] < 0.05 * sizes["40"]
 
 
-def test_a_stage_resumes_from_what_trained_at_that_step(stage):
+def test_a_stage_resumes_with_the_leaves_that_were_trainable_at_that_step(stage):
     restored = newest(reader(stage))
     assert restored.step == 20
     assert restored.skipped == []
@@ -117,7 +117,7 @@ def test_a_stage_resumes_from_what_trained_at_that_step(stage):
     assert same(restored.opt, OPTS[10])
 
 
-def test_the_last_checkpoint_of_a_resumed_stage_is_complete_in_itself(stage):
+def test_the_last_checkpoint_of_a_resumed_stage_needs_no_base(stage):
     with Checkpoints(stage / "checkpoints") as checkpoints:
         restored = newest(checkpoints)
         checkpoints.save(30, restored.params, restored.opt, restored.meta | {"finished": True})
@@ -126,9 +126,9 @@ def test_the_last_checkpoint_of_a_resumed_stage_is_complete_in_itself(stage):
     assert reader(stage).meta(30)["params_digest"] == params_digest(AT[20])
 
 
-def test_what_does_not_fit_the_base_is_not_saved(tmp_path):
+def test_leaves_that_do_not_fit_the_base_are_not_saved(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        with pytest.raises(RuntimeError, match="save_base comes before"):
+        with pytest.raises(RuntimeError, match="call save_base before"):
             save(checkpoints, 10)
         checkpoints.save_base(START, {})
         wrong = {
@@ -139,10 +139,10 @@ def test_what_does_not_fit_the_base_is_not_saved(tmp_path):
             "layers/0:2/norm/scale": jnp.ones((1, 8)),
         }
         with pytest.raises(UserError) as error:
-            checkpoints.save(10, unflatten(wrong), {}, {}, partial=True)
+            checkpoints.save(10, unflatten(wrong), {}, {}, delta=True)
         assert all(path in str(error.value) for path in wrong)
         shutil.rmtree(tmp_path / "base")
-        with pytest.raises(DamagedCheckpoint, match="on which step 10 rests, is missing"):
+        with pytest.raises(DamagedCheckpoint, match="the base of step 10, is missing"):
             save(checkpoints, 10)
     assert checkpoints.steps() == []
     with pytest.raises(RuntimeError, match="read-only"):

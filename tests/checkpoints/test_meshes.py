@@ -1,4 +1,4 @@
-"""What was saved on one mesh goes on on every other one: a stage that resumes, and one that starts from its parent."""
+"""A checkpoint saved on one mesh loads on every other mesh, to resume its stage or to start another one from it."""
 
 import functools
 import itertools
@@ -47,7 +47,7 @@ class Run(NamedTuple):
         return map_with_path(lambda _, x, like: jax.device_put(x, like.sharding), params, self.phase.abstract_params)
 
     def losses(self, state: TrainState, first: int) -> tuple[TrainState, list[float]]:
-        """Of two steps: that of the second one depends on the optimizer's state too."""
+        """The losses of two steps; the second one depends on the optimizer state too."""
         losses = []
         with jax.set_mesh(self.mesh):
             for step in range(first, first + 2):
@@ -72,7 +72,7 @@ def run_on(mesh: str, trains: str) -> Run:
 
 
 class Saved(NamedTuple):
-    """A run directory with a checkpoint of step 2; on the host, what it holds; the next losses where it was made."""
+    """A run directory with a checkpoint of step 2, its content on the host, and the next losses on the same mesh."""
 
     directory: object
     params: dict
@@ -84,17 +84,17 @@ class Saved(NamedTuple):
 def saved_on(tmp_path_factory):
     @functools.cache
     def save(mesh: str, trains: str) -> Saved:
-        run, partial = run_on(mesh, trains), trains != "all"
+        run, delta = run_on(mesh, trains), trains != "all"
         directory = tmp_path_factory.mktemp("saved")
         meta = {"finished": True, "steps": SAVED_AT, "kind": "posttrain", "lineage": [], "tokenizer_hash": "same"}
         with jax.set_mesh(run.mesh), Checkpoints(directory / "parent" / CHECKPOINTS) as checkpoints:
             params = run.placed(PARAMS)
-            if partial:
+            if delta:
                 checkpoints.save_base(params, meta)
             state, _ = run.losses(run.phase.state(params), 0)
             whole, opt = run.phase.params(state), run.phase.saved_opt(state)
             held = jax.device_get(whole), jax.device_get(by_path(opt))
-            checkpoints.save(SAVED_AT, run.phase.trained(state) if partial else whole, opt, meta, partial=partial)
+            checkpoints.save(SAVED_AT, run.phase.trained(state) if delta else whole, opt, meta, delta=delta)
             checkpoints.wait()
             return Saved(directory, *held, run.losses(state, SAVED_AT)[1])
 
@@ -102,7 +102,7 @@ def saved_on(tmp_path_factory):
 
 
 def assert_same(found: object, expected: dict, like: object) -> None:
-    """The bytes of every leaf, where the mesh wants them."""
+    """Every leaf has the expected bytes and sharding."""
     found, like = by_path(found), by_path(like)
     assert found.keys() == by_path(expected).keys()
     for path, leaf in by_path(expected).items():
@@ -113,7 +113,7 @@ def assert_same(found: object, expected: dict, like: object) -> None:
 @pytest.mark.parametrize("trains", TRAIN)
 @pytest.mark.parametrize(("saved", "read"), PAIRS)
 def test_a_stage_resumes_on_another_mesh_bit_for_bit_with_the_same_next_losses(saved_on, saved, read, trains):
-    """Its parameters, its optimizer's state and its guard's."""
+    """Its parameters, optimizer state and guard state."""
     before, run = saved_on(saved, trains), run_on(read, trains)
     like = Wanted(run.phase.abstract_params, run.phase.saved_opt(run.phase.abstract_state))
     checkpoints = Checkpoints(before.directory / "parent" / CHECKPOINTS, read_only=True)
@@ -132,14 +132,14 @@ def test_a_stage_resumes_on_another_mesh_bit_for_bit_with_the_same_next_losses(s
 def test_a_stage_starts_from_a_parent_of_another_mesh_bit_for_bit_with_the_same_first_losses(
     saved_on, saved, read, trains
 ):
-    """From a complete checkpoint, and from one that rests on a base."""
+    """From a full checkpoint, and from a delta checkpoint."""
     before, child, where_saved = saved_on(saved, trains), run_on(read, "all"), run_on(saved, "all")
     start = read_start({"run": str(before.directory), "stage": "parent"}, before.directory, "start")
     parent = handoff.find_checkpoint(start, "start")
     with jax.set_mesh(child.mesh):
-        params, told = handoff.load(parent, child.phase.abstract_params, "start")
+        params, account = handoff.load(parent, child.phase.abstract_params, "start")
         assert_same(params, before.params, child.phase.abstract_params)
-        assert not (told.fresh or told.dropped or told.cast)
+        assert not (account.fresh or account.dropped or account.cast)
         losses = child.losses(child.phase.state(params), 0)[1]
     with jax.set_mesh(where_saved.mesh):
         expected = where_saved.losses(where_saved.phase.state(where_saved.placed(before.params)), 0)[1]

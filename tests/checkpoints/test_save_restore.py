@@ -1,4 +1,4 @@
-"""What was saved comes back bit for bit, or not at all, and never in silence."""
+"""A saved checkpoint is restored bit for bit, or not at all with an error."""
 
 import os
 import shutil
@@ -200,7 +200,7 @@ def test_a_save_is_not_lost_when_the_process_ends_without_waiting(tmp_path, endi
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
-def test_what_one_mesh_saved_another_one_and_a_single_device_restore(tmp_path):
+def test_a_checkpoint_of_one_mesh_is_restored_on_other_meshes_and_on_one_device(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, on_mesh(PARAMS, 2, 2, 2), on_mesh(OPT, 2, 2, 2), {})
     assert checkpoints.meta(1)["digests"] == leaf_digests(PARAMS)

@@ -1,4 +1,4 @@
-"""Hand-offs: every leaf is accounted for, on any mesh, in any dtype, with a longer vocabulary, from the best step."""
+"""Handoffs account for every leaf, on any mesh, in any dtype, with a longer vocabulary, from the best step."""
 
 import shutil
 
@@ -65,11 +65,11 @@ def test_every_leaf_is_loaded_fresh_or_dropped(tmp_path):
     begin = Start(tmp_path, "parent", "latest", fresh=("head/.*",), drop=("lm_head/.*",))
     model = {"embed/embedding": (3, 2), "head/kernel": (2, 4), "head/bias": (4,)}
     before = {"embed/embedding": (3, 2), "lm_head/kernel": (2, 3), "head/kernel": (2, 9), "head/bias": (9,)}
-    told = account_for(model, before, begin, "start")
-    assert told.loaded == ("embed/embedding",)
-    assert told.fresh == ("head/bias", "head/kernel")
-    assert told.dropped == ("head/bias", "head/kernel", "lm_head/kernel")
-    assert told.extended == ()
+    account = account_for(model, before, begin, "start")
+    assert account.loaded == ("embed/embedding",)
+    assert account.fresh == ("head/bias", "head/kernel")
+    assert account.dropped == ("head/bias", "head/kernel", "lm_head/kernel")
+    assert account.extended == ()
 
 
 def test_a_rule_matches_whole_paths(tmp_path):
@@ -84,28 +84,28 @@ def test_a_parent_loads_onto_another_mesh_bit_for_bit(tmp_path, written, read):
     params = tiny.make_params(config)
     write_parent(tmp_path, place(params, on_mesh(config, MESHES[written])))
     like = on_mesh(config, MESHES[read])
-    loaded, told = handoff.load(find(tmp_path), like, "start")
+    loaded, account = handoff.load(find(tmp_path), like, "start")
     assert_same(loaded, params)
     assert all(leaf.sharding == flatten(like)[path].sharding for path, leaf in flatten(loaded).items())
-    assert told.cast == {} and told.describe() == f"{len(flatten(params))} leaves loaded"
+    assert account.cast == {} and account.describe() == f"{len(flatten(params))} leaves loaded"
 
 
 @pytest.mark.parametrize(("written", "read"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_parent_of_another_dtype_is_cast_and_it_is_said(tmp_path, written, read):
+def test_a_parent_of_another_dtype_is_cast_and_the_account_records_it(tmp_path, written, read):
     some = {"layers/mlp/up/kernel", "final_norm/scale", "embed/embedding"}
     params = map_with_path(lambda path, leaf: leaf.astype(jnp.dtype(written)) if path in some else leaf, PARAMS)
     write_parent(tmp_path, params)
     like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, read), PARAMS)
-    loaded, told = handoff.load(find(tmp_path), like, "start")
+    loaded, account = handoff.load(find(tmp_path), like, "start")
     assert_same(loaded, map_with_path(lambda _, leaf: leaf.astype(read), params))
     if written == "bfloat16":
-        assert told.cast == dict.fromkeys(sorted(some), "bfloat16") == told.said()["cast"]
-        assert told.describe() == f"{len(flatten(PARAMS))} leaves loaded; 3 leaves cast from bfloat16"
+        assert account.cast == dict.fromkeys(sorted(some), "bfloat16") == account.provenance()["cast"]
+        assert account.describe() == f"{len(flatten(PARAMS))} leaves loaded; 3 leaves cast from bfloat16"
     else:
-        assert told.cast.keys() == flatten(PARAMS).keys()
+        assert account.cast.keys() == flatten(PARAMS).keys()
 
 
-def test_a_cast_that_overflows_is_refused(tmp_path):
+def test_a_cast_that_overflows_is_rejected(tmp_path):
     write_parent(tmp_path, map_with_path(lambda path, leaf: leaf * (1e6 if "gate" in path else 1), PARAMS))
     like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16), PARAMS)
     with pytest.raises(UserError, match=r"start: .*10: layers/mlp/gate/kernel not finite"):
@@ -116,8 +116,8 @@ def test_a_head_of_another_size_is_fresh_without_being_dropped_and_keeps_the_res
     params = tiny.make_params(tiny.model_config(classes=2))
     write_parent(tmp_path, params)
     like = canonical(abstract(tiny.model_config(classes=5)).shapes)
-    loaded, told = handoff.load(find(tmp_path, fresh=["head/.*"]), like, "start")
-    assert told.fresh == told.dropped == ("head/bias", "head/kernel")
+    loaded, account = handoff.load(find(tmp_path, fresh=["head/.*"]), like, "start")
+    assert account.fresh == account.dropped == ("head/bias", "head/kernel")
     assert_same(loaded, {key: value for key, value in params.items() if key != "head"})
 
 
@@ -125,10 +125,10 @@ def test_a_head_of_another_size_is_fresh_without_being_dropped_and_keeps_the_res
 def test_new_tokens_start_at_the_mean_of_the_old_ones_and_all_else_is_the_parents(tmp_path, sizes):
     write_parent(tmp_path)
     like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
-    loaded, told = handoff.load(find(tmp_path)._replace(added=ADDED), like, "start")
-    assert told.extended == ("embed/embedding", "lm_head/kernel") and set(told.extended) < set(told.loaded)
-    assert told.said()["extended"] == ["embed/embedding", "lm_head/kernel"]
-    assert "extended by the mean of the old tokens: embed/embedding, lm_head/kernel" in told.describe()
+    loaded, account = handoff.load(find(tmp_path)._replace(added=ADDED), like, "start")
+    assert account.extended == ("embed/embedding", "lm_head/kernel") and set(account.extended) < set(account.loaded)
+    assert account.provenance()["extended"] == ["embed/embedding", "lm_head/kernel"]
+    assert "extended by the mean of the old tokens: embed/embedding, lm_head/kernel" in account.describe()
     old = unflatten({path: leaf for path, leaf in flatten(loaded).items()})
     old["embed"]["embedding"] = loaded["embed"]["embedding"][: tiny.VOCAB]
     old["lm_head"]["kernel"] = loaded["lm_head"]["kernel"][:, : tiny.VOCAB]
@@ -165,20 +165,20 @@ def test_only_the_parent_whose_tokenizer_is_extended_lacks_the_new_tokens(tmp_pa
         handoff.check_tokenizer(parent, "new", "start")
 
 
-def test_the_best_step_has_the_lowest_figure_and_is_the_later_of_equals(tmp_path):
+def test_the_best_step_has_the_lowest_score_and_is_the_later_of_equals(tmp_path):
     for step, value in {2: 1.5, 4: 0.5, 6: 0.5, 8: None, 10: 0.9}.items():
         write_parent(tmp_path, step=step, **scored("domain_bits_per_byte", value))
     assert find(tmp_path, "best").step == 6
     assert find(tmp_path).step == 10 and find(tmp_path, 2).step == 2
 
 
-def test_only_figures_of_one_name_are_compared():
-    figures = {2: scored("old_accuracy", -9.0), 4: scored("loss", 3.0), 6: scored("loss", 4.0), 8: scored("", None)}
-    assert best_step(figures, "parent", "start") == 4
+def test_only_scores_of_one_metric_are_compared():
+    scores = {2: scored("old_accuracy", -9.0), 4: scored("loss", 3.0), 6: scored("loss", 4.0), 8: scored("", None)}
+    assert best_step(scores, "parent", "start") == 4
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, None])
-def test_a_figure_that_is_not_finite_is_never_the_best(value):
+def test_a_score_that_is_not_finite_is_never_the_best(value):
     assert scored("loss", value) == {"scored": None}
     assert best_step({2: scored("loss", 3.0), 4: scored("loss", value)}, "parent", "start") == 2
 
@@ -190,7 +190,7 @@ def test_the_best_of_a_parent_that_is_not_finished_is_not_known_yet(tmp_path):
     assert find(tmp_path, 4).step == 4
 
 
-def test_a_parent_that_vanishes_or_changes_after_it_was_found_is_refused_by_its_path(tmp_path):
+def test_a_parent_that_vanishes_or_changes_after_it_was_found_is_rejected_by_its_path(tmp_path):
     like = map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
     write_parent(tmp_path)
     parent = find(tmp_path)
@@ -205,7 +205,7 @@ def test_a_parent_that_vanishes_or_changes_after_it_was_found_is_refused_by_its_
 
 
 def test_deleting_any_file_of_a_parent_is_found_or_changes_nothing(tmp_path):
-    """Orbax does not read all that it writes."""
+    """Orbax does not read every file that it writes."""
     write_parent(tmp_path / "whole")
     whole = tmp_path / "whole" / "parent" / CHECKPOINTS / "10"
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file()]
@@ -221,17 +221,22 @@ def test_deleting_any_file_of_a_parent_is_found_or_changes_nothing(tmp_path):
         except UserError as error:
             needed.add(str(file))
             assert f"start: {run}/parent/checkpoints/10/{file.parts[0]}" in str(error)
-            assert "restore it from a copy, or train the parent anew" in str(error)
+            assert "restore it from a copy, or train the parent again" in str(error)
     assert {"meta/data.json", "params/_METADATA", "params/manifest.ocdbt"} < needed
 
 
-def test_what_a_child_has_that_its_parent_had_not_goes_into_the_lineage_of_its_own_children(tmp_path):
-    told = {"fresh": ["head/bias"], "dropped": [], "extended": ["embed/embedding"], "cast": {"head/bias": "bfloat16"}}
+def test_the_provenance_of_a_parent_is_part_of_the_lineage_of_its_children(tmp_path):
+    provenance = {
+        "fresh": ["head/bias"],
+        "dropped": [],
+        "extended": ["embed/embedding"],
+        "cast": {"head/bias": "bfloat16"},
+    }
     grandparent = {"run": "gone", "stage": "pretrain", "step": 3, "params_digest": "0"}
-    write_parent(tmp_path, lineage=[grandparent], **told)
+    write_parent(tmp_path, lineage=[grandparent], **provenance)
     first, second = handoff.lineage(find(tmp_path))
     assert first == grandparent and second["stage"] == "parent" and second["step"] == 10
-    assert {key: second[key] for key in told} == told
+    assert {key: second[key] for key in provenance} == provenance
     assert changes(second) == [
         "1 leaf cast from bfloat16",
         "extended by the mean of the old tokens: embed/embedding",
@@ -241,8 +246,8 @@ def test_what_a_child_has_that_its_parent_had_not_goes_into_the_lineage_of_its_o
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_a_parent_that_rests_on_a_base_is_handed_over_whole(tmp_path, sizes):
-    """Only its embedding, its head and its last layer trained; the child drops the head and knows more tokens."""
+def test_a_delta_checkpoint_of_a_parent_loads_as_the_complete_model(tmp_path, sizes):
+    """The parent trained only its embedding, head and last layer; the child drops the head and has more tokens."""
     config = tiny.model_config(tie_embeddings=False, classes=2)
     base, trained = tiny.make_params(config), tiny.make_params(config, seed=1)
     piece = {"mlp": {"up": {"kernel": trained["layers"]["mlp"]["up"]["kernel"][2:3]}}}
@@ -250,12 +255,12 @@ def test_a_parent_that_rests_on_a_base_is_handed_over_whole(tmp_path, sizes):
     meta = {"finished": True, "steps": 10, "kind": "finetune", "lineage": [], "tokenizer_hash": "old"}
     with Checkpoints(tmp_path / "parent" / CHECKPOINTS) as checkpoints:
         checkpoints.save_base(base, meta)
-        checkpoints.save(10, pieces, {}, meta, partial=True)
+        checkpoints.save(10, pieces, {}, meta, delta=True)
     like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
     parent = find(tmp_path, drop=["head/.*"])._replace(added=ADDED)
     parent.verify("start")
-    loaded, told = handoff.load(parent, like, "start")
-    assert told.dropped == ("head/bias", "head/kernel")
+    loaded, account = handoff.load(parent, like, "start")
+    assert account.dropped == ("head/bias", "head/kernel")
     np.testing.assert_array_equal(loaded["embed"]["embedding"][: tiny.VOCAB], trained["embed"]["embedding"])
     up = np.concatenate([base["layers"]["mlp"]["up"]["kernel"][:2], trained["layers"]["mlp"]["up"]["kernel"][2:]])
     np.testing.assert_array_equal(loaded["layers"]["mlp"]["up"]["kernel"], up)

@@ -1,4 +1,4 @@
-"""A parent that vanishes, is trained on or is damaged while its child's run is already under way."""
+"""A parent that vanishes, changes or is damaged while the run of its child is already under way."""
 
 import re
 import shutil
@@ -21,14 +21,14 @@ MEANWHILE = {
     "its step deleted": (lambda found: shutil.rmtree(found / "10"), ("step 8 of 10", "finish it")),
     "truncated": (in_file(DATA, truncate), ("10/params cannot be read", "restore it from a copy")),
     "other metadata": (
-        edited(lambda meta: meta.update(tokenizer_hash="0" * 64), sealed=True),
+        edited(lambda meta: meta.update(tokenizer_hash="0" * 64), valid_digest=True),
         ("was trained with the tokenizer 000000000000", "tokenizer.path"),
     ),
 }
 
 
 @pytest.mark.parametrize("case", MEANWHILE)
-def test_a_parent_that_changes_after_the_preflight_is_refused_and_no_stage_begins(
+def test_a_parent_that_changes_after_the_preflight_is_rejected_and_no_stage_begins(
     case,
     capsys,
     monkeypatch,
@@ -36,7 +36,7 @@ def test_a_parent_that_changes_after_the_preflight_is_refused_and_no_stage_begin
     parent,  # noqa: F811
 ):
     """It changes after check_before_training found it intact: while the untrained model is evaluated."""
-    damage, said = MEANWHILE[case]
+    damage, messages = MEANWHILE[case]
     run, child = tmp_path / "run", tmp_path / "child"
     shutil.copytree(parent.run, run)
     monkeypatch.setattr("llm3.cli.run.evaluate_init", lambda _: damage(run / "posttrain" / "checkpoints"))
@@ -44,7 +44,7 @@ def test_a_parent_that_changes_after_the_preflight_is_refused_and_no_stage_begin
     command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
     assert main([*command, f"--config.{override}"]) == 2
     error = capsys.readouterr().err.replace(str(run), "RUN")
-    for part in said:
+    for part in messages:
         assert re.search(part, error), error
     assert "config.stages.finetune.start" in error
     written = [path for path in tiny.files(child) if "checkpoints/" in path or path.startswith("finetune/")]

@@ -1,4 +1,4 @@
-"""A parent that does not fit, or is not whole, is refused by name before anything is written, whatever is wrong."""
+"""A parent that does not fit, or is damaged, is rejected by name before anything is written."""
 
 import collections
 import contextlib
@@ -55,11 +55,11 @@ def start(stage: str, **fields) -> str:
 
 
 class Wrong(NamedTuple):
-    """What is wrong with the config or the parent, and what is to be said of it."""
+    """A fault in the config or the parent, and the error message that it must give."""
 
-    said: tuple[str, ...]  # regular expressions
+    messages: tuple[str, ...]  # regular expressions
     overrides: tuple[str, ...] = (start("posttrain"),)  # RUN: the parent's run; OTHER: another tokenizer.json
-    damage: Callable[[Path], None] = lambda checkpoints: None  # of those of posttrain
+    damage: Callable[[Path], None] = lambda checkpoints: None  # applied to the checkpoint directory of posttrain
 
 
 AS_POSTTRAIN = (
@@ -68,15 +68,15 @@ AS_POSTTRAIN = (
     "stages.finetune.data={'general': 1.0}",
 )
 NORM, LEAF = "final_norm/scale", r"(layers|embed|final_norm)[./]\w+"
-DATA, INSTEAD = "params/ocdbt.process_0/d/*", r"restore it from a copy, or start from another step \(there: 8\)"
+DATA, INSTEAD = "params/ocdbt.process_0/d/*", r"restore it from a copy, or start from another step \(available: 8\)"
 ADD = "tokenizer.add=['paracetamol']"
 WRONG = {
     "unknown stage": Wrong(("'postrain'", "did you mean 'posttrain'"), (start("postrain"),)),
     "no such run": Wrong(("RUNS does not exist", "did you mean 'RUN'"), (start("posttrain", run="RUNS"),)),
     "no such step": Wrong(("step=7", "holds the steps 8, 10"), (start("posttrain", step=7),)),
     "misspelt step": Wrong(("step='bets'", "step number, or one of latest, best"), (start("posttrain", step="bets"),)),
-    "best without figures": Wrong(
-        ("step='best'", r"set stages\.posttrain\.best", r"there: 8, 10"), (start("posttrain", step="best"),)
+    "best without scores": Wrong(
+        ("step='best'", r"set stages\.posttrain\.best", r"available: 8, 10"), (start("posttrain", step="best"),)
     ),
     "unfinished parent": Wrong(("finetune", "step 8 of 10", "finish it"), (start("finetune", fresh=[]),)),
     "best of an unfinished parent": Wrong(("step 8 of 10", "finish it"), (start("finetune", step="best", fresh=[]),)),
@@ -135,18 +135,18 @@ WRONG = {
     "only half written": Wrong(("holds no complete checkpoint: train posttrain first",), damage=only_half_written),
     "edited metadata": Wrong(
         ("10/meta does not match its digest", INSTEAD),
-        damage=edited(lambda meta: meta.update(tokenizer_hash="0"), sealed=False),
+        damage=edited(lambda meta: meta.update(tokenizer_hash="0"), valid_digest=False),
     ),
     "truncated metadata": Wrong(("10/meta cannot be read", INSTEAD), damage=in_file("meta/data.json", truncate)),
     "deleted metadata": Wrong(("10/meta cannot be read", INSTEAD), damage=in_file("meta/data.json", Path.unlink)),
-    # found only by reading all, or by the tokenizer
+    # found only by reading all parameters, or by the tokenizer
     "a leaf that is not finite": Wrong(
         (f"10: {NORM} not finite", "start from another step"),
         damage=rewritten(lambda leaves: leaves | {NORM: np.full(16, np.nan, np.float32)}),
     ),
     "the digest of another dtype": Wrong(
         (f"{NORM} is float32 .* bfloat16 .* was saved", INSTEAD),
-        damage=edited(lambda meta: meta["shapes"]["params"][NORM].__setitem__(1, "bfloat16"), sealed=True),
+        damage=edited(lambda meta: meta["shapes"]["params"][NORM].__setitem__(1, "bfloat16"), valid_digest=True),
     ),
     "a flipped byte": Wrong((f"10/params.*{LEAF}", INSTEAD), damage=in_file(DATA, flip)),
     "truncated data": Wrong((f"10/params cannot be read.*{LEAF}", INSTEAD), damage=in_file(DATA, truncate)),
@@ -169,7 +169,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_wrong_parent_is_refused_by_name_and_leaves_no_trace(capsys, monkeypatch, tmp_path, parent, wrong):
+def test_a_wrong_parent_is_rejected_by_name_and_leaves_no_trace(capsys, monkeypatch, tmp_path, parent, wrong):
     run, child, other = tmp_path / "run", tmp_path / "child", tmp_path / "other.json"
     shutil.copytree(parent.run, run)
     wrong.damage(run / "posttrain" / "checkpoints")
@@ -180,13 +180,13 @@ def test_a_wrong_parent_is_refused_by_name_and_leaves_no_trace(capsys, monkeypat
     command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
     assert main([*command, *(f"--config.{each}" for each in overrides)]) == 2
     error = capsys.readouterr().err.replace(str(run), "RUN")
-    for part in wrong.said:
+    for part in wrong.messages:
         assert re.search(part, error), error
     assert "config.stages.finetune.start" in error or "tokenizer.add" in error
     assert tiny.files(tmp_path) == before
 
 
-def test_a_parent_in_the_same_run_that_is_not_trained_is_refused(capsys, tmp_path, parent):
+def test_a_parent_in_the_same_run_that_is_not_trained_is_rejected(capsys, tmp_path, parent):
     command = ["run", f"--config={parent.config}", f"--workdir={tmp_path}", "--stages=posttrain"]
     assert main(command) == 2
     assert "holds no checkpoints of a stage 'pretrain': train it first" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_a_parent_in_the_same_run_that_is_not_trained_is_refused(capsys, tmp_pat
 
 
 def test_classes_are_compared_also_with_a_parent_that_is_yet_to_be_trained(capsys, tmp_path, parent):
-    """A second fine-tuning stage, in the same run, that would take over the head of the first one."""
+    """A second fine-tuning stage in the same run would load the head of the first one."""
     options = ["--config.stages.scratch.start=finetune", "--config.stages.scratch.data={'other': 1.0}"]
     assert main(["run", f"--config={parent.config}", f"--workdir={tmp_path}", *options]) == 2
     error = capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_classes_are_compared_also_with_a_parent_that_is_yet_to_be_trained(capsy
     assert tiny.files(tmp_path) == {}
 
 
-def test_the_best_step_of_a_parent_that_is_yet_to_be_trained_needs_a_figure(capsys, tmp_path, parent):
+def test_the_best_step_of_a_parent_that_is_yet_to_be_trained_needs_a_metric(capsys, tmp_path, parent):
     best = {"stage": "posttrain", "step": "best", "fresh": ["head/.*"]}
     assert (
         main(["run", f"--config={parent.config}", f"--workdir={tmp_path}", f"--config.stages.finetune.start={best}"])

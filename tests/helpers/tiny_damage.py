@@ -1,6 +1,6 @@
-"""What can befall the checkpoints of a finished stage of `tiny_run`, the latest of which is step 10.
+"""Ways to damage the checkpoints of a finished stage of `tiny_run`, whose latest step is 10.
 
-Each damage is a function of the directory of the checkpoints.
+Each of them is a function of the checkpoint directory.
 """
 
 import json
@@ -16,7 +16,7 @@ from llm3.tree import flatten, unflatten
 
 
 def rewritten(change: Callable[[dict], dict]) -> Callable[[Path], None]:
-    """Other leaves in the place of step 10, sealed as they are, by a program that does not look at them."""
+    """Replace the leaves of step 10 and record valid digests, without the check for finite values."""
 
     def damage(directory: Path) -> None:
         with Checkpoints(directory) as checkpoints, pytest.MonkeyPatch.context() as patch:
@@ -29,7 +29,7 @@ def rewritten(change: Callable[[dict], dict]) -> Callable[[Path], None]:
 
 
 def in_file(pattern: str, change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """A change of the largest file of step 10 that the pattern names."""
+    """Change the largest file of step 10 that matches the pattern."""
     return lambda directory: change(max((directory / "10").glob(pattern), key=lambda path: path.stat().st_size))
 
 
@@ -43,14 +43,14 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def edited(change: Callable[[dict], None], sealed: bool) -> Callable[[Path], None]:
-    """Other metadata, under the old seal or a right one."""
+def edited(change: Callable[[dict], None], valid_digest: bool) -> Callable[[Path], None]:
+    """Edit the metadata, and either keep the old digest or record a valid one."""
 
     def edit(path: Path) -> None:
         meta = json.loads(path.read_text())
-        seal = meta.pop("meta_digest")
+        digest = meta.pop("meta_digest")
         change(meta)
-        path.write_text(json.dumps(meta | {"meta_digest": json_digest(meta) if sealed else seal}))
+        path.write_text(json.dumps(meta | {"meta_digest": json_digest(meta) if valid_digest else digest}))
 
     return in_file("meta/data.json", edit)
 

@@ -17,7 +17,7 @@ from llm3.files import read_json, write_json
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.tree import params_digest
 from tests.helpers import tiny_cluster as cluster
-from tests.helpers import tiny_partial as partial
+from tests.helpers import tiny_delta
 from tests.helpers import tiny_run as tiny
 from tests.helpers.tiny_checkpoints import OPT, PARAMS, newest, same
 
@@ -96,16 +96,16 @@ def test_a_save_on_a_full_disk_is_not_written_and_the_one_before_is_whole(disk, 
     assert names(directory) == ["10", "20"]
 
 
-def test_a_base_on_a_full_disk_is_not_written_and_nothing_rests_on_it(disk):
+def test_a_base_on_a_full_disk_is_not_written_and_no_delta_checkpoint_is_saved(disk):
     with Checkpoints(disk.path / "checkpoints") as checkpoints:
         disk.fill(PAGE)
         with pytest.raises(NotWritten, match=f"{disk.path}/base: the checkpoint of step 0 was not written: {FULL}"):
-            checkpoints.save_base(partial.START, {})
-            partial.save(checkpoints, 10)
+            checkpoints.save_base(tiny_delta.START, {})
+            tiny_delta.save(checkpoints, 10)
         assert checkpoints.steps() == []
         disk.free()
-        checkpoints.save_base(partial.START, {})
-        partial.save(checkpoints, 10)
+        checkpoints.save_base(tiny_delta.START, {})
+        tiny_delta.save(checkpoints, 10)
     assert names(disk.path / "base") == ["0"]
 
 

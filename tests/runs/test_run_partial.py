@@ -343,7 +343,7 @@ REFUSED = {
     ),
     "a step that rests on a lost base": (
         dict(start=dict(OVER, step=6), adapters=dict(x=KEPT), train="lora"),
-        "nf4/base/0, on which step 6 rests, is missing",
+        "nf4/base/0, the base of step 6, is missing",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""A stage with frozen leaves: what it starts with, what trains in it, and its checkpoints."""
+"""A stage with frozen parameters: its start, its trainable leaves and its delta checkpoints."""
 
 from pathlib import Path
 
@@ -47,16 +47,16 @@ def moments(params: dict) -> dict:
 
 START = whole(0)
 AT = {10: after(1), 20: after(2)}
-OPTS = {10: moments(AT[10]["head"]), 20: moments(trainable(AT[20]))}  # as where more trains after step 10
+OPTS = {10: moments(AT[10]["head"]), 20: moments(trainable(AT[20]))}  # as if more leaves became trainable after step 10
 
 
 def newest(checkpoints: Checkpoints, like: dict = START) -> Restored | None:
     return checkpoints.load_newest(lambda step: Wanted(abstract(like), abstract(OPTS[step])))
 
 
-def save(checkpoints: Checkpoints, step: int, partial: bool = True) -> None:
-    params = trainable(AT[step]) if partial else AT[step]
-    checkpoints.save(step, params, OPTS[step], {"tokens": step}, partial=partial)
+def save(checkpoints: Checkpoints, step: int, delta: bool = True) -> None:
+    params = trainable(AT[step]) if delta else AT[step]
+    checkpoints.save(step, params, OPTS[step], {"tokens": step}, delta=delta)
 
 
 def reader(stage: Path) -> Checkpoints:
@@ -68,7 +68,7 @@ def contents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def save_stage(directory: Path) -> Path:
-    """A base, and steps 10 and 20 that rest on it."""
+    """A base, and delta checkpoints of steps 10 and 20."""
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save_base(START, {"tokens": 0})
         save(checkpoints, 10)
