@@ -1,4 +1,4 @@
-"""The lock of a run's directory: one process at a time writes there."""
+"""The lock of a run directory: one process at a time may write there."""
 
 import fcntl
 import json
@@ -19,12 +19,12 @@ from llm3.errors import FULL, NotWritten, UserError, writing
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-BEAT_SECONDS = 10.0  # how often the holder of a lock touches it
-DEAD_SECONDS = 120.0  # a holder that has not touched its lock for so long is taken for dead
+BEAT_SECONDS = 10.0  # how often a holder touches its lock
+DEAD_SECONDS = 120.0  # a holder that has not touched its lock for this long counts as dead
 
 
 class Holder(NamedTuple):
-    """The process that has a workdir to itself, as its lock names it."""
+    """The process that holds a workdir, as recorded in the lock file."""
 
     host: str
     process: int
@@ -37,16 +37,16 @@ class Holder(NamedTuple):
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Hold the workdir alone, for as long as this context lasts.
+    """Hold the workdir exclusively while this context lasts.
 
-    The kernel frees the lock of a process however it ends. But some file systems keep a lock to the host that took it,
-    and some have none: there, who touches the lock from time to time is alive. Raises UserError that names the holder,
-    or for a directory that cannot be made; NotWritten where the disk is full.
+    The kernel frees the lock of a process however it ends. Some file systems, however, share no locks between hosts,
+    and some have no locks at all. There, a holder is alive as long as it keeps touching the lock file. Raises UserError
+    that names the holder, or if the directory cannot be created; NotWritten if the disk is full.
     """
     path = workdir / LOCK
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "ab+", buffering=0)  # noqa: SIM115 - held for as long as the context
+        handle = open(path, "ab+", buffering=0)  # noqa: SIM115 - held while the context lasts
     except OSError as error:
         kind = NotWritten if error.errno in FULL else UserError
         raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
@@ -64,15 +64,15 @@ def lock(workdir: Path) -> Iterator[None]:
 
 
 def _take(path: Path, handle: Any) -> Holder:
-    """Put the name of this process in the lock, and return it. Raises UserError where another one is alive."""
+    """Record this process in the lock and return it. Raises UserError if another holder is alive."""
     own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), _command())
     locked = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{path.parent} is in use by {_holder(path) or 'a process that has just begun'}") from error
+        raise UserError(f"{path.parent} is in use by {_holder(path) or 'a process that has just started'}") from error
     except OSError:
-        locked = False  # a network file system that has no locks
+        locked = False  # a network file system without locks
     before = _holder(path)
     if before and not (locked and before.host == own.host) and _is_alive(path, before, own.host):
         raise UserError(f"{path.parent} is in use by {before}")
@@ -80,7 +80,7 @@ def _take(path: Path, handle: Any) -> Holder:
         handle.truncate(0)
         handle.write(json.dumps(own._asdict()).encode())
     if not locked:
-        time.sleep(BEAT_SECONDS / 10)  # for one that begins at the same moment: the last to write has it
+        time.sleep(BEAT_SECONDS / 10)  # if another process starts now, the last writer wins
         if (other := _holder(path)) != own:
             raise UserError(f"{path.parent} is in use by {other or 'another process'}")
     return own
@@ -91,7 +91,7 @@ def _command() -> str:
 
 
 def _holder(path: Path) -> Holder | None:
-    """Who is named in a lock; None where it was given back."""
+    """The holder recorded in a lock file; None if it was released."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -99,23 +99,23 @@ def _holder(path: Path) -> Holder | None:
 
 
 def _is_alive(path: Path, holder: Holder, host: str) -> bool:
-    """Whether the process that is named in a lock is alive; waits to see it touch the lock where that is not known."""
-    if holder.host == host and not _runs(holder.process):
+    """Whether the holder of a lock is alive. If that is unknown, wait for it to touch the lock file."""
+    if holder.host == host and not _is_running(holder.process):
         return False
-    before = _touched(path)
+    before = _modified_at(path)
     age = time.time() - before
-    seconds = min(max(DEAD_SECONDS - age, 3 * BEAT_SECONDS), DEAD_SECONDS)  # clocks may differ: some beats at least
+    seconds = min(max(DEAD_SECONDS - age, 3 * BEAT_SECONDS), DEAD_SECONDS)  # a few beats, as clocks differ
     logger.warning("%s is held by %s: waiting %.0f s for a sign of life", path, holder, seconds)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(BEAT_SECONDS / 10)
-        if _touched(path) != before:
+        if _modified_at(path) != before:
             return _holder(path) is not None
-    logger.warning("%s: no sign of life for %.0f s: its holder is taken for dead", path, max(age, 0) + seconds)
+    logger.warning("%s: no sign of life for %.0f s, so its holder counts as dead", path, max(age, 0) + seconds)
     return False
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -125,8 +125,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _touched(path: Path) -> float:
-    with path.open() as file:  # over a network, only who opens a file sees what others have done to it
+def _modified_at(path: Path) -> float:
+    with path.open() as file:  # on a network file system, opening the file refreshes its attributes
         return os.fstat(file.fileno()).st_mtime
 
 

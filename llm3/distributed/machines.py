@@ -1,4 +1,4 @@
-"""Machines by name, without having them: what their chips can do, and what lies between these."""
+"""Hardware by name, whether or not you have it: the rates of each chip and the links between chips."""
 
 import math
 import re
@@ -12,7 +12,7 @@ import numpy as np
 from llm3.distributed.sharding import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
-# Dense bfloat16 peak, FLOP/s for one device as jax counts devices, by the start of `device_kind`.
+# Dense bfloat16 peak of one jax device in FLOP/s, by prefix of `device_kind`.
 PEAK_FLOPS: dict[str, float] = {
     "NVIDIA A100": 312e12,  # NVIDIA A100 datasheet, 2021
     "NVIDIA H100 PCIe": 756e12,  # NVIDIA H100 datasheet, 2023, without sparsity
@@ -31,36 +31,30 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The dense bfloat16 peak of one device, or None where it is not known."""
+    """The dense bfloat16 peak of one device in FLOP/s; None if unknown."""
     matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 class Chip(NamedTuple):
-    """One device as jax counts devices.
-
-    peak: dense bfloat16 FLOP/s. memory: bytes. bandwidth: of the memory, bytes/s. link: bytes/s in one direction, of a
-    GPU to all others in its host, of a TPU along one link of the torus. network: bytes/s of one device to other hosts.
-    host: devices of one. torus: dimensions of the TPU's network; 0: none. ring: a dimension of a multiple of this many
-    chips closes to a ring.
-    """
+    """The properties of one jax device."""
 
     name: str
-    peak: float
-    memory: float
-    bandwidth: float
-    link: float
-    network: float
-    host: int
-    torus: int = 0
-    ring: int = 0
+    peak: float  # dense bfloat16 FLOP/s
+    memory: float  # bytes
+    bandwidth: float  # memory bandwidth, bytes/s
+    link: float  # bytes/s in one direction: from a GPU to all others in its host, or along one link of a TPU torus
+    network: float  # bytes/s from one device to other hosts
+    host: int  # devices per host
+    torus: int = 0  # dimensions of the TPU torus; 0: not a TPU
+    ring: int = 0  # a torus dimension closes into a ring if its size is a multiple of this
 
 
 GIB = 2**30
 # NVIDIA: the datasheets of the GPU and of its DGX system (A100 80GB SXM 2021, H100 SXM 2023, H200 2024, B200 2024).
-# Half of NVLink's figure, which counts both directions; one network adapter a GPU: 200 Gbit/s, later 400 Gbit/s.
-# TPU: Google Cloud documentation, the page of each version; a link's rate is that of the chip's interconnect over its
-# links (6 in three dimensions, 4 in two): 2400, 4800, 1600 and 3200 Gbit/s. What is sold as GB of HBM are GiB.
+# NVLink: half of the datasheet rate, which counts both directions. Network: one adapter per GPU, 200 or 400 Gbit/s.
+# TPU: Google Cloud documentation, the page of each version. The rate of a link is the interconnect rate of the chip
+# (2400, 4800, 1600 and 3200 Gbit/s) divided by its links (6 in three dimensions, 4 in two). GB of HBM mean GiB.
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -78,7 +72,7 @@ EXAMPLES = ("cpu", "h100x8", "h100x64", "a100x8", "h200x8", "b200x8", "v4:2x2x2"
 
 
 class Topology(NamedTuple):
-    """`devices` chips of one kind; shape: of a TPU's torus."""
+    """`devices` chips of one kind. shape: the sizes of the TPU torus; empty for GPUs and CPU."""
 
     name: str
     chip: Chip
@@ -95,29 +89,25 @@ class Topology(NamedTuple):
 
 
 class Link(NamedTuple):
-    """What the `size` devices along one mesh axis reach each other by, `hosts` of them being in different hosts.
+    """The connection between the devices along one mesh axis."""
 
-    inside: bytes/s that a device receives from within its host, or along the torus; between: that all devices of the
-    axis in one host receive from other hosts.
-    """
-
-    words: str
-    size: int
-    hosts: int
-    inside: float
-    between: float
+    words: str  # the connection in words, for the plan
+    size: int  # devices along the axis
+    hosts: int  # hosts that these devices span
+    inside: float  # bytes/s that a device receives from its own host, or along the torus
+    between: float  # bytes/s that all devices of the axis in one host together receive from other hosts
 
     def gather_seconds(self, size: float) -> float:
-        """Of an all-gather of `size` bytes, all pieces together, or a reduce-scatter; an all-reduce takes both.
+        """Seconds for an all-gather (or reduce-scatter) of `size` bytes in total; an all-reduce needs both.
 
-        Every device receives all but its own piece, every host all but its own pieces: as fast as the slower of both.
+        Every device receives all shards but its own, and every host all shards but its own. The slower transfer counts.
         """
         seconds = size * (self.size - 1) / self.size / self.inside
         return max(seconds, size * (self.hosts - 1) / self.hosts / self.between) if self.hosts > 1 else seconds
 
 
 def parse(text: str) -> Topology:
-    """The topology of this name, as in `EXAMPLES`. "cpu" is measured on this machine. Raises UserError."""
+    """Parse the name of a topology, as in `EXAMPLES`. "cpu" is measured on this machine. Raises UserError."""
     if text == "cpu":
         return Topology(text, _this_cpu(), 1)
     found = re.fullmatch(r"(\w+?)(?:x(\d+)|:(\d+(?:x\d+)*))", text)
@@ -127,36 +117,40 @@ def parse(text: str) -> Topology:
     chip = CHIPS[name]
     example = next(each for each in EXAMPLES if each.startswith(name))
     if not found or bool(found[3]) != bool(chip.torus):
-        raise UserError(f"--topology={text!r}: expected {'its torus' if chip.torus else 'its devices'}, as {example!r}")
+        missing = "torus shape" if chip.torus else "device count"
+        raise UserError(f"--topology={text!r}: expected its {missing}, as in {example!r}")
     shape = tuple(map(int, found[3].split("x"))) if found[3] else ()
     devices = math.prod(shape) if shape else int(found[2])
     if len(shape) != chip.torus:
-        raise UserError(f"--topology={text!r}: {name} has a torus of {chip.torus} dimensions, as {example!r}")
+        raise UserError(f"--topology={text!r}: {name} has a torus of {chip.torus} dimensions, as in {example!r}")
     if not devices or (devices > chip.host and devices % chip.host):
-        raise UserError(f"--topology={text!r}: expected at least 1, and above {chip.host} a multiple: whole hosts")
+        raise UserError(f"--topology={text!r}: expected 1 to {chip.host} devices, or a multiple of {chip.host}")
     return Topology(text, chip, devices, shape)
 
 
-def links(topology: Topology, sizes: Mapping[str, int], outer: str = "") -> dict[str, Link]:
-    """The link of every mesh axis; sizes, outer: as in `config.mesh` and its `across_hosts`. Raises UserError.
+def links(topology: Topology, sizes: Mapping[str, int], across_hosts: str = "") -> dict[str, Link]:
+    """The link of every mesh axis. sizes, across_hosts: as in `config.mesh`. Raises UserError.
 
-    GPUs lie in the mesh as they are numbered, the last axis closest together; `outer` is laid over the hosts first. A
-    TPU's mesh axis takes the dimensions of the torus that multiply to its size, the last axis first; if none do, it
-    takes one.
+    GPUs fill the mesh in the order of their numbers, so the last axis is closest together; `across_hosts` names the
+    axis that spans the hosts instead. On a TPU, starting with the last axis, each mesh axis takes the torus dimensions
+    whose product is its size, or one dimension if there are none.
     """
     shape = mesh_shape(sizes, topology.devices)
-    check_across_hosts(outer)
-    if outer and not topology.is_tpu and shape[outer] % topology.hosts:
-        raise UserError(f"config.mesh.across_hosts={outer!r}: mesh.{outer} is {shape[outer]}: {topology.hosts} hosts")
-    return _torus_links(topology, shape) if topology.is_tpu else _host_links(topology, shape, outer)
+    check_across_hosts(across_hosts)
+    if across_hosts and not topology.is_tpu and shape[across_hosts] % topology.hosts:
+        raise UserError(
+            f"config.mesh.across_hosts={across_hosts!r}: mesh.{across_hosts} is {shape[across_hosts]}: "
+            f"expected a multiple of {topology.hosts}, the number of hosts"
+        )
+    return _torus_links(topology, shape) if topology.is_tpu else _host_links(topology, shape, across_hosts)
 
 
-def _host_links(topology: Topology, shape: Mapping[str, int], outer: str) -> dict[str, Link]:
+def _host_links(topology: Topology, shape: Mapping[str, int], across_hosts: str) -> dict[str, Link]:
     chip, found, stride = topology.chip, {}, 1
     for axis in reversed(MESH_AXES):
         size = shape[axis]
-        hosts = topology.hosts if axis == outer else 1
-        if not outer:  # as they are numbered
+        hosts = topology.hosts if axis == across_hosts else 1
+        if not across_hosts:  # in the order of device numbers
             hosts = size // max(1, min(size, chip.host // stride))
             stride *= size
         members = size // hosts
@@ -181,7 +175,7 @@ def _torus_links(topology: Topology, shape: Mapping[str, int]) -> dict[str, Link
 
 
 def _dimensions(free: list[int], size: int) -> list[int]:
-    """The fewest of the dimensions that multiply to a size; else the largest one alone, else none."""
+    """The fewest neighbouring dimensions whose product is `size`; else the largest dimension; else none."""
     for count in range(1, len(free) + 1):
         for first in range(len(free) - count + 1):
             if math.prod(free[first : first + count]) == size:
@@ -190,21 +184,21 @@ def _dimensions(free: list[int], size: int) -> list[int]:
 
 
 def _this_cpu() -> Chip:
-    """All cores as one device: memory as the system tells, rates as a product and a copy reach now."""
-    told = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    if told is None:
-        raise UserError("--topology='cpu': /proc/meminfo does not tell the memory of this machine")
+    """All cores as one device: memory from /proc/meminfo, rates measured by a matmul and a copy."""
+    memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    if memory is None:
+        raise UserError("--topology='cpu': /proc/meminfo does not state the memory of this machine")
     size = 1024
     x = np.ones((size, size), np.float32)
     flops = 2 * size**3 / _fastest(lambda: x @ x)
-    large = np.ones(2**24, np.float32)  # 64 MiB, beyond any cache but the largest
+    large = np.ones(2**24, np.float32)  # 64 MiB, larger than most caches
     other = np.empty_like(large)
     copied = 2 * large.nbytes / _fastest(lambda: np.copyto(other, large))
-    return Chip("cpu", flops, int(told[1]) * 1024, copied, copied, copied, 1)
+    return Chip("cpu", flops, int(memory[1]) * 1024, copied, copied, copied, 1)
 
 
 def _fastest(work) -> float:
-    """Seconds, the least of five."""
+    """The shortest of five runs, in seconds."""
     seconds = []
     for _ in range(5):
         before = time.perf_counter()

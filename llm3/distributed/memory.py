@@ -1,4 +1,4 @@
-"""Peak memory of the devices, or, where the device is the CPU, of this process."""
+"""Peak memory of the devices, or of this process if the device is the CPU."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import jax
 
 
 def reset_peak() -> None:
-    """Start the peak of this process anew, where the system allows it (Linux: man 5 proc, clear_refs)."""
+    """Reset the peak memory of this process, if the system allows it (Linux: man 5 proc, clear_refs)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -14,7 +14,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int | None:
-    """The highest use by any local device, or by this process on the CPU; None where nobody tells."""
+    """Peak bytes of the fullest local device, or of this process on the CPU; None if unknown."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stats):
         return max(each["peak_bytes_in_use"] for each in stats)

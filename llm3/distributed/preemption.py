@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM as a scheduler sends it: a run saves at the next step boundary and ends."""
+"""Ctrl-C and the SIGTERM of a scheduler: a run saves at the next step boundary and ends."""
 
 import signal
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from llm3.errors import Exit
 
 @dataclass
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; the loop saves at the next step boundary and ends.
+    """Set by the first Ctrl-C or SIGTERM; the loop then saves at the next step boundary and ends.
 
-    With several processes, jax's preemption service passes the signal of one of them on to all, and finds a step that
-    none of them has made yet.
+    With several processes, the preemption service of jax forwards the signal of one process to all, and chooses a step
+    that none of them has reached yet.
     """
 
     signal: int | None = None
-    steps: int = 0  # how often `at_step` was called: the same on all processes
+    steps: int = 0  # how often `at_step` was called; equal on all processes
 
     def at_step(self) -> bool:
-        """Whether to stop after this step, to be asked once at each; the same answer on all processes."""
+        """Whether to stop after this step; call it once per step. All processes get the same answer."""
         self.steps += 1
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.steps):
             self.signal = signal.SIGTERM
@@ -38,9 +38,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a StopRequest; a second one of them ends the process at once."""
+    """Turn SIGINT and SIGTERM into a StopRequest; a second signal ends the process at once."""
     request, asked = StopRequest(), []
-    several = jax.process_count() > 1  # then SIGTERM is jax's
+    several = jax.process_count() > 1  # then jax handles SIGTERM
 
     def handle(number: int, frame: Any) -> None:
         if asked:

@@ -1,7 +1,7 @@
 """The processes of one run: how they find each other, and how they act as one.
 
-Every process runs the same program on its own devices. The first one alone writes files and speaks; what it decides is
-passed on, so that all of them take the same way.
+Every process runs the same program on its own devices. Only the first one writes files and prints. Its decisions are
+broadcast, so that all processes take the same branches.
 """
 
 import itertools
@@ -15,20 +15,20 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-from jax._src import distributed  # the coordinator's key-value store: jax has no public name for it
+from jax._src import distributed  # the key-value store of the coordinator has no public API
 
 from llm3.errors import UserError
 
 T = TypeVar("T")
 
-HEARTBEAT_SECONDS = 30  # a process that is silent for so long is taken for dead, and all others end
+HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, and all others end
 LEAVING_SECONDS = 5
-ALL_DEVICES = {"local_device_ids": []}  # that it sees; left out, jax takes one for each task of a scheduler
-LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # for the first process, which may have a corpus to tokenize
+ALL_DEVICES = {"local_device_ids": []}  # all visible devices; by default jax gives each scheduler task one
+LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # the first process may have a corpus to tokenize
 
 
 class Cluster(NamedTuple):
-    """What was found. arguments: those of `jax.distributed.initialize`."""
+    """A cluster. found: where it was found, for the log. arguments: for `jax.distributed.initialize`."""
 
     found: str
     arguments: dict[str, Any]
@@ -40,11 +40,11 @@ def detect(
     processes: int | None = None,
     process: int | None = None,
 ) -> Cluster | None:
-    """The cluster that flags or the environment name: None for a process that is alone.
+    """The cluster given by the flags or the environment; None for a single process.
 
-    In this order: the flags, each of which the variables LLM3_COORDINATOR, LLM3_PROCESSES and LLM3_PROCESS stand in
-    for; SLURM, inside `srun`; Open MPI; a TPU's metadata. `processes=1` is a process alone, whatever else is found.
-    Raises UserError for what contradicts itself.
+    In this order: the flags, each with a fallback variable (LLM3_COORDINATOR, LLM3_PROCESSES, LLM3_PROCESS); SLURM,
+    inside `srun`; Open MPI; the metadata of a TPU. `processes=1` always means a single process. Raises UserError for
+    contradictory flags.
     """
     given = {
         "coordinator": coordinator or environment.get("LLM3_COORDINATOR"),
@@ -69,7 +69,7 @@ def detect(
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host]
     if len(hosts) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
         return Cluster(f"TPU: worker {environment.get('TPU_WORKER_ID', '?')} of {max(len(hosts), 1)}", {})
-    if environment.get("LLM3_ACCELERATOR") == "tpu":  # as launch/env.sh finds it
+    if environment.get("LLM3_ACCELERATOR") == "tpu":  # set by launch/env.sh
         return Cluster("TPU: by the metadata of the machine", {})
     return None
 
@@ -86,18 +86,18 @@ def _number(name: str, flag: int | None, environment: Mapping[str, str]) -> int 
 def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> Cluster:
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if missing := [name for name, value in flags.items() if value is None]:
-        raise UserError(f"{' and '.join(missing)}: expected as well; all of {', '.join(flags)}, or none of them")
+        raise UserError(f"{' and '.join(missing)}: missing; expected all of {', '.join(flags)}, or none of them")
     if processes < 1 or not 0 <= process < processes:
         raise UserError(f"--process={process}: expected 0 to {processes - 1}, for --processes={processes}")
     if not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator={coordinator!r}: expected HOST:PORT of process 0")
     arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-    arguments["cluster_detection_method"] = "deactivate"  # else the devices are those of a scheduler around it
+    arguments["cluster_detection_method"] = "deactivate"  # do not use the devices of a surrounding scheduler
     return Cluster(f"process {process} of {processes}, coordinator {coordinator}", arguments)
 
 
 def _devices_of_slurm_task(environment: Mapping[str, str]) -> dict[str, list]:
-    """All that the task sees, unless several of them see those of their node and have to take one each."""
+    """All visible devices, unless several tasks share the devices of a node and each must take one."""
     shared = int(environment["SLURM_NTASKS"]) > int(environment.get("SLURM_STEP_NUM_NODES", 1))
     own = "SLURM_GPUS_PER_TASK" in environment or "SLURM_GPU_BIND" in environment
     return {} if "JAX_LOCAL_DEVICE_IDS" in environment or (shared and not own) else ALL_DEVICES
@@ -109,9 +109,9 @@ def _address(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> str:
-    """Join the cluster that `detect` finds, before any device is touched; in a line, what was found.
+    """Join the cluster that `detect` finds, before any device is used. Returns one line that describes it.
 
-    Raises UserError as `detect` does, and where the others cannot be reached.
+    Raises UserError as `detect`, and if the other processes cannot be reached.
     """
     cluster = detect(os.environ, coordinator, processes, process)
     if cluster is None:
@@ -124,70 +124,70 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return jax.process_count()
 
 
 def index() -> int:
-    """Which of them this is."""
+    """The index of this process."""
     return jax.process_index()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the process that writes files and prints."""
     return index() == 0
 
 
 def islands() -> list[list[jax.Device]]:
-    """The devices in groups inside of which the network is fast: the slices of TPUs, the hosts of all others."""
+    """Groups of devices with a fast network inside each group: TPU slices, or hosts for all other devices."""
     devices = jax.devices()
     if devices[0].platform == "tpu":
-        of = {device: getattr(device, "slice_index", 0) for device in devices}
+        group_of = {device: getattr(device, "slice_index", 0) for device in devices}
     else:
         publish("host", socket.gethostname())
         barrier()
         hosts = published("host")
-        of = {device: hosts.get(device.process_index) for device in devices}
-    groups = dict.fromkeys(of.values())  # in the order of their first device
-    return [[device for device in devices if of[device] == each] for each in groups]
+        group_of = {device: hosts.get(device.process_index) for device in devices}
+    groups = dict.fromkeys(group_of.values())  # ordered by first device
+    return [[device for device in devices if group_of[device] == each] for each in groups]
 
 
-_numbers = itertools.count()  # of the exchanges so far: all processes have the same ones, in the same order
+_numbers = itertools.count()  # numbers the exchanges; all processes make the same ones in the same order
 
 
 def barrier() -> None:
-    """Return when all processes have come here."""
+    """Return when all processes have reached this call."""
     if count() > 1:
         _client().wait_at_barrier(f"llm3/{next(_numbers)}", LONGEST_WAIT_SECONDS * 1000)
 
 
 def broadcast_from_first(make: Callable[[], Any]) -> Any:
-    """The JSON-able value that `make` gives on the first process, on all of them.
+    """Call `make` on the first process and return its JSON-able value on all processes.
 
-    Whatever was written there before is there for all. A UserError of `make` is raised on all.
+    Files that `make` wrote are visible to all processes afterwards. A UserError of `make` is raised on all of them.
     """
     if count() == 1:
         return make()
     key, client, error = f"llm3/{next(_numbers)}", _client(), None
     if is_first():
         try:
-            told = {"value": make()}
+            message = {"value": make()}
         except UserError as raised:
-            error, told = raised, {"error": str(raised), "exit": int(raised.exit)}
-        client.key_value_set(key, json.dumps(told))
+            error, message = raised, {"error": str(raised), "exit": int(raised.exit)}
+        client.key_value_set(key, json.dumps(message))
         if error is not None:
             raise error
-        return told["value"]
-    told = json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_SECONDS * 1000))
-    if "error" in told:
-        raise RemoteError(told["error"], told["exit"])
-    return told["value"]
+        return message["value"]
+    message = json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_SECONDS * 1000))
+    if "error" in message:
+        raise RemoteError(message["error"], message["exit"])
+    return message["value"]
 
 
 def on_first_then_all(make: Callable[[], T]) -> T:
-    """What `make` gives: on the first process first, on the others when it is done, so that they find its files.
+    """Call `make` on the first process, then on all others, so that they find the files it wrote.
 
-    A UserError of the first is raised on all.
+    A UserError of the first process is raised on all of them.
     """
     made: list[T] = []
     broadcast_from_first(lambda: made.append(make()))
@@ -195,7 +195,7 @@ def on_first_then_all(make: Callable[[], T]) -> T:
 
 
 class RemoteError(UserError):
-    """An error of another process, which says it."""
+    """A UserError of another process, which prints it."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -203,13 +203,13 @@ class RemoteError(UserError):
 
 
 def publish(name: str, value: Any) -> None:
-    """Let the others know a JSON-able value of this process, at any time; see `published`."""
+    """Publish a JSON-able value of this process under a name, at any time; see `published`."""
     if count() > 1:
         _client().key_value_set(f"llm3-{name}/{index()}", json.dumps(value), allow_overwrite=True)
 
 
 def published(name: str) -> dict[int, Any]:
-    """{process: value} of what each has last published under a name."""
+    """{process: the value it last published under this name}."""
     if count() == 1:
         return {}
     found = _client().key_value_dir_get(f"llm3-{name}")
@@ -218,9 +218,10 @@ def published(name: str) -> dict[int, Any]:
 
 @contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[str]:
-    """`start`, for as long as this context lasts; an error ends the whole process at once where there are others.
+    """`start`, as a context. With several processes, an error ends this process at once.
 
-    They may wait for it in a computation, which no exception reaches: jax notices the loss, and they end too.
+    The others may wait for it inside a computation, where no exception reaches them. jax notices the loss and ends
+    them too.
     """
     found = start(coordinator, processes, process)
     try:
@@ -228,13 +229,13 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     except BaseException as error:
         if count() == 1:
             raise
-        with suppress(OSError):  # what is said may have no reader any more, such as a connection that was lost
+        with suppress(OSError):  # stderr may be closed, e.g. after a lost connection
             if not isinstance(error, UserError):
                 print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
                 traceback.print_exc()
             elif not isinstance(error, RemoteError):
                 print(f"llm3: process {index()}: {error}", file=sys.stderr)
-        with suppress(Exception):  # the others may be about to read why; the first process holds what they read
+        with suppress(Exception):  # let the others read the error, which the first process stores
             _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
         with suppress(OSError):
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The mesh, the table from logical axes to mesh axes, and placing arrays by it."""
+"""The mesh, the table from logical axes to mesh axes, and the placement of arrays on the mesh."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +16,11 @@ from llm3.tree import map_with_path
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
 
-# Every parameter and activation names its axes by meaning; this table says along which mesh axes each of them is cut.
+# Parameters and activations name their axes by meaning; this table maps each name to the mesh axes that shard it.
 LOGICAL_AXES: Rules = {
     "batch": ("data", "fsdp"),
-    "length": ("context",),  # of a window; all between the attentions is computed where its positions lie
-    "keys": (),  # the positions that attention reads: gathered from all pieces of a window
+    "length": ("context",),  # positions of a window; outside attention, each is computed where it lies
+    "keys": (),  # positions that attention reads: gathered from all shards of a window
     "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
@@ -30,18 +30,18 @@ LOGICAL_AXES: Rules = {
     "mlp": ("tensor",),
     "classes": (),
 }
-_rules: Rules = LOGICAL_AXES  # the table in force; like jax's mesh in force, but seen by all threads
+_rules: Rules = LOGICAL_AXES  # the active table; like the active mesh of jax, but shared by all threads
 
 
 def table(changes: Mapping[str, Any]) -> Rules:
-    """`LOGICAL_AXES` with the changes of a config: {logical axis: a mesh axis, a list of them, or None}.
+    """`LOGICAL_AXES` changed by a config: {logical axis: a mesh axis, a list of them, or None}.
 
-    Raises UserError for a name that is none.
+    Raises UserError for an unknown name.
     """
     rules = dict(LOGICAL_AXES)
     for name, cut in changes.items():
         where = f"config.mesh.rules.{name}"
-        if name not in rules or name == "layers":  # a scan goes through all layers
+        if name not in rules or name == "layers":  # the layer scan needs all layers on every device
             raise UserError(f"{where}: no such axis; {nearest(name, rules.keys() - {'layers'})}")
         axes = () if cut is None else (cut,) if isinstance(cut, str) else cut
         if not isinstance(axes, list | tuple) or len(set(map(str, axes))) < len(axes):
@@ -54,14 +54,14 @@ def table(changes: Mapping[str, Any]) -> Rules:
 
 
 def check_across_hosts(axis: str) -> None:
-    """Raise UserError for an axis that a mesh does not have; "" is none."""
+    """Raise UserError unless `axis` is a mesh axis or empty."""
     if axis and axis not in MESH_AXES:
         raise UserError(f"config.mesh.across_hosts={axis!r}: no such mesh axis; {nearest(axis, MESH_AXES)}")
 
 
 @contextmanager
 def rules_in_force(rules: Rules) -> Iterator[None]:
-    """Let `rules` be the table by which all here is cut, for as long as this context lasts."""
+    """Make `rules` the active table while this context lasts."""
     global _rules
     before, _rules = _rules, rules
     try:
@@ -71,11 +71,11 @@ def rules_in_force(rules: Rules) -> Iterator[None]:
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The size of each mesh axis (default 1), a single -1 filled with what is left of `devices`. Raises UserError."""
+    """The size of each mesh axis (default 1); a single -1 takes the remaining `devices`. Raises UserError."""
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     for axis, size in shape.items():
         if size < 1 and size != -1:
-            raise UserError(f"mesh.{axis}={size}: expected a positive size, or -1 for the devices that are left")
+            raise UserError(f"mesh.{axis}={size}: expected a positive size, or -1 for the remaining devices")
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
     if len(free) > 1:
@@ -92,10 +92,10 @@ def make_mesh(
     across_hosts: str = "",
     islands: Sequence[list] | None = None,
 ) -> Mesh:
-    """A mesh over `devices` (default: all of them). Raises UserError where the sizes do not fit.
+    """A mesh over `devices` (default: all). Raises UserError if the sizes do not fit.
 
-    across_hosts: the axis laid over the `islands`, groups of devices with a slow network between them. All other axes
-    stay inside one island. "": in the order of the devices.
+    across_hosts: the axis that spans the `islands`, groups of devices with a slow network between them. All other axes
+    stay inside one island. Empty: in the order of the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
@@ -104,9 +104,9 @@ def make_mesh(
 
 
 def arranged(shape: Mapping[str, int], outer: str, islands: Sequence[list]) -> np.ndarray:
-    """The devices in the shape of a mesh, each piece of the axis `outer` inside one island. Raises UserError.
+    """The devices in the shape of a mesh; only the axis `outer` spans several islands. Raises UserError.
 
-    Inside of an island, they lie as `mesh_utils` has it for the topology of the chips.
+    Inside an island, `mesh_utils` orders the devices by the topology of the chips.
     """
     check_across_hosts(outer)
     if not outer or len(islands) == 1:
@@ -116,7 +116,7 @@ def arranged(shape: Mapping[str, int], outer: str, islands: Sequence[list]) -> n
     if shape[outer] % len(islands):
         raise UserError(
             f"config.mesh.across_hosts={outer!r}: mesh.{outer} is {shape[outer]}: expected a multiple of "
-            f"{len(islands)}, the hosts (or slices) that it is laid over"
+            f"{len(islands)}, the number of hosts (or slices)"
         )
     inner = tuple(size // len(islands) if axis == outer else size for axis, size in shape.items())
     parts = [mesh_utils.create_device_mesh(inner, island) for island in islands]
@@ -124,7 +124,7 @@ def arranged(shape: Mapping[str, int], outer: str, islands: Sequence[list]) -> n
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None) -> PartitionSpec:
-    """The partition of an array whose axes have these logical names; of a shape: only where the mesh divides it."""
+    """The partition of an array with these logical axes. Given a shape, axes that do not divide stay whole."""
     cuts = [_rules[axis] if axis else () for axis in axes]
     if shape is not None:
         pieces = [math.prod(mesh.shape[each] for each in cut) for cut in cuts]
@@ -133,33 +133,33 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: A
 
 
 def named(mesh: Mesh, *axes: str | None, shape: Sequence[int] | None = None) -> NamedSharding:
-    """The sharding of an array whose axes have these logical names; of a shape: only where the mesh divides it."""
+    """The sharding of an array with these logical axes; shape: as in `spec`."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh that is in force (`jax.set_mesh`); without one, leave it.
+    """Constrain the sharding of an activation on the active mesh (`jax.set_mesh`), if there is one.
 
-    An axis that the mesh does not divide, such as the one token of a step of decoding, is left whole.
+    An axis that the mesh does not divide, such as the single token of a decoding step, is replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
 
 
 def axis_size(mesh: Any, axis: str) -> int:
-    """How many pieces a logical axis is cut into on this mesh; 1 on an empty one."""
+    """The number of shards of a logical axis on this mesh; 1 on an empty mesh."""
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules[axis])
 
 
 def is_cut(axis: str) -> bool:
-    """Whether a logical axis is cut on the mesh that is in force."""
+    """Whether the active mesh shards a logical axis."""
     return axis_size(jax.sharding.get_abstract_mesh(), axis) > 1
 
 
 def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
-    """The sharding of every leaf of a parameter tree, given the tuple of logical names of each leaf.
+    """The sharding of every leaf of a parameter tree, given the logical axes of each leaf.
 
-    Raises UserError for a leaf that the mesh does not divide, or that the table cuts twice along one mesh axis.
+    Raises UserError for a leaf that the mesh does not divide, or that the table shards twice along one mesh axis.
     """
 
     def one(path: str, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
@@ -167,23 +167,23 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
             if name and size % axis_size(mesh, name):
                 raise UserError(
                     f"{path}: its axis '{name}' of size {size} cannot be cut into {axis_size(mesh, name)} "
-                    f"(mesh {dict(mesh.shape)}): choose a size that it divides, or another mesh"
+                    f"(mesh {dict(mesh.shape)}): choose a size that the mesh divides, or another mesh"
                 )
         used = [axis for name in names if name for axis in _rules[name]]
         if twice := {axis for axis in used if used.count(axis) > 1}:
-            raise UserError(f"{path}: config.mesh.rules cut it twice along {', '.join(sorted(twice))}: axes {names}")
+            raise UserError(f"{path}: config.mesh.rules shards it twice along {', '.join(sorted(twice))}: axes {names}")
         return named(mesh, *names)
 
     return map_with_path(one, abstract, axes)
 
 
 def with_sharding(shapes: Any, shardings: Any) -> Any:
-    """Shapes that carry their shardings."""
+    """The shapes with their shardings attached."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """Numpy arrays [batch, length], the same on every process, as global arrays: each process places its own part."""
+    """Numpy arrays [batch, length], equal on every process, as global arrays; each process places its own shards."""
 
     def place(x: np.ndarray) -> jax.Array:
         sharding = named(mesh, "batch", "length", shape=x.shape)
@@ -193,7 +193,7 @@ def place_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def check_batch(mesh: Mesh, batch_size: int, length: int, micro_batches: int, where: str) -> None:
-    """Raise UserError unless the mesh divides every micro-batch, and every window."""
+    """Raise UserError unless the mesh divides every micro-batch and every window."""
     pieces = axis_size(mesh, "batch")
     if batch_size % (pieces * micro_batches):
         raise UserError(
@@ -207,8 +207,8 @@ def check_batch(mesh: Mesh, batch_size: int, length: int, micro_batches: int, wh
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of the global batch that the devices of this process need, ascending."""
-    places = named(mesh, "batch").addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in places for row in range(batch_size)[rows]})
+    indices = named(mesh, "batch").addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (rows,) in indices for row in range(batch_size)[rows]})
 
 
 def place_rows(mesh: Mesh, batch_size: int, local: Any) -> Any:

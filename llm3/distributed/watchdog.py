@@ -1,4 +1,4 @@
-"""Notices a step, a read of data or a save that hangs, says where and who is late, and ends the run."""
+"""Detects a hanging step, data read or save, reports where it hangs and which process is late, and ends the run."""
 
 import faulthandler
 import os
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from llm3.distributed import processes
 from llm3.errors import Exit
 
-PHASES = ("reading data", "computing", "saving")  # of a step, in this order
-GRACE_SECONDS = 20.0  # for the other processes to say where they are
+PHASES = ("reading data", "computing", "saving")  # the phases of a step, in this order
+GRACE_SECONDS = 20.0  # time for the other processes to report their position
 LAST_SECONDS = 2.0
 
 
 class Place(NamedTuple):
-    """Where a process is in its stage, and since how many seconds."""
+    """The position of a process in its stage, and for how many seconds it has been there."""
 
     step: int
     phase: str
@@ -29,16 +29,16 @@ class Place(NamedTuple):
 
 
 def late(places: dict[int, Place]) -> list[int]:
-    """The processes that are behind the others; none where all are at the same place."""
+    """The processes behind the others; none if all are at the same position."""
     progress = {process: (place.step, PHASES.index(place.phase)) for process, place in places.items()}
     behind = [process for process, each in progress.items() if each == min(progress.values())]
     return sorted(behind) if len(behind) < len(progress) else []
 
 
 class Watchdog:
-    """Ends the process with `Exit.HUNG` where one phase of a step takes longer than `seconds` (0: never).
+    """Ends the process with `Exit.HUNG` if one phase of a step takes longer than `seconds` (0: never).
 
-    Then every process writes the stacks of its threads to stderr, and what it knows of where the others are.
+    Every process then writes its thread stacks and the known positions of the other processes to stderr.
     """
 
     def __init__(self, seconds: float):
@@ -47,12 +47,12 @@ class Watchdog:
         self._ended = threading.Event()
 
     def at(self, step: int, phase: str) -> None:
-        """From now on, the main thread is in this phase of a step."""
+        """Record that the main thread enters this phase of a step."""
         self._at = (step, phase, time.monotonic())
 
     @contextmanager
     def watching(self) -> Iterator["Watchdog"]:
-        """Watch for as long as this context lasts."""
+        """Watch while this context lasts."""
         self._ended.clear()
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if self._seconds:
@@ -66,7 +66,7 @@ class Watchdog:
                 thread.join()
 
     def place(self) -> Place | None:
-        """Where the main thread is."""
+        """The position of the main thread; None before the first step."""
         if self._at is None:
             return None
         step, phase, since = self._at
@@ -81,18 +81,18 @@ class Watchdog:
                 self._end(place, f"longer than hang_seconds={self._seconds:g}")
             processes.publish("place", place)
             if processes.published("hung"):
-                self._end(place, "another process has noticed that it hangs")
+                self._end(place, "another process has reported that it hangs")
 
     def _end(self, place: Place, why: str) -> None:
-        say = [f"process {processes.index()} of {processes.count()}: {place}: {why}"]
+        report = [f"process {processes.index()} of {processes.count()}: {place}: {why}"]
         processes.publish("hung", place)
         others = {process: Place(*each) for process, each in processes.published("place").items()}
         others[processes.index()] = place
         if processes.count() > 1:
-            say += [f"  process {process}: {each}" for process, each in sorted(others.items())]
+            report += [f"  process {process}: {each}" for process, each in sorted(others.items())]
             names = ", ".join(f"process {process}" for process in late(others))
-            say += [f"late: {names or 'no process more than the others: a device, or the network between them'}"]
-        print("\n".join(f"llm3: {line}" for line in say), file=sys.stderr, flush=True)
+            report += [f"late: {names or 'none, so a device or the network hangs'}"]
+        print("\n".join(f"llm3: {line}" for line in report), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
         if processes.count() > 1:
@@ -100,9 +100,9 @@ class Watchdog:
         os._exit(Exit.HUNG)
 
     def _wait_for_others(self) -> None:
-        """Who ends takes the others with it: not before they have said where they are, and the first one last."""
-        processes.publish("said", True)
+        """A process that ends takes the others down: wait until all have reported, and end the first process last."""
+        processes.publish("reported", True)
         until = time.monotonic() + GRACE_SECONDS
-        while len(processes.published("said")) < processes.count() and time.monotonic() < until:
+        while len(processes.published("reported")) < processes.count() and time.monotonic() < until:
             time.sleep(0.1)
         time.sleep(LAST_SECONDS * processes.is_first())

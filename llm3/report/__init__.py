@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics while it trains; a table, plots and a page when it is done."""
+"""The output of a run: metrics while it trains; a table, plots and a page when it is finished."""

@@ -1,28 +1,28 @@
-"""What a step of each stage takes, beside training all of the same model: bytes, FLOPs and time."""
+"""The bytes, FLOPs and time of a step of each stage, compared with full fine-tuning of the same model."""
 
 from llm3.report.units import NOT_APPLICABLE, count, mebibytes, milliseconds
 
 LEGEND = (
-    "In brackets: the share of what full fine-tuning takes, of the same model with the same optimizer. Parameters, "
-    "gradients and moments are the bytes that the step holds of each; temporary is the compiler's count of what a step "
-    "needs beside them. FLOPs are those of the formula, forward + backward. Step time is measured, without compiling; "
-    "its share is known where a stage of this run trains everything on batches of the same shape. Of a stage that "
-    "unfreezes, it is the last phase."
+    "In brackets: the share of the cost of full fine-tuning, for the same model and optimizer. Parameters, gradients "
+    "and moments are bytes in memory during a step; temporary is the additional memory that the compiler reports. "
+    "FLOPs are computed by formula, forward + backward. Step time is measured, without compilation; its share is known "
+    "if a stage of this run trains all parameters on batches of the same shape. For a stage that unfreezes parameters, "
+    "the numbers are those of its last phase."
 )
 
 
 def measured(rows: list[dict]) -> list[dict]:
-    """The rows of trained stages that know what a step of theirs takes."""
+    """The rows of stages whose step cost is known."""
     return [row for row in rows if row.get("gradient_bytes") is not None]
 
 
-def trains_a_part(rows: list[dict]) -> bool:
-    """Whether any of these stages trains less than all."""
+def any_frozen(rows: list[dict]) -> bool:
+    """Whether any of these stages has frozen parameters."""
     return any(row["trainable_params"] < row["params"] for row in measured(rows))
 
 
 def share(text: str, value: float | None, full: float | None) -> str:
-    """A figure with what share of the full one it is, where that is known."""
+    """A formatted value, followed by its share of the value for full fine-tuning, if known."""
     if value is None or not full:
         return text
     percentage = 100 * value / full
@@ -30,7 +30,7 @@ def share(text: str, value: float | None, full: float | None) -> str:
 
 
 def flops_per_token(row: dict) -> str:
-    """Forward + backward, and the share of their sum."""
+    """Forward + backward FLOPs per token, and the share of their sum."""
     forward, backward = row["forward_flops_per_token"], row["backward_flops_per_token"]
     if forward is None or backward is None:
         return NOT_APPLICABLE
@@ -62,8 +62,8 @@ COLUMNS = (
 
 
 def savings(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """The heads of the columns (of two lines each) and the cells, one line for each row that was `measured`.
+    """The column heads (two lines each) and the cells, one line for each `measured` row.
 
-    The rows are complete.
+    rows: as returned by `complete`.
     """
-    return [head for head, _ in COLUMNS], [[text(row) for _, text in COLUMNS] for row in measured(rows)]
+    return [head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in measured(rows)]

@@ -1,15 +1,15 @@
-"""What evaluations say beyond single figures: per class, per domain, examples; and how often data was repeated."""
+"""Evaluation results beyond single numbers (per class, per domain, examples), and the epochs of each source."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from llm3.report.units import NOT_APPLICABLE, words
 
-LONGEST = 160  # characters of a text that are shown
+LONGEST = 160  # max characters shown of a text
 
 
 def in_detail(rows: list[dict], details: dict[str, dict | None]) -> list[str]:
-    """A section with the details of the last stage that has any; those of the others are named by their files."""
+    """A section with the details of the last stage that has any, and the files with the details of other stages."""
     last = next((row["stage"] for row in reversed(rows) if details.get(row["stage"])), None)
     if last is None:
         return []
@@ -21,7 +21,7 @@ def in_detail(rows: list[dict], details: dict[str, dict | None]) -> list[str]:
 
 
 def repeated(rows: list[dict]) -> list[str]:
-    """A section that says how many times each stage went through each of its sources."""
+    """A section with the number of epochs that each stage made over each source."""
     lines = [
         f"- {row['stage']}: " + ", ".join(f"{source} {seen:.2g}" for source, seen in row["epochs"].items())
         for row in rows
@@ -31,7 +31,7 @@ def repeated(rows: list[dict]) -> list[str]:
 
 
 def _shown(value: dict | list) -> Iterator[str]:
-    """Plain values as Markdown: a dict of dicts or a list of them is a table, anything else a list."""
+    """Plain values as Markdown: a dict or list of dicts becomes a table, anything else a list."""
     if isinstance(value, dict) and value.keys() == {"classes", "counts"}:
         yield _table(["true, predicted →", *value["classes"]], _confusion(value))
     elif isinstance(value, dict) and all(isinstance(each, dict) for each in value.values()):

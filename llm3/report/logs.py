@@ -1,4 +1,4 @@
-"""The metrics of a stage on disk: metrics.jsonl, and TensorBoard event files beside it."""
+"""The metrics of a stage on disk: metrics.jsonl and TensorBoard event files in the same folder."""
 
 import json
 import math
@@ -12,10 +12,10 @@ from llm3.report.units import plain
 
 
 class MetricsWriter:
-    """Appends one line of JSON a step to DIR/metrics.jsonl, and the same scalars to TensorBoard.
+    """Appends one JSON line per step to DIR/metrics.jsonl, and the same scalars to TensorBoard.
 
-    `resume_step` is the step that training continues from: lines of later steps, and a last line that was cut short
-    when the process was killed, are dropped, so that no step is in the file twice. None starts the file anew.
+    resume_step: the step that training resumes from. Lines of later steps, and an incomplete last line of a killed
+    process, are dropped, so that no step occurs twice. None: start an empty file.
     """
 
     def __init__(self, directory: Path | str, resume_step: int | None = None):
@@ -31,9 +31,9 @@ class MetricsWriter:
             self._board = _Board(directory, None if resume_step is None else resume_step + 1)
 
     def write(self, step: int, metrics: dict) -> None:
-        """Append {"step": step, **metrics}. Scalars of numpy and jax are numbers; NaN and inf are null.
+        """Append {"step": step, **metrics}. Numpy and jax scalars become numbers; NaN and inf become null.
 
-        Raises NotWritten where the disk refuses.
+        Raises NotWritten if the disk refuses.
         """
         line = {"step": int(step), **{key: _finite(plain(value)) for key, value in metrics.items()}}
         with writing(self._path):
@@ -43,7 +43,7 @@ class MetricsWriter:
             self._board.write(line["step"], {key: value for key, value in numbers.items() if key != "step"})
 
     def close(self) -> None:
-        """Close both files. Raises NotWritten where the disk refuses."""
+        """Close both files. Raises NotWritten if the disk refuses."""
         with writing(self._path):
             try:
                 self._file.close()
@@ -54,14 +54,14 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
-        with suppress(NotWritten) if kind else nullcontext():  # the first error is the one to be told
+        with suppress(NotWritten) if kind else nullcontext():  # report the first error only
             self.close()
 
 
 class _Board:
-    """A file of TensorBoard events. The first one says that what was written of `purge_step` and later is void.
+    """A file of TensorBoard events. Its first event voids earlier events of `purge_step` and later steps.
 
-    tensorboardX's own writer has a thread, which ends where the disk is full: then whoever writes waits for ever.
+    The writer of tensorboardX is not used: its thread dies when the disk is full, and later writes wait forever.
     """
 
     def __init__(self, directory: Path, purge_step: int | None):
@@ -87,9 +87,9 @@ class _Board:
 
 
 def read_metrics(directory: Path | str) -> list[dict]:
-    """The lines of DIR/metrics.jsonl, oldest first; none where there is no file.
+    """The lines of DIR/metrics.jsonl, oldest first; empty if there is no file.
 
-    A last line that was cut short is left out. Raises UserError for any other line that cannot be read.
+    An incomplete last line is dropped. Raises UserError for any other line that cannot be parsed.
     """
     path = Path(directory) / METRICS
     if not path.exists():

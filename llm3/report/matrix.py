@@ -1,12 +1,12 @@
-"""The matrix of stages and evaluations: one row a stage, the same keys in every row, null where nothing applies.
+"""The matrix of stages and evaluations: one row per stage, the same keys in every row, null where nothing applies.
 
-Evaluation figures are keys `<evaluation>_<metric>`, e.g. `general_bits_per_byte` and `task_accuracy`: a run with other
-evaluations has other keys. `<evaluation>_majority_accuracy` (or `majority_accuracy`, for every evaluation) is
-the accuracy of always giving the commonest class; `<evaluation>_items` is how many examples an accuracy is over.
+Evaluation metrics have keys `<evaluation>_<metric>`, e.g. `general_bits_per_byte` and `task_accuracy`, so the keys
+depend on the evaluations of a run. `<evaluation>_majority_accuracy` (or `majority_accuracy`, for all evaluations) is
+the accuracy of always predicting the most frequent class. `<evaluation>_items` is the number of examples.
 
-What a step takes: `param_bytes`, `gradient_bytes`, `moment_bytes` of the training state, `temp_bytes` by the compiler's
-count, FLOPs a token by formula, `step_seconds` as measured; `full_*` are those of training all of the same model with
-the same optimizer on batches of the same shape. Rows with equal `recipe` differ in nothing but `seed`.
+The cost of a step: `param_bytes`, `gradient_bytes` and `moment_bytes` of the training state, `temp_bytes` as reported
+by the compiler, FLOPs per token by formula, `step_seconds` as measured. `full_*` are the same for full fine-tuning of
+the same model with the same optimizer and batch shape. Rows with equal `recipe` differ only in `seed`.
 """
 
 import json
@@ -48,8 +48,8 @@ KEYS = (
     "params_digest",
 )
 
-# Longest first: task_macro_f1 is the macro_f1 of task, and a majority_accuracy is no accuracy of the model. Those that
-# are None are in matrix.json only.
+# The first matching suffix wins: task_macro_f1 is a macro_f1, not an f1. Metrics that map to None appear in matrix.json
+# only.
 METRICS = {
     "pseudo_bits_per_byte": "pseudo_bits_per_byte",
     "bits_per_byte": "bits_per_byte",
@@ -67,22 +67,22 @@ METRICS = {
 }
 
 
-class Figure(NamedTuple):
-    """A key of a row, read as the `metric` of an `evaluation`."""
+class Metric(NamedTuple):
+    """A key of a row, split into the evaluation and the name of the metric."""
 
     key: str
     evaluation: str
-    metric: str
+    name: str
 
 
-def figures(rows: list[dict]) -> list[Figure]:
-    """The evaluation figures that at least one of `rows` has, in their order in the rows; majority classes left out."""
-    found: dict[str, Figure] = {}
+def metrics_of(rows: list[dict]) -> list[Metric]:
+    """The metrics that at least one row has: bits per byte first, then in row order; without majority classes."""
+    found: dict[str, Metric] = {}
     for key in (key for row in rows for key, value in row.items() if value is not None):
-        metric = METRICS.get(next((metric for metric in METRICS if key.endswith(f"_{metric}")), ""))
-        if metric and key != "majority_accuracy":
-            found[key] = Figure(key, key.removesuffix(f"_{metric}"), metric)
-    return sorted(found.values(), key=lambda figure: figure.metric != "bits_per_byte")
+        name = METRICS.get(next((name for name in METRICS if key.endswith(f"_{name}")), ""))
+        if name and key != "majority_accuracy":
+            found[key] = Metric(key, key.removesuffix(f"_{name}"), name)
+    return sorted(found.values(), key=lambda metric: metric.name != "bits_per_byte")
 
 
 def majority(row: dict, evaluation: str) -> float | None:
@@ -91,14 +91,14 @@ def majority(row: dict, evaluation: str) -> float | None:
     return row.get("majority_accuracy") if own is None else own
 
 
-def standard_error(row: dict, figure: Figure) -> float | None:
-    """The binomial standard error sqrt(p (1 - p) / n) of an accuracy; None where <evaluation>_items is not known."""
-    share, items = row[figure.key], row.get(f"{figure.evaluation}_items")
+def standard_error(row: dict, metric: Metric) -> float | None:
+    """The binomial standard error sqrt(p (1 - p) / n) of an accuracy; None if <evaluation>_items is unknown."""
+    share, items = row[metric.key], row.get(f"{metric.evaluation}_items")
     return math.sqrt(share * (1 - share) / items) if items else None
 
 
 def parent_of(rows: list[dict], row: dict) -> dict | None:
-    """The row that `row` started from: that of the stage in its `parent` key, or without one the row before it."""
+    """The parent row of `row`: the stage named by its `parent` key, or without that key the previous row."""
     if row.get("parent"):
         return next((other for other in rows if other["stage"] == row["parent"]), None)
     index = next((i for i, other in enumerate(rows) if other is row), 0)
@@ -106,10 +106,10 @@ def parent_of(rows: list[dict], row: dict) -> dict | None:
 
 
 def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[dict]]:
-    """`rows` and `baselines` with every key of the schema and with the changes of bits per byte since the parent.
+    """`rows` and `baselines` with all keys of the schema, and with the change of bits per byte since the parent.
 
-    The parent is `parent_of`; a baseline without a `parent` key has none. A change that is given is kept. Raises
-    ValueError for a figure that is not finite: a figure that does not apply is None.
+    The parent is `parent_of`; a baseline without a `parent` key has none. A given change is kept. Raises ValueError for
+    a value that is not finite: a value that does not apply is None.
     """
     rows, baselines = (
         [{key: plain(value) for key, value in row.items()} for row in part] for part in (rows, baselines)
@@ -118,14 +118,14 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
     changes = {f"{key}_change": key for key in keys if key.endswith("_bits_per_byte")}
 
     def completed(row: dict, parent: dict | None) -> dict:
-        whole: dict[str, Any] = {key: row.get(key) for key in [*keys, *changes]}
+        filled: dict[str, Any] = {key: row.get(key) for key in [*keys, *changes]}
         for change, key in changes.items():
-            if whole[change] is None and parent and None not in (row.get(key), parent.get(key)):
-                whole[change] = row[key] - parent[key]
-        for key, value in whole.items():
+            if filled[change] is None and parent and None not in (row.get(key), parent.get(key)):
+                filled[change] = row[key] - parent[key]
+        for key, value in filled.items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key} of {row['stage']} is {value}; a figure that does not apply is None")
-        return whole
+                raise ValueError(f"{key} of {row['stage']} is {value}; a value that does not apply is None")
+        return filled
 
     stages = [*rows, *baselines]
     return (
@@ -135,12 +135,12 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
 
 
 def write_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:
-    """Write {"rows": [...], "baselines": [...]} as JSON, whole or not at all. Raises ValueError as `complete` does."""
-    main, beside = complete(rows, baselines)
-    write_json(Path(path), {"rows": main, "baselines": beside})
+    """Write {"rows": [...], "baselines": [...]} as JSON, atomically. Raises ValueError as `complete` does."""
+    rows, baselines = complete(rows, baselines)
+    write_json(Path(path), {"rows": rows, "baselines": baselines})
 
 
 def read_matrix(path: Path | str) -> tuple[list[dict], list[dict]]:
-    """The rows and baselines that `write_matrix` wrote."""
+    """The rows and baselines of a file from `write_matrix`."""
     matrix = json.loads(Path(path).read_text(encoding="utf-8"))
     return matrix["rows"], matrix["baselines"]

@@ -1,9 +1,9 @@
-"""The plots of a report: PNG files, drawn without a display. Colours: Okabe and Ito's, told apart by all eyes."""
+"""The plots of a report: PNG files, drawn without a display, in the colour-blind-safe palette of Okabe and Ito."""
 
 import math
 from pathlib import Path
 
-from llm3.report.matrix import Figure, complete, figures, majority
+from llm3.report.matrix import Metric, complete, majority, metrics_of
 from llm3.report.replicates import Recipe, estimate
 from llm3.report.table import METRIC_NAMES, PERCENTAGES
 from llm3.report.units import words
@@ -33,17 +33,17 @@ STYLE = {
 
 
 def smooth(values: list[float], window: int) -> list[float]:
-    """The mean over a centred window of `window` values, shorter at both ends."""
+    """The mean over a centred window of `window` values, which is shorter at both ends."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
-    """One panel a stage: the training loss (nats a target) against the step, as logged and smoothed.
+    """One panel per stage: the training loss (nats per target) by step, as logged and smoothed.
 
-    `histories` are the lines of `read_metrics` by stage; a line's `validation_loss`, if any, is marked. Lines without
-    a finite loss are left out, and so are stages without any. Several lines of one step are smoothed as their mean.
+    histories: {stage: lines of `read_metrics`}; `validation_loss`, if present, is marked. Lines without a finite loss
+    are dropped, as are stages without any such line. Several lines of one step are averaged before smoothing.
     """
     series = {stage: _points(lines, "loss") for stage, lines in histories.items()}
     series = {stage: points for stage, points in series.items() if points}
@@ -61,7 +61,7 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
             axes.set_xlabel("step")
             axes.set_xlim(left=0)
             if index % columns == 0:
-                axes.set_ylabel("loss (nats a target)")
+                axes.set_ylabel("loss (nats per target)")
             if index == 0:
                 axes.legend(loc="upper right")
         for axes in grid[len(series) :]:
@@ -69,16 +69,15 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
 
 
 def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:
-    """Bits per byte by stage, and each other figure by stage with its majority class; baselines stand apart, hollow.
+    """Bits per byte by stage in one panel, each other metric in its own, with the majority class; baselines are hollow.
 
-    One panel for all bits per byte, one for each further figure, side by side where the stages are few. A bar that
-    would dwarf the others (the untrained model's) leaves the panel at its top. Raises ValueError for a figure that is
-    not finite.
+    Panels are side by side if there are few stages. A bar that would dwarf the others (the untrained model) is cut off
+    at the top of the panel. Raises ValueError for a metric that is not finite.
     """
     rows, baselines = complete(rows, baselines)
-    found = figures([*rows, *baselines])
-    panels = [[figure for figure in found if figure.metric == "bits_per_byte"]]
-    panels += [[figure] for figure in found if figure.metric != "bits_per_byte"]
+    found = metrics_of([*rows, *baselines])
+    panels = [[metric for metric in found if metric.name == "bits_per_byte"]]
+    panels += [[metric] for metric in found if metric.name != "bits_per_byte"]
     panels = [panel for panel in panels if panel]
     stages = len(rows) + len(baselines)
     columns = min(max(len(panels), 1), 3 if stages <= 6 else 1)
@@ -91,21 +90,21 @@ def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> No
             axes.set_visible(False)
 
 
-def _panel(axes, panel: list[Figure], rows: list[dict], baselines: list[dict]) -> None:
-    """The figures of one metric as a group of bars for each stage, with their values."""
-    stages, metric = [*rows, *baselines], panel[0].metric
-    share = metric in PERCENTAGES
-    values = [[row[figure.key] for row in stages] for figure in panel]
+def _panel(axes, panel: list[Metric], rows: list[dict], baselines: list[dict]) -> None:
+    """A group of bars per stage, one bar per evaluation, labelled with their values."""
+    stages, kind = [*rows, *baselines], panel[0].name
+    share = kind in PERCENTAGES
+    values = [[row[metric.key] for row in stages] for metric in panel]
     by_stage = [[value for value in stage if value is not None] for stage in zip(*values, strict=True)]
-    top = _top(by_stage, cut=metric == "bits_per_byte")
+    top = _top(by_stage, cut=kind == "bits_per_byte")
     width = 0.8 / len(panel)
-    for index, (figure, line) in enumerate(zip(panel, values, strict=True)):
+    for index, (metric, line) in enumerate(zip(panel, values, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
-        label = words(figure.evaluation) if len(panel) > 1 else None
-        for place, value in enumerate(line):
+        label = words(metric.evaluation) if len(panel) > 1 else None
+        for position, value in enumerate(line):
             if value is None:
                 continue
-            x, hollow = place + (index - (len(panel) - 1) / 2) * width, place >= len(rows)
+            x, hollow = position + (index - (len(panel) - 1) / 2) * width, position >= len(rows)
             fill = {"color": "white", "edgecolor": colour, "linewidth": 1.5} if hollow else {"color": colour}
             axes.bar(x, value, 0.9 * width, **fill, label=label)
             label = None
@@ -113,14 +112,14 @@ def _panel(axes, panel: list[Figure], rows: list[dict], baselines: list[dict]) -
             height = min(value, 0.94 * top)
             paper = {"facecolor": "white", "edgecolor": "none", "pad": 1} if value > top else None
             axes.annotate(text, (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=8, bbox=paper)
-    chance = [majority(row, panel[0].evaluation) for row in stages] if metric == "accuracy" else []
+    chance = [majority(row, panel[0].evaluation) for row in stages] if kind == "accuracy" else []
     if any(value is not None for value in chance):
         level = next(value for value in chance if value is not None)
         axes.axhline(level, color=GREY, linewidth=1.2, linestyle="--", label="majority class")
         top = max(top, 1.3 * level)
-    name = METRIC_NAMES.get(metric, words(metric))
+    name = METRIC_NAMES.get(kind, words(kind))
     axes.set_title(
-        "bits per byte (less is better)" if metric == "bits_per_byte" else f"{words(panel[0].evaluation)}: {name}"
+        "bits per byte (lower is better)" if kind == "bits_per_byte" else f"{words(panel[0].evaluation)}: {name}"
     )
     axes.set_ylabel(f"{name} (%)" if share else name)
     if share:
@@ -128,39 +127,39 @@ def _panel(axes, panel: list[Figure], rows: list[dict], baselines: list[dict]) -
         if top > 1:
             axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     names = [row["stage"] for row in stages]
-    inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols / len(names)  # for the name of a stage
+    inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols / len(names)  # available for the name of a stage
     slant = {"rotation": 30, "ha": "right"} if inches < 0.08 * max(map(len, names)) else {}
     axes.set_xticks(range(len(stages)), names, **slant)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(stages) - 0.4)
     axes.set_ylim(0, top)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right" if metric == "bits_per_byte" else "upper left")
+        axes.legend(loc="upper right" if kind == "bits_per_byte" else "upper left")
 
 
 def plot_seeds(path: Path | str, recipes: list[Recipe]) -> None:
-    """Each accuracy, and each change of bits per byte, against the number of trained parameters: a point a recipe.
+    """Each accuracy and each change of bits per byte by the number of trained parameters, one point per recipe.
 
     Error bars are the 95 % intervals over the seeds (`llm3.report.replicates.estimate`).
     """
-    found = figures([row for recipe in recipes for row in recipe.rows])
-    panels = [(figure, figure.key) for figure in found if figure.metric == "accuracy"]
-    panels += [(figure, f"{figure.key}_change") for figure in found if figure.metric == "bits_per_byte"]
-    panels = [(figure, key) for figure, key in panels if any(estimate(recipe.over_seeds(key)) for recipe in recipes)]
+    found = metrics_of([row for recipe in recipes for row in recipe.rows])
+    panels = [(metric, metric.key) for metric in found if metric.name == "accuracy"]
+    panels += [(metric, f"{metric.key}_change") for metric in found if metric.name == "bits_per_byte"]
+    panels = [(metric, key) for metric, key in panels if any(estimate(recipe.over_seeds(key)) for recipe in recipes)]
     columns = min(max(len(panels), 1), 3)
     lines = math.ceil(max(len(panels), 1) / columns)
     with _figure(path, lines, columns, size=(4.6 * columns, 3.6 * lines)) as grid:
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         drawn = [(axes, _seeds_panel(axes, *panel, recipes)) for axes, panel in zip(grid, panels, strict=False)]
-        grid[0].figure.draw_without_rendering()  # names find their places once the panels have theirs
+        grid[0].figure.draw_without_rendering()  # labels are placed after the panels have their final size
         for axes, points in drawn:
             _label(axes, points)
 
 
-def _seeds_panel(axes, figure: Figure, key: str, recipes: list[Recipe]) -> dict[str, tuple[float, float, float]]:
-    """One quantity of the recipes, its mean and interval; {label: (x, y, half of the error bar)}."""
-    share = figure.metric == "accuracy"
+def _seeds_panel(axes, metric: Metric, key: str, recipes: list[Recipe]) -> dict[str, tuple[float, float, float]]:
+    """Plot mean and interval of one metric per recipe; returns {label: (x, y, half of the error bar)}."""
+    share = metric.name == "accuracy"
     scale, points = 100 if share else 1, {}
     for recipe in recipes:
         if (found := estimate(recipe.over_seeds(key))) is not None:
@@ -168,22 +167,22 @@ def _seeds_panel(axes, figure: Figure, key: str, recipes: list[Recipe]) -> dict[
             points[recipe.label] = (trained, scale * found.mean, scale * found.half_width)
     for x, y, half in points.values():
         axes.errorbar(x, y, half, fmt="o", color=BLUE, markersize=5, capsize=3)
-    chance = majority(recipes[0].rows[0], figure.evaluation) if share else 0.0
+    chance = majority(recipes[0].rows[0], metric.evaluation) if share else 0.0
     if chance is not None:
         name = "majority class" if share else "the parent"
         axes.axhline(scale * chance, color=GREY, linewidth=1.2, linestyle="--", label=name)
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.15)
     axes.set_xlabel("trained parameters")
-    unit = "accuracy (%)" if share else f"change of {METRIC_NAMES[figure.metric]}"
-    axes.set_title(f"{words(figure.evaluation)}: {unit}")
+    unit = "accuracy (%)" if share else f"change of {METRIC_NAMES[metric.name]}"
+    axes.set_title(f"{words(metric.evaluation)}: {unit}")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best")
     return points
 
 
 def _label(axes, points: dict[str, tuple[float, float, float]]) -> None:
-    """Write its name beside each (x, y, half of an error bar), where it hides no other name, point or bar."""
+    """Label each point (x, y, half of its error bar) where the label hides no other label, point or bar."""
     from matplotlib.transforms import Bbox
 
     pixel = axes.figure.dpi / 72
@@ -200,7 +199,7 @@ def _label(axes, points: dict[str, tuple[float, float, float]]) -> None:
         ends = [(0, bar + 4, "center", "bottom"), (0, -bar - 4, "center", "top")]
         sides = [(side * 7, up, "left" if side > 0 else "right", "center") for up in (0, 9, -9) for side in (1, -1)]
         text = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=8, in_layout=False)
-        for right, up, horizontal, vertical in [*sides, *ends, sides[0]]:  # in the last place it may hide something
+        for right, up, horizontal, vertical in [*sides, *ends, sides[0]]:  # at the last position it may hide something
             text.set(position=(right, up), horizontalalignment=horizontal, verticalalignment=vertical)
             if not any(text.get_window_extent().overlaps(other) for other in taken):
                 break
@@ -208,9 +207,9 @@ def _label(axes, points: dict[str, tuple[float, float, float]]) -> None:
 
 
 def _top(stages: list[list[float]], cut: bool) -> float:
-    """The upper end of an axis from 0, with room for a legend over the largest value.
+    """The upper limit of an axis from 0, with room for a legend above the largest value.
 
-    With `cut`, a stage of more than twice the values of all others does not count.
+    With `cut`, a stage with more than twice the values of all others is ignored.
     """
     peaks = sorted((max(values) for values in stages if values), reverse=True) or [1.0]
     peak = peaks[1] if cut and len(peaks) > 1 and peaks[0] > 2 * peaks[1] else peaks[0]
@@ -218,12 +217,12 @@ def _top(stages: list[list[float]], cut: bool) -> float:
 
 
 def _points(lines: list[dict], key: str) -> list[tuple[int, float]]:
-    """(step, value) of the lines whose value is a finite number."""
+    """(step, value) of the lines whose value is finite."""
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None and math.isfinite(line[key])]
 
 
 def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """One point a step: the mean."""
+    """One point per step: the mean of its values."""
     by_step: dict[int, list[float]] = {}
     for step, value in points:
         by_step.setdefault(step, []).append(value)
@@ -231,7 +230,7 @@ def _means(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 class _figure:
-    """A figure of `lines` x `columns` panels that is saved at `path` when the block ends; the block gets its axes."""
+    """A context with the axes of `lines` x `columns` panels, which are saved at `path` when it ends."""
 
     def __init__(self, path: Path | str, lines: int, columns: int, size: tuple[float, float]):
         from matplotlib import rc_context

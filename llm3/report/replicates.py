@@ -1,4 +1,4 @@
-"""Replicates: stages that differ in nothing but the seed, and what their figures estimate."""
+"""Replicates: stages that differ only in the seed, and estimates over their seeds."""
 
 import math
 import re
@@ -9,13 +9,13 @@ CONFIDENCE = 0.95
 
 
 class Recipe(NamedTuple):
-    """At least two complete rows, of different seeds, in the order of their seeds."""
+    """At least two complete rows with different seeds, in seed order."""
 
     label: str
     rows: list[dict]
 
     def values(self, key: str) -> dict[int, float]:
-        """{seed: value} of the rows that have one."""
+        """{seed: value} of the rows that have a value for `key`."""
         return {row["seed"]: row[key] for row in self.rows if row[key] is not None}
 
     def over_seeds(self, key: str) -> list[float]:
@@ -23,13 +23,13 @@ class Recipe(NamedTuple):
         return list(self.values(key).values())
 
     def mean(self, key: str) -> float | None:
-        """The mean over the seeds; None where no row has a value."""
+        """The mean over the seeds; None if no row has a value."""
         values = self.over_seeds(key)
         return sum(values) / len(values) if values else None
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, half the width of its interval, and of how many seeds."""
+    """A mean over seeds, the half width of its confidence interval, and the number of seeds."""
 
     mean: float
     half_width: float
@@ -37,14 +37,14 @@ class Estimate(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval is on one side of 0."""
+        """Whether the interval lies on one side of 0."""
         return abs(self.mean) > self.half_width
 
 
 def recipes(rows: list[dict]) -> list[Recipe]:
-    """The rows by equal `recipe`, where there are at least two seeds of one; the full recipe first, if there is one.
+    """Group rows by `recipe` where it has at least two seeds; the recipe that trains all parameters comes first.
 
-    Of two rows with the same recipe and seed, the first counts. A label is what the stages' names have in common.
+    If two rows share recipe and seed, the first one counts. The label is the common part of the stage names.
     """
     groups: dict[str, dict[int, dict]] = {}
     for row in rows:
@@ -60,13 +60,13 @@ def recipes(rows: list[dict]) -> list[Recipe]:
 
 
 def label(stages: list[str]) -> str:
-    """What names of stages have in common, without a number at its end: that of top2_0 and top2_1 is top2."""
+    """The common prefix of stage names, without a number at its end: top2 for top2_0 and top2_1."""
     common = takewhile(lambda letters: len(set(letters)) == 1, zip(*stages, strict=False))
     return re.sub(r"[-_. ]+\d*$", "", "".join(letters[0] for letters in common)) or stages[0]
 
 
 def collapsed(rows: list[dict]) -> list[dict]:
-    """The rows with one row of means in place of each recipe's, called "full x3" for three seeds."""
+    """The rows, with the rows of each recipe replaced by one row of means, e.g. "full x3" for three seeds."""
     found = {id(row): recipe for recipe in recipes(rows) for row in recipe.rows}
     kept: list[dict] = []
     for row in rows:
@@ -79,7 +79,7 @@ def collapsed(rows: list[dict]) -> list[dict]:
 
 
 def unreplicated(rows: list[dict]) -> list[dict]:
-    """The rows that belong to no recipe of several seeds."""
+    """The rows that are not replicates."""
     inside = {id(row) for recipe in recipes(rows) for row in recipe.rows}
     return [row for row in rows if id(row) not in inside]
 
@@ -108,6 +108,6 @@ def estimate(values: list[float]) -> Estimate | None:
 
 
 def paired(recipe: Recipe, reference: Recipe, key: str) -> Estimate | None:
-    """The difference of `recipe` to `reference` over the seeds that both have."""
+    """The difference `recipe` - `reference`, paired over their common seeds."""
     ours, theirs = recipe.values(key), reference.values(key)
     return estimate([value - theirs[seed] for seed, value in ours.items() if seed in theirs])

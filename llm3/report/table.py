@@ -3,33 +3,33 @@
 from collections.abc import Iterable
 
 from llm3.report import cost
-from llm3.report.matrix import Figure, complete, figures, majority
+from llm3.report.matrix import Metric, complete, majority, metrics_of
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
 
 WIDTH = 120
-REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only by their seed"
+REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only in their seed"
 
 METRIC_NAMES = {"bits_per_byte": "bits/byte", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "f1": "F1"}
 PERCENTAGES = ("accuracy", "macro_f1", "exact_match", "f1", "rouge_l")
 
 
-def header(figure: Figure) -> str:
-    """The evaluation over the metric, as the head of a column."""
-    return f"{words(figure.evaluation)}\n{METRIC_NAMES.get(figure.metric, words(figure.metric))}"
+def header(metric: Metric) -> str:
+    """The head of a column: the evaluation above the metric."""
+    return f"{words(metric.evaluation)}\n{METRIC_NAMES.get(metric.name, words(metric.name))}"
 
 
-def cell(row: dict, figure: Figure) -> str:
-    """The figure of a row; bits per byte with their change since the parent."""
-    value = row.get(figure.key)
-    if figure.metric in PERCENTAGES:
+def cell(row: dict, metric: Metric) -> str:
+    """The value of a metric in a row; bits per byte are followed by the change since the parent."""
+    value = row.get(metric.key)
+    if metric.name in PERCENTAGES:
         return percent(value)
-    change = row.get(f"{figure.key}_change")
+    change = row.get(f"{metric.key}_change")
     return fixed(value) if change is None else f"{fixed(value)} ({signed(change)})"
 
 
 def trained(row: dict) -> str:
-    """How many of the parameters the stage trained: 0.2M of 3.4M, or their number if it trained all."""
+    """The number of trained parameters: "0.2M of 3.4M", or one number if all were trained."""
     params, trainable = row.get("params"), row.get("trainable_params")
     if params is None or trainable is None or params == trainable:
         return count(params if trainable is None else trainable)
@@ -46,14 +46,14 @@ COSTS = (
 
 
 def grid(rows: list[dict], baselines: list[dict]) -> tuple[list[str], list[list[str]], list[list[str]]]:
-    """The heads of the columns (of two lines each), and the cells of the rows and of the baselines."""
+    """The column heads (two lines each), the cells of the rows, and the cells of the baselines."""
     rows, baselines = complete(rows, baselines)
     stages = [*rows, *baselines]
     columns = [("\nstage", lambda row: row["stage"])]
-    for figure in figures(stages):
-        columns.append((header(figure), lambda row, figure=figure: cell(row, figure)))
-        if figure.metric == "accuracy" and any(majority(row, figure.evaluation) is not None for row in stages):
-            columns.append(("majority\nclass", lambda row, figure=figure: percent(majority(row, figure.evaluation))))
+    for metric in metrics_of(stages):
+        columns.append((header(metric), lambda row, metric=metric: cell(row, metric)))
+        if metric.name == "accuracy" and any(majority(row, metric.evaluation) is not None for row in stages):
+            columns.append(("majority\nclass", lambda row, metric=metric: percent(majority(row, metric.evaluation))))
     columns += COSTS
     return [head for head, _ in columns], *(
         [[text(row) for _, text in columns] for row in part] for part in (rows, baselines)
@@ -61,61 +61,61 @@ def grid(rows: list[dict], baselines: list[dict]) -> tuple[list[str], list[list[
 
 
 def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
-    """Print the matrix on `console` (by default standard output), at most 120 columns wide, baselines under a rule.
+    """Print the matrix on `console` (default: standard output), at most 120 columns wide, baselines below a rule.
 
-    A change since the parent stands in brackets behind its bits per byte. Where the console is too narrow for one
-    table, there are two: the figures, then what they cost. Stages that differ only by their seed are one row of means.
-    Where a stage trains less than all, a last table says what a step takes.
+    Bits per byte are followed by the change since the parent, in brackets. If the console is too narrow, there are two
+    tables: metrics, then costs. Replicates are shown as one row of means. If any stage has frozen parameters, another
+    table shows the cost of a step.
     """
     from rich.console import Console
 
     console = console or Console()
-    if not console.is_terminal:  # rich guesses 80 columns for a file or a pipe, which has no width
+    if not console.is_terminal:  # rich assumes 80 columns for a file or a pipe
         console.width = WIDTH
     rows, baselines = complete(rows, baselines)
-    shown, shown_beside = collapsed(rows), collapsed(baselines)
-    heads, main, beside = grid(shown, shown_beside)
+    shown, shown_baselines = collapsed(rows), collapsed(baselines)
+    heads, cells, baseline_cells = grid(shown, shown_baselines)
     width = min(console.width, WIDTH)
-    figures_end = len(heads) - len(COSTS)
-    whole = list(range(len(heads)))
-    parts = [whole]
+    first_cost = len(heads) - len(COSTS)
+    columns = list(range(len(heads)))
+    parts = [columns]
     unbounded = console.options.update(width=10_000)
-    if console.measure(_table(heads, main, beside, whole), options=unbounded).maximum > width:
-        parts = [whole[:figures_end], [0, *whole[figures_end:]]]
+    if console.measure(_table(heads, cells, baseline_cells, columns), options=unbounded).maximum > width:
+        parts = [columns[:first_cost], [0, *columns[first_cost:]]]
     for part in parts:
-        console.print(_table(heads, main, beside, part), width=width, soft_wrap=False)
-    if len(shown) + len(shown_beside) < len(rows) + len(baselines):
+        console.print(_table(heads, cells, baseline_cells, part), width=width, soft_wrap=False)
+    if len(shown) + len(shown_baselines) < len(rows) + len(baselines):
         console.print(f"{REPLICATES_NOTE}.", highlight=False)
-    if cost.trains_a_part([*rows, *baselines]):
-        heads, lines = cost.savings([*shown, *shown_beside])
-        console.print("\nWhat a step takes (in brackets: the share of full fine-tuning)", highlight=False)
+    if cost.any_frozen([*rows, *baselines]):
+        heads, lines = cost.savings([*shown, *shown_baselines])
+        console.print("\nCost of a step (in brackets: the share of full fine-tuning)", highlight=False)
         console.print(_table(heads, lines, [], range(len(heads))), width=width, soft_wrap=False)
 
 
-def _table(heads: list[str], main: list[list[str]], beside: list[list[str]], columns: Iterable[int]):
-    """The given columns of the grid as a table of rich."""
+def _table(heads: list[str], cells: list[list[str]], baseline_cells: list[list[str]], columns: Iterable[int]):
+    """The given columns of the grid as a rich table."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.HORIZONTALS, padding=(0, 0, 0, 1), pad_edge=False, show_edge=False, header_style="bold")
     for column in columns:
         table.add_column(heads[column], justify="right" if column else "left", vertical="bottom", overflow="fold")
-    for cells in main:
-        table.add_row(*(cells[column] for column in columns))
+    for line in cells:
+        table.add_row(*(line[column] for column in columns))
     table.add_section()
-    for cells in beside:
-        table.add_row(*(cells[column] for column in columns), style="italic")
+    for line in baseline_cells:
+        table.add_row(*(line[column] for column in columns), style="italic")
     return table
 
 
 def markdown(rows: list[dict], baselines: list[dict]) -> str:
-    """The same matrix as a table in Markdown; baselines come last, in italics."""
-    heads, main, beside = grid(rows, baselines)
-    italics = [[text if text == NOT_APPLICABLE else f"*{text}*" for text in cells] for cells in beside]
-    return markdown_table(heads, [*main, *italics])
+    """The matrix as a Markdown table; baselines come last, in italics."""
+    heads, cells, baseline_cells = grid(rows, baselines)
+    italics = [[text if text == NOT_APPLICABLE else f"*{text}*" for text in line] for line in baseline_cells]
+    return markdown_table(heads, [*cells, *italics])
 
 
 def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
-    """A table in Markdown: the first column to the left, the others to the right; a head of two lines becomes one."""
+    """A Markdown table: first column left-aligned, others right-aligned; heads of two lines are joined."""
     first = [head.replace("\n", " ").strip() for head in heads]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [first, [":--", *["--:"] * (len(heads) - 1)], *lines])

@@ -1,4 +1,4 @@
-"""Figures as people read them. None, a figure that does not apply, is a dash everywhere."""
+"""Numbers formatted for people. None (not applicable) becomes a dash."""
 
 import math
 from typing import Any
@@ -19,15 +19,15 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Two units at most: 4.2s, 2m 05s, 3h 07m, 2d 04h."""
+    """At most two units: 4.2s, 2m 05s, 3h 07m, 2d 04h."""
     if seconds is None:
         return NOT_APPLICABLE
     if seconds < 59.95:
         return f"{seconds:.1f}s"
-    whole = round(seconds)
+    total = round(seconds)
     for larger, smaller, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if whole >= larger:
-            return f"{whole // larger}{names[0]} {whole % larger // smaller:02d}{names[1]}"
+        if total >= larger:
+            return f"{total // larger}{names[0]} {total % larger // smaller:02d}{names[1]}"
     raise AssertionError(seconds)
 
 
@@ -52,7 +52,7 @@ def digits(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 in percent, with one decimal: 0.781 is 78.1 %."""
+    """A fraction in percent, with one decimal: 0.781 is 78.1 %."""
     return NOT_APPLICABLE if share is None else f"{100 * share:.1f} %"
 
 
@@ -62,7 +62,7 @@ def fixed(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Three decimals and always a sign."""
+    """Three decimals, always with a sign."""
     return NOT_APPLICABLE if value is None else f"{value:+.3f}"
 
 
@@ -72,5 +72,5 @@ def words(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy or jax as the Python number it holds; anything else as it is."""
+    """A numpy or jax scalar as a Python number; anything else unchanged."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value

@@ -1,4 +1,4 @@
-"""Windows that are cut over devices: the same losses and gradients, under document masks, as on one device."""
+"""Windows sharded over devices give the losses and gradients of one device, under document masks."""
 
 import functools
 import re
@@ -50,7 +50,7 @@ def make(name: str) -> jax.sharding.Mesh:
 
 @functools.cache
 def computed(case: str, mesh_name: str):
-    """Loss, gradients of all leaves (flat), and the compiled program, for one batch of packed documents on a mesh."""
+    """Loss, flat gradients and compiled program for one batch of packed documents on a mesh."""
     objective, changes = CASES[case]
     config, mesh = model_config(vocab_size=64, **changes), make(mesh_name)
     graph = abstract(config).graph
@@ -84,30 +84,30 @@ def test_losses_and_gradients_are_those_of_one_device(case, mesh_name):
 
 
 def test_each_device_computes_the_scores_of_its_own_queries_only():
-    """Of [rows, kv heads, groups, queries, keys]: 8 rows, 2 heads, 2 groups, 16 queries over context=8, all 16 keys."""
+    """[rows, kv heads, groups, queries, keys]: 8 rows, 2 heads, 2 groups, 16 queries over context=8, all 16 keys."""
     text = computed("causal", "context")[2].as_text()
     shapes = set(re.findall(r"f32\[8,2,2,(\d+),16\]", text))
     assert shapes == {str(LENGTH // 8)}
 
 
-def test_a_window_that_is_cut_is_counted_without_blocks_of_queries():
+def test_flops_of_a_sharded_window_count_all_queries_against_all_keys():
     config = model_config()
     whole = sum(step_flops(config, 2, LENGTH, "lm", ((0, 3),), frozenset()))
     cut = sum(step_flops(config, 2, LENGTH, "lm", ((0, 3),), frozenset(), context=2))
     scores = 4 * 2 * LENGTH**2 * config.heads * config.head_dim * config.layers
     assert whole == forward_flops(config, 2, LENGTH, "lm")
-    assert cut - whole == scores * 3 / 8, "of four blocks of queries, three eighths of the scores are left out"
+    assert cut - whole == scores * 3 / 8, "of four blocks of queries, three eighths of the scores are skipped"
 
 
-def test_a_length_that_the_mesh_does_not_divide_is_refused():
+def test_a_length_that_the_mesh_does_not_divide_is_rejected():
     mesh = make("fsdp and context")
     check_batch(mesh, ROWS, 16, 1, "stage")
     with pytest.raises(UserError, match=r"^stage\.sequence_length=18: expected a multiple of 4 \(mesh context\)"):
         check_batch(mesh, ROWS, 18, 1, "stage")
 
 
-def test_what_the_mesh_does_not_divide_is_left_whole_where_it_is_no_window():
-    """The one token of a step of decoding."""
+def test_an_axis_that_the_mesh_does_not_divide_is_replicated():
+    """Such as the single token of a decoding step."""
     mesh = make("fsdp and context")
     with jax.set_mesh(mesh):
         pinned = jax.jit(lambda x: constrain(x, "batch", "length", None))(jnp.ones((4, 1, 3)))
@@ -135,6 +135,6 @@ def test_rules_say_where_a_logical_axis_is_cut():
         ({"mlp": 3}, "expected a mesh axis, a list of different ones, or None"),
     ],
 )
-def test_rules_of_axes_that_are_none_are_refused(changes, complaint):
+def test_rules_of_unknown_axes_are_rejected(changes, complaint):
     with pytest.raises(UserError, match=complaint):
         table(changes)

@@ -1,4 +1,4 @@
-"""A run's directory has one writer at a time."""
+"""A run directory has one writer at a time."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ def file(tmp_path_factory):
     return str(tiny.write_config(directory / "config.py", directory))
 
 
-def test_a_directory_in_use_is_refused_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
+def test_a_directory_in_use_is_rejected_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
     monkeypatch.setattr("sys.argv", ["/somewhere/llm3/__main__.py", "run", "--workdir=here"])
     with lock(tmp_path):
         assert main(["run", f"--config={file}", f"--workdir={tmp_path}"]) == 2
@@ -38,7 +38,7 @@ HOLD = "import pathlib, sys, llm3.distributed.lock as w\n"
 HOLD += "with w.lock(pathlib.Path(sys.argv[1])): print(1, flush=True), input()"
 
 
-def test_a_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path, caplog):
+def test_the_lock_of_a_killed_process_blocks_nobody(tmp_path, caplog):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
     holder = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -60,7 +60,7 @@ LOCKS = {"of the kernel": None, "of no kind": errno.ENOLCK, "not even known": er
 
 @pytest.fixture
 def file_system(monkeypatch, tmp_path):
-    """A directory whose lock names some process; which locks there are; where hearts beat fast."""
+    """Makes a directory whose lock names some process, with a choice of lock support and short heartbeats."""
     monkeypatch.setattr(locking, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(locking, "DEAD_SECONDS", 0.8)
 
@@ -103,7 +103,7 @@ def beating():
 
 @pytest.mark.parametrize("locks", LOCKS)
 def test_a_holder_on_another_host_is_alive_as_long_as_it_touches_the_lock(file_system, beating, locks):
-    """Whatever the kernel says: a lock may be known to one host only."""
+    """Even if the kernel grants the lock, because another host may not see it."""
     workdir = file_system(locks, THERE, 1)
     beating(workdir)
     with pytest.raises(UserError, match="in use by process 1 on another-host since yesterday"), lock(workdir):
@@ -112,12 +112,12 @@ def test_a_holder_on_another_host_is_alive_as_long_as_it_touches_the_lock(file_s
 
 
 @pytest.mark.parametrize("locks", LOCKS)
-def test_a_holder_on_another_host_that_is_silent_for_long_is_taken_for_dead_and_it_is_said(file_system, caplog, locks):
+def test_a_holder_on_another_host_that_is_silent_for_long_counts_as_dead_with_a_warning(file_system, caplog, locks):
     workdir = file_system(locks, THERE, 1)
     with lock(workdir):
         assert f'"process": {os.getpid()}' in (workdir / ".lock").read_text()
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    assert "process 1 on another-host" in caplog.text and "taken for dead" in caplog.text
+    assert "process 1 on another-host" in caplog.text and "counts as dead" in caplog.text
 
 
 @pytest.mark.parametrize("locks", LOCKS)
@@ -136,7 +136,7 @@ def test_without_locks_a_workdir_still_has_one_holder_at_a_time(file_system, cap
         assert "waiting" in caplog.text
         caplog.clear()
     with lock(workdir):
-        assert not caplog.records, "the last one gave it back"
+        assert not caplog.records, "the last holder released it"
 
 
 def test_of_two_that_begin_at_once_without_locks_the_last_to_write_has_it(file_system, monkeypatch, dead):
@@ -155,7 +155,7 @@ def test_a_lock_that_names_nobody_is_free(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_workdir_that_cannot_be_made_is_refused(capsys, tmp_path, file):
+def test_a_workdir_that_cannot_be_made_is_rejected(capsys, tmp_path, file):
     (tmp_path / "file").write_text("")
     assert main(["run", f"--config={file}", f"--workdir={tmp_path / 'file'}"]) == 2
     assert f"--workdir={tmp_path / 'file'}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Machines by name: what is known of them, what is refused, and by what the axes of a mesh are linked."""
+"""Hardware by name: its rates, rejected names, and the links along each mesh axis."""
 
 import math
 
@@ -39,21 +39,21 @@ def test_the_cpu_is_this_machine_as_measured():
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("h100", "expected its devices, as 'h100x8'"),
-        ("v5p", "expected its torus, as 'v5p:8x8x8'"),
+        ("h100", "expected its device count, as in 'h100x8'"),
+        ("v5p", "expected its torus shape, as in 'v5p:8x8x8'"),
         ("h1000x8", "no such chip; did you mean 'h100'"),
         ("v5:2x2x1", "no such chip; did you mean 'v5[ep]' or 'v5[ep]'"),
         ("tpu", "no such chip; .*valid: .*v5p"),
         ("cpux2", "no such chip; did you mean 'cpu'"),
-        ("h100:8", "expected its devices"),
-        ("v5p:4x4", "a torus of 3 dimensions, as 'v5p:8x8x8'"),
+        ("h100:8", "expected its device count"),
+        ("v5p:4x4", "a torus of 3 dimensions, as in 'v5p:8x8x8'"),
         ("v5e:4x4x4", "a torus of 2 dimensions"),
         ("v5px8", "expected its torus"),
-        ("h100x12", "above 8 a multiple"),
-        ("h100x0", "at least 1"),
+        ("h100x12", "expected 1 to 8 devices, or a multiple of 8"),
+        ("h100x0", "expected 1 to 8 devices"),
     ],
 )
-def test_an_unknown_topology_is_refused_with_the_nearest_right_one(text, complaint):
+def test_an_unknown_topology_is_rejected_with_the_nearest_right_one(text, complaint):
     with pytest.raises(UserError, match=complaint):
         parse(text)
 
@@ -76,13 +76,13 @@ def test_gpus_are_linked_inside_of_a_host_and_over_the_network_between_hosts():
     assert (of["data"].size, of["data"].hosts, of["data"].between) == (2, 2, 50e9)
 
 
-def test_the_axis_across_is_laid_over_the_hosts_and_no_other():
-    of = links(parse("h100x16"), {"data": 1, "fsdp": 8, "tensor": 2}, outer="tensor")
+def test_only_the_axis_across_hosts_spans_the_hosts():
+    of = links(parse("h100x16"), {"data": 1, "fsdp": 8, "tensor": 2}, across_hosts="tensor")
     assert {axis: link.hosts for axis, link in of.items()} == {"data": 1, "fsdp": 1, "context": 1, "tensor": 2}
-    with pytest.raises(UserError, match=r"mesh\.fsdp is 1: 2 hosts"):
-        links(parse("h100x16"), {"data": 16}, outer="fsdp")
+    with pytest.raises(UserError, match=r"mesh\.fsdp is 1: expected a multiple of 2"):
+        links(parse("h100x16"), {"data": 16}, across_hosts="fsdp")
     with pytest.raises(UserError, match="no such mesh axis"):
-        links(parse("h100x16"), {"data": 16}, outer="host")
+        links(parse("h100x16"), {"data": 16}, across_hosts="host")
 
 
 def test_a_tpu_axis_takes_the_dimensions_of_the_torus_that_multiply_to_it():
@@ -93,12 +93,12 @@ def test_a_tpu_axis_takes_the_dimensions_of_the_torus_that_multiply_to_it():
     assert links(parse("v5e:16x16"), {"data": 16, "tensor": 16})["tensor"].inside == 2 * 50e9
 
 
-def test_a_mesh_that_does_not_fit_is_refused_as_for_devices():
+def test_a_mesh_that_does_not_fit_is_rejected_as_for_devices():
     with pytest.raises(UserError, match="does not fit 64 devices"):
         links(parse("h100x64"), {"data": 3, "fsdp": -1})
 
 
-def test_a_gather_takes_as_long_as_the_slower_of_host_and_network():
+def test_a_gather_costs_the_slower_of_host_and_network():
     link = Link("", 64, 8, 400e9, 8 * 50e9)
     inside, between = 1e9 * 63 / 64 / 400e9, 1e9 * 7 / 8 / 400e9
     assert link.gather_seconds(1e9) == pytest.approx(max(inside, between))

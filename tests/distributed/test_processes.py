@@ -17,7 +17,7 @@ OMPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
 EXPLICIT = {"LLM3_COORDINATOR": "host:1234", "LLM3_PROCESSES": "2", "LLM3_PROCESS": "1"}
 
 
-def test_a_process_that_nothing_says_more_of_is_alone():
+def test_without_flags_or_variables_a_process_is_alone():
     assert detect({}) is None
     assert processes.start() == "one process"
 
@@ -69,20 +69,20 @@ def test_one_process_is_alone_whatever_else_is_found():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"LLM3_COORDINATOR": None}, "^--coordinator: expected as well"),
-        ({"LLM3_PROCESSES": None, "LLM3_PROCESS": None}, "^--processes and --process: expected as well"),
+        ({"LLM3_COORDINATOR": None}, "^--coordinator: missing"),
+        ({"LLM3_PROCESSES": None, "LLM3_PROCESS": None}, "^--processes and --process: missing"),
         ({"LLM3_PROCESS": "2"}, r"^--process=2: expected 0 to 1, for --processes=2"),
         ({"LLM3_PROCESSES": "two"}, "^LLM3_PROCESSES='two': expected a whole number"),
         ({"LLM3_COORDINATOR": "host"}, "^--coordinator='host': expected HOST:PORT"),
     ],
 )
-def test_what_contradicts_itself_is_refused(changes, complaint):
+def test_contradictory_flags_are_rejected(changes, complaint):
     environment = {key: value for key, value in (EXPLICIT | changes).items() if value is not None}
     with pytest.raises(UserError, match=complaint):
         detect(environment)
 
 
-def test_alone_every_agreement_is_ones_own():
+def test_exchanges_are_local_for_a_single_process():
     assert processes.broadcast_from_first(lambda: {"a": 1}) == {"a": 1}
     assert processes.on_first_then_all(lambda: "made") == "made"
     processes.barrier()

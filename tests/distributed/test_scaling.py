@@ -1,4 +1,4 @@
-"""What a device computes and is sent, by the compiler's own count: no more where there are more devices."""
+"""FLOPs and traffic per device, as counted by the compiler, do not grow with the number of devices."""
 
 import json
 import os
@@ -34,9 +34,9 @@ def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> jax
 
 
 def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> dict[str, float]:
-    """The same by formula, in float32, without what is as small as a norm's scale or a scalar.
+    """The expected bytes by formula, in float32, without small leaves such as norm scales and scalars.
 
-    Before the passes that a GPU's or TPU's compiler makes of it: there an all-reduce whose result is cut becomes a
+    This is before the passes of a GPU or TPU compiler: there an all-reduce with a sharded result becomes a
     reduce-scatter, and sums of all-reduces (of the inputs of query, key and value, of gate and up, and of the two uses
     of the embedding) are reduced together.
     """
@@ -47,7 +47,7 @@ def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, te
     gathered = reduced = 0.0
     if fsdp > 1:  # parameters, for the forward and for the backward pass; the embedding for both uses at once
         gathered += 2 * LAYERS * layer + embedding
-        reduced += LAYERS * layer  # their gradients, of which each device goes on with its own piece
+        reduced += LAYERS * layer  # their gradients, of which each device keeps its own shard
     if data * context > 1:
         reduced += LAYERS * layer / fsdp
     reduced += 2 * embedding * ((data * fsdp > 1) + (context > 1))  # one each of both uses
@@ -76,7 +76,7 @@ def test_the_bytes_of_collectives_on_a_device_are_those_of_the_formula(sizes):
     rows = 8
     text = compiled_step(MODEL, mesh_of(8, **sizes), rows).as_text()
     found, expected = collective_bytes(text), expected_bytes(rows, **sizes)
-    assert found.keys() <= expected.keys(), "nothing is exchanged or permuted"
+    assert found.keys() <= expected.keys(), "no all-to-all or permute"
     for kind, size in expected.items():
         assert found.get(kind, 0) == pytest.approx(size, rel=0.02, abs=4 * 1024), kind
 

@@ -1,4 +1,4 @@
-"""The mesh, where leaves are cut, and that moments lie where their parameters do."""
+"""The mesh, the sharding of leaves, and moments that are sharded as their parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ def sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
         ((1, 1, 1), 1, (1, 1, 1)),
     ],
 )
-def test_one_axis_of_the_mesh_takes_the_devices_that_are_left(given, devices, filled):
+def test_one_axis_of_the_mesh_takes_the_remaining_devices(given, devices, filled):
     assert mesh_shape(sizes(*given), devices) == sizes(*filled)
 
 
@@ -55,7 +55,7 @@ def test_one_axis_of_the_mesh_takes_the_devices_that_are_left(given, devices, fi
         ((1, 1, -2), 1, "mesh.tensor=-2: expected a positive size"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(given, devices, complaint):
+def test_a_mesh_that_does_not_fit_is_rejected(given, devices, complaint):
     with pytest.raises(UserError, match=complaint):
         mesh_shape(sizes(*given), devices)
 
@@ -66,8 +66,8 @@ def test_a_mesh_is_made_of_the_devices_it_is_given():
 
 
 @pytest.mark.parametrize("across_hosts", ["data", "fsdp", "tensor"])
-def test_only_the_axis_that_is_laid_across_hosts_has_neighbours_on_different_ones(across_hosts):
-    """Two hosts of four devices, which come mixed."""
+def test_only_the_axis_across_hosts_has_neighbours_on_different_hosts(across_hosts):
+    """Two hosts of four devices, listed alternately."""
     hosts = [jax.devices()[::2], jax.devices()[1::2]]
     mesh = make_mesh(sizes(2, 2, 2), across_hosts=across_hosts, islands=hosts)
     host_of = np.vectorize(lambda device: device in hosts[1])(mesh.devices)
@@ -92,7 +92,7 @@ def test_an_axis_over_more_devices_than_hosts_has_its_near_pieces_on_one_host():
         ("data", [3, 5], r"the hosts have \[3, 5\] devices"),
     ],
 )
-def test_an_axis_that_cannot_be_laid_across_hosts_is_refused(across_hosts, islands, complaint):
+def test_an_axis_that_cannot_span_hosts_is_rejected(across_hosts, islands, complaint):
     first = islands[0]
     hosts = [jax.devices()[:first], jax.devices()[first:]]
     with pytest.raises(UserError, match=complaint):

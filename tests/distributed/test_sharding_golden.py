@@ -1,6 +1,6 @@
-"""Where every leaf of a train state lies on three meshes, as a text that a change of it shows in a review.
+"""The sharding of every leaf of a train state on three meshes, as a text that shows any change in review.
 
-`python tests/test_sharding_golden.py` writes tests/sharding.txt anew.
+`python -m tests.distributed.test_sharding_golden` rewrites tests/distributed/sharding.txt.
 """
 
 import math
@@ -51,13 +51,13 @@ def rendered() -> str:
     return "".join(parts)
 
 
-def test_every_leaf_lies_where_the_reviewed_text_says():
-    assert rendered() == GOLDEN.read_text(), "if this is meant: python tests/test_sharding_golden.py"
+def test_every_leaf_is_sharded_as_in_the_reviewed_text():
+    assert rendered() == GOLDEN.read_text(), "if intended: python -m tests.distributed.test_sharding_golden"
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=list(MESHES))
-def test_nothing_large_is_whole_on_every_device_but_along_data_and_context(sizes):
-    """Replicas are what `data` and `context` ask for: the rest of the mesh cuts every matrix."""
+def test_large_leaves_are_replicated_along_data_and_context_only(sizes):
+    """Only `data` and `context` replicate; the other mesh axes shard every matrix."""
     mesh = conftest.mesh_of(8, **sizes)
     pieces = mesh.size // (mesh.shape["data"] * mesh.shape["context"])
     assert set(mesh.shape) == set(MESH_AXES)

@@ -1,4 +1,4 @@
-"""What hangs is noticed: where, and who is late."""
+"""The watchdog reports where a run hangs and which process is late."""
 
 import subprocess
 import sys
@@ -55,8 +55,8 @@ def test_a_phase_that_takes_too_long_ends_the_process_with_its_stacks():
 
 
 @pytest.mark.parametrize(("limit", "seconds"), [(0.6, 0.1), (0, 1)])
-def test_phases_that_end_in_time_are_left_alone(limit, seconds):
-    """All phases together take longer than the limit; 0 is none."""
+def test_phases_that_end_in_time_do_not_end_the_process(limit, seconds):
+    """All phases together exceed the limit, none alone does; 0: no limit."""
     done = outcome(limit, seconds)
     assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
 

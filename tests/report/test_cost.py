@@ -1,4 +1,4 @@
-"""What partial fine-tuning takes beside full, and what replicates over seeds can show."""
+"""The cost of partial fine-tuning compared with full fine-tuning, and statistics over seeds."""
 
 import io
 import itertools
@@ -49,7 +49,7 @@ def stage(name, trained=PARAMS, general=2.0, accuracy=None, **more):
 
 
 def replicated(*names):
-    """A parent and three seeds of each recipe, in the alphabetical order in which a run has them."""
+    """A parent and three seeds of each recipe, in alphabetical order as in a run."""
     return [
         stage("posttrain", parent=None),
         *(
@@ -85,41 +85,41 @@ def test_sizes_and_times_have_three_digits_and_no_powers_of_ten(value, text):
     assert units.mebibytes(value * 2**20) == text
 
 
-def test_each_stage_says_what_a_step_of_it_takes_beside_full_fine_tuning():
+def test_each_stage_shows_the_cost_of_a_step_compared_with_full_fine_tuning():
     text = sentences([stage("posttrain"), stage("top", 250_000)])
-    assert "## What it takes" in text
+    assert "## Cost of a step" in text
     shares = ["250k (25 %)", "3.81", "0.954 (25 %)", "1.91 (25 %)", "512", "2.00M + 2.00M (67 %)", "50.0 (50 %)"]
     assert cells(text, "top")[1:] == shares
     assert cells(text, "posttrain")[-2:] == ["2.00M + 4.00M (100 %)", "100 (100 %)"]
 
 
-def test_a_share_is_left_out_where_no_stage_of_the_run_trains_all():
+def test_a_share_is_not_shown_if_no_stage_of_the_run_trains_all_parameters():
     text = sentences([stage("posttrain"), stage("top", 250_000, full_step_seconds=None, temp_bytes=None)])
     assert cells(text, "top")[-1] == "50.0"
     assert cells(text, "top")[5] == "-"
     assert "None" not in text
 
 
-def test_rows_without_these_figures_have_no_such_section():
+def test_rows_without_step_costs_have_no_such_section():
     old = [{"stage": "a", "params": 5, "trainable_params": 3, "tokens": 1}, {"stage": "b", "tokens": 1}]
-    assert "What it takes" not in sentences(old)
-    assert "What a step takes" not in printed(old)
+    assert "Cost of a step" not in sentences(old)
+    assert "Cost of a step" not in printed(old)
     assert "Over seeds" not in sentences(old)
 
 
-def test_the_terminal_shows_savings_only_where_a_stage_trains_a_part():
+def test_the_terminal_shows_step_costs_only_if_a_stage_has_frozen_parameters():
     text = printed([stage("posttrain"), stage("top", 250_000)])
-    assert "What a step takes" in text
+    assert "Cost of a step" in text
     assert "2.00M + 2.00M (67 %)" in text
     assert max(map(len, text.splitlines())) <= 120
-    assert "What a step takes" not in printed([stage("pretrain"), stage("posttrain")])
+    assert "Cost of a step" not in printed([stage("pretrain"), stage("posttrain")])
 
 
-def test_replicates_are_one_row_of_means_on_the_terminal_which_says_so():
+def test_replicates_are_one_row_of_means_on_the_terminal_with_a_note():
     rows = replicated("full", "top2", "biases")
     text = printed(rows)
     assert max(map(len, text.splitlines())) <= 120
-    assert "the mean over N stages that differ only by their seed" in text
+    assert "the mean over N stages that differ only in their seed" in text
     line = next(line for line in text.splitlines() if line.startswith("full x3"))
     assert "71.0 %" in line
     assert "2.110 (+0.110)" in line
@@ -158,10 +158,10 @@ def test_an_interval_is_that_of_students_t(values):
 
 def test_differences_are_paired_by_seed_to_the_recipe_that_trains_all():
     text = sentences(replicated("full", "top2", "biases"))
-    assert "Differences to full, paired by seed" in text
+    assert "Differences from full, paired by seed" in text
     differences = np.array(ACCURACIES["top2"]) - np.array(ACCURACIES["full"])
     half = stats.t.ppf(0.975, 2) * stats.sem(differences)
-    assert cells(text.split("Differences to full")[1].split("## ")[0], "top2")[1] == (
+    assert cells(text.split("Differences from full")[1].split("## ")[0], "top2")[1] == (
         f"{100 * differences.mean():.1f} ± {100 * half:.1f}"
     )
     shuffled = [
@@ -176,10 +176,11 @@ def test_differences_are_paired_by_seed_to_the_recipe_that_trains_all():
 def test_no_difference_is_claimed_whose_interval_includes_zero():
     text = sentences(replicated("full", "top2", "biases"))
     top2, biases = (
-        next(line for line in text.splitlines() if line.startswith(f"- {name} against")) for name in ("top2", "biases")
+        next(line for line in text.splitlines() if line.startswith(f"- {name} compared with"))
+        for name in ("top2", "biases")
     )
     assert "task accuracy is 4.2 points lower" in top2
-    assert "no difference is shown in task accuracy, change of general bits/byte" in biases
+    assert "no significant difference in task accuracy, change of general bits/byte" in biases
     assert "points" not in biases
     assert "step time is 50.0 ms lower" in biases
 
@@ -228,16 +229,16 @@ def test_replicated_baselines_are_compared_as_well():
     ]
     text = sentences(rows, scratch)
     assert "*scratch x3*" in text
-    assert "- scratch against full: task accuracy is 20.0 points lower" in text
+    assert "- scratch compared with full: task accuracy is 20.0 points lower" in text
 
 
 def test_the_losses_of_a_recipe_are_smoothed_as_the_mean_of_its_seeds():
-    from llm3.report.page import together
+    from llm3.report.page import merged
     from llm3.report.plots import _means
 
     rows, _ = complete(replicated("full"), [])
     histories = {f"full_{seed}": [{"step": s, "loss": float(seed)} for s in (1, 2)] for seed in range(3)}
-    joined = together(histories | {"posttrain": []}, replicates.recipes(rows))
+    joined = merged(histories | {"posttrain": []}, replicates.recipes(rows))
     assert list(joined) == ["full", "posttrain"]
     assert _means([(line["step"], line["loss"]) for line in joined["full"]]) == [(1, 1.0), (2, 1.0)]
 

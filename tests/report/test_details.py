@@ -1,4 +1,4 @@
-"""The parts of the report beyond single figures."""
+"""The parts of the report beyond single numbers."""
 
 from llm3.report.details import in_detail, repeated
 
@@ -15,7 +15,7 @@ def test_the_details_of_the_last_stage_are_shown_and_the_files_of_the_others_nam
     ]
 
 
-def test_figures_by_class_are_a_table_with_a_row_a_class():
+def test_metrics_by_class_are_a_table_with_one_row_per_class():
     table = in_detail(ROWS, {"init": {"task_per_class": {"a": {"f1": 0.5, "support": 3}, "b": {"support": 1}}}})[2]
     assert table == "|  | f1 | support |\n| :-- | :-- | :-- |\n| a | 0.500 | 3 |\n| b | - | 1 |"
 
@@ -36,6 +36,6 @@ def test_without_details_there_is_no_section():
     assert in_detail(ROWS, {"init": None, "posttrain": {}}) == []
 
 
-def test_how_often_a_source_was_seen_is_told_for_each_stage():
+def test_the_epochs_of_each_source_are_shown_for_each_stage():
     assert repeated(ROWS) == ["## Epochs of each source", "- posttrain: text 0.5, tasks 3.2"]
     assert repeated(ROWS[:1]) == []

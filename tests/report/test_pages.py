@@ -1,4 +1,4 @@
-"""The report: figures as they were given, sentences that are true of them, and metrics that survive a kill."""
+"""The report: its numbers, the sentences computed from them, and metrics files that survive a kill."""
 
 import io
 import itertools
@@ -99,7 +99,7 @@ def test_forgetting_is_the_change_against_the_parent_row(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, np.float32("nan")])
-def test_a_figure_that_is_not_finite_is_refused_and_the_old_file_stays(tmp_path, bad):
+def test_a_metric_that_is_not_finite_is_rejected_and_the_old_file_stays(tmp_path, bad):
     write_matrix(tmp_path / "m.json", ROWS, [])
     with pytest.raises(ValueError, match="task_accuracy of posttrain"):
         write_matrix(tmp_path / "m.json", [*ROWS[:2], row("posttrain", accuracy=bad)], [])
@@ -113,7 +113,7 @@ def test_scalars_of_numpy_are_written_as_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"soft_wrap": True}])
-def test_the_table_shows_figures_changes_costs_and_the_baseline_under_a_rule(options):
+def test_the_table_shows_metrics_changes_costs_and_the_baseline_below_a_rule(options):
     text = printed(ROWS, BASELINES, **options)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
@@ -125,7 +125,7 @@ def test_the_table_shows_figures_changes_costs_and_the_baseline_under_a_rule(opt
     assert lines[-1].startswith("scratch")
 
 
-def test_a_narrow_terminal_gets_two_tables_and_no_folded_figure():
+def test_a_narrow_terminal_gets_two_tables_and_no_folded_number():
     text = printed(ROWS, BASELINES, width=80, force_terminal=True, color_system=None)
     assert max(map(len, text.splitlines())) <= 80
     assert text.count("posttrain") == 2
@@ -172,7 +172,7 @@ def test_sentences_stay_true_where_every_stage_made_things_worse():
 @pytest.mark.parametrize(
     "keys", [("task_items",), ("tokens", "flops", "seconds", "peak_bytes"), ("majority_accuracy",)]
 )
-def test_a_page_leaves_out_what_the_rows_do_not_know(keys):
+def test_a_page_omits_values_that_the_rows_lack(keys):
     bare = [{key: value for key, value in row.items() if key not in keys} for row in ROWS]
     text = sentences(bare, BASELINES)
     assert "None" not in text
@@ -290,7 +290,7 @@ def test_a_log_line_leaves_out_what_is_not_known(capsys):
     assert capsys.readouterr().out == "a         10/10  loss 1.0000\n"
 
 
-def test_a_terminal_gets_a_bar_with_the_latest_figures():
+def test_a_terminal_gets_a_bar_with_the_latest_metrics():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with Progress(100, 50, "pretrain", console=console) as progress:
         progress.log(60, {"loss": 1.25})

@@ -186,4 +186,4 @@ def test_a_few_steps_on_the_real_texts_say_what_an_adapter_saves(tmp_path):
     row = tiny_run.rows(tmp_path / "run")["lora_0"]
     assert (row["parent"], row["seed"], row["task_items"]) == ("pretrain", 0, 34)
     assert row["gradient_bytes"] < row["full_gradient_bytes"]
-    assert "## What it takes" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "## Cost of a step" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
