@@ -1,17 +1,17 @@
-"""Extractive reading comprehension in Chinese: does pretraining on the very texts help to find answers in them?
+"""Extractive reading comprehension in Chinese: does pretraining on the same documents help to find answers in them?
 
     python -m llm3 run --config=configs/cmrc.py --workdir=runs/cmrc --config.data_dir=data
 
-CMRC 2018 (Cui et al. 2019): an encoder learns the training questions with their contexts by predicting hidden tokens,
-then where in a context the answer to a question begins and ends; `scratch` learns the second from the untrained model.
-Exact match and F1 by the rules of CMRC 2018, over test questions whose contexts are in no training row.
+CMRC 2018 (Cui et al. 2019): an encoder is pretrained on the training questions and contexts by predicting hidden
+tokens, then learns to find the start and end of an answer in a context. `scratch` learns only the second step. Exact
+match and F1 follow the rules of CMRC 2018, over test questions whose contexts are not in the training data.
 
 With `data_dir`, rows are read from DIR/reading/cmrc2018/{train,test}.jsonl (question, context, answers: {text,
 answer_start}); without, from the Hugging Face hub.
 
 Expect, after 16 minutes of CPU, 3 GB: exact match 2.0 % and F1 12.6 % after pretraining, 0.5 % and 10.4 % from scratch:
-such a model learns little of this task. Two of the 1,002 test questions are empty, and are left out. The evaluation
-`contexts` is of other questions to mostly the same contexts as in training, as the report says.
+a model of this size learns little of the task. Two of the 1,002 test questions are empty and excluded. The evaluation
+`contexts` has other questions, but mostly the training contexts, as the report shows.
 """
 
 from ml_collections import ConfigDict
@@ -62,7 +62,7 @@ def get_config():
             split="test",
             sequence_length=512,
             batch_size=8,
-            # every question has an answer: "no answer here" only says where a long context holds none
+            # every question has an answer; "no answer" only applies to windows of a long context without it
             options=dict(rules="cmrc2018", max_answer_tokens=100, no_answer_threshold=1e9),
         ),
     )

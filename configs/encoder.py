@@ -1,15 +1,15 @@
-"""An encoder beside a decoder: the same parameters, the same tokens, the same three stages, the same task.
+"""An encoder compared with a decoder: the same parameters, tokens, stages and task.
 
     python -m llm3 run --config=configs/encoder.py:encoder --workdir=runs/encoder --config.data_dir=data
     python -m llm3 run --config=configs/encoder.py:decoder --workdir=runs/decoder --config.data_dir=data
 
-General text, then MedQuAD's answers (Ben Abacha and Demner-Fushman 2019), then which type of question an answer is of.
-The encoder learns by predicting hidden tokens (Devlin et al. 2019), the decoder by predicting the next one; both read
-a document by the mean of its positions. Texts are found as in configs/medical.py.
+General text, then MedQuAD's answers (Ben Abacha and Demner-Fushman 2019), then the type of question of an answer. The
+encoder learns by predicting hidden tokens (Devlin et al. 2019), the decoder by predicting the next token. Both task
+heads read the mean over a document's positions. The data is found as in configs/medical.py.
 
 Expect, after 15 (encoder) and 19 minutes of CPU, 2.8 GB: 30 % of the hidden tokens of held-out general text after
-pretraining (4 % for always the commonest); on the task 84.1 % for the encoder and 94.0 % for the decoder (mean of three
-seeds, 29.1 % for the commonest type).
+pretraining (4 % for the most common token); on the task, 84.1 % for the encoder and 94.0 % for the decoder (mean of
+three seeds, 29.1 % for the most common type).
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +40,7 @@ def get_config(family="encoder"):
         path="lavita/MedQuAD",
         local="medical/medquad",
         text="answer",
-        bad_rows=0.7,  # on the hub, answers under copyright are taken out
+        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
         train="train[:90%]",
         validation="train[90%:95%]",
         test="train[95%:]",
@@ -50,7 +50,7 @@ def get_config(family="encoder"):
             path="Salesforce/wikitext",
             name="wikitext-103-raw-v1",
             local="general",
-            bad_rows=0.5,  # on the hub, a row is a line, and many are empty
+            bad_rows=0.5,  # the hub has one row per line, many of them empty
             max_documents=100_000,
         ),
         medquad=medquad,

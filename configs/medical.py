@@ -3,21 +3,21 @@
     python -m llm3 run --config=configs/medical.py --workdir=runs/medical --config.data_dir=data
 
 General text, then MedQuAD's answers (Ben Abacha and Demner-Fushman 2019) with a tenth of general text, then one task
-with 2,000 labels: which type of question (15 of them) does an answer belong to. It is fitted in six ways from the same
-parent, with three seeds each: `full`; `top2`, the two upper layers; `middle2`, the two middle ones; `biases` (BitFit,
+with 2,000 labels: classify the type of question (of 15) that an answer belongs to. Six methods fit the task from the
+same parent, with three seeds each: `full`; `top2`, the upper two layers; `middle2`, the middle two; `biases` (BitFit,
 Ben Zaken et al. 2022); `lora` (Hu et al. 2022); `qlora`, the same over a frozen model in 4 bits (Dettmers et al. 2023).
-The report has what each takes ("What it takes") and what the seeds can tell ("Over seeds"). The learning
-rates were chosen on the validation split (703 items, one seed, a factor of about two between neighbours, each best one
-between two worse ones); `qlora` has that of `lora`.
+The report shows the cost of each ("What it takes") and the differences between seeds ("Over seeds"). The learning rates
+were chosen on the validation split (703 items, one seed, in factors of about two, the best between two worse ones);
+`qlora` uses the learning rate of `lora`.
 
-With `data_dir`, texts are read from DIR/general/{train,validation}.jsonl (field text) and
-DIR/medical/medquad/{train,validation,test}.jsonl (fields answer, question_type); without, from the Hugging Face hub,
-where wikitext has a line a row, and MedQuAD one split, of which the last tenth is kept for validation and test, and the
-rows without an answer are left out.
+With `data_dir`, rows are read from DIR/general/{train,validation}.jsonl (field text) and
+DIR/medical/medquad/{train,validation,test}.jsonl (fields answer, question_type); without, from the Hugging Face hub.
+There, wikitext has one row per line, and MedQuAD a single split: its last tenth becomes validation and test, and rows
+without an answer are dropped.
 
-Expect, after 25 minutes and 3.1 GiB on 2 cores (mean of the seeds, 29.1 % for the commonest type): full 91.9 %, top2
-93.1, middle2 92.5, biases 86.1, lora 91.2, qlora 91.7; with three seeds, none is shown to differ from full in accuracy.
-General text, 2.026 bits per byte after post-training, becomes 0.32 worse by full, 0.10 to 0.19 by the others.
+Expect, after 25 minutes and 3.1 GiB on 2 cores (mean of the seeds, 29.1 % for the most common type): full 91.9 %, top2
+93.1, middle2 92.5, biases 86.1, lora 91.2, qlora 91.7; three seeds show no difference in accuracy from full. General
+text, 2.026 bits per byte after post-training, becomes worse by 0.32 for full and by 0.10 to 0.19 for the others.
 """
 
 from ml_collections import ConfigDict
@@ -54,7 +54,7 @@ def get_config():
         path="lavita/MedQuAD",
         local="medical/medquad",
         text="answer",
-        bad_rows=0.7,  # on the hub, answers under copyright are taken out
+        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
         train="train[:90%]",
         validation="train[90%:95%]",
         test="train[95%:]",
@@ -64,7 +64,7 @@ def get_config():
             path="Salesforce/wikitext",
             name="wikitext-103-raw-v1",
             local="general",
-            bad_rows=0.5,  # on the hub, a row is a line, and many are empty
+            bad_rows=0.5,  # the hub has one row per line, many of them empty
             max_documents=100_000,
         ),
         medquad=medquad,
@@ -86,7 +86,7 @@ def get_config():
 
 
 def finetune(seed, learning_rate, **method):
-    """One method with one seed, from the post-trained model; the head and the adapters are new."""
+    """One method with one seed, from the post-trained model, with a new head and new adapters."""
     new = ["head/.*", *(f".*/lora/{name}/.*" for name in method.get("adapters", ()))]
     return dict(
         kind="finetune",

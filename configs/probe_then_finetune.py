@@ -2,14 +2,14 @@
 
     python -m llm3 run --config=configs/probe_then_finetune.py --workdir=runs/probe
 
-A new head pulls pretrained features along while it is still random. So `probe` trains the head alone, and `finetune`
-starts from it, head included, and trains everything at a lower rate. `direct` is the baseline: full fine-tuning with a
-new head for as many steps as both take together, at the rate of configs/quickstart.py. Texts, task and
-parent are those of that config.
+While a new head is still random, its gradients distort the pretrained features. So `probe` trains the head alone, and
+`finetune` starts from it, head included, and trains all parameters at a lower rate. `direct` is the baseline: full
+fine-tuning with a new head for as many steps as both together, at the learning rate of configs/quickstart.py. Data,
+task and parent are the same as in that config.
 
 Expect, after about 5 minutes on 2 cores (one seed, 460 items, 10.4 % for the majority class): the probe reaches 56.7 %
-and leaves the features as they were; fine-tuning from it 64.8 %, with general text 0.09 bits per byte worse than
-before; `direct` 74.3 %, with general text 0.95 worse.
+and leaves the features unchanged; fine-tuning from it reaches 64.8 %, with general text 0.09 bits per byte worse than
+before; `direct` reaches 74.3 %, with general text 0.95 worse.
 """
 
 from ml_collections import ConfigDict

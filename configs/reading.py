@@ -1,25 +1,25 @@
-"""Answers to questions: general text, then medical text with its questions and answers, then reading comprehension.
+"""Answering questions: general text, then medical text with questions and answers, then reading comprehension.
 
     python -m llm3 run --config=configs/reading.py --workdir=runs/reading --config.data_dir=data
 
-`pretrain` learns general text; `posttrain` MedQuAD's answers as running text and as answers to their questions (Ben
-Abacha and Demner-Fushman 2019), with 5 % of the general text replayed; `finetune` PubMedQA (Jin et al. 2019): an
-abstract and a question, answered by yes, no or maybe; `scratch` is the same from the untrained model. After each stage:
-bits per byte, greedy answers to MedQuAD's questions against the real ones (token F1, ROUGE-L), and PubMedQA's accuracy
-by likelihood beside the majority class.
+`pretrain` learns general text. `posttrain` learns MedQuAD's answers (Ben Abacha and Demner-Fushman 2019), as running
+text and as answers to their questions, with 5 % of general text replayed. `finetune` learns PubMedQA (Jin et al. 2019):
+an abstract and a question, answered by yes, no or maybe. `scratch` is the same from the untrained model. Evaluations:
+bits per byte, greedy answers to MedQuAD's questions compared with the reference answers (token F1, ROUGE-L), and
+PubMedQA's accuracy by likelihood compared with the majority class.
 
-With `data_dir`, texts are read from DIR/general, DIR/medical/medquad (question, answer) and DIR/medical/pubmedqa
+With `data_dir`, rows are read from DIR/general, DIR/medical/medquad (question, answer) and DIR/medical/pubmedqa
 (question, context, label); without, from the Hugging Face hub.
 
-Expect, after 24 minutes of CPU, 3.9 GB: token F1 of MedQuAD's answers 6 % after pretraining, 25 % after posttraining;
-PubMedQA 55.6 % after fine-tuning, which is no more than its majority class (55.2 %).
+Expect, after 24 minutes of CPU, 3.9 GB: token F1 of MedQuAD's answers 6 % after pretraining, 25 % after post-training;
+PubMedQA 55.6 % after fine-tuning, which is no better than its majority class (55.2 %).
 """
 
 from ml_collections import ConfigDict
 
 
 def flat(row):
-    """A row of PubMedQA as the hub has it, with the fields of the local files: one context, and `label`."""
+    """A PubMedQA row of the hub with the fields of the local files: a single context, and `label`."""
     if isinstance(row["context"], dict):
         row = row | {"context": "\n".join(row["context"]["contexts"]), "label": row["final_decision"]}
     return row
@@ -34,7 +34,7 @@ def get_config():
     medquad = dict(
         path="lavita/MedQuAD",
         local="medical/medquad",
-        bad_rows=0.7,  # on the hub, answers under copyright are taken out
+        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
         train="train[:90%]",
         validation="train[90%:95%]",
         test="train[95%:]",
@@ -44,7 +44,7 @@ def get_config():
             path="Salesforce/wikitext",
             name="wikitext-103-raw-v1",
             local="general",
-            bad_rows=0.5,  # on the hub, a row is a line, and many are empty
+            bad_rows=0.5,  # the hub has one row per line, many of them empty
             max_documents=100_000,
         ),
         medquad=medquad | dict(text="answer"),

@@ -2,9 +2,9 @@
 
     python -m llm3 run --config=configs/ul2.py --workdir=runs/ul2
 
-Each document of a window is denoised in one of seven ways (Tay et al. 2022, Table 1), its mode written before it: short
-spans (R), the end of a document (S), many or long spans (X). All else is as in configs/quickstart.py, beside which this
-file lies; it is run from the repository's root. Bits per byte are those of next tokens, of which this model sees fewer.
+Each document of a window is denoised in one of seven ways (Tay et al. 2022, Table 1), with its mode as a prefix: short
+spans (R), the end of the document (S), many or long spans (X). The rest is as in configs/quickstart.py. Run it from the
+root of the repository. Bits per byte measure next tokens, which this model sees fewer of in training.
 """
 
 from configs.quickstart import get_config as quickstart
@@ -13,6 +13,6 @@ from configs.quickstart import get_config as quickstart
 def get_config():
     """The experiment."""
     c = quickstart()
-    with c.ignore_type():  # a name there
+    with c.ignore_type():  # a string in the quickstart
         c.stages.pretrain.objective = dict(name="prefix", denoisers="ul2")
     return c

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: the repository's root, the accelerator of this machine, and its allocator settings.
+# Sourced by the other scripts: sets the repository's root, this machine's accelerator, and the allocator settings.
 
 # shellcheck disable=SC2034  # read by the scripts that source this
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# cuda, tpu or cpu. Device files come first: nvidia-smi may take a second, and is all there is under WSL.
+# Prints cuda, tpu or cpu. Device files are checked first: nvidia-smi may take a second, but WSL has nothing else.
 find_accelerator() {
     if [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
         echo cuda
@@ -17,8 +17,8 @@ find_accelerator() {
 
 export LLM3_ACCELERATOR=${LLM3_ACCELERATOR:-$(find_accelerator)}
 
-# On a CPU, glibc by default gives every large buffer of a step back to the kernel and faults it in again on the next.
-# Keeping the pages makes a step about a quarter faster; it has to be set before the process starts.
+# On a CPU, glibc by default returns each large buffer of a step to the kernel, and the next step faults it in again.
+# Keeping the pages makes a step about a quarter faster. The settings must be set before the process starts.
 if [ "$LLM3_ACCELERATOR" = cpu ]; then
     export MALLOC_ARENA_MAX=1
     export MALLOC_MMAP_MAX_=0

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs llm3 in several processes on this machine, which act as one run.
+# Runs llm3 in several processes on this machine, as one run.
 #
 #   launch/local.sh -n 2 [-d DEVICES] run --config=configs/quickstart.py --workdir=runs/quickstart
 #
-#   -n   processes
-#   -d   devices of each: of the GPUs (default: all, divided evenly), or as many fake ones of a CPU (default: 1)
+#   -n   number of processes
+#   -d   devices per process: GPUs (default: all, divided evenly), or simulated CPU devices (default: 1)
 #
-# Ctrl-C and SIGTERM are passed on to all of them: they save and end together. Lines of the processes after the first
-# begin with their number. The exit status is what one of them says of itself (llm3/errors.py), else the largest.
+# Ctrl-C and SIGTERM are passed on to all processes, which save and end together. Output lines of all processes but the
+# first begin with their number. The exit status is the first one that llm3/errors.py defines, else the largest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
@@ -24,15 +24,15 @@ while getopts :n:d: option; do
     case $option in
         n) processes=$OPTARG ;;
         d) devices=$OPTARG ;;
-        *) fail "-$OPTARG: expected -n PROCESSES, perhaps -d DEVICES, then what python -m llm3 is called with" ;;
+        *) fail "-$OPTARG: expected -n PROCESSES, optionally -d DEVICES, then the arguments of python -m llm3" ;;
     esac
 done
 shift $((OPTIND - 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "-n '$processes': expected a number of processes"
-[[ ${devices:-1} =~ ^[1-9][0-9]*$ ]] || fail "-d '$devices': expected a number of devices of each process"
-[ $# -gt 0 ] || fail "expected what python -m llm3 is called with: run --config=FILE --workdir=DIR"
+[[ ${devices:-1} =~ ^[1-9][0-9]*$ ]] || fail "-d '$devices': expected a number of devices per process"
+[ $# -gt 0 ] || fail "expected the arguments of python -m llm3: run --config=FILE --workdir=DIR"
 [ -x "$python" ] || fail "no $python: run launch/setup.sh first"
-[ "$LLM3_ACCELERATOR" != tpu ] || fail "a TPU takes one process a host: python -m llm3 alone; see launch/tpu_vm.sh"
+[ "$LLM3_ACCELERATOR" != tpu ] || fail "a TPU runs one process per host: call python -m llm3 directly; see launch/tpu_vm.sh"
 
 cards=()
 if [ "$LLM3_ACCELERATOR" = cuda ]; then
@@ -47,7 +47,7 @@ fi
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export LLM3_COORDINATOR=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port LLM3_PROCESSES=$processes
 
-# Each process is a group of its own, so that Ctrl-C reaches it once, from here. A second one ends it without saving.
+# Each process has its own group, so that Ctrl-C reaches it only from here: a second one would end it without saving.
 set -m
 # shellcheck disable=SC2317  # called by the traps
 pass_on() {
@@ -75,15 +75,15 @@ for ((process = 0; process < processes; process++)); do
     pids+=($!)
 done
 
-said="" largest=0
+known="" largest=0
 for pid in "${pids[@]}"; do
-    # `wait` also returns when a signal has been passed on; that of a process that has ended gives its status, always.
+    # `wait` also returns after a trapped signal; once the process has ended, it always returns its status.
     while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
     status=0
     wait "$pid" || status=$?
     case $status in
-        2 | 3 | 4 | 5 | 75) said=${said:-$status} ;;
+        2 | 3 | 4 | 5 | 75) known=${known:-$status} ;;
         *) largest=$((status > largest ? status : largest)) ;;
     esac
 done
-exit "${said:-$largest}"
+exit "${known:-$largest}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs configs/quickstart.py: pretrain, posttrain, finetune, and the report.
-# The same line again resumes, or says that nothing is left to do.
+# Installs missing dependencies, then runs configs/quickstart.py: pretrain, posttrain, finetune, and the report.
+# Run again, it resumes, or says that nothing is left to do.
 #
 #   launch/quickstart.sh [DIR] [arguments of `python -m llm3 run` ...]
 #
-#   DIR: where the run lives (default: runs/quickstart in the repository), e.g.
+#   DIR: the workdir of the run (default: runs/quickstart in the repository), e.g.
 #   launch/quickstart.sh /tmp/quickstart --config.stages.finetune.steps=50
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository's root and installs llm3 there, with what the accelerator of this machine needs.
+# Makes .venv in the repository's root and installs llm3 in it, with the dependencies of this machine's accelerator.
 # Run again, it returns at once if nothing has changed.
 #
 #   launch/setup.sh [EXTRA ...]      EXTRA: test, hf, eval (see pyproject.toml)
 #
-#   LLM3_EXTRAS="test hf"            the same by environment
-#   LLM3_ACCELERATOR=cpu|cuda|tpu    what to install for, instead of what is found
-#   PYTHON=python3.12                the interpreter, instead of the first on PATH that is new enough
+#   LLM3_EXTRAS="test hf"            extras, set in the environment
+#   LLM3_ACCELERATOR=cpu|cuda|tpu    the accelerator, instead of the detected one
+#   PYTHON=python3.12                the interpreter, instead of the first suitable one on PATH
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
@@ -41,7 +41,7 @@ read -r -a wanted <<<"llm3 ${requested//,/ } $*"
 [ "$LLM3_ACCELERATOR" = cpu ] || wanted+=("$LLM3_ACCELERATOR")
 find_python
 
-# Two lines: what the environment was made by, and what was installed in it.
+# Two lines: the interpreter and root of the environment, and the digest of the installed project.
 identity=$("$python" - "$root" "${wanted[@]:1}" <<'PYTHON'
 import hashlib, pathlib, sys, tomllib
 
@@ -57,7 +57,7 @@ PYTHON
 made_by=${identity%%$'\n'*}
 stamps=$venv/.installed/${identity##*$'\n'}
 
-installed() { # one stamp an extra, so that the scripts can ask for different extras in turn
+installed() { # one stamp per extra, so that scripts with different extras do not undo each other
     local extra
     for extra in "${wanted[@]}"; do
         [ -e "$stamps/$extra" ] || return 1
@@ -71,7 +71,7 @@ elif installed; then
     exit 0
 fi
 
-# Stamps are set last, so that an install that was interrupted is repeated; those of another pyproject.toml are void.
+# Stamps are set last, so an interrupted install is repeated. Stamps of another pyproject.toml are removed.
 [ -d "$stamps" ] || rm -rf "$venv/.installed"
 list=$(IFS=, && echo "${wanted[*]:1}")
 echo "Installing llm3${list:+[$list]} for $LLM3_ACCELERATOR: a few minutes, once"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The stages of a config as a chain of jobs: each starts when the one before it has ended well, and those behind one that
-# failed are cancelled. One that is preempted is requeued, and those behind it wait. Prints the numbers of the jobs.
+# Submits the stages of a config as a chain of jobs and prints their ids. A job starts when the one before it succeeds.
+# If a job fails, the jobs after it are cancelled; if it is preempted, it is requeued, and the jobs after it wait.
 #
 #   CONFIG=configs/quickstart.py WORKDIR=runs/quickstart launch/slurm_pipeline.sh [options of sbatch] [-- arguments of run]
 #
 #   STAGES="pretrain posttrain finetune"    in this order; "posttrain,finetune" is one job
 #
-# What each job asks for stands at the top of launch/slurm.sbatch; logs are in WORKDIR/slurm.
+# The resources of each job are set at the top of launch/slurm.sbatch; logs are in WORKDIR/slurm.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -17,7 +17,7 @@ fail() {
 
 [ -n "${CONFIG:+${WORKDIR:-}}" ] || fail "set CONFIG and WORKDIR: CONFIG=FILE WORKDIR=DIR $0"
 [ -x "$root/.venv/bin/python" ] || fail "no .venv in $root: run launch/setup.sh first"
-command -v sbatch >/dev/null || fail "no sbatch here: this is for a machine of a SLURM cluster"
+command -v sbatch >/dev/null || fail "no sbatch here: run this on a SLURM cluster"
 [[ $CONFIG = /* ]] || CONFIG=$PWD/$CONFIG
 [[ $WORKDIR = /* ]] || WORKDIR=$PWD/$WORKDIR
 read -r -a stages <<<"${STAGES:-pretrain posttrain finetune}"
@@ -34,9 +34,9 @@ export CONFIG WORKDIR STAGES
 previous=""
 for STAGES in "${stages[@]}"; do
     job=(--parsable --job-name="llm3-$STAGES" --output="$WORKDIR/slurm/%x-%j.log")
-    # Without the second option, a job behind one that failed would wait for ever.
+    # Without the second option, a job after a failed one would wait forever.
     [ -z "$previous" ] || job+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
     previous=$(sbatch "${job[@]}" ${options[@]+"${options[@]}"} launch/slurm.sbatch "$@")
-    previous=${previous%%;*} # behind it, the name of a cluster
+    previous=${previous%%;*} # drop the name of the cluster
     echo "$STAGES: job $previous"
 done

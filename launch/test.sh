@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, import floors and the tests, and what they cost. `--all`: the slow ones as well.
+# Checks lint, format and import contracts, then runs and times the tests. `--all`: the slow tests as well.
 #
 #   launch/test.sh [--all] [arguments of pytest ...]      e.g. launch/test.sh tests/report -n 0
 set -euo pipefail
@@ -18,5 +18,5 @@ bin=$root/.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports"
-# Whole files go to one process: tests of a file share what they have compiled.
+# --dist loadfile: tests of a file share compiled functions, so they run in one process.
 time "$bin/python" -m pytest -n 2 --dist loadfile "${which[@]}" "$@"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Runs llm3 on all workers of a TPU VM slice: copies this tree there, installs it, and starts one process on each. The same
-# line again first stops the run that is there, which saves, and goes on from that: after a preemption, or with new code.
+# Runs llm3 on all workers of a TPU VM slice: copies this tree, installs it, and starts one process per worker. When
+# run again, after a preemption or with new code, it stops the current run, which saves, and resumes it.
 #
 #   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh run --config=configs/quickstart.py --workdir=/mnt/runs/quickstart
-#   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh log     # of a run that goes on after a lost connection
+#   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh log     # follow a run after a lost connection
 #   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh stop
 #
-# The workdir lies where all workers can write to it: on Filestore, or in a bucket that is mounted on each.
-# shellcheck disable=SC2016  # what is in single quotes is for the workers to expand
+# All workers must be able to write to the workdir: on Filestore, or in a bucket that each of them mounts.
+# shellcheck disable=SC2016  # the workers expand the single-quoted scripts
 set -euo pipefail
 
 # Fill in, or set in the environment:
 TPU=${TPU:-}                # the name of the slice
 ZONE=${ZONE:-}              # its zone
-PROJECT=${PROJECT:-}        # its project, unless it is gcloud's own
-DIRECTORY=${DIRECTORY:-llm3} # where the tree goes, from the home directory of each worker
+PROJECT=${PROJECT:-}        # its project (default: gcloud's)
+DIRECTORY=${DIRECTORY:-llm3} # the tree's directory in the home of each worker
 
 fail() {
     printf 'launch/tpu_vm.sh: %s\n' "$1" >&2
@@ -27,7 +27,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 where=("--zone=$ZONE" --worker=all)
 [ -z "$PROJECT" ] || where+=("--project=$PROJECT")
 
-on_all_workers() { # a command there, with DIRECTORY as $0 and what else is given as "$@"
+on_all_workers() { # runs a script with DIRECTORY as $0 and the other arguments as "$@"
     local script=$1
     shift
     gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --command="$(printf '%q ' bash -euc "$script" "$DIRECTORY" "$@")"
@@ -35,8 +35,8 @@ on_all_workers() { # a command there, with DIRECTORY as $0 and what else is give
 
 stop='
     pid=$(cat "$0/run.pid" 2>/dev/null) || exit 0
-    grep -q llm3 "/proc/$pid/cmdline" 2>/dev/null || exit 0 # ended, and the number may be of another process now
-    echo "$HOSTNAME: stops process $pid, which saves"
+    grep -q llm3 "/proc/$pid/cmdline" 2>/dev/null || exit 0 # it has ended, and another process may have its pid
+    echo "$HOSTNAME: stopping process $pid, which saves"
     kill -TERM "$pid"
     tail --pid="$pid" -f /dev/null'
 install='

@@ -15,12 +15,12 @@ Flag = tuple[str, dict[str, Any]]
 
 
 class Verb(NamedTuple):
-    """A verb of the command line: `call` names its function, which gets the flags as arguments, by name."""
+    """A verb of the command line. call: "module:function"; the function gets the flags as keyword arguments."""
 
     call: str
     help: str
     flags: tuple[Flag, ...]
-    clustered: bool = False  # several processes can do it together
+    clustered: bool = False  # several processes can run it together
 
 
 def flag(name: str, **options: Any) -> Flag:
@@ -29,33 +29,38 @@ def flag(name: str, **options: Any) -> Flag:
 
 
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
-OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: refuse a run of another config")
+OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
 WORKDIR = flag("--workdir", required=True, type=Path, metavar="DIR", help="the run's files")
 CACHE_ONLY = flag("--workdir", default="runs/bench", type=Path, metavar="DIR", help="where a token cache is written")
 STAGES = flag("--stages", type=lambda names: names.split(","), metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", required=True)
 PROCESSES = (
-    flag("--coordinator", metavar="HOST:PORT", help="process 0, where several processes are one run"),
-    flag("--processes", type=int, metavar="N", help="their number (SLURM, Open MPI and TPUs set it themselves)"),
-    flag("--process", type=int, metavar="I", help="which of them this is, from 0"),
+    flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
+    flag(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="number of processes (SLURM, Open MPI and TPUs set it)",
+    ),
+    flag("--process", type=int, metavar="I", help="index of this process, from 0"),
 )
 
 VERBS = {
     "run": Verb(
-        "cli.run:run", "train and evaluate the stages; the same line again resumes", (CONFIG, WORKDIR, STAGES), True
+        "cli.run:run", "train and evaluate the stages; run it again to resume", (CONFIG, WORKDIR, STAGES), True
     ),
-    "eval": Verb("cli.run:evaluate", "evaluate the checkpoints of a run again", (CONFIG, WORKDIR, STAGES), True),
+    "eval": Verb("cli.run:evaluate", "evaluate the newest checkpoints of a run", (CONFIG, WORKDIR, STAGES), True),
     "generate": Verb(
         "cli.generate:generate",
         "sample from a stage, or from every stage of a run",
         (
             OPTIONAL_CONFIG,
             WORKDIR,
-            flag("--stage", help="one stage (default: every stage, one under another)"),
+            flag("--stage", help="one stage (default: every stage)"),
             flag("--prompt", required=True),
             flag("--max_tokens", type=int, default=64),
             flag("--temperature", type=float, default=0.8, help="0: always the most likely token"),
-            flag("--top_k", type=int, default=0, help="0: all"),
+            flag("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all"),
             flag("--top_p", type=float, default=1.0),
             flag("--seed", type=int, default=0),
         ),
@@ -71,7 +76,7 @@ VERBS = {
                 "--format",
                 dest="form",
                 default="merged",
-                help="merged (default), base: without adapters, or adapters: for PEFT",
+                help="merged (default), base (without adapters) or adapters (for PEFT)",
             ),
             flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
             flag("--base", help="the base model that the adapters name, for --format=adapters"),
@@ -85,13 +90,13 @@ VERBS = {
             CACHE_ONLY,
             flag("--stage", required=True, help="the stage whose step is timed"),
             flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
-            flag("--alone", action="store_true", help="without full training for comparison, where that does not fit"),
+            flag("--alone", action="store_true", help="do not compare with full training"),
         ),
         True,
     ),
     "data": Verb(
         "cli.data:data",
-        "show the documents of each stage as the model will see them, or tokenize a shard of them",
+        "show the documents of each stage as the model sees them, or tokenize a shard of them",
         (
             CONFIG,
             CACHE_ONLY,
@@ -100,30 +105,32 @@ VERBS = {
         ),
     ),
     "overlap": Verb(
-        "cli.data:overlap", "show what of the evaluations is in the training data", (CONFIG, CACHE_ONLY, STAGES)
+        "cli.data:overlap", "show the overlap of the evaluations with the training data", (CONFIG, CACHE_ONLY, STAGES)
     ),
     "bench-data": Verb(
         "cli.bench_data:bench_data",
-        "time the token cache on a generated file, compared with datasets.map, with its memory",
+        "measure the token cache on a generated file, compared with datasets.map",
         (CACHE_ONLY, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
     ),
     "plan": Verb(
         "cli.plan:plan",
-        "show what each stage trains and costs, before anything runs",
+        "show what each stage trains and costs, without running it",
         (
             CONFIG,
             CACHE_ONLY,
             STAGES,
             flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
-            flag("--aot", action="store_true", help="compile for that TPU as well: minutes a stage, needs llm3[aot]"),
+            flag(
+                "--aot", action="store_true", help="also compile for that TPU: takes minutes per stage, needs llm3[aot]"
+            ),
         ),
     ),
-    "lineage": Verb("cli.plan:lineage", "show where the stages of a run come from", (WORKDIR,)),
+    "lineage": Verb("cli.plan:lineage", "show the parents of the stages of a run", (WORKDIR,)),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of all verbs."""
+    """The parser of all verbs and their flags."""
     top = argparse.ArgumentParser(prog="llm3", description="Language models in three stages.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
@@ -142,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     verb = VERBS[options.pop("verb")]
     try:
         if overrides and not options.get("config"):
-            raise UserError(f"--config.{overrides[0]}: there is no --config=FILE that it could change")
+            raise UserError(f"--config.{overrides[0]}: expected --config=FILE as well")
         if options.get("config"):
             options["config"] = load(options["config"], overrides)
         cluster = [options.pop(name[2:]) for name, _ in PROCESSES] if verb.clustered else None
@@ -157,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def joined(*cluster: Any) -> Iterator[None]:
-    """One of several processes, if there are any, for as long as the context lasts."""
+    """Join the other processes of a run, if there are any, until the context ends."""
     from llm3.distributed import processes
 
     with processes.joined(*cluster) as found:
@@ -167,7 +174,7 @@ def joined(*cluster: Any) -> Iterator[None]:
 
 
 def function_of(verb: Verb) -> Callable[..., int]:
-    """The function of a verb. It is imported late, so that bad arguments are answered at once."""
+    """The function of a verb, imported late so that bad arguments fail fast."""
     module, name = verb.call.split(":")
     return getattr(importlib.import_module(f"llm3.{module}"), name)
 

@@ -1,13 +1,13 @@
-"""A step to time on a small machine: what freezing saves, on real batches.
+"""A step to time on a small machine: the savings of freezing, on real batches.
 
     python -m llm3 bench --config=configs/bench/cpu_small.py --stage=finetune
     python -m llm3 bench --config=configs/bench/cpu_small.py --stage=finetune "--config.stages.finetune.train=top(2)"
 
-The second line times training all as well, a step of one after a step of the other, and prints both with their ratios.
-Two minutes on 2 cores, about 3 GiB. Expect of training the top 2 of 8 layers, beside training all: 0.43 of the FLOPs,
-0.41 of the time, 0.17 of the temporary memory, 0.19 of moments and gradients. A document is read at its last token
-(pool="last"), so both compute the last layer there only; with pool="mean" the share of the FLOPs is 0.49. With the
-allocator settings of launch/env.sh (`. launch/env.sh` first) both are faster.
+The second command also times full training, in alternating steps, and prints both with their ratios. It takes two
+minutes on 2 cores and about 3 GiB. Expect of training the top 2 of 8 layers, compared with all: 0.43 of the FLOPs, 0.41
+of the time, 0.17 of the temporary memory, 0.19 of moments and gradients. The task head reads a document's last token
+(pool="last"), so both compute the last layer only there; with pool="mean" the ratio of FLOPs is 0.49. The allocator
+settings of launch/env.sh (`. launch/env.sh` first) make both faster.
 """
 
 from ml_collections import ConfigDict

@@ -3,11 +3,11 @@
     python -m llm3 plan --config=configs/scale/llama3_70b.py:h100x64 --topology=h100x64
     python -m llm3 run  --config=configs/scale/llama3_70b.py:h100x64 --workdir=runs/llama3_70b
 
-The shape is the published one; stages and texts are those of configs/scale/llama3_8b.py. On 8 H100 its parameters and
-moments alone are 98.6 GiB of each device: there, the variant has no `pretrain`, and `posttrain` and `finetune` are
-adapters over the model in 4 bits (Dettmers et al. 2023) that runs/llama3_70b has pretrained elsewhere.
+The model has the published shape; stages and data are the same as in configs/scale/llama3_8b.py. On 8 H100, its
+parameters and moments alone would need 98.6 GiB per device. That variant has no `pretrain`; its `posttrain` and
+`finetune` train adapters over a frozen model in 4 bits (Dettmers et al. 2023), pretrained elsewhere in runs/llama3_70b.
 
-| variant | `--topology` | GiB of a device | tokens a second | 100G tokens |
+| variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
 | `h100x8`, adapters alone | `h100x8` | 41.3 of 80 | 4.9k to 9.7k | not pretrained |
 | `h100x64` | `h100x64` | 57.1 of 80 | 34k to 63k | 18 to 34 days |
@@ -21,10 +21,10 @@ from configs.scale.llama3_8b import stages, texts
 MESHES = {
     "h100x8": dict(data=1, fsdp=8),
     "h100x64": dict(data=1, fsdp=64, across_hosts="fsdp"),
-    "v5p-512": dict(data=4, fsdp=64),  # see llama3_8b.py on its name; 8192 / 64 is a tile of 128
+    "v5p-512": dict(data=4, fsdp=64),  # llama3_8b.py explains the name; 8192 / 64 is a tile of 128
 }
-PARENT = "runs/llama3_70b"  # the run of h100x64 or v5p-512, whose pretrain stage 8 H100 start from
-MICRO_BATCHES = {"h100x8": 32, "h100x64": 4, "v5p-512": 1}  # of a window on each device
+PARENT = "runs/llama3_70b"  # run of h100x64 or v5p-512; h100x8 starts from its pretrain stage
+MICRO_BATCHES = {"h100x8": 32, "h100x64": 4, "v5p-512": 1}  # each micro-batch is one window per device
 
 
 def get_config(machine="h100x64"):
@@ -48,18 +48,18 @@ def get_config(machine="h100x64"):
     )
     c.mesh = MESHES[machine]
     c.update(texts(vocab_size=128256))
-    of_size = stages(256, 8192, MICRO_BATCHES[machine], learning_rate=1.5e-4)
-    c.stages = of_size if machine != "h100x8" else adapters_only(of_size)
+    scaled = stages(256, 8192, MICRO_BATCHES[machine], learning_rate=1.5e-4)
+    c.stages = scaled if machine != "h100x8" else adapters_only(scaled)
     if machine == "h100x8":
         c.tokenizer = dict(vocab_size=128256, path=f"{PARENT}/tokenizer.json")
     return c
 
 
-def adapters_only(of_size):
-    """What 8 H100 have room for: the pretrained model in 4 bits, an adapter for the domain, and one for the task."""
-    of_size.pop("pretrain")
+def adapters_only(scaled):
+    """The stages that fit 8 H100: the pretrained model in 4 bits, an adapter for the domain, and one for the task."""
+    scaled.pop("pretrain")
     rank = dict(rank=16, alpha=32.0)
-    of_size["posttrain"] |= dict(
+    scaled["posttrain"] |= dict(
         start=dict(run=PARENT, stage="pretrain", fresh=[".*/lora/domain/.*"]),
         data=dict(domain=0.9, general=0.1),
         replay=0.0,
@@ -67,5 +67,5 @@ def adapters_only(of_size):
         adapters=dict(domain=rank),
         frozen="nf4",
     )
-    of_size["finetune"] |= dict(train="lora(task)", adapters=dict(domain=rank, task=rank), frozen="nf4")
-    return of_size
+    scaled["finetune"] |= dict(train="lora(task)", adapters=dict(domain=rank, task=rank), frozen="nf4")
+    return scaled

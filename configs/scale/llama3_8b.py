@@ -3,31 +3,31 @@
     python -m llm3 plan --config=configs/scale/llama3_8b.py:h100x64 --topology=h100x64
     python -m llm3 run  --config=configs/scale/llama3_8b.py:h100x64 --workdir=runs/llama3_8b
 
-The shape is the published one; the vocabulary, of the same size, is learnt from a sample of the texts. `pretrain` takes
-100G tokens of FineWeb-Edu, `posttrain` 15G of OpenWebMath with a tenth of the former, `finetune` fits an adapter to
-GSM8K. Every machine takes the same batch of 2.1M tokens; what changes is the mesh and the number of micro-batches.
+The model has the published shape; its vocabulary, of the published size, is trained on a sample of the data. `pretrain`
+learns 100G tokens of FineWeb-Edu, `posttrain` 15G of OpenWebMath with a tenth of FineWeb-Edu, `finetune` fits an
+adapter to GSM8K. The batch is 2.1M tokens on every machine; the mesh and the number of micro-batches differ.
 
-| variant | `--topology` | GiB of a device | tokens a second | 100G tokens |
+| variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
 | `h100x8` | `h100x8` | 53.3 of 80 | 30k to 55k | 21 to 39 days |
 | `h100x64` | `h100x64` | 53.3 of 80 | 221k to 441k | 2.6 to 5.2 days |
 | `v5p-512` | `v5p:8x8x4` | 37.3 of 95 | 598k to 1.1M | 25 to 46 hours |
 
-The first of two figures is for products, memory traffic and collectives one after another, the second for all at once.
-Half of the traffic are the scores of attention, which are held for a layer at a time: windows of 32,768 tokens would
-have 16 times of these, and do not fit. On the v5p, `plan --aot` had the compiler's own account within 1 %:
-see docs/results.md.
+In a range, the first number assumes that matmuls, memory traffic and collectives run one after another, the second
+that all overlap. Half of the traffic is attention scores, which are held for one layer at a time; windows of 32,768
+tokens would have 16 times as many and do not fit. For the v5p, `plan --aot` agreed with the compiler within 1 %: see
+docs/results.md.
 """
 
 from ml_collections import ConfigDict
 
-# a v5p is named by its cores, two a chip: 512 of them are 256 chips in a torus of 8 x 8 x 4, and 256 devices for jax
+# a v5p is named by its cores, two per chip: 512 cores are 256 chips in a torus of 8 x 8 x 4, and 256 jax devices
 MESHES = {
     "h100x8": dict(data=1, fsdp=8),
-    "h100x64": dict(data=8, fsdp=8, across_hosts="data"),  # a copy of the model in each host
+    "h100x64": dict(data=8, fsdp=8, across_hosts="data"),  # a copy of the model on each host
     "v5p-512": dict(data=8, fsdp=32),  # 4096 / 32 is a tile of 128: the TPU gathers narrower pieces as sums
 }
-MICRO_BATCHES = {"h100x8": 32, "h100x64": 4, "v5p-512": 1}  # of a window on each device
+MICRO_BATCHES = {"h100x8": 32, "h100x64": 4, "v5p-512": 1}  # each micro-batch is one window per device
 
 
 def get_config(machine="h100x8"):
@@ -56,7 +56,7 @@ def get_config(machine="h100x8"):
 
 
 def texts(vocab_size):
-    """General text, a domain, a task; and a vocabulary of the published size, learnt from a sample."""
+    """General text, a domain and a task, and a vocabulary of the published size, trained on a sample."""
     general = dict(path="HuggingFaceFW/fineweb-edu", name="sample-100BT", validation="", validation_share=1e-4)
     sources = dict(
         general=general | dict(streaming=True),
@@ -87,7 +87,7 @@ def texts(vocab_size):
 
 
 def stages(batch_size, sequence_length, micro_batches, learning_rate):
-    """100G tokens of general text, 15G of mathematics with some of the general, and an adapter for word problems."""
+    """100G tokens of general text, 15G of mathematics with some general text, and an adapter for word problems."""
     tokens = batch_size * sequence_length
     shape = dict(batch_size=batch_size, sequence_length=sequence_length, micro_batches=micro_batches, save_every=500)
     adamw = dict(name="adamw", options=dict(b1=0.9, b2=0.95))

@@ -3,10 +3,10 @@
     python -m llm3 plan --config=configs/scale/qwen3_0p6b.py:h100x8 --topology=h100x8
     python -m llm3 run  --config=configs/scale/qwen3_0p6b.py:h100x8 --workdir=runs/qwen3_0p6b
 
-The shape is the published one; stages and texts are those of configs/scale/llama3_8b.py, in windows of 4,096 tokens,
-but `finetune` trains the top four layers. The model fits on every device whole: the mesh has nothing but `data`.
+The model has the published shape; stages and data are the same as in configs/scale/llama3_8b.py, in windows of 4,096
+tokens, but `finetune` trains the top four layers. The model fits on a single device, so the mesh only has `data`.
 
-| variant | `--topology` | GiB of a device | tokens a second | 100G tokens |
+| variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
 | `h100x8` | `h100x8` | 28.7 of 80 | 170k to 239k | 4.8 to 6.8 days |
 | `h100x64` | `h100x64` | 26.4 of 80 | 1.3M to 1.9M | 15 to 21 hours |
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs.scale.llama3_8b import stages, texts
 
-MESHES = {"h100x8": dict(data=8), "h100x64": dict(data=64), "v5p-512": dict(data=256)}  # it fits on each device whole
+MESHES = {"h100x8": dict(data=8), "h100x64": dict(data=64), "v5p-512": dict(data=256)}
 MICRO_BATCHES = {"h100x8": 8, "h100x64": 1, "v5p-512": 1}
 
 
@@ -43,7 +43,7 @@ def get_config(machine="h100x8"):
     )
     c.mesh = MESHES[machine]
     c.update(texts(vocab_size=151936))
-    of_size = stages(256, 4096, MICRO_BATCHES[machine], learning_rate=6e-4)
-    of_size["finetune"] |= dict(start="posttrain", train="top(4)", adapters={})
-    c.stages = of_size
+    scaled = stages(256, 4096, MICRO_BATCHES[machine], learning_rate=6e-4)
+    scaled["finetune"] |= dict(start="posttrain", train="top(4)", adapters={})
+    c.stages = scaled
     return c

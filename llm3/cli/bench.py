@@ -1,4 +1,4 @@
-"""The verb `bench`: one stage's real step on its real batches, timed; beside full training, where it trains a part."""
+"""The verb `bench`: time a stage's step on its real batches, compared with full training if parameters are frozen."""
 
 import json
 import statistics
@@ -36,41 +36,41 @@ COMPARED = (
 
 
 def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, alone: bool = False) -> int:
-    """Compile the step of a stage, warm it up, time 10 steps on its batches from the start, and print the figures.
+    """Compile and warm up the step of a stage, time 10 steps on its first batches, and print the metrics.
 
-    Where the stage begins with a part of the model frozen, or with adapters, the same stage with `train="all"` is
-    timed as well: in the same process, a step of one after a step of the other. `alone` leaves that out.
+    If the stage begins with frozen parameters or adapters, it also times full training of the plain model, in the same
+    process and in alternating steps, unless `alone` is set.
     """
     order = rules.check(config)
     if stage not in order:
         raise UserError(f"--stage={stage}: no such stage; {nearest(stage, order)}")
     session = Session(prepare(config, workdir, [stage]), Console(stderr=True, highlight=False))
     with session.on_mesh():
-        figures = measure(session, session.experiment.stages[stage], alone)
-    print(json.dumps(figures) if as_json else table(figures))
+        metrics = measure(session, session.experiment.stages[stage], alone)
+    print(json.dumps(metrics) if as_json else table(metrics))
     return 0
 
 
 def measure(session: Session, stage: Stage, alone: bool = False) -> dict:
-    """The figures of a stage's step: `step_seconds` is the median of wall times, bytes are those of one device.
+    """The metrics of a stage's step: `step_seconds` is the median wall time, bytes are per device.
 
-    Where it is compared, `full` has the same figures of full training, and `ratios` those of `COMPARED` over them.
+    In a comparison, `full` has the metrics of full training, and `ratios` has stage / full for the keys in `COMPARED`.
     """
     phases = [session.phases(stage)[0]]
-    if not alone and _trains_a_part(phases[0]):
+    if not alone and _is_partial(phases[0]):
         phases.append(stage.full_training().phases(session.mesh)[0])
     steps = [_Step(session, stage, phase) for phase in phases]
     for i in range(WARM_UP + TIMED):
         batch = jax.block_until_ready(place_batch(session.mesh, stage.data.mixture.batch(i)))
         for step in steps:
-            step.take(batch)
+            step.run(batch)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    own, *full = (step.figures() for step in steps)
+    own, *full = (step.metrics() for step in steps)
     result = {"stage": stage.name, "device": device, **own}
     return result | {"full": full[0], "ratios": _ratios(own, full[0])} if full else result
 
 
-def _trains_a_part(phase: Phase) -> bool:
+def _is_partial(phase: Phase) -> bool:
     return bool(jax.tree.leaves(phase.abstract_state.frozen)) or bool(phase.model.adapters)
 
 
@@ -79,23 +79,23 @@ def _ratios(own: dict, full: dict) -> dict[str, float | None]:
 
 
 class _Step:
-    """A phase's compiled step, its state, and the wall time of each step that it took."""
+    """A phase's compiled step, its state, and the wall time of each step."""
 
     def __init__(self, session: Session, stage: Stage, phase: Phase):
-        self._session, self._stage, self._trainer = session, stage, phase
+        self._session, self._stage, self._phase = session, stage, phase
         before = time.perf_counter()
         self._compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
         self._compile_seconds, self._seconds = time.perf_counter() - before, []
         self._state = phase.state(init(phase.model, session.experiment.init_seed, session.mesh))
 
-    def take(self, batch: Any) -> None:
-        """One step, timed from its call until everything that it computes is there."""
+    def run(self, batch: Any) -> None:
+        """Run one step, and time it from the call until all results are ready."""
         before = time.perf_counter()
         self._state, _ = jax.block_until_ready(self._compiled(self._state, batch))
         self._seconds.append(time.perf_counter() - before)
 
-    def figures(self) -> dict[str, float | int | None]:
-        phase, timed = self._trainer, self._seconds[WARM_UP:]
+    def metrics(self) -> dict[str, float | int | None]:
+        phase, timed = self._phase, self._seconds[WARM_UP:]
         median, memory, peak = statistics.median(timed), self._compiled.memory_analysis(), self._session.peak_flops
         stored = byte_report(phase.abstract_state)
         return {
@@ -117,19 +117,19 @@ class _Step:
         }
 
     def _compiler_flops(self) -> float | None:
-        """The compiler's count, with element-wise work; None where it counts one round of a loop, or one device."""
-        model = self._trainer.model
-        whole = model.scan_unroll >= model.layers and self._stage.config.micro_batches == 1 and jax.device_count() == 1
-        return self._compiled.cost_analysis()["flops"] if whole else None
+        """The compiler's count, with element-wise work; None if it counts one loop iteration or one device."""
+        model = self._phase.model
+        exact = model.scan_unroll >= model.layers and self._stage.config.micro_batches == 1 and jax.device_count() == 1
+        return self._compiled.cost_analysis()["flops"] if exact else None
 
 
-def table(figures: dict) -> str:
-    """The figures for people: a line each, and beside them those of full training and the ratios."""
-    own = {key: value for key, value in figures.items() if key not in ("full", "ratios")}
-    if "full" not in figures:
+def table(metrics: dict) -> str:
+    """A text table of the metrics, one per line, compared with full training if there is a comparison."""
+    own = {key: value for key, value in metrics.items() if key not in ("full", "ratios")}
+    if "full" not in metrics:
         return "\n".join(f"{key:<20}{_text(value)}" for key, value in own.items())
-    full, ratios = figures["full"], figures["ratios"]
-    lines = [f"{'':<20}{figures['stage']:>20}{'trains all':>20}{'ratio':>10}"]
+    full, ratios = metrics["full"], metrics["ratios"]
+    lines = [f"{'':<20}{metrics['stage']:>20}{'trains all':>20}{'ratio':>10}"]
     for key, value in own.items():
         if key in full:
             ratio = ratios.get(key)

@@ -1,6 +1,6 @@
-"""The token cache, measured: a generated text file, its cache built with all cores, memory sampled, batches read.
+"""The verb `bench-data`: build the token cache of a generated file with all cores, sample memory, and read batches.
 
-Beside it, in the same run, `datasets.map` with the same tokenizer on a part of the same text. Nothing here imports jax.
+The same run compares the build with `datasets.map`, with the same tokenizer on a part of the text. Does not import jax.
 """
 
 import contextlib
@@ -31,25 +31,25 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.data.windows.stream import WindowTable
 
 VOCAB_SIZE = 8192
-COMPARED_BYTES = 100_000_000  # of the text at most, that `datasets.map` encodes as well
-TIMES = 2  # that both do it, in turns; the faster time counts
+COMPARED_BYTES = 100_000_000  # max bytes of text in the comparison with `datasets.map`
+TIMES = 2  # number of alternating runs of both; the fastest counts
 BATCH_SIZE, SEQUENCE_LENGTH, BATCHES = 16, 256, 500
 SAMPLE_SECONDS = 0.05
 
 
 def bench_data(workdir: Path, gigabytes: float = 0.1) -> int:
-    """Print the figures of `measure_cache` as JSON."""
+    """Print the metrics of `measure_cache` as JSON."""
     print(json.dumps(measure_cache(gigabytes, workdir), indent=1))
     return 0
 
 
 def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
-    """Generate so much text inside `workdir`, measure, and remove it again. Returns the figures.
+    """Generate text inside `workdir`, measure, remove the text, and return the metrics.
 
-    peak_rss_bytes: of this process and its children together, sampled while the cache is built (None without /proc);
-    rss_before_bytes: before that. tokens_per_second: of the whole build, from the file to an open cache.
-    compared: tokens per second of both on the same part of the text. batch_tokens_per_second: random windows of 256
-    tokens, 16 a batch, from the cache.
+    peak_rss_bytes: memory of this process and its children, sampled during the build (None without /proc).
+    rss_before_bytes: the same before the build. tokens_per_second: speed of the build, from the file to an open cache.
+    compared: tokens per second of both builds on the same text. batch_tokens_per_second: speed of reading batches of
+    16 random windows of 256 tokens.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(dir=workdir, prefix="data-bench."))
@@ -83,7 +83,7 @@ def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
 
 
 def write_text(path: Path, documents: list[str], size: int) -> int:
-    """Write documents as JSON Lines, again and again, each time with its lines in another order, up to `size` bytes."""
+    """Write documents as JSON Lines up to `size` bytes; each repetition shuffles the lines of a document."""
     written = 0
     with open(path, "w", encoding="utf-8") as file:
         for number in itertools.count():
@@ -104,7 +104,7 @@ def _build(file: Path, trained: Tokenizer, directory: Path) -> cache.TokenCache:
 
 
 def _batch_speed(built: cache.TokenCache) -> float:
-    """Tokens per second, of windows from all over the cache."""
+    """Tokens per second of reading random windows."""
     mixture = Mixture({"text": WindowTable(built, SEQUENCE_LENGTH)}, [(0, {"text": 1.0})], BATCH_SIZE, seed=0)
     before = time.perf_counter()
     for step in range(BATCHES):
@@ -113,7 +113,7 @@ def _batch_speed(built: cache.TokenCache) -> float:
 
 
 def _compared(part: Path, trained: Tokenizer, directory: Path) -> dict[str, float]:
-    """Tokens per second of `cache.build_cache` and of `datasets.map`, which has read the file into Arrow before."""
+    """Tokens per second of `cache.build_cache` and `datasets.map`, which does not have to read the file."""
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("json", data_files=str(part), split="train", cache_dir=str(directory / "datasets"))
     tokens, ours, theirs = 0, [], []
@@ -130,20 +130,20 @@ def _compared(part: Path, trained: Tokenizer, directory: Path) -> dict[str, floa
         "tokens_per_second": tokens / seconds,
         "datasets_map_tokens_per_second": tokens / map_seconds,
         "ratio": map_seconds / seconds,
-        "cpu_seconds": cpu_seconds,  # of all cores: what a busy machine leaves nearly as it is
+        "cpu_seconds": cpu_seconds,  # over all cores; other load on the machine hardly changes it
         "datasets_map_cpu_seconds": map_cpu_seconds,
     }
 
 
 def _clocks() -> np.ndarray:
-    """[seconds of the wall clock, CPU seconds of this process and of its children that have ended]"""
+    """[wall seconds, CPU seconds of this process and its finished children]"""
     used = os.times()
     return np.array([time.perf_counter(), used.user + used.system + used.children_user + used.children_system])
 
 
 def _map(rows: datasets.Dataset, directory: Path, number: int) -> None:
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core, as in our build
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core, as in our build
     try:
         rows.map(
             functools.partial(_encode, file=directory / "tokenizer.json"),
@@ -171,9 +171,9 @@ def _loaded(file: Path) -> Tokenizer:
 
 @contextlib.contextmanager
 def _peak_rss() -> Iterator[dict[str, int | None]]:
-    """Yield {"before", "peak"}: bytes of this process and all below it; the peak is there at the end."""
-    known = Path("/proc/self/statm").exists()
-    memory = {"before": _rss(os.getpid()) if known else None, "peak": None}
+    """Yield {"before", "peak"}: bytes of this process and its descendants; "peak" is final after the context."""
+    has_proc = Path("/proc/self/statm").exists()
+    memory = {"before": _rss(os.getpid()) if has_proc else None, "peak": None}
     ended = threading.Event()
 
     def sample() -> None:
@@ -181,18 +181,18 @@ def _peak_rss() -> Iterator[dict[str, int | None]]:
             memory["peak"] = max(memory["peak"] or 0, _rss(os.getpid()))
 
     thread = threading.Thread(target=sample)
-    if known:
+    if has_proc:
         thread.start()
     try:
         yield memory
     finally:
         ended.set()
-        if known:
+        if has_proc:
             thread.join()
 
 
 def _rss(process: int) -> int:
-    """Bytes of memory of a process and its children, what they share counted for each. A process that ended has 0."""
+    """Memory of a process and its descendants in bytes, shared pages counted for each; 0 for an ended process."""
     try:
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
         threads = list(Path(f"/proc/{process}/task").iterdir())

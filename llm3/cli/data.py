@@ -1,4 +1,4 @@
-"""The verb `data`: the texts of a run as the model will see them, and what of the evaluations is among them."""
+"""The verbs `data` and `overlap`: the documents of a run as the model sees them, and those of its evaluations."""
 
 import itertools
 import sys
@@ -23,10 +23,10 @@ SHOWN_ROWS, SHOWN_TOKENS = 10, 96
 
 
 def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shard: str | None = None) -> int:
-    """Print, for each stage, its sources as they are mixed and packed, and ten decoded rows of its first batches.
+    """Print each stage's sources, mixed and packed, and ten decoded rows of its first batches.
 
-    The texts are read and tokenized into the cache; nothing else is written. shard: "I/N", to tokenize only that one.
-    Raises UserError for what will not work.
+    Tokenizes the documents into the cache and writes nothing else. shard: "I/N", tokenize only this shard. Raises
+    UserError.
     """
     order = rules.chosen(config, stages)
     if shard:
@@ -35,7 +35,7 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
     experiment = prepare(config, workdir, order)
     for stage in experiment.stages.values():
         own = stage.config
-        shape = f"{own.batch_size} x {own.sequence_length} tokens a step, {own.steps} steps"
+        shape = f"{own.batch_size} x {own.sequence_length} tokens per step, {own.steps} steps"
         console.print(f"\n{stage.name}: {own.objective_name}, {shape}")
         console.print(source_table(stage))
         for first, weights in stage.data.schedule[1:]:
@@ -43,7 +43,7 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
         for source, tokens in stage.data.caches.items():
             for reason, rows in tokens.bad.items():
                 console.print(f"  {source}: {rows:,} rows set aside: {reason}")
-        console.print(f"  ten rows of the first batches; what is learned is {marked('so', sys.stdout.isatty())}:")
+        console.print(f"  ten rows of the first batches, with targets {marked('marked', sys.stdout.isatty())}:")
         for row in first_rows(stage):
             console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)
     print_overlaps(experiment, console)
@@ -51,21 +51,21 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
 
 
 def overlap(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
-    """Print what of each evaluation is in the training data of the stages."""
+    """Print the overlap of each evaluation with the training data of the stages."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     print_overlaps(prepare(config, workdir, rules.chosen(config, stages)), console)
     return 0
 
 
 def build_shard(config: RunConfig, workdir: Path, order: list[str], shard: str) -> int:
-    """Tokenize one shard in n of the training texts, as one task of an array job. Raises UserError."""
+    """Tokenize one shard of the training documents, as a task of an array job. Raises UserError."""
     number, _, of = shard.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
     library: Library = read_library(config, workdir)
     for source in dict.fromkeys(source for name in order for source in rules.data_sources(config, name)):
-        whole = library.build_split(source, "train", shard=(int(number), int(of)))
-        state = "other shards are still to be built" if whole is None else f"whole, {whole.tokens:,} tokens"
+        built = library.build_split(source, "train", shard=(int(number), int(of)))
+        state = "other shards are not built yet" if built is None else f"complete, {built.tokens:,} tokens"
         print(f"{source}: shard {shard} is built; {state}", flush=True)
     return 0
 
@@ -76,10 +76,20 @@ def shares(weights: dict[str, float]) -> dict[str, float]:
 
 
 def source_table(stage: Stage) -> Table:
-    """One row a source: what it holds, how it is packed, and how much of it is drawn."""
+    """One row per source: its size, packing, share of the mixture and epochs."""
     data = stage.data
     table = Table("source", box=None, header_style="bold")
-    for column in ("documents", "tokens", "bytes/token", "windows", "padding", "cut", "left out", "share", "epochs"):
+    for column in (
+        "documents",
+        "tokens",
+        "bytes/token",
+        "windows",
+        "padding",
+        "truncated",
+        "dropped",
+        "share",
+        "epochs",
+    ):
         table.add_column(column, justify="right")
     weights, epochs = shares(data.schedule[0][1]), data.mixture.epochs(stage.config.steps)
     for source, windows in data.tables.items():
@@ -101,7 +111,7 @@ def source_table(stage: Stage) -> Table:
 
 
 def first_rows(stage: Stage) -> list[Batch]:
-    """The first rows that a stage will see, without the batch axis."""
+    """The first rows that a stage trains on, without the batch axis."""
     size = stage.config.batch_size
     rows = (divmod(row, size) for row in range(SHOWN_ROWS))
     batches = (stage.data.mixture.batch(step, [row]) for step, row in rows)
@@ -109,42 +119,42 @@ def first_rows(stage: Stage) -> list[Batch]:
 
 
 def decoded(stage: Stage, row: Batch) -> Text:
-    """The beginning of a row as text, what is learned from it marked."""
+    """The beginning of a row as text, with its targets marked."""
     parts = (_labels if stage.objective.HEAD else _tokens)(stage, row)
-    return Text.assemble(*(_piece(text, learned) for text, learned in parts))
+    return Text.assemble(*(_piece(text, is_target) for text, is_target in parts))
 
 
 def marked(text: str, colours: bool) -> str:
-    """What is learned: reversed on a terminal, in angle quotes elsewhere."""
+    """Text marked as a target: reversed on a terminal, else in angle quotes."""
     return f"[reverse]{text}[/reverse]" if colours else f"«{text}»"
 
 
-def _piece(text: str, learned: bool) -> Text:
-    if learned and not sys.stdout.isatty():
+def _piece(text: str, is_target: bool) -> Text:
+    if is_target and not sys.stdout.isatty():
         return Text(f"«{text}»")
-    return Text(text, style="reverse" if learned else "")
+    return Text(text, style="reverse" if is_target else "")
 
 
 def _tokens(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
-    """Runs of tokens that are targets and that are not: the next ones, or in a bidirectional model the hidden ones."""
-    tokens, learned = [], []
+    """Runs of tokens that are or are not targets: next tokens or, in a bidirectional model, hidden tokens."""
+    tokens, targets = [], []
     for segment in range(1, int(row.segments.max(initial=0)) + 1):
-        places = np.flatnonzero(row.segments == segment)
-        weighted = row.weights[places] > 0
+        positions = np.flatnonzero(row.segments == segment)
+        weighted = row.weights[positions] > 0
         if stage.objective.CAUSAL is False:
-            tokens.append(np.where(weighted, row.targets[places], row.tokens[places]))
-            learned.append(weighted)
-        else:  # a target follows its place; the last one is no input
-            tokens.append(np.append(row.tokens[places], row.targets[places[-1:]][weighted[-1:]]))
-            learned.append(np.concatenate([[False], weighted])[: len(tokens[-1])])
-    whole, marks = np.concatenate(tokens), np.concatenate(learned)
+            tokens.append(np.where(weighted, row.targets[positions], row.tokens[positions]))
+            targets.append(weighted)
+        else:  # a target is the token after its position; the last target is not an input
+            tokens.append(np.append(row.tokens[positions], row.targets[positions[-1:]][weighted[-1:]]))
+            targets.append(np.concatenate([[False], weighted])[: len(tokens[-1])])
+    text, marks = np.concatenate(tokens), np.concatenate(targets)
     first = int(np.argmax(marks)) if marks.any() else 0
     if first < SHOWN_TOKENS * 3 // 4:
-        return _runs(whole[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], stage.task.tokenizer)
-    third = SHOWN_TOKENS // 3  # what is learned comes late, as after a long prompt
+        return _runs(text[:SHOWN_TOKENS], marks[:SHOWN_TOKENS], stage.task.tokenizer)
+    third = SHOWN_TOKENS // 3  # the first target comes late, as after a long prompt
     around = slice(first - third, first + third)
-    begin = (spelled(whole[:third], stage.task.tokenizer) + " ... ", False)
-    return [begin, *_runs(whole[around], marks[around], stage.task.tokenizer)]
+    begin = (spelled(text[:third], stage.task.tokenizer) + " ... ", False)
+    return [begin, *_runs(text[around], marks[around], stage.task.tokenizer)]
 
 
 def _runs(tokens: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -154,24 +164,24 @@ def _runs(tokens: np.ndarray, marks: np.ndarray, tokenizer: Tokenizer) -> list[t
 
 
 def _labels(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
-    """Documents, and what the task head is to say of them."""
+    """Documents, each with the target of the task head."""
     labels, parts = stage.labels, []
     sets = stage.task.label_sets
     for segment in range(1, int(row.segments.max(initial=0)) + 1):
-        places = np.flatnonzero(row.segments == segment)
-        parts.append((spelled(row.tokens[places[:SHOWN_TOKENS]], stage.task.tokenizer), False))
+        positions = np.flatnonzero(row.segments == segment)
+        parts.append((spelled(row.tokens[positions[:SHOWN_TOKENS]], stage.task.tokenizer), False))
         if stage.objective.HEAD == "labels":
-            target = int(row.targets[places][row.weights[places] > 0][0])
+            target = int(row.targets[positions][row.weights[positions] > 0][0])
             classes = [target] if sets is None else np.flatnonzero(sets[target])
             parts.append((", ".join(labels[each] for each in classes) or "none", True))
-        else:  # the tokens from the first output's place to the last one's: bits 1 and 2 of the targets
-            first, last = (places[np.flatnonzero(row.targets[places] & bit)] for bit in (1, 2))
+        else:  # bits 1 and 2 of the targets mark the first and the last token of the answer
+            first, last = (positions[np.flatnonzero(row.targets[positions] & bit)] for bit in (1, 2))
             parts.append((spelled(row.tokens[int(first[0]) : int(last[0]) + 1], stage.task.tokenizer), True))
     return parts
 
 
 def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Tokens as text on one line, special ones by their names."""
+    """Tokens as one line of text, with special tokens by name."""
     runs, text = [], []
     for token in tokens.tolist():
         if token < len(SPECIALS):
@@ -183,16 +193,16 @@ def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def print_overlaps(experiment: Experiment, console: Console) -> None:
-    """A table of the evaluations: how many of their documents are in the training data, whole or in part."""
+    """Print a table of how many documents of each evaluation overlap with the training data."""
     table = Table("evaluation", box=None, header_style="bold")
     for column in ("documents", "equal", "near duplicates", "any n-gram"):
         table.add_column(column, justify="right")
     for name, found in experiment.overlaps().items():
         table.add_row(name, *(f"{each:,}" for each in (found.documents, found.exact, found.near, found.any)))
     console.print(
-        "\nOverlap of the evaluations with the training data, by 13-grams; near duplicates: half of them or more"
+        "\nOverlap of the evaluations with the training data, by 13-grams; near duplicates share half or more of them"
     )
     console.print(table)
     for name, found in experiment.overlaps().items():
         rows = ", ".join(f"{row} ({percent(share)})" for row, share in found.worst)
-        console.print(f"  {name}: most of all, rows {rows}" if rows else f"  {name}: nothing in common")
+        console.print(f"  {name}: highest overlap in rows {rows}" if rows else f"  {name}: no overlap")

@@ -1,7 +1,7 @@
-"""The verb `export`: a stage as a directory that transformers and PEFT load with no llm3 code.
+"""The verb `export`: write a stage as a directory that transformers and PEFT load without llm3.
 
-The layouts are those of transformers' Llama (Touvron et al. 2023) and Qwen3 (2025; Llama with QK-norm), and of PEFT's
-LoRA adapters. Their linear weights are [out, in]; their rotary positions are half-split, as here.
+The layouts are transformers' Llama (Touvron et al. 2023) and Qwen3 (2025; Llama with QK-norm), and PEFT's LoRA
+adapters. Linear weights are [out, in]; rotary positions are half-split, as in llm3.
 """
 
 import json
@@ -48,21 +48,20 @@ OUTSIDE = {
 
 
 def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None) -> int:
-    """Write a checkpoint of a stage into the new directory `to` and print what was written.
+    """Write a checkpoint of a stage into the new directory `to` and print a summary.
 
-    form: one of FORMATS. step: a number or "latest". base: the model that the adapters name as theirs. Raises UserError
-    for a model that the formats cannot express, a directory that is not empty, and a missing library; nothing is
-    written then.
+    form: one of FORMATS. step: a number or "latest". base: the base model that the adapters name. Before it writes
+    anything, raises UserError for a model that the formats cannot express, a directory with files or a missing library.
     """
     save = safetensors_writer()
     if form not in FORMATS:
         raise UserError(f"--format={form}: {nearest(form, FORMATS)}")
     if base is not None and form != "adapters":
-        raise UserError(f"--base={base}: only --format=adapters names a base model, --format={form} is one itself")
+        raise UserError(f"--base={base}: only --format=adapters names a base model; {form} writes a full model")
     params, config, meta = load_stage(workdir, stage, step)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     if tokenizer.hash != meta["tokenizer_hash"]:
-        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer that {workdir / stage} was trained with")
+        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / stage}")
     check_family(config)
     if form == "adapters" and not config.adapters:
         raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
@@ -73,7 +72,7 @@ def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str 
             lines = write_model(directory, params, config, meta, form, save)
             write_tokenizer(directory, workdir / TOKENIZER)
             lines.append(
-                f"tokenizer.json: {tokenizer.vocab_size} tokens; it puts {SPECIALS[Tokenizer.bos_id]} before a text"
+                f"tokenizer.json: {tokenizer.vocab_size} tokens; it prepends {SPECIALS[Tokenizer.bos_id]} to each text"
             )
         if config.classes:
             lines.append(write_head(directory, params, config, meta, save))
@@ -92,9 +91,9 @@ def safetensors_writer() -> Callable:
 
 @contextmanager
 def new_directory(to: Path) -> Iterator[Path]:
-    """A directory beside `to` that becomes `to` at the end, or leaves no trace if anything is raised.
+    """A temporary directory that is renamed to `to` at the end, or removed after an exception.
 
-    Raises UserError where `to` exists and is not an empty directory, and where it cannot be written.
+    Raises UserError if `to` exists and is not an empty directory, or if it cannot be written.
     """
     to = to.resolve()
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
@@ -102,16 +101,16 @@ def new_directory(to: Path) -> Iterator[Path]:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as holder:
-            partial = Path(holder) / to.name  # with ordinary permissions, which temporary directories lack
-            partial.mkdir()
-            yield partial
-            partial.rename(to)  # fails where anything has come to be in `to`
+            inner = Path(holder) / to.name  # temporary directories lack ordinary permissions, so make another inside
+            inner.mkdir()
+            yield inner
+            inner.rename(to)  # fails if `to` has files by now
     except OSError as error:
         raise UserError(f"--to={to} cannot be written: {error.strerror or error}") from error
 
 
 def check_family(config: ModelConfig) -> None:
-    """Raise UserError for what neither Llama nor Qwen3 can express."""
+    """Raise UserError for a model that neither Llama nor Qwen3 can express."""
     for field, expected in (("norm", "rmsnorm"), ("causal", True), ("logit_softcap", 0.0)):
         if (value := getattr(config, field)) != expected:
             raise UserError(
@@ -120,13 +119,13 @@ def check_family(config: ModelConfig) -> None:
             )
     if not config.qk_norm and config.d_model % config.heads:
         raise UserError(
-            f"model.heads={config.heads} does not divide model.d_model={config.d_model}: transformers' Llama refuses "
-            "that; a model with qk_norm=True (Qwen3) may have such heads"
+            f"model.heads={config.heads} does not divide model.d_model={config.d_model}: transformers' Llama rejects "
+            "that; only a model with qk_norm=True (Qwen3) may have such heads"
         )
 
 
 def write_model(directory: Path, params: dict, config: ModelConfig, meta: dict, form: str, save: Callable) -> list[str]:
-    """config.json and model.safetensors; lines that say what they hold."""
+    """Write config.json and model.safetensors; returns lines of a summary."""
     tensors = model_tensors(merged(params, config.adapters) if form == "merged" else params)
     save(tensors, directory / "model.safetensors", metadata={"format": "pt", "llm3": __version__})
     described = model_json(config, meta)
@@ -134,37 +133,39 @@ def write_model(directory: Path, params: dict, config: ModelConfig, meta: dict, 
     family = described["architectures"][0]
     lines = [f"model.safetensors: {family}, {amount(tensors)}" + ", tied lm_head" * config.tie_embeddings]
     for name, adapter in config.adapters:
-        left_out = "left out, --format=base" if form == "base" else "" if adapter.active else "left out, it is inactive"
-        lines.append(f"adapter {name} of rank {adapter.rank}: {left_out or 'merged into the kernels'}")
+        omitted = "omitted, --format=base" if form == "base" else "" if adapter.active else "omitted, it is inactive"
+        lines.append(f"adapter {name} of rank {adapter.rank}: {omitted or 'merged into the kernels'}")
     return lines
 
 
 def model_tensors(params: dict) -> dict[str, np.ndarray]:
-    """transformers' names and float32 arrays of canonical parameters; adapters and the task head are left out."""
+    """{transformers' name: float32 array} of canonical parameters, without adapters and the task head."""
     tensors = {}
     for path, leaf in flatten(params).items():
         if path in OUTSIDE:
             tensors[OUTSIDE[path]] = contiguous(leaf.T if path == "lm_head/kernel" else leaf)
             continue
-        place, _, kind = path.removeprefix("layers/").rpartition("/")
-        if place in KERNELS and kind in ("kernel", "bias"):
-            module = KERNELS[place] + (".weight" if kind == "kernel" else ".bias")
-        elif place in NORMS and kind == "scale":
-            module = NORMS[place] + ".weight"
-        elif place == "head" or "/lora/" in path:
+        module_path, _, kind = path.removeprefix("layers/").rpartition("/")
+        if module_path in KERNELS and kind in ("kernel", "bias"):
+            module = KERNELS[module_path] + (".weight" if kind == "kernel" else ".bias")
+        elif module_path in NORMS and kind == "scale":
+            module = NORMS[module_path] + ".weight"
+        elif module_path == "head" or "/lora/" in path:
             continue
         else:
             raise UserError(f"the leaf {path} has no counterpart in transformers' Llama and Qwen3")
         for i, each in enumerate(leaf):
             tensors[f"model.layers.{i}.{module}"] = contiguous(
-                matrix(each, place).T if kind == "kernel" else each.reshape(-1)
+                matrix(each, module_path).T if kind == "kernel" else each.reshape(-1)
             )
     return tensors
 
 
-def matrix(kernel: np.ndarray, place: str) -> np.ndarray:
-    """[*inputs, *outputs] -> [inputs, outputs]: only `out` has several axes of inputs, and none has several of both."""
-    return kernel.reshape(-1, kernel.shape[-1]) if place == "attention/out" else kernel.reshape(kernel.shape[0], -1)
+def matrix(kernel: np.ndarray, module_path: str) -> np.ndarray:
+    """[*inputs, *outputs] -> [inputs, outputs]; only `out` has several input axes."""
+    return (
+        kernel.reshape(-1, kernel.shape[-1]) if module_path == "attention/out" else kernel.reshape(kernel.shape[0], -1)
+    )
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
@@ -172,7 +173,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def model_json(config: ModelConfig, meta: dict) -> dict:
-    """transformers' config.json: Qwen3 with QK-norm, else Llama. The labels of a task head stand in it."""
+    """transformers' config.json: Qwen3 with QK-norm, else Llama; includes the labels of a task head."""
     qwen = config.qk_norm
     described = {
         "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
@@ -190,7 +191,7 @@ def model_json(config: ModelConfig, meta: dict) -> dict:
         "rms_norm_eps": config.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": meta["config"]["stage"]["sequence_length"],  # nothing longer was trained on
+        "max_position_embeddings": meta["config"]["stage"]["sequence_length"],  # the longest window in training
         "bos_token_id": Tokenizer.bos_id,
         "eos_token_id": Tokenizer.eos_id,
         "pad_token_id": Tokenizer.pad_id,
@@ -202,13 +203,13 @@ def model_json(config: ModelConfig, meta: dict) -> dict:
 
 
 def write_tokenizer(directory: Path, source: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, which make transformers' tokenizer give the ids that llm3 trains on.
+    """Write tokenizer.json and tokenizer_config.json, from which transformers gets the token ids of llm3.
 
-    Each text begins with BOS (unless add_special_tokens=False), and no text can spell a special token.
+    Each text begins with BOS (unless add_special_tokens=False), and no text encodes to a special token.
     """
     backend = tokenizers.Tokenizer.from_file(str(source))
     bos = SPECIALS[Tokenizer.bos_id]
-    # in tokenizer.json, for beside one transformers ignores add_bos_token
+    # set in tokenizer.json, because transformers then ignores add_bos_token
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, Tokenizer.bos_id)]
     )
@@ -219,7 +220,7 @@ def write_tokenizer(directory: Path, source: Path) -> None:
 
 
 def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str | None, save: Callable) -> list[str]:
-    """For each adapter a folder with adapter_config.json and adapter_model.safetensors; lines that say so."""
+    """Write adapter_config.json and adapter_model.safetensors in a folder per adapter; returns lines of a summary."""
     lines = []
     for name, adapter in config.adapters:
         tensors = adapter_tensors(params, name)
@@ -232,14 +233,14 @@ def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str
 
 
 def adapter_tensors(params: dict, name: str) -> dict[str, np.ndarray]:
-    """PEFT's names and float32 arrays of one adapter: lora_A [r, in], lora_B [out, r], lora_magnitude_vector [out]."""
+    """{PEFT's name: float32 array} of one adapter: lora_A [r, in], lora_B [out, r], lora_magnitude_vector [out]."""
     tensors = {}
     for path, leaf in flatten(params).items():
-        place, found, ending = path.removeprefix("layers/").partition(f"/lora/{name}/")
+        module_path, found, ending = path.removeprefix("layers/").partition(f"/lora/{name}/")
         if not found:
             continue
         for i, each in enumerate(leaf):
-            module = f"base_model.model.model.layers.{i}.{KERNELS[place]}"
+            module = f"base_model.model.model.layers.{i}.{KERNELS[module_path]}"
             if ending == "a":
                 tensors[f"{module}.lora_A.weight"] = contiguous(each.reshape(-1, each.shape[-1]).T)
             elif ending == "b":
@@ -251,7 +252,7 @@ def adapter_tensors(params: dict, name: str) -> dict[str, np.ndarray]:
 
 def adapter_json(adapter: AdapterConfig, base: str | None) -> dict:
     """PEFT's adapter_config.json."""
-    modules = {place.rpartition("/")[2]: module.rpartition(".")[2] for place, module in KERNELS.items()}
+    modules = {module_path.rpartition("/")[2]: module.rpartition(".")[2] for module_path, module in KERNELS.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -268,14 +269,14 @@ def adapter_json(adapter: AdapterConfig, base: str | None) -> dict:
 
 
 def write_head(directory: Path, params: dict, config: ModelConfig, meta: dict, save: Callable) -> str:
-    """head.safetensors: weight [C, D], bias [C]; a line that says how it is used."""
+    """Write head.safetensors: weight [C, D], bias [C]; returns a line on how to use it."""
     head = {"weight": contiguous(params["head"]["kernel"].T), "bias": contiguous(params["head"]["bias"])}
     about = {"pool": config.pool, "labels": json.dumps(meta["labels"], ensure_ascii=False), "llm3": __version__}
     save(head, directory / "head.safetensors", metadata=about)
-    read = f"that of the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "the mean over all tokens"
+    hidden = f"at the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "averaged over all tokens"
     return (
-        f"head.safetensors: the task head of {config.classes} classes, with a bias, which transformers' classes lack: "
-        f"logits = weight @ h + bias, where the last hidden state h is {read}"
+        f"head.safetensors: the task head of {config.classes} classes, with a bias, which transformers' heads lack: "
+        f"logits = weight @ h + bias, where h is the last hidden state {hidden}"
     )
 
 

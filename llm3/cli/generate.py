@@ -1,4 +1,4 @@
-"""The verb `generate`: what the stages of a run make of a prompt."""
+"""The verb `generate`: sample continuations of a prompt from the stages of a run."""
 
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from llm3.stages.workdir import check_record
 
 
 def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options) -> int:
-    """Print what a stage (default: every stage of the run, one under another) makes of a prompt.
+    """Print a continuation of the prompt from one stage (default: from each stage of the run).
 
-    The run tells all; a config that is given must be the run's. Raises UserError.
+    The run holds all that is needed; a given config must match it. options: the sampling options of `sample`. Raises
+    UserError.
     """
     for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if options[option] < least:
@@ -37,6 +38,6 @@ def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunCo
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
         if not stage:
             console.rule(name, align="left")
-        made = sample(jax.tree.map(jnp.asarray, params), model, tokens, stop=tokenizer.eos_id, **options)
-        print(prompt + tokenizer.decode(made), flush=True)
+        continuation = sample(jax.tree.map(jnp.asarray, params), model, tokens, stop=tokenizer.eos_id, **options)
+        print(prompt + tokenizer.decode(continuation), flush=True)
     return 0

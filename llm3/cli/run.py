@@ -1,4 +1,4 @@
-"""The verb `run`: the stages one after another, each evaluated, with a report at the end."""
+"""The verbs `run` and `eval`: train and evaluate the stages in order, then write a report."""
 
 import shlex
 import sys
@@ -30,11 +30,11 @@ from llm3.stages.workdir import check_record, differences, stage_record
 
 
 def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
-    """Train and evaluate the chosen stages (default: all), resuming what was begun; the exit status.
+    """Train and evaluate the chosen stages (default: all), resuming unfinished ones; returns the exit status.
 
-    Raises UserError for what cannot be trained, and NotWritten where the disk refuses, with what was saved before.
+    Raises UserError for a run that cannot start, and NotWritten, with the newest intact checkpoint, if a write fails.
     """
-    console = speaker()
+    console = make_console()
     order = rules.chosen(config, stages)
     for name in [INIT, *order]:
         check_record(workdir, config, name)
@@ -46,7 +46,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
         console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / REPORT}")
         return 0
     with ExitStack() as held:
-        held.enter_context(saying_what_is_whole(workdir, order))
+        held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
         experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
         session = Session(experiment, console)
@@ -55,7 +55,8 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
             begin(session, to_train)
             for stage in (experiment.stages[name] for name in to_train):
                 if request.signal or not run_stage(stage, session, request):
-                    console.print(f"Stopped by signal {request.signal}; all is saved. The same command resumes.")
+                    signal = f"Stopped by signal {request.signal}"
+                    console.print(f"{signal}; everything is saved. Rerun the command to resume.")
                     return request.exit
         check_ancestry(workdir, order)
         if processes.is_first():
@@ -64,29 +65,29 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
 
 
 @contextmanager
-def saying_what_is_whole(workdir: Path, order: list[str]) -> Iterator[None]:
-    """Say of what could not be written what there is instead. Raises NotWritten."""
+def naming_intact_checkpoint(workdir: Path, order: list[str]) -> Iterator[None]:
+    """Add the newest intact checkpoint to a NotWritten error."""
     try:
         with writing(f"a file in {workdir}, or of the cache,", *FULL):
             yield
     except NotWritten as error:
-        raise NotWritten(f"{error}; {what_is_whole(workdir, order)} once it can write again") from error
+        raise NotWritten(f"{error}; {intact_checkpoint(workdir, order)} once the disk accepts writes") from error
 
 
-def what_is_whole(workdir: Path, order: list[str]) -> str:
-    """What a run goes on from: the newest checkpoint, whose metadata can be read, of the last stage that has one."""
+def intact_checkpoint(workdir: Path, order: list[str]) -> str:
+    """A phrase on where a run would resume: the newest readable checkpoint of the last stage that has one."""
     for name in reversed(order):
         checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
         for step in reversed(checkpoints.steps()):
             with suppress(UserError):
-                if processes.count() == 1:  # several read together, and the others are elsewhere
+                if processes.count() == 1:  # several processes can only read together, and the others may not be here
                     checkpoints.leaves(step)
-                return f"the checkpoint of step {step} of {name} is whole, and the same command goes on from there"
-    return "no checkpoint was saved before, and the same command begins anew"
+                return f"checkpoint {step} of {name} is intact; rerun the command to resume"
+    return "there is no earlier checkpoint; rerun the command to start again"
 
 
 def begin(session: Session, to_train: list[str]) -> None:
-    """Check all stages that are to be trained, then write what belongs to the run and evaluate the untrained model."""
+    """Check all stages to train, then write the files of the run and evaluate the untrained model."""
     for name in to_train:
         check_before_training(session, session.experiment.stages[name], to_train)
     if processes.is_first():
@@ -97,14 +98,14 @@ def begin(session: Session, to_train: list[str]) -> None:
     evaluate_init(session)
 
 
-def speaker() -> Console:
-    """Where the first process speaks, and the others are silent."""
+def make_console() -> Console:
+    """A console that is silent on all processes but the first."""
     return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
 
 
 def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
-    """Evaluate the newest checkpoints of a run by the config's evaluations, and print; nothing is written."""
-    console = speaker()
+    """Evaluate the newest checkpoints of a run with the config's evaluations and print the table; writes no files."""
+    console = make_console()
     order = [name for name in rules.chosen(config, stages) if stages or (workdir / name / CHECKPOINTS).is_dir()]
     if not order or not workdir.is_dir():
         raise UserError(f"{workdir} holds no trained stage of this config yet")
@@ -117,26 +118,26 @@ def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) 
                 stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
             )
             if lines := differences(as_dict(model), as_dict(now), "model"):
-                raise UserError(f"{workdir / name} holds another model than this config's:\n" + "\n".join(lines))
+                raise UserError(f"{workdir / name} holds another model than this config:\n" + "\n".join(lines))
             rows.append(evaluate_stage(session, stage, params)[0])
     table.print_table(rows, [], console)
     return 0
 
 
 def is_reported(workdir: Path, names: list[str]) -> bool:
-    """Whether there is a report and it has these rows."""
+    """Whether there is a report with these rows."""
     matrix = read_json(workdir / MATRIX) or {"rows": [], "baselines": []}
     reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
     return reported.issuperset(names) and (workdir / REPORT).is_file()
 
 
 def step_shape(stage: StageConfig) -> tuple:
-    """What decides the size of a step besides what trains."""
+    """The fields that decide the cost of a step, besides the trainable parameters."""
     return (stage.batch_size, stage.sequence_length, str(stage.objective), stage.micro_batches, stage.data)
 
 
 def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
-    """Print the matrix of all stages that are finished, and write it with report.md and the plots."""
+    """Print the matrix of all finished stages, and write it with report.md and the plots."""
     rows, baselines, histories = [], [], {}
     for name in [INIT, *rules.check(config)]:
         row = read_json(workdir / name / ROW)
@@ -153,7 +154,9 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
     table.print_table(rows, baselines, console)
     details = {row["stage"]: read_json(workdir / row["stage"] / DETAILS) for row in rows + baselines}
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
-    told = {"title": f"Run {workdir.name}", "command": command, "facts": facts, "details": details}
+    title = f"Run {workdir.name}"
     with writing(workdir / REPORT):
-        page.write_report(workdir, rows, baselines, histories, **told)
+        page.write_report(
+            workdir, rows, baselines, histories, title=title, command=command, facts=facts, details=details
+        )
     console.print(f"Report: {workdir / REPORT}")

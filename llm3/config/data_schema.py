@@ -1,4 +1,4 @@
-"""Config of the data of a run: its tokenizer and its sources. Part of `llm3.config.schema`."""
+"""The config of the tokenizer and the sources of a run. Part of `llm3.config.schema`."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where rows come from, and the fields that are read of them.
+    """A source of rows, and the fields to read from them.
 
     The named fields decide the row format (see `row_format`). A field is a column, or a template over columns
     ("{question}\\n{context}").

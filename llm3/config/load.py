@@ -1,6 +1,6 @@
-"""Config files and command-line overrides, held to the schema of `llm3.config.schema`.
+"""Reads config files and command-line overrides, and checks them against `llm3.config.schema`.
 
-A config file is Python: `get_config()` returns an `ml_collections.ConfigDict` whose fields are those of `RunConfig`.
+A config file is Python: `get_config()` returns an `ml_collections.ConfigDict` with the fields of `RunConfig`.
 """
 
 import ast
@@ -20,7 +20,7 @@ from llm3.errors import UserError, nearest
 def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     """The config of `file` ("path.py" or "path.py:argument"), with overrides of the form "stages.finetune.steps=50".
 
-    Raises UserError for a file that does not load, an unknown field (with the nearest right names), a missing one, or
+    Raises UserError for a file that does not load, an unknown field (with the nearest valid names), a missing field, or
     a wrong type.
     """
     values = _run_file(file)
@@ -44,14 +44,14 @@ def _run_file(file: str) -> dict:
     except Exception as error:
         raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
     if get_config is None:
-        raise UserError(f"--config={name}: it defines no get_config()")
+        raise UserError(f"--config={name}: the file defines no get_config()")
     if not hasattr(config, "to_dict"):
-        raise UserError(f"--config={name}: get_config() gave {type(config).__name__}, expected a ConfigDict")
+        raise UserError(f"--config={name}: get_config() returned {type(config).__name__}, expected a ConfigDict")
     return _copied(config.to_dict())
 
 
 def _copied(value: Any) -> Any:
-    """Plain values of which no two places share an object, so that an override changes one place only."""
+    """A deep copy without shared objects, so that an override changes one field only."""
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in value.items()}
     return [_copied(each) for each in value] if isinstance(value, list | tuple) else value
@@ -67,7 +67,7 @@ def _literal(text: str) -> Any:
 
 
 def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -> None:
-    """Set one field by its dotted name; the schema `kind` says which names there are."""
+    """Set one field by its dotted name; the schema `kind` has the valid names."""
     name, rest = parts[0], parts[1:]
     if dataclasses.is_dataclass(kind):
         fields = typing.get_type_hints(kind)

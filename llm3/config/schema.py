@@ -1,6 +1,6 @@
-"""Every knob of a run, typed, in one place; `llm3.config.load` reads them.
+"""Every field of a run's config, with types and checks; `llm3.config.load` reads them.
 
-Nothing here imports jax, so that a misspelt field is found before any device is touched.
+This module does not import jax, so a misspelt field is reported before any device is used.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.errors import UserError, at_least, one_of
 
-PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # the kernels of a layer, by name
+PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # names of the kernels of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The transformer. A config leaves the fields alone that the run sets."""
+    """The transformer. The run sets some of the fields; a config must not."""
 
     layers: int  # number of transformer layers
     d_model: int  # width of the hidden states
@@ -55,15 +55,16 @@ class ModelConfig:
     tie_embeddings: bool = True  # the LM head shares the token embedding's weights
     logit_softcap: float = 0.0  # cap logits smoothly at this magnitude; 0: no cap
     rope_theta: float = 10_000.0  # base of the rotary position frequencies
-    pool: str = "last"  # what a task head reads of a document: its last position, or the mean over its positions
+    pool: str = "last"  # input of a task head: the last position of a document, or the mean over its positions
     remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
     scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
     logit_chunk: int = 0  # compute the LM loss over this many positions at a time, to save memory; 0: all at once
     compute_dtype: str = "auto"  # float32, bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
-    vocab_size: int = 0  # set by the run: from the tokenizer
-    classes: int = 0  # set by the run: from the labels; 0: no task head
-    adapters: Any = ()  # ((name, AdapterConfig), ...), of the stage
-    max_output_positions: int = 0  # in how many places of a training window at most it is read; 0: not known
+    vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary
+    classes: int = 0  # set by the run: number of labels; 0: no task head
+    adapters: Any = ()  # set by the run: the stage's adapters, ((name, AdapterConfig), ...)
+    # set by the run: max positions per window whose output the loss uses; 0: unknown
+    max_output_positions: int = 0
 
     def __post_init__(self):
         read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
@@ -91,28 +92,27 @@ class ModelConfig:
         for target in PROJECTIONS:
             here = [each for _, each in self.adapters if each.active and target in each.targets]
             if len(here) > 1 and any(each.dora for each in here):
-                raise UserError(
-                    f"config: adapters: {len(here)} are active on {target!r}, with DoRA there can be only one"
-                )
+                raise UserError(f"config: adapters: {len(here)} are active on {target!r}; expected only one with DoRA")
         if self.pool == "last" and not self.causal:
-            raise UserError("model.pool='last' needs a causal model; a bidirectional one takes pool='mean'")
+            raise UserError("model.pool='last' needs a causal model; a bidirectional one needs pool='mean'")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: the devices that are left. See `docs/cluster.md`."""
+    """Sizes of the mesh axes; one of them may be -1 for the remaining devices. See `docs/cluster.md`."""
 
-    data: int = -1  # copies of the parameters, each with its rows of the batch
-    fsdp: int = 1  # pieces of the parameters, gathered for use, each with its rows of the batch
-    context: int = 1  # pieces of each window
-    tensor: int = 1  # pieces of the heads, the hidden layers and the vocabulary
-    across_hosts: str = ""  # the axis that is laid over hosts (or TPU slices), so that only it crosses the slow network
-    rules: dict[str, Any] = dataclasses.field(default_factory=dict)  # {logical axis: mesh axis, list of them, or None}
+    data: int = -1  # number of copies of the parameters; each copy gets its own rows of the batch
+    fsdp: int = 1  # number of parameter shards, gathered for use; each shard gets its own rows of the batch
+    context: int = 1  # number of pieces that each window is split into
+    tensor: int = 1  # number of shards of the heads, the hidden layers and the vocabulary
+    across_hosts: str = ""  # the axis across hosts (or TPU slices): only it uses the slow network; "": none
+    # overrides of the sharding rules: {logical axis: mesh axis, list of mesh axes, or None}
+    rules: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer of a stage, its learning rates, and copies of the weights that it keeps."""
+    """The optimizer of a stage, its learning rates, and its average of the weights."""
 
     name: str = "adamw"  # adamw, adafactor, lion, muon or sgd
     learning_rate: float = 1e-3  # peak learning rate
@@ -132,9 +132,9 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Which steps are skipped besides those with a non-finite loss or gradient, and when the run gives up."""
+    """When to skip a step besides a non-finite loss or gradient, and when to end the run."""
 
-    # skip a step whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: off
+    # skip updates whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: off
     deviations: float = 0.0
     window: int = 128  # number of recent steps that the mean and standard deviation are taken over
     stop_after: int = 10  # end the run with an error after this many skipped steps in a row
@@ -154,7 +154,7 @@ class StageConfig:
     steps: int  # number of optimizer steps
     batch_size: int  # windows per step, over all devices
     sequence_length: int  # tokens per window
-    weights: str = "tokens"  # what the weights of `data` are shares of: tokens or documents
+    weights: str = "tokens"  # unit of the weights of `data`: tokens or documents
     temperature: float = 0.0  # t > 0 multiplies each weight by (tokens of the source) ** (1 / t); 0: off
     # pairs [step, {source: weight}]: the mixture from that step on
     data_schedule: list[Any] = dataclasses.field(default_factory=list)
@@ -162,13 +162,13 @@ class StageConfig:
     start: Any = None  # the parent: a stage of this run, or dict(run=, stage=, step=, fresh=[...], drop=[...])
     objective: Any = "causal"  # a name, or dict(name=..., and its options)
     train: Any = "all"  # trainable parameters: a rule, or a list of rules
-    # pairs [step, rule]: parameters that also train from that step on
+    # pairs [step, rule]: parameters that become trainable at that step
     unfreeze: list[Any] = dataclasses.field(default_factory=list)
     adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)  # low-rank adapters by name
     frozen: str = "float32"  # how frozen parameters are stored: float32, compute (the compute dtype), int8 or nf4
     seed: int | None = None  # seed of the stage's data order and fresh parameters; None: from the run's seed
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)  # the optimizer
-    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)  # when to skip a step
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)  # the optimizer of the stage
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)  # when to skip a step or end the run
     micro_batches: int = 1  # split each batch into this many parts and add up their gradients
     log_every: int = 10  # steps between log lines
     save_every: int = 100  # steps between checkpoints
@@ -195,12 +195,12 @@ class StageConfig:
 
     @property
     def objective_name(self) -> str:
-        """Which objective it is."""
+        """The name of the objective."""
         return self.objective.get("name") if isinstance(self.objective, dict) else self.objective
 
     @property
     def objective_options(self) -> dict[str, Any]:
-        """The options of the objective that the config sets."""
+        """The options of the objective in the config."""
         return {k: v for k, v in self.objective.items() if k != "name"} if isinstance(self.objective, dict) else {}
 
 
@@ -233,8 +233,8 @@ class RunConfig:
     stages: dict[str, StageConfig]  # stages by name
     # evaluations by name; each runs after every stage
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # how the model and the batch are cut over devices
-    seed: int = 0  # seed of everything random
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # sharding of the model and the batch
+    seed: int = 0  # seed of all random choices
     hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
     cache_dir: str = ""  # directory of the token cache; empty: inside the workdir
     # directory of local copies of sources (see sources.*.local); empty: read each source from its path
@@ -244,11 +244,11 @@ class RunConfig:
         for name in ("vocab_size", "classes", "adapters", "max_output_positions"):
             if getattr(self.model, name):
                 raise UserError(
-                    f"config.model.{name}: not to be set; it follows from the tokenizer, the labels and the stage"
+                    f"config.model.{name}: expected it unset; it follows from the tokenizer, the labels and the stage"
                 )
         at_least("hang_seconds", self.hang_seconds, 0)
 
 
 def as_dict(config: Any) -> dict:
-    """A config as plain, JSON-able values."""
+    """A config as values that JSON can hold."""
     return dataclasses.asdict(config)

@@ -1,4 +1,4 @@
-"""The real compiler for TPUs, without a TPU: what a step takes by its own account."""
+"""Compiles a step with the real TPU compiler, without a TPU, and reads the memory that it reports."""
 
 import importlib.util
 import os
@@ -14,8 +14,8 @@ from llm3.distributed.sharding import make_mesh
 from llm3.errors import UserError
 from llm3.stages.stage import Stage
 
-# libtpu looks for the TPU of this machine, and for its own file lock, unless it is told that there is none
-ALONE = {
+# without these, libtpu looks for a TPU in this machine and takes a file lock
+NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -24,36 +24,36 @@ ALONE = {
 
 
 class Compiled(NamedTuple):
-    """Bytes of one device, by `memory_analysis`; seconds: of compiling.
+    """Bytes on one device as reported by `memory_analysis`, and the seconds of compilation.
 
-    beside_arguments: the most that is in use at once besides the arguments (which a step's results take the place of).
-    It is what the compiler holds against the chip's memory. temporary: what `memory_analysis` calls temporary, which
-    may be more than the chip has without being refused. refused: what the compiler said where it did not fit.
+    beyond_arguments: peak bytes in use besides the arguments, whose place a step's results take; the compiler checks
+    this against the chip's memory. temporary: "temporary" bytes in `memory_analysis`, which may exceed the chip's
+    memory. rejection: the compiler's error if the step does not fit.
     """
 
     arguments: int = 0
     temporary: int = 0
-    beside_arguments: int = 0
+    beyond_arguments: int = 0
     seconds: float = 0.0
-    refused: str = ""
+    rejection: str = ""
 
 
 def check(topology: Topology) -> None:
-    """Raise UserError where this topology cannot be compiled for here."""
+    """Raise UserError if this machine cannot compile for the topology."""
     if not topology.is_tpu:
-        raise UserError(f"--aot: only TPUs can be compiled for without having them, not {topology.name}")
+        raise UserError(f"--aot: only TPUs can be compiled for without a device, not {topology.name}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("--aot: needs the TPU's compiler: pip install 'llm3[aot]'")
 
 
 def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: int = 0) -> Compiled:
-    """Compile the step of phase number `phase` of a stage. Takes minutes. Raises UserError."""
+    """Compile the step of phase number `index` of a stage, which takes minutes. Raises UserError."""
     check(topology)
-    os.environ.update({key: os.environ.get(key, value) for key, value in ALONE.items()})
+    os.environ.update({key: os.environ.get(key, value) for key, value in NO_TPU_HERE.items()})
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise UserError(f"--topology={topology.name!r}: libtpu has no such one: {error}") from error
+        raise UserError(f"--topology={topology.name!r}: libtpu does not know it: {error}") from error
     if len(devices) != topology.devices:
         raise UserError(f"--aot: libtpu counts {len(devices)} devices in {topology.name}, not {topology.devices}")
     mesh = make_mesh(vars(config), list(devices), across_hosts=config.across_hosts)
@@ -62,11 +62,11 @@ def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: in
         phase = stage.phases(mesh)[index]
         lowered = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(mesh))
         try:
-            took = lowered.compile().memory_analysis()
+            analysis = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Compiled(refused=str(error).splitlines()[0], seconds=time.perf_counter() - before)
-    arguments = took.argument_size_in_bytes
-    beside = took.peak_memory_in_bytes - arguments
-    return Compiled(arguments, took.temp_size_in_bytes, beside, time.perf_counter() - before)
+            return Compiled(rejection=str(error).splitlines()[0], seconds=time.perf_counter() - before)
+    arguments = analysis.argument_size_in_bytes
+    beyond = analysis.peak_memory_in_bytes - arguments
+    return Compiled(arguments, analysis.temp_size_in_bytes, beyond, time.perf_counter() - before)

@@ -1,4 +1,4 @@
-"""What the stages of a config would take of a machine that need not be there, under each remat policy."""
+"""Plans the stages of a config on hardware you do not have: memory, FLOPs and step time for each remat policy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +23,9 @@ from llm3.training.phase import Phase
 
 
 class PhasePlan(NamedTuple):
-    """A phase of a stage on a machine. steps, times: by remat policy. sent: under the config's own policy. model_flops:
-    of a step, without what is computed again.
+    """The plan of a phase on a machine. steps, times: by remat policy. sent: the collectives under the config's policy.
+
+    model_flops: FLOPs of a step without recomputation.
     """
 
     model: ModelConfig
@@ -36,32 +37,32 @@ class PhasePlan(NamedTuple):
     model_flops: float
 
     def total(self, policy: str) -> float:
-        """The bytes of a device at the most."""
+        """Peak bytes on one device."""
         return self.stored.arguments + self.steps[policy].temporary
 
     def fits(self, policy: str, machine: Topology) -> bool:
-        """Whether they are there."""
+        """Whether the peak fits into the memory of a device."""
         return self.total(policy) <= USABLE * machine.chip.memory
 
     def best(self, machine: Topology) -> str | None:
-        """The fastest policy that fits."""
+        """The fastest remat policy that fits, None if none does."""
         fitting = [policy for policy in self.steps if self.fits(policy, machine)]
-        return min(fitting, key=lambda policy: self.times[policy].in_turn, default=None)
+        return min(fitting, key=lambda policy: self.times[policy].sequential, default=None)
 
 
 @contextmanager
-def on_paper(config: MeshConfig, machine: Topology) -> Iterator[AbstractMesh]:
-    """The mesh of a config on a machine, without devices, its table of axes in force. Raises UserError."""
+def on_abstract_mesh(config: MeshConfig, machine: Topology) -> Iterator[AbstractMesh]:
+    """The mesh of a config on a machine, without devices, with its sharding rules active. Raises UserError."""
     shape = mesh_shape(vars(config), machine.devices)
     with rules_in_force(table(config.rules)):
         yield AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
 def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> tuple[Stage, list[str]]:
-    """The stage as a machine would train it, and notes on what had to be assumed. Raises UserError.
+    """The stage with the compute dtype of a machine, and notes on assumptions. Raises UserError.
 
-    Its documents are read only where the size of a step depends on them: classes, and how many documents a window
-    holds. Where they cannot be read, the config alone is used.
+    Reads documents only if the size of a step depends on them, through the number of classes and the documents per
+    window. If they cannot be read, it uses the config alone.
     """
     dtype = "float32" if machine.name == "cpu" else "bfloat16"
     dtype = dtype if config.model.compute_dtype == "auto" else config.model.compute_dtype
@@ -71,19 +72,19 @@ def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> 
             stage = read_stage(config, name, workdir, read_library(config, workdir))
         except UserError as error:
             reason = str(error).splitlines()[0]
-            notes = [f"assumed 1 class, and a loss that reads every position: the documents cannot be read ({reason})"]
+            notes = [f"assumed 1 class and a loss at every position: cannot read the documents ({reason})"]
     return stage.computed_in(dtype), notes
 
 
 def plan_phases(
     stage: Stage, config: MeshConfig, machine: Topology, policies: tuple[str, ...] = POLICIES
 ) -> list[PhasePlan]:
-    """The phases of a stage, under remat policies among which is the config's own.
+    """The plans of a stage's phases under remat policies, which must include the config's policy.
 
-    Raises UserError for a config that does not fit the machine's number of devices.
+    Raises UserError if the mesh does not fit the machine's number of devices.
     """
     links = machines.links(machine, vars(config), config.across_hosts)
-    with on_paper(config, machine) as mesh:
+    with on_abstract_mesh(config, machine) as mesh:
         phases = range(len(stage.phases(mesh)))
         return [_plan_phase(stage, mesh, machine, links, index, policies) for index in phases]
 
@@ -96,17 +97,17 @@ def _plan_phase(
     index: int,
     policies: tuple[str, ...],
 ) -> PhasePlan:
-    model, steps, taken = stage.model, {}, {}
+    model, steps, seconds = stage.model, {}, {}
     for policy in policies:
         of_policy = replace(stage, model=replace(model, remat=policy))
         each = of_policy.phases(mesh)[index]
         sent = collectives(of_policy, each, mesh)
         steps[policy] = trace.step(of_policy, mesh, index)
-        taken[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
+        seconds[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
         if policy == model.remat:
             phase, own_sent = each, sent
     plain = replace(model, remat="none", logit_chunk=0)
     shape = (stage.config.batch_size, stage.config.sequence_length, stage.head)
-    wanted = sum(step_flops(plain, *shape, phase.partition.segments, phase.partition.trainable))
+    model_flops = sum(step_flops(plain, *shape, phase.partition.segments, phase.partition.trainable))
     stored = trace.stored(phase, stage, mesh)
-    return PhasePlan(model, phase, stored, steps, taken, own_sent, wanted)
+    return PhasePlan(model, phase, stored, steps, seconds, own_sent, model_flops)

@@ -1,7 +1,7 @@
-"""How long a step takes at best: what it computes, moves in memory and sends, over what the machine can do.
+"""The roofline model of a step (Williams, Waterman and Patterson 2009).
 
-The roofline model: Williams, Waterman and Patterson 2009. A collective is counted by the bytes of its whole result (of
-an all-gather) or operand (of a reduce-scatter or all-reduce) on one device.
+Its time is its FLOPs, memory traffic and collectives over the rates of the machine. The size of a collective is the
+size on one device of the full result (all-gather) or operand (reduce-scatter, all-reduce).
 """
 
 import math
@@ -19,12 +19,12 @@ from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
 from llm3.tree import flatten
 
-EFFICIENCY = 0.6  # of a chip's peak, that matrix products of such sizes reach
-USABLE = 0.9  # of a chip's memory; the rest is for the runtime, and for what lies between arrays
+EFFICIENCY = 0.6  # share of a chip's peak FLOP/s that large matmuls reach
+USABLE = 0.9  # share of a chip's memory for arrays; the rest is for the runtime and fragmentation
 
 
 class Collective(NamedTuple):
-    """all-gather, reduce-scatter or all-reduce of `size` bytes along a mesh axis, so many `times` a step."""
+    """An all-gather, reduce-scatter or all-reduce of `size` bytes along a mesh axis, `times` times per step."""
 
     axis: str
     what: str
@@ -38,7 +38,7 @@ class Collective(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of a step on each device if nothing else took any. collectives: {mesh axis: seconds}."""
+    """Seconds per step of each resource on its own. collectives: {mesh axis: seconds}."""
 
     compute: float
     memory: float
@@ -46,17 +46,17 @@ class Times(NamedTuple):
 
     @property
     def overlapped(self) -> float:
-        """All at the same time: the longest of them."""
+        """Seconds per step if everything overlaps: the longest of the parts."""
         return max(self.compute, self.memory, *self.collectives.values(), 0.0)
 
     @property
-    def in_turn(self) -> float:
-        """One after another."""
+    def sequential(self) -> float:
+        """Seconds per step if nothing overlaps: the sum of the parts."""
         return self.compute + self.memory + sum(self.collectives.values())
 
 
 def times(flops: float, moved: float, sent: list[Collective], topology: Topology, links: dict[str, Link]) -> Times:
-    """The seconds of a step. flops, moved: of one device; moved: bytes."""
+    """The seconds of a step. flops, moved: FLOPs and bytes of memory traffic of one device."""
     chip, seconds = topology.chip, dict.fromkeys(links, 0.0)
     for each in sent:
         passes = 2 if each.kind == "all-reduce" else 1
@@ -65,27 +65,26 @@ def times(flops: float, moved: float, sent: list[Collective], topology: Topology
 
 
 def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
-    """What the devices of a mesh send each other in a step.
+    """The collectives of a step.
 
-    Parameters that are cut along an axis that the batch is cut along are gathered where they are used, in the forward
-    and in the backward pass, and their gradients reduced to the pieces; along all other axes that the batch is cut
-    along, gradients are reduced for every device. Heads and hidden layer that are cut need the sum of activations twice
-    a layer in each pass (Shoeybi et al. 2019, Megatron-LM, section 3), and the embedding and the logits one each.
-    Windows that are cut need the keys and values of all pieces. Each micro-batch does it all again, and each chunk of
-    logits gathers its kernel and reduces its gradient.
+    Parameters that are sharded along a batch axis are all-gathered for the forward and the backward pass, and their
+    gradients reduce-scattered. Along the other batch axes, gradients are all-reduced. Sharded heads and hidden layers
+    all-reduce activations twice per layer and pass (Shoeybi et al. 2019, Megatron-LM, section 3), and once each for the
+    embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of it, and each
+    chunk of logits gathers its kernel and reduces its gradient.
     """
     config, model = stage.config, stage.model
     found: list[Collective] = []
-    state, first = phase.abstract_state, lowest(phase)
-    for trains, tree in ((True, state.trainable), (False, state.frozen)):
+    state, first = phase.abstract_state, lowest_layer(phase)
+    for trainable, tree in ((True, state.trainable), (False, state.frozen)):
         for path, leaf in flatten(tree).items():
-            for part in jax.tree.leaves(leaf):  # of a quantised one, codes and scales
-                found += _of_leaf(path, part, trains, config, model, first, mesh)
+            for part in jax.tree.leaves(leaf):  # a quantized leaf has codes and scales
+                found += _of_leaf(path, part, trainable, config, model, first, mesh)
     return [each for each in (*found, *_of_activations(config, model, phase, mesh)) if each.times]
 
 
-def lowest(phase: Phase) -> int:
-    """The first layer that has a backward pass; the number of layers where none has."""
+def lowest_layer(phase: Phase) -> int:
+    """The first layer that has a backward pass; the number of layers if none has one."""
     trainable, layers = phase.partition.trainable, phase.model.layers
     if "embed/embedding" in trainable:
         return 0
@@ -93,15 +92,15 @@ def lowest(phase: Phase) -> int:
 
 
 def _axes(*names: str) -> list[str]:
-    """The mesh axes that logical axes are cut along."""
+    """The mesh axes that logical axes are sharded along."""
     cuts = [(cut,) if isinstance(cut, str) else cut or () for cut in spec(names)]
     return [axis for cut in cuts for axis in cut]
 
 
 def _of_leaf(
-    path: str, leaf: Any, trains: bool, stage: StageConfig, model: ModelConfig, first: int, mesh: Any
+    path: str, leaf: Any, trainable: bool, stage: StageConfig, model: ModelConfig, first: int, mesh: Any
 ) -> list[Collective]:
-    """What a parameter and its gradient cost; the figures of a stack are those of all its layers."""
+    """The collectives of a parameter and its gradient; a stacked leaf counts all of its layers."""
     over = [axis for axis in _axes("batch", "length") if mesh.shape[axis] > 1]
     along = [axis for names in leaf.sharding.spec for axis in ((names,) if isinstance(names, str) else names or ())]
     elements = math.prod(leaf.shape) / math.prod(mesh.shape[axis] for axis in along if axis not in over)
@@ -115,13 +114,13 @@ def _of_leaf(
             found.append(Collective(axis, path, "all-gather", size, used * stage.micro_batches))
     for axis in sorted(over, key=lambda axis: axis not in along):
         kind = "reduce-scatter" if axis in along else "all-reduce"
-        found.append(Collective(axis, path, kind, gradient, trains * reduced * stage.micro_batches))
+        found.append(Collective(axis, path, kind, gradient, trainable * reduced * stage.micro_batches))
         gradient /= mesh.shape[axis] if axis in along else 1
     return found
 
 
 def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tuple[float, float]:
-    """How often a leaf is gathered in a micro-batch, and how often its gradient is reduced."""
+    """The number of gathers of a leaf and of reductions of its gradient per micro-batch."""
     chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
     if in_stack(path):
         return 1 + (locate(path)[1].stop > first), 1
@@ -134,20 +133,20 @@ def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tupl
 
 
 def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: Any) -> list[Collective]:
-    """The sums that `tensor` needs, and the keys and values that `context` does."""
+    """The all-reduces of the `tensor` axis, and the keys and values of the `context` axis."""
     rows = stage.batch_size / stage.micro_batches / axis_size(mesh, "batch")
     low = np.dtype(model.compute_dtype).itemsize
-    differentiated = model.layers - lowest(phase)
-    again = differentiated * (model.remat != "none")
+    differentiated = model.layers - lowest_layer(phase)
+    recomputed = differentiated * (model.remat != "none")
     activations = rows * stage.sequence_length / axis_size(mesh, "length") * model.d_model * low
     keys = rows * stage.sequence_length * model.kv_heads / axis_size(mesh, "kv_heads") * model.head_dim * low
     found = []
     for axis in (axis for axis in _axes("heads") if mesh.shape[axis] > 1):
-        sums = 2 * model.layers + 2 * differentiated + 2  # the last: the lookup, and the gradient of the last norm
-        sums += differentiated * (model.remat == "full")  # attention's, computed again
+        sums = 2 * model.layers + 2 * differentiated + 2  # + 2: the lookup and the gradient of the final norm
+        sums += differentiated * (model.remat == "full")  # attention is recomputed
         found.append(Collective(axis, "activations", "all-reduce", activations, sums * stage.micro_batches))
     for axis in (axis for axis in _axes("length") if mesh.shape[axis] > 1):
-        gathers, scatters = (model.layers + again) * stage.micro_batches, differentiated * stage.micro_batches
+        gathers, scatters = (model.layers + recomputed) * stage.micro_batches, differentiated * stage.micro_batches
         found.append(Collective(axis, "keys and values", "all-gather", 2 * keys, gathers))
         found.append(Collective(axis, "keys and values", "reduce-scatter", 2 * keys, scatters))
     return found

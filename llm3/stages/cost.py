@@ -1,4 +1,4 @@
-"""What a step takes, beside full fine-tuning of the same model: bytes and FLOPs by count, time as measured."""
+"""The cost of a step compared with full training of the same model: counted bytes and FLOPs, measured time."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from llm3.tree import size
 
 
 def byte_report(state: TrainState) -> dict[str, int]:
-    """The bytes of the parameters as they are stored, of the gradients, and of the optimizer's state (or of shapes)."""
+    """Bytes of the stored parameters, of the gradients and of the optimizer state; `state` may be abstract."""
     return {
         "param_bytes": state_bytes(state.trainable) + state_bytes(state.frozen),
         "gradient_bytes": state_bytes(state.trainable),
@@ -24,12 +24,12 @@ def byte_report(state: TrainState) -> dict[str, int]:
     }
 
 
-def savings(
+def step_cost(
     stage: Stage, phase: Phase, mesh: Mesh, temp_bytes: int | None = None, metrics: list[dict] | None = None
 ) -> dict[str, Any]:
-    """The keys of a row that say what a step takes; `full_*` are those of training all of the plain model.
+    """The cost of a step, as keys of a row; `full_*` is the cost of training all parameters of the plain model.
 
-    metrics: the stage's log lines; `step_seconds` is the median over those of this phase.
+    metrics: the stage's log lines; `step_seconds` is the median over the lines of this phase.
     """
     full, tokens = stage.full_training().phases(mesh)[0], stage.step_tokens
     forward, backward = phase.flops
@@ -50,23 +50,22 @@ def savings(
 
 
 def recipe(stage: Stage) -> str:
-    """What a stage computes but for its seed, as a short digest."""
+    """A short digest of everything that decides the result of a stage except its seed."""
     own = {key: value for key, value in stage.record["stage"].items() if key != "seed"}
     record = stage.record | {"stage": own, "devices": jax.device_count()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def with_full_step_seconds(rows: list[dict], shapes: dict[str, Any], full: set[str]) -> list[dict]:
-    """The rows with `full_step_seconds`, where a stage of the run that trains all takes steps of the same shape.
+    """The rows with `full_step_seconds`: the step time of the run's full-training stages with the same step shape.
 
-    shapes: {stage: what decides the size of a step besides what trains}. full: the stages that train all.
+    shapes: {stage: step shape}, from `step_shape`. full: names of the stages that train all parameters.
     """
 
-    def of_full(row: dict) -> float | None:
-        alike = [
-            other for other in rows if other["stage"] in full and shapes[other["stage"]] == shapes.get(row["stage"])
-        ]
+    def full_seconds(row: dict) -> float | None:
+        own = shapes.get(row["stage"])
+        alike = [other for other in rows if other["stage"] in full and shapes[other["stage"]] == own]
         seconds = [other["step_seconds"] for other in alike if other.get("step_seconds")]
         return statistics.mean(seconds) if seconds else None
 
-    return [row | {"full_step_seconds": of_full(row)} for row in rows]
+    return [row | {"full_step_seconds": full_seconds(row)} for row in rows]

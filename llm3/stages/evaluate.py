@@ -1,4 +1,4 @@
-"""What is measured of a stage: its evaluations, and the row of the matrix that they make."""
+"""Evaluates a stage and writes its row of the matrix."""
 
 import math
 import time
@@ -19,37 +19,39 @@ from llm3.tree import combine_digests, flatten, size
 def measure(
     session: Session, stage: Stage | None, params: dict, only: Evaluation | None = None
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """All evaluations of canonical parameters that apply to a stage (None: untrained): figures, and details.
+    """Metrics and details of canonical parameters, from all evaluations that apply to a stage (None: untrained).
 
-    only: that one evaluation. A figure that is not finite is None.
+    only: run just this evaluation. A non-finite metric becomes None.
     """
     name, model = (INIT, session.experiment.init_model) if stage is None else (stage.name, stage.model)
-    whole, figures, details = segmented(params, ((0, model.layers),)), {}, {}
+    one_segment = segmented(params, ((0, model.layers),))
+    metrics: dict[str, float | None] = {}
+    details: dict[str, Any] = {}
     tokenizer, compiled = session.experiment.tokenizer, session.compiled_evaluations
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(stage):
             continue
-        for figure, value in evaluation.measure(whole, model, tokenizer, session.mesh, compiled).items():
-            key = f"{evaluation.name}_{figure}"
+        for metric, value in evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled).items():
+            key = f"{evaluation.name}_{metric}"
             if isinstance(value, dict | list):
                 details[key] = value
                 continue
             if not math.isfinite(value):
                 session.console.print(f"{name}: {key} is {value}", style="bold red")
-            figures[key] = value if math.isfinite(value) else None
-    return figures, details
+            metrics[key] = value if math.isfinite(value) else None
+    return metrics, details
 
 
 def evaluate_stage(session: Session, stage: Stage | None, params: dict) -> tuple[dict, dict]:
-    """The figures of a stage's canonical parameters (None: untrained) as a row of the matrix, and their details."""
+    """The row of the matrix for a stage's canonical parameters (None: untrained), and the details."""
     name = stage.name if stage else INIT
     session.console.print(f"{name}: evaluating")
     started = time.perf_counter()
-    figures, details = measure(session, stage, params)
-    constant = [value for key, value in figures.items() if key.endswith("_majority_accuracy")]
+    metrics, details = measure(session, stage, params)
+    constant = [value for key, value in metrics.items() if key.endswith("_majority_accuracy")]
     return {
         "stage": name,
-        **figures,
+        **metrics,
         "majority_accuracy": constant[0] if len(constant) == 1 else None,
         "params": size(params),
         "params_digest": combine_digests(digests_of(flatten(params))),
@@ -58,7 +60,7 @@ def evaluate_stage(session: Session, stage: Stage | None, params: dict) -> tuple
 
 
 def write_row(session: Session, stage: Stage | None, params: dict, cost: dict) -> None:
-    """Evaluate the parameters, and keep the row with what they cost."""
+    """Evaluate the parameters and save the row, with their cost."""
     row, details = evaluate_stage(session, stage, params)
     directory = session.workdir / row["stage"]
 
@@ -71,23 +73,23 @@ def write_row(session: Session, stage: Stage | None, params: dict, cost: dict) -
 
 
 def evaluate_init(session: Session) -> None:
-    """The untrained model's row, once."""
+    """Write the row of the untrained model, unless it exists."""
     if not processes.broadcast_from_first(lambda: bool(read_json(session.workdir / INIT / ROW))):
         params = init(session.experiment.init_model, session.experiment.init_seed, session.mesh)
         write_row(session, None, params, {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0})
 
 
-def best_figure(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evaluation]:
-    """1 where less of the stage's `best` figure is better, else -1, and the evaluation that gives it.
+def best_metric(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evaluation]:
+    """The sign of the stage's `best` metric (1: lower is better, -1: higher is better) and its evaluation.
 
-    Raises UserError for a figure that the stage does not have.
+    Raises UserError if the stage has no such metric.
     """
     sign = {
-        f"{evaluation.name}_{figure}": (1 if way == "lower" else -1, evaluation)
+        f"{evaluation.name}_{metric}": (1 if better == "lower" else -1, evaluation)
         for evaluation in evaluations
         if evaluation.applies(stage)
-        for figure, way in evaluation.plugin.BETTER.items()
+        for metric, better in evaluation.plugin.BETTER.items()
     }
     if (best := stage.config.best) not in sign:
-        raise UserError(f"{stage.where}.best={best!r}: no such figure of this stage; {nearest(best, sign)}")
+        raise UserError(f"{stage.where}.best={best!r}: no such metric of this stage; {nearest(best, sign)}")
     return sign[best]

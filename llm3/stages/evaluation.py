@@ -1,4 +1,4 @@
-"""An evaluation of a run, resolved: what it measures, on which documents."""
+"""An evaluation of a run, resolved: its plugin, options and documents."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from llm3.stages.stage import Stage
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, resolved. kind: of windows. labels: the classes of its source, where it measures them."""
+    """One evaluation, resolved. kind: the kind of windows. labels: the classes of its source, if it classifies."""
 
     name: str
     config: EvaluationConfig
@@ -31,16 +31,16 @@ class Evaluation:
     labels: list[str] | None
 
     def applies(self, stage: Stage | None) -> bool:
-        """Whether the stage (None: the untrained model) has the task head that is asked for."""
+        """Whether the stage (None: the untrained model) has the task head that the evaluation needs."""
         if not self.plugin.HEAD:
             return True
-        same = stage is not None and self.plugin.HEAD == stage.objective.HEAD
-        return same and (self.labels is None or stage.labels == self.labels)
+        same_head = stage is not None and self.plugin.HEAD == stage.objective.HEAD
+        return same_head and (self.labels is None or stage.labels == self.labels)
 
     def measure(
         self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled
     ) -> dict[str, Any]:
-        """Its figures and details of parameters that are cut as one segment. compiled: kept between calls."""
+        """Metrics and details of parameters in one segment. compiled: compiled functions kept between calls."""
         return self.plugin.evaluate(
             evals.EvalContext(
                 params=params,
@@ -65,5 +65,5 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens
     kind = plugin.WINDOWS[config.sources[own.source].row_format]
-    load_plugin(windows, kind).WindowTable(cache, own.sequence_length)  # refuses documents that do not fit
+    load_plugin(windows, kind).WindowTable(cache, own.sequence_length)  # raises UserError for documents that do not fit
     return Evaluation(name, own, plugin, options, kind, cache, labels)

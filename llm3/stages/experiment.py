@@ -1,4 +1,4 @@
-"""A run with its data read and its stages and evaluations resolved, before any device is touched."""
+"""A run with its data read and its stages and evaluations resolved, before any device is used."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from llm3.stages.workdir import tokenizer_sources
 
 @dataclass
 class Experiment:
-    """What the verbs work on: the config and its library, its stages (parents first) and evaluations, by name."""
+    """A config with its library, its stages by name (parents first) and its evaluations."""
 
     config: RunConfig
     workdir: Path
@@ -47,15 +47,15 @@ class Experiment:
 
     @property
     def extends(self) -> str | None:
-        """The hash of the tokenizer that `tokenizer.add` puts tokens behind."""
+        """The hash of the tokenizer that `tokenizer.add` extends; None: it extends none."""
         add = self.config.tokenizer.add
         return self.tokenizer.without(add).hash if add else None
 
     def overlaps(self) -> dict[str, Contamination]:
-        """For each evaluation, what of its documents is in the training data of the stages."""
+        """For each evaluation, the overlap of its documents with the training data of the stages."""
         training = sorted({source for stage in self.stages.values() for source in stage.data.caches})
         for each in self.evaluations if not self._overlaps else ():
-            # the train split of a source is measured on purpose
+            # an evaluation on a train split overlaps with it on purpose
             measured = (each.config.source, each.config.split)
             others = [self.library.cache(source, "train") for source in training if (source, "train") != measured]
             self._overlaps[each.name] = cached_contamination(each.cache, others, Path(self.library.cache_dir))
@@ -63,9 +63,9 @@ class Experiment:
 
 
 def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
-    """Read, tokenize and cut all that the stages and evaluations need. Raises UserError before any device work.
+    """Read, tokenize and pack the data of the stages and evaluations. Raises UserError before any device work.
 
-    Only the cache directory is written to.
+    Writes only to the cache directory.
     """
     library = read_library(config, workdir)
     stages = [read_stage(config, name, workdir, library) for name in order]
@@ -76,14 +76,14 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
 
 
 def chosen_dtype(config: RunConfig) -> str:
-    """bfloat16 where the devices are built for it, unless the config says otherwise."""
+    """The config's compute dtype, or for "auto" bfloat16 on accelerators and float32 on CPUs."""
     if config.model.compute_dtype != "auto":
         return config.model.compute_dtype
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def read_library(config: RunConfig, workdir: Path) -> Library:
-    """The sources of a run with its tokenizer; no text is tokenized yet. Raises UserError."""
+    """The sources of a run with its tokenizer; does not tokenize documents yet. Raises UserError."""
     cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
     template = load_template(config.tokenizer.chat_template) if config.tokenizer.chat_template else ""
@@ -93,10 +93,10 @@ def read_library(config: RunConfig, workdir: Path) -> Library:
 def load_tokenizer(
     config: RunConfig, sources: dict[str, SourceConfig], workdir: Path, cache_dir: Path
 ) -> tokenizers.Tokenizer:
-    """The run's tokenizer: the one saved with it, else the one at `tokenizer.path`, else a new one (in the cache)."""
+    """The tokenizer saved with the run, else the one at `tokenizer.path`, else a new one (in the cache)."""
     saved, add = workdir / TOKENIZER, config.tokenizer.add
     if add and not config.tokenizer.path:
-        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer that they are added to")
+        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer to extend")
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
     if config.tokenizer.path:

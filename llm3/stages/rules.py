@@ -1,4 +1,4 @@
-"""The three stages side by side: each one's laws, and their order."""
+"""The rules of the three kinds of stages, and the order of the stages of a run."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,7 +13,7 @@ from llm3.registry import load_plugin, plugin_names, read_options
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
-    """Builds general knowledge from unlabelled text, from nothing."""
+    """A pretrain stage builds general knowledge from unlabelled text; it has no parent."""
     if stage.start is not None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
     if load_plugin(objectives, stage.objective_name).LABELLED:
@@ -24,13 +24,13 @@ def pretrain(stage: StageConfig, where: str) -> None:
 
 
 def posttrain(stage: StageConfig, where: str) -> None:
-    """Adds a domain, from a parent."""
+    """A posttrain stage adds a domain to its parent."""
     if stage.start is None:
         raise UserError(f"{where}.start: a posttrain stage needs a parent: start='pretrain', or dict(run=, stage=)")
 
 
 def finetune(stage: StageConfig, where: str) -> None:
-    """Fits one task with few labels, from a parent; as a baseline, from the untrained model."""
+    """A finetune stage fits one task with few labels, from a parent or, as a baseline, from the untrained model."""
     if stage.start is None:
         raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
     labelled = ", ".join(name for name in plugin_names(objectives) if load_plugin(objectives, name).LABELLED)
@@ -40,7 +40,7 @@ def finetune(stage: StageConfig, where: str) -> None:
         )
 
 
-LAWS: dict[str, Callable[[StageConfig, str], None]] = {
+RULES: dict[str, Callable[[StageConfig, str], None]] = {
     "pretrain": pretrain,
     "posttrain": posttrain,
     "finetune": finetune,
@@ -60,14 +60,14 @@ def _known(field: str, name: str, options: Collection[str]) -> None:
 
 
 def parent_label(stage: StageConfig) -> str:
-    """What a stage starts from, in a word: "init", a stage of the same run, or RUN/STAGE."""
+    """The name of a stage's parent: "init", a stage of the same run, or RUN/STAGE."""
     if isinstance(stage.start, dict) and stage.start.get("run"):
         return f"{stage.start['run']}/{stage.start['stage']}"
     return parent_name(stage) or INIT
 
 
 def check(config: RunConfig) -> list[str]:
-    """Hold every stage to its laws; the names of the stages, parents first. Raises UserError."""
+    """Check every stage against its rules; returns the names of the stages, parents first. Raises UserError."""
     stages, ordered = config.stages, []
     if not stages:
         raise UserError("config.stages is empty: expected {name: stage}")
@@ -95,7 +95,7 @@ def check(config: RunConfig) -> list[str]:
             _known(f"{where}.data", source, config.sources)
             window_kind(plugin.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
         check_rules(stage, where)
-        LAWS[stage.kind](stage, where)
+        RULES[stage.kind](stage, where)
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
             raise UserError(f"{where}.start='{INIT}': only a baseline (baseline=True) starts from the untrained model")
@@ -105,32 +105,32 @@ def check(config: RunConfig) -> list[str]:
         ready = [n for n in stages if n not in ordered and parent_name(stages[n]) in (None, INIT, *ordered)]
         if not ready:
             rest = sorted(set(stages) - set(ordered))
-            raise UserError(f"config.stages: {', '.join(rest)} start from one another in a circle")
-        # a stage of the main chain goes before the baselines
-        ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(LAWS).index(stages[n].kind), n)))
+            raise UserError(f"config.stages: {', '.join(rest)} start from one another in a cycle")
+        # stages of the main chain come before the baselines
+        ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(RULES).index(stages[n].kind), n)))
     return ordered
 
 
 def check_attention(needed: bool | None, causal: bool, what: str) -> None:
-    """Raise UserError where an objective or evaluation needs another attention than the model has."""
+    """Raise UserError if an objective or evaluation needs causal or bidirectional attention and the model differs."""
     if needed is True and not causal:
-        raise UserError(f"{what}: a bidirectional model (model.causal=False) sees what it is to predict")
+        raise UserError(f"{what}: a bidirectional model (model.causal=False) sees the tokens that it should predict")
     if needed is False and causal:
         raise UserError(f"{what}: needs a bidirectional model: model.causal=False, pool='mean'")
 
 
 def window_kind(kinds: dict[str, str], source: SourceConfig, what: str, name: str) -> str:
-    """How an objective or evaluation cuts a source. Raises UserError where it does not take such rows."""
+    """The kind of windows that an objective or evaluation cuts a source into. Raises UserError for unsupported rows."""
     if source.row_format not in kinds:
         raise UserError(
-            f"{what}: takes {' or '.join(sorted(kinds))} rows, and source {name!r} has {source.row_format} rows by the "
-            "fields that are set; see sources.*.text, prompt, answer, messages, choices and answers"
+            f"{what}: takes {' or '.join(sorted(kinds))} rows, but source {name!r} has {source.row_format} rows; "
+            "see sources.*.text, prompt, answer, messages, choices and answers"
         )
     return kinds[source.row_format]
 
 
 def data_sources(config: RunConfig, name: str) -> list[str]:
-    """The sources that a stage draws from at any step, its parent's among them where it replays them."""
+    """The sources that a stage draws from at any step, including its parent's if it replays them."""
     stage = config.stages[name]
     drawn = dict(stage.data) | {source: None for _, weights in stage.data_schedule for source in weights}
     if stage.replay and (parent := parent_name(stage)) in config.stages:
@@ -139,12 +139,12 @@ def data_sources(config: RunConfig, name: str) -> list[str]:
 
 
 def trains_all(stage: StageConfig) -> bool:
-    """Whether a stage trains everything from its start."""
+    """Whether a stage trains all parameters from its first step."""
     return stage.train in ("all", ["all"]) and not stage.unfreeze
 
 
 def check_rules(stage: StageConfig, where: str) -> None:
-    """Raise UserError unless `train` is a rule or a list of them, and `unfreeze` pairs of a step and such a value."""
+    """Raise UserError unless `train` is a rule or a list of rules, and `unfreeze` has pairs [step, rule or rules]."""
 
     def is_rule(value: Any) -> bool:
         rules = [value] if isinstance(value, str) else value
@@ -164,7 +164,7 @@ def check_rules(stage: StageConfig, where: str) -> None:
 
 
 def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
-    """The stages to run, parents first. Raises UserError for one that the config does not have."""
+    """The stages to run, parents first. Raises UserError for a name that is not in the config."""
     order = check(config)
     for name in names or ():
         if name not in order:

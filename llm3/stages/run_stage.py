@@ -1,4 +1,4 @@
-"""One stage from its start (resumed, handed over, or from nothing) to its last checkpoint and its row."""
+"""Runs one stage from its start (resumed, from a parent, or untrained) to its last checkpoint and its row."""
 
 import math
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration
-from llm3.stages.cost import recipe, savings
-from llm3.stages.evaluate import best_figure, measure, write_row
+from llm3.stages.cost import recipe, step_cost
+from llm3.stages.evaluate import best_metric, measure, write_row
 from llm3.stages.rules import parent_label
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
@@ -38,16 +38,16 @@ from llm3.tree import flatten, size
 
 
 def check_before_training(session: Session, stage: Stage, in_this_run: list[str]) -> None:
-    """Everything about a stage that can be wrong, found before any stage trains. Raises UserError."""
+    """Check a stage as far as possible before any stage trains. Raises UserError."""
     experiment, directory = session.experiment, session.workdir / stage.name
     parent = find_parent(experiment, stage, in_this_run)
     for phase in session.phases(stage):
         try:
             jax.eval_shape(phase.train_step, phase.abstract_state, stage.abstract_batch(session.mesh))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{stage.where}: its step cannot be built: {error}") from error
+            raise UserError(f"{stage.where}: the train step cannot be built: {error}") from error
     if stage.config.best:
-        best_figure(experiment.evaluations, stage)
+        best_metric(experiment.evaluations, stage)
     checkpoints = Checkpoints(directory / CHECKPOINTS, read_only=True)
     for step in reversed(checkpoints.steps()):
         with suppress(DamagedCheckpoint):
@@ -58,15 +58,15 @@ def check_before_training(session: Session, stage: Stage, in_this_run: list[str]
 
 @dataclass
 class StageRun:
-    """A stage under way: where it is saved, and what it has cost so far."""
+    """A running stage, with its checkpoints and its cost so far."""
 
     session: Session
     stage: Stage
     checkpoints: Checkpoints
     meta: dict = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
-    temp_bytes: int | None = None  # of the step, by the compiler's count
-    complete: dict | None = None  # the parameters of a stage that was at its end when it was taken up
+    temp_bytes: int | None = None  # temporary memory of the step, as counted by the compiler
+    complete: dict | None = None  # final parameters, if the stage had already reached its last step when it resumed
 
     @property
     def directory(self) -> Path:
@@ -78,15 +78,15 @@ class StageRun:
 
     @property
     def saves_deltas(self) -> bool:
-        """Whether something is frozen, which is then written once, at the start."""
+        """Whether parameters are frozen; checkpoints then hold the trainable ones only, and a base holds the rest."""
         return bool(flatten(self.phases[0].abstract_state.frozen))
 
     def phase_of(self, done: int) -> Phase:
-        """The phase that made step `done`, counted from 1."""
+        """The phase of step `done`, counted from 1."""
         return next(each for each in self.phases if done <= each.stop)
 
     def begin(self, parent: Parent | None) -> tuple[TrainState, int]:
-        """The state to go on from, and its step: the stage's own newest, else its parent's parameters, else new."""
+        """The first state and its step: from the stage's newest checkpoint, else from the parent, else initialized."""
 
         def wanted(step: int) -> Wanted:
             phase = self.phase_of(step)
@@ -95,14 +95,14 @@ class StageRun:
         if own := self.checkpoints.load_newest(wanted):
             return self.resume(own)
         phase = self.phases[0]
-        params, said = first_params(self.session, self.stage, parent, phase)
-        self.meta = base_meta(self.stage, parent) | said
+        params, provenance = first_params(self.session, self.stage, parent, phase)
+        self.meta = base_meta(self.stage, parent) | provenance
         if self.saves_deltas:
             self.checkpoints.save_base(params, self.meta)
         return phase.state(params), 0
 
     def resume(self, own: Restored) -> tuple[TrainState, int]:
-        """Take up the stage's own checkpoint."""
+        """Resume from a checkpoint of the stage."""
         say, name, phase = self.session.console.print, self.stage.name, self.phase_of(own.step)
         for line in own.skipped:
             say(f"{name}: {line}", style="bold red")
@@ -112,13 +112,13 @@ class StageRun:
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
         say(f"{name}: resumes at step {own.step}")
         if (before := self.meta["model"]["compute_dtype"]) != phase.model.compute_dtype:
-            say(f"{name}: computed in {before} so far, in {phase.model.compute_dtype} from here on")
+            say(f"{name}: compute dtype changes from {before} to {phase.model.compute_dtype}")
         if self.saves_deltas and own.step < self.stage.config.steps:
             self.checkpoints.save_base(own.params, self.meta, phase.partition.split(own.params)[0])
         return phase.state(own.params, own.opt, own.step), own.step
 
-    def whole(self, phase: Phase, state: TrainState) -> dict:
-        """The canonical parameters that a state stands for, with what is frozen as the stage began with it."""
+    def full_params(self, phase: Phase, state: TrainState) -> dict:
+        """The canonical parameters of a state, with the frozen parameters as they were before quantization."""
         if self.complete is not None:
             return self.complete
         if self.stage.config.frozen == "float32" or not self.saves_deltas:
@@ -130,10 +130,10 @@ class StageRun:
         return self.checkpoints.base(self.phases[0].abstract_params)
 
     def save(self, phase: Phase, done: int, state: TrainState) -> None:
-        """Begin to write a checkpoint of step `done`, with the stage's best figure where the config names one."""
+        """Begin to write a checkpoint of step `done`, scored by the config's `best` metric if it names one."""
         metrics, value, best = None, None, self.stage.config.best
         if best:
-            sign, evaluation = best_figure(self.session.experiment.evaluations, self.stage)
+            sign, evaluation = best_metric(self.session.experiment.evaluations, self.stage)
             value = measure(self.session, self.stage, phase.params(state), evaluation)[0][best]
             value = None if value is None else sign * value
             metrics = {best: math.inf if value is None else value}
@@ -141,9 +141,9 @@ class StageRun:
         finished = done == self.stage.config.steps
         cost = {"cost": dict(vars(self.cost)), "temp_bytes": self.temp_bytes}
         meta = self.meta | scored(best, value) | {"step": done, "finished": finished} | cost
-        rests = self.saves_deltas and not finished
-        params = phase.trained(state) if rests else self.whole(phase, state)
-        self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, delta=rests)
+        delta = self.saves_deltas and not finished
+        params = phase.trained(state) if delta else self.full_params(phase, state)
+        self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, delta=delta)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on the devices; each process reads its own rows."""
@@ -152,7 +152,7 @@ class StageRun:
 
     @contextmanager
     def hooks(self, phase: Phase, done: int, writer: MetricsWriter | None, request: StopRequest) -> Iterator[Hooks]:
-        """What the loop calls in a phase from step `done` on. writer: of the first process; None on the others."""
+        """The loop's hooks for a phase from step `done` on. writer: None on all processes but the first."""
         config, mixture, console = self.stage.config, self.stage.data.mixture, self.session.console
         with Progress(config.steps, done, self.stage.name) if writer else nullcontext() as progress:
 
@@ -165,7 +165,8 @@ class StageRun:
                 writer.write(done, line)
                 progress.log(done, line)
                 if skipped := line["skipped_steps"]:
-                    console.print(f"{self.stage.name}: skipped {skipped} steps: no label, no finite loss, or a spike")
+                    why = "no labels, or non-finite or spiking loss or gradient"
+                    console.print(f"{self.stage.name}: skipped {skipped} steps ({why})")
 
             watchdog = Watchdog(self.session.config.hang_seconds)
             try:
@@ -175,7 +176,7 @@ class StageRun:
 
 
 def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
-    """Train a stage to its end and evaluate it; False where a signal asked to stop (all is saved then)."""
+    """Train and evaluate a stage; False if a signal stopped it, with its state saved."""
     config, directory = stage.config, session.workdir / stage.name
     check_ancestry(session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
@@ -183,7 +184,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     with Checkpoints(directory / CHECKPOINTS, keep=config.keep, best=config.best or None) as checkpoints:
         run = StageRun(session, stage, checkpoints)
         state, done = run.begin(parent)
-        if processes.is_first():  # once a parent has been read whole: a refused stage leaves nothing
+        if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
             write_json(directory / RECORD, stage.record)
         phase = run.phase_of(done)
         with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
@@ -200,25 +201,25 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
         checkpoints.wait()
         if done < config.steps:
             return False
-        params = run.whole(phase, state)
+        params = run.full_params(phase, state)
     write_row(session, stage, params, row_facts(run, phase))
     return True
 
 
 def row_facts(run: StageRun, phase: Phase) -> dict[str, Any]:
-    """What a row says besides metrics: costs, savings and provenance."""
+    """The keys of a row besides metrics: cost and provenance."""
     stage, session = run.stage, run.session
     lines = read_metrics(run.directory) if processes.is_first() else []
     return (
         vars(run.cost)
-        | savings(stage, phase, session.mesh, run.temp_bytes, lines)
+        | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
         | {"steps": stage.config.steps, "parent": parent_label(stage.config), "seed": stage.given_seed}
         | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(stage.config.steps)}
     )
 
 
 def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
-    """The compiled step of a phase, from step `done` on; says what it will take."""
+    """The compiled step of a phase from step `done` on; prints its expected cost."""
     session, stage = run.session, run.stage
     compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
     analysis = compiled.memory_analysis()
@@ -228,8 +229,8 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else f"{stage.config.steps} steps"
     session.console.print(
         f"{stage.name}: {count(size(phase.abstract_state.trainable))} of {count(size(phase.abstract_params))} "
-        f"parameters train, {count(stage.step_tokens)} tokens a step, {steps}; "
-        f"about {bytes_ / 2**20:.0f} MiB a device and {duration(left / session.flops_per_second())}"
+        f"parameters trainable, {count(stage.step_tokens)} tokens per step, {steps}; "
+        f"about {bytes_ / 2**20:.0f} MiB per device and {duration(left / session.flops_per_second())}"
     )
     if phase is run.phases[0]:
         for source, facts in stage.data.facts(stage.config.steps).items():

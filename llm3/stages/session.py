@@ -1,4 +1,4 @@
-"""One process on its devices: the mesh, and what each phase of a stage runs with on it."""
+"""One process on its devices: the mesh, and the phases of each stage on it."""
 
 import time
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Session:
 
     @contextmanager
     def on_mesh(self) -> Iterator[None]:
-        """Put the mesh, and the table of what is cut along its axes, in force."""
+        """Activate the mesh and its sharding rules."""
         with jax.set_mesh(self.mesh), rules_in_force(self._rules):
             yield
 
@@ -51,20 +51,20 @@ class Session:
             check_batch(self.mesh, own.batch_size, own.sequence_length, own.micro_batches, stage.where)
 
     def phases(self, stage: Stage) -> list[Phase]:
-        """What the phases of a stage run with, one after another. Raises UserError for what does not fit."""
+        """The phases of a stage, in order. Raises UserError if the stage does not fit the mesh."""
         if stage.name not in self._phases:
             self._phases[stage.name] = stage.phases(self.mesh)
         return self._phases[stage.name]
 
     def facts(self) -> dict[str, Any]:
-        """What this run runs on, for the header and the report."""
+        """Devices, dtype, versions and data of this run, for the header and the report."""
         devices, hosts = jax.devices(), processes.count()
         chosen = self.config.model.compute_dtype
-        why = "as the config says" if chosen != "auto" else f"auto on {jax.default_backend()}"
-        found = [
-            contamination_sentence(name, found) for name, found in self.experiment.overlaps().items() if found.near
+        why = "set by the config" if chosen != "auto" else f"auto on {jax.default_backend()}"
+        overlaps = [
+            contamination_sentence(name, each) for name, each in self.experiment.overlaps().items() if each.near
         ]
-        none = "no evaluation document is, even by half of its 13-grams, in the training data"
+        none = "no evaluation document shares half or more of its 13-grams with the training data"
         return {
             "devices": f"{len(devices)} x {devices[0].device_kind}"
             + (f" of {hosts} processes" if hosts > 1 else "")
@@ -72,25 +72,25 @@ class Session:
             "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,
-            "overlap": "; ".join(found) or none,
+            "overlap": "; ".join(overlaps) or none,
             "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]})",
         }
 
     def print_header(self) -> None:
-        """Devices, dtype and why, versions."""
+        """Print the facts of this run."""
         for name, fact in self.facts().items():
             self.console.print(f"{name:<14}{fact}")
 
     def flops_per_second(self) -> float:
-        """What to expect: 40 % of a known chip's peak, else half of what a matrix product reaches here now."""
+        """Expected FLOP/s: 40 % of a known chip's peak, else half of the measured rate of a matmul."""
         return 0.4 * self.peak_flops if self.peak_flops else 0.5 * self._matmul_rate
 
     @cached_property
     def _matmul_rate(self) -> float:
-        size, product = 1024, jax.jit(jnp.dot)
+        size, matmul = 1024, jax.jit(jnp.dot)
         x = jnp.ones((size, size), self.experiment.compute_dtype)
-        product(x, x).block_until_ready()
+        matmul(x, x).block_until_ready()
         started = time.perf_counter()
         for _ in range(5):
-            x = product(x, x).block_until_ready()
+            x = matmul(x, x).block_until_ready()
         return jax.device_count() * 5 * 2 * size**3 / (time.perf_counter() - started)

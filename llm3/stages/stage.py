@@ -1,4 +1,4 @@
-"""What a stage is, decided once: from the config and its data, or, for a plan, from the config alone."""
+"""A stage, resolved once: from the config and its data or, for a plan, from the config alone."""
 
 import hashlib
 import re
@@ -33,7 +33,7 @@ from llm3.training.phase import Phase, build
 
 
 class StageData(NamedTuple):
-    """The training data of a stage, by source, the weights from a first step on, and the batches."""
+    """The training data of a stage by source, the mixture weights by first step, and the mixture of batches."""
 
     caches: dict[str, TokenCache]
     tables: dict[str, Windows]
@@ -42,16 +42,16 @@ class StageData(NamedTuple):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """{source: digest of its content}."""
+        """{source: digest of its content}"""
         return {source: tokens.fingerprint for source, tokens in self.caches.items()}
 
     def facts(self, steps: int) -> dict[str, list[str]]:
-        """In words, for each source: its size, what packing wastes and cuts, and how often `steps` steps read it."""
+        """For each source, phrases on its size, its packing, and how many epochs `steps` steps are."""
         epochs, facts = self.mixture.epochs(steps), {}
         for source, table in self.tables.items():
             tokens = self.caches[source]
-            lost = [f"{table.truncated:,} of them cut to fit a window"] if table.truncated else []
-            lost += [f"{table.dropped:,} left out: nothing to learn from is left of them"] if table.dropped else []
+            lost = [f"{table.truncated:,} of them truncated to a window"] if table.truncated else []
+            lost += [f"{table.dropped:,} dropped: no target fits into a window"] if table.dropped else []
             lost += [f"{sum(tokens.bad.values()):,} bad rows set aside"] if tokens.bad else []
             facts[source] = [", ".join([f"{tokens.documents:,} documents", *lost])]
             facts[source] += [f"{len(table):,} windows", f"{100 * table.waste:.1f} % padding"]
@@ -61,11 +61,11 @@ class StageData(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, resolved; nothing below looks it up by name.
+    """One stage, resolved; code below takes this object instead of looking a stage up by name.
 
-    task: what the objective needs besides batches. seed: of the data order and dropout. fresh_seed: of new leaves.
-    labels: the outputs of the task head. record: the part of the config that decides its result. read: its training
-    data; None in a plan without data.
+    task: the objective's arguments besides model and batch. seed: seed of the data order and dropout. given_seed: the
+    seed in the config. labels: the outputs of the task head. record: the part of the config that decides the result.
+    read: the training data; None in a plan without data.
     """
 
     name: str
@@ -82,13 +82,13 @@ class Stage:
 
     @property
     def data(self) -> StageData:
-        """The training data, which a stage of a plan may not have."""
+        """The training data. A stage that was planned from the config alone has none."""
         assert self.read is not None, f"{self.where} was planned without its data"
         return self.read
 
     @property
     def where(self) -> str:
-        """The stage as error messages name it."""
+        """The name of the stage in error messages."""
         return f"config.stages.{self.name}"
 
     @property
@@ -98,49 +98,49 @@ class Stage:
 
     @property
     def step_tokens(self) -> int:
-        """Positions of a batch, padding included."""
+        """Positions per batch, including padding."""
         return self.config.batch_size * self.config.sequence_length
 
     @property
     def fresh_seed(self) -> int:
-        """The seed of the leaves that are new in this stage."""
+        """The seed of the fresh leaves of this stage."""
         return folded_seed(self.given_seed, INIT)
 
     def is_fresh(self, path: str) -> bool:
-        """Whether a canonical leaf comes from no parent."""
+        """Whether a canonical leaf is initialized instead of loaded from a parent."""
         from_nothing = self.start is None or self.start.stage == INIT
         return from_nothing or any(re.fullmatch(rule, path) for rule in self.start.fresh)
 
     def computed_in(self, dtype: str) -> "Stage":
-        """This stage with a compute dtype for the model instead of "auto"."""
+        """This stage with a concrete compute dtype instead of "auto"."""
         return replace(self, model=replace(self.model, compute_dtype=dtype))
 
     def full_training(self) -> "Stage":
-        """The same model on the same batches with everything trained, to compare this stage with."""
+        """Full training of the plain model on the same batches, for comparison."""
         plain = replace(self.config.optimizer, learning_rates=[])
         config = replace(self.config, train="all", unfreeze=[], adapters={}, frozen="float32", optimizer=plain)
         return replace(self, config=config, model=replace(self.model, adapters=()))
 
     def phases(self, mesh: Mesh) -> list[Phase]:
-        """What each phase runs with on a mesh, which may be abstract. Raises UserError for what does not fit."""
+        """The phases of the stage on a mesh, which may be abstract. Raises UserError if the stage does not fit it."""
         options = {"task": self.task, "fresh": self.is_fresh, "seed": self.seed, "where": self.where}
         return build(self.config, self.model, mesh, **options)
 
     def abstract_batch(self, mesh: Mesh | None) -> Batch:
-        """The shapes of a batch; without a mesh, not sharded."""
+        """The shapes of a batch, sharded if there is a mesh."""
         sharding = None if mesh is None else named(mesh, "batch", "length")
-        shape, kinds = (self.config.batch_size, self.config.sequence_length), {"weights": jnp.float32}
-        fields = (jax.ShapeDtypeStruct(shape, kinds.get(each, jnp.int32), sharding=sharding) for each in Batch._fields)
+        shape, dtypes = (self.config.batch_size, self.config.sequence_length), {"weights": jnp.float32}
+        fields = (jax.ShapeDtypeStruct(shape, dtypes.get(each, jnp.int32), sharding=sharding) for each in Batch._fields)
         return Batch(*fields)
 
 
 def folded_seed(given: int, name: str) -> int:
-    """A seed for one use, folded by the name of the use."""
+    """A seed for one use, derived from the given seed and the name of the use."""
     return int.from_bytes(hashlib.sha256(f"{given}/{name}".encode()).digest()[:4], "little") >> 1
 
 
 def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) -> Stage:
-    """The stage with its data read, tokenized and cut. Raises UserError."""
+    """The stage with its data read, tokenized and packed. Raises UserError."""
     stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
     labels = _read_labels(stage, objective, library, name)
     options = _options(objective, stage, name)
@@ -155,11 +155,10 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     seed = _seed(config, name)
     mixture = Mixture(tables, schedule, stage.batch_size, seed, by=stage.weights, corrupt=corrupt)
     model = _model(config, stage, library.tokenizer.vocab_size, len(labels))
-    most = _most_positions(config, objective, task, tables)
     return Stage(
         name=name,
         config=stage,
-        model=replace(model, max_output_positions=most),
+        model=replace(model, max_output_positions=_max_output_positions(config, objective, task, tables)),
         objective=objective,
         task=task,
         start=read_start(stage.start, workdir, f"config.stages.{name}.start"),
@@ -172,9 +171,9 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
 
 
 def plan_stage(config: RunConfig, name: str) -> Stage:
-    """The stage as its config alone describes it. Raises UserError.
+    """The stage from the config alone, without reading data. Raises UserError.
 
-    The vocabulary is as large as `tokenizer.vocab_size` says. Of labels, which only the data has, one is counted.
+    Assumes a vocabulary of `tokenizer.vocab_size` tokens and, since only the data has labels, a single label.
     """
     stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
     labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
@@ -184,7 +183,7 @@ def plan_stage(config: RunConfig, name: str) -> Stage:
     return Stage(
         name=name,
         config=stage,
-        model=replace(model, max_output_positions=_most_positions(config, objective, task, {})),
+        model=replace(model, max_output_positions=_max_output_positions(config, objective, task, {})),
         objective=objective,
         task=task,
         start=read_start(stage.start, None, f"config.stages.{name}.start"),
@@ -204,10 +203,10 @@ def _model(config: RunConfig, stage: StageConfig, vocab_size: int, classes: int)
     return replace(init_model(config, vocab_size), classes=classes, adapters=tuple(stage.adapters.items()))
 
 
-def _most_positions(config: RunConfig, objective: ModuleType, task: Task, tables: dict[str, Windows]) -> int:
-    """In how many positions of a window at most the loss reads the model; 0 where that is not known.
+def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, tables: dict[str, Windows]) -> int:
+    """Max positions per window whose output the loss uses; 0: unknown.
 
-    A window that is cut over devices is computed at all of its positions, each where it lies.
+    A window that is split over devices computes all of its positions.
     """
     if config.mesh.context != 1:
         return 0
@@ -223,19 +222,19 @@ def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:
 
 
 def given_seed(config: RunConfig, name: str) -> int:
-    """The seed that the config gives a stage: its own, else the run's."""
+    """The seed of a stage in the config, else the seed of the run."""
     own = config.stages[name].seed
     return config.seed if own is None else own
 
 
 def _seed(config: RunConfig, name: str) -> int:
-    """Stages of one kind with a seed of their own see the same batches in the same order: they can be paired."""
+    """The data seed: stages of one kind with equal explicit seeds see the same batches, so results can be paired."""
     stage = config.stages[name]
     return folded_seed(given_seed(config, name), name if stage.seed is None else stage.kind)
 
 
 def _read_labels(stage: StageConfig, objective: ModuleType, library: Library, name: str) -> list[str]:
-    """The outputs of the task head; empty without one. Raises UserError where the sources disagree."""
+    """The outputs of the task head, [] without one. Raises UserError if the sources have different labels."""
     if objective.HEAD != "labels":
         return list(objective.HEAD)
     labels = {source: library.labels(source) for source in stage.data}
@@ -248,7 +247,7 @@ def _read_labels(stage: StageConfig, objective: ModuleType, library: Library, na
 def _label_sets(
     stage: StageConfig, objective: ModuleType, library: Library, labels: list[str], name: str
 ) -> np.ndarray | None:
-    """Which classes each target stands for, float32 [S, C]; None where a target is a class."""
+    """The set of classes of each target, float32 [S, C]; None if targets are classes."""
     if objective.HEAD != "labels":
         return None
     sets = [library.cache(source, "train").label_sets for source in stage.data]
@@ -263,7 +262,7 @@ def _label_sets(
 
 
 def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int, dict[str, float]]]:
-    """The weights of a stage's sources, from which step on."""
+    """Pairs (first step, weights of the sources)."""
     stage = config.stages[name]
     return weight_schedule(
         data=stage.data,
@@ -278,7 +277,7 @@ def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int,
 
 
 def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str, float] | None:
-    """The weights of the parent's sources that are replayed; None without replay, or a parent that trained."""
+    """The weights of the parent's sources to replay; None without replay or without a trained parent."""
     stage = config.stages[name]
     if not stage.replay:
         return None
@@ -291,7 +290,7 @@ def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str,
 
 
 def _sources(config: RunConfig, name: str, library: Library) -> list[str]:
-    """The sources that a stage draws from. Raises UserError for one of the parent's that this config lacks."""
+    """The sources that a stage draws from. Raises UserError if this config lacks a source of the parent."""
     names = data_sources(config, name)
     for source in _parent_weights(config, name, library) or ():
         if source not in config.sources:

@@ -1,4 +1,4 @@
-"""Where a stage starts from: found, held to account before anything trains, and taken over."""
+"""The start of a stage: finds its parent, checks it before training, and loads its parameters."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -27,9 +27,9 @@ from llm3.tree import flatten, unflatten
 def locate_parent(
     config: RunConfig, workdir: Path, name: str, in_this_run: list[str]
 ) -> tuple[Start | None, Parent | None]:
-    """Where a stage starts from, and the parent's checkpoint, None where it is yet to come. Raises UserError.
+    """The start of a stage and the parent's checkpoint, None if this run has yet to write it. Raises UserError.
 
-    (None, None) for a stage that resumes or starts from nothing: a stage's own checkpoints beat `start`.
+    (None, None) for a stage without a parent, or with checkpoints of its own: it resumes from these.
     """
     stage, where = config.stages[name], f"config.stages.{name}.start"
     start = read_start(stage.start, workdir, where)
@@ -39,7 +39,7 @@ def locate_parent(
     if start.run != workdir or start.stage not in in_this_run:
         return start, handoff.find_checkpoint(start, where)
     if start.step == "best" and not config.stages[start.stage].best:
-        raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the figure that says which step it is")
+        raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the metric that chooses the step")
     if start.step not in NAMED_STEPS:
         kept = kept_steps(config.stages[start.stage])
         if start.step not in kept and not config.stages[start.stage].best:
@@ -51,47 +51,47 @@ def locate_parent(
 
 
 def check_ancestry(workdir: Path, names: list[str]) -> None:
-    """Raise UserError where a stage was trained from other parameters than its parent in this run has now."""
+    """Raise UserError if a stage was trained from other parameters than its parent in this run now has."""
     for name in names:
         checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
         metas = []
         for step in checkpoints.steps()[-1:]:
-            with suppress(DamagedCheckpoint):  # resuming falls back to an older one, and says so
+            with suppress(DamagedCheckpoint):  # resuming falls back to an older checkpoint and reports it
                 metas.append(checkpoints.meta(step))
         for parent in (meta["parent"] for meta in metas if meta["parent"]):
             row = read_json(workdir / parent["stage"] / ROW)
             own = Path(parent["run"]) == workdir.resolve()
             if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
                 raise UserError(
-                    f"{workdir / name} was trained from other parameters of {parent['stage']!r} than there are now "
+                    f"{workdir / name} was trained from other parameters of {parent['stage']!r} than its current ones "
                     f"({parent['params_digest'][:12]} then, {row['params_digest'][:12]} now): move {workdir / name} "
-                    f"away to train it anew, or use another --workdir"
+                    f"away to train it again, or use another --workdir"
                 )
 
 
 def kept_steps(stage: StageConfig) -> list[int]:
-    """The steps whose checkpoints are there once a stage is finished, beside the best one."""
+    """The steps whose checkpoints a finished stage keeps, besides the best one."""
     phases = [step for step, _ in stage.unfreeze]
     saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), *phases, stage.steps})
     return saved[-stage.keep :]
 
 
 def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) -> Parent | None:
-    """The parent of a stage, found and accounted for leaf by leaf. Raises UserError.
+    """The parent of a stage, with every leaf accounted for. Raises UserError.
 
-    None for a stage that resumes or starts from nothing, and for a parent in `in_this_run`: its checkpoint is yet to
-    come, but its shapes are known and checked.
+    None for a stage that resumes or has no parent, and for a parent in `in_this_run`, whose checkpoint does not exist
+    yet: its shapes are known and checked.
     """
     where = f"{stage.where}.start"
     start, parent = locate_parent(experiment.config, experiment.workdir, stage.name, in_this_run)
     if start is None:
         return None
     if parent is None:
-        before = experiment.stages[start.stage]
-        leaves, model, labels = _shapes(before.model), before.model, before.labels
+        parent_stage = experiment.stages[start.stage]
+        leaves, model, labels = _shapes(parent_stage.model), parent_stage.model, parent_stage.labels
     else:
-        grows = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
-        parent = parent._replace(added=len(experiment.config.tokenizer.add) if grows else 0)
+        extended = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
+        parent = parent._replace(added=len(experiment.config.tokenizer.add) if extended else 0)
         leaves, model, labels = parent.shapes(), ModelConfig(**parent.meta["model"]), parent.meta["labels"]
     account = account_for(_shapes(stage.model), leaves, start, where, parent.added if parent else 0)
     check_function(model, stage.model, account, where)
@@ -105,25 +105,25 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: dict) -> None:
-    """Raise UserError where a stage was begun with another tokenizer or on other documents."""
+    """Raise UserError if a stage began with another tokenizer or other documents."""
     now = {"tokenizer_hash": tokenizer_hash, "data": stage.data.fingerprints}
     for key, value in now.items():
         if meta[key] != value:
             raise UserError(
-                f"{directory} was trained on other data ({key}: {meta[key]} there, {value} now): "
-                f"bring the data back, or use another --workdir"
+                f"{directory} was trained on other data ({key}: saved {meta[key]}, now {value}): "
+                f"restore the data, or use another --workdir"
             )
 
 
 def first_params(session: Session, stage: Stage, parent: Parent | None, phase: Phase) -> tuple[dict, dict]:
-    """The canonical parameters that a stage starts with, and what the metadata says of them."""
+    """The canonical parameters that a stage starts with, and their provenance for the metadata."""
     seed = stage.fresh_seed
     if parent is None:
         params, fresh = init(phase.model, seed, session.mesh), sorted(flatten(phase.abstract_params))
-        said = {"fresh": fresh}
+        provenance = {"fresh": fresh}
     else:
         params, account = handoff.load(parent, phase.abstract_params, f"{stage.where}.start")
-        fresh, said = account.fresh, account.provenance()
+        fresh, provenance = account.fresh, account.provenance()
         if fresh:
             params = unflatten(flatten(params) | flatten(init(phase.model, seed, session.mesh, only=fresh)))
         session.console.print(
@@ -131,13 +131,13 @@ def first_params(session: Session, stage: Stage, parent: Parent | None, phase: P
             f"{account.describe()}"
         )
     if (kind := stage.config.frozen) in CODEBOOKS:
-        session.console.print(f"{stage.name}: frozen kernels go on as what their {kind} codes stand for")
-        params, said = phase.rounded(params), said | {"rounded": kind}
-    return with_magnitudes(params, fresh), said  # of the kernels that are computed with
+        session.console.print(f"{stage.name}: frozen kernels are rounded to their {kind} values")
+        params, provenance = phase.rounded(params), provenance | {"rounded": kind}
+    return with_magnitudes(params, fresh), provenance  # magnitudes of the rounded kernels
 
 
 def base_meta(stage: Stage, parent: Parent | None) -> dict:
-    """What every checkpoint of a stage says of where it comes from."""
+    """The part of the metadata that all checkpoints of a stage share."""
     return {
         "stage": stage.name,
         "kind": stage.config.kind,

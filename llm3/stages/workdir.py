@@ -1,4 +1,4 @@
-"""What a stage of a run was computed from, recorded in its folder: one config for each stage."""
+"""Each stage's folder records the config that the stage was computed from."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from llm3.config.schema import RunConfig, as_dict
 from llm3.errors import UserError
 from llm3.files import RECORD, read_json
 
-# May differ between two starts of one run: they change what is shown and kept, or where it is computed.
+# Fields that may change when a run resumes: they affect logs and checkpoints, not results.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
 
 
 def stage_record(config: RunConfig, name: str) -> dict:
-    """The part of the config that decides what a stage computes, or, for the name of none, what all of them share."""
+    """The part of the config that decides a stage's result; for a name that is no stage, the part that all share."""
     record = as_dict(config)
     stage = record["stages"].get(name, {})
     shared = {key: record[key] for key in ("seed", "model", "tokenizer", "evaluations")}
@@ -24,7 +24,7 @@ def stage_record(config: RunConfig, name: str) -> dict:
 
 
 def _drawn(stage: dict, stages: dict[str, dict]) -> set[str]:
-    """The sources of a stage's record: those that it names, and its parent's where it replays them."""
+    """The sources that a stage names, and its parent's if it replays them."""
     if not stage:
         return set()
     start = stage["start"] if isinstance(stage["start"], dict) else {"stage": stage["start"]}
@@ -37,30 +37,30 @@ def _drawn(stage: dict, stages: dict[str, dict]) -> set[str]:
 
 
 def tokenizer_sources(config: RunConfig) -> list[str]:
-    """The sources that a new tokenizer is trained on: those the config names, else those of the pretrain stages."""
+    """The sources to train a tokenizer on: `tokenizer.sources`, else the sources of the pretrain stages."""
     if config.tokenizer.path:
         return []
     pretraining = [stage.data for stage in config.stages.values() if stage.kind == "pretrain"]
     return config.tokenizer.sources or sorted({source for data in pretraining for source in data})
 
 
-def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ: "field: before -> now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
+def differences(saved: Any, now: Any, where: str = "") -> list[str]:
+    """The fields in which two JSON values differ, as lines "field: saved X, now Y"."""
+    if isinstance(saved, dict) and isinstance(now, dict):
         lines = []
-        for key in sorted(before.keys() | now.keys()):
-            lines += differences(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+        for key in sorted(saved.keys() | now.keys()):
+            lines += differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
         return lines
-    return [] if before == now else [f"  {where}: {before!r} there, {now!r} now"]
+    return [] if saved == now else [f"  {where}: saved {saved!r}, now {now!r}"]
 
 
 def check_record(workdir: Path, config: RunConfig, name: str) -> None:
-    """Raise UserError where the workdir holds this stage of another config."""
-    before = read_json(workdir / name / RECORD)
-    if before is None:
+    """Raise UserError if the workdir holds this stage with another config."""
+    saved = read_json(workdir / name / RECORD)
+    if saved is None:
         return
-    if lines := differences(before, stage_record(config, name)):
+    if lines := differences(saved, stage_record(config, name)):
         raise UserError(
-            f"{workdir} holds {name!r} of another config:\n" + "\n".join(lines) + "\n"
-            "Nothing was changed. Use another --workdir, or go back to the values there."
+            f"{workdir} holds {name!r} with another config:\n" + "\n".join(lines) + "\n"
+            "Nothing was changed. Use another --workdir, or restore the saved values."
         )

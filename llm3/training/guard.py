@@ -1,7 +1,6 @@
-"""Which steps are left out: those whose loss or gradient is not finite, and spikes of either.
+"""The guard skips steps whose loss or gradient is not finite or spikes.
 
-All that the guard remembers is a part of the train state: it is saved and restored with it, and is the same on every
-process.
+Its memory is part of the train state: saved and restored with it, and the same on every process.
 """
 
 from typing import NamedTuple
@@ -11,9 +10,10 @@ import jax.numpy as jnp
 
 
 class Guard(NamedTuple):
-    """window: float32 [W, 2], losses and gradient norms of the last steps that were taken; None: spikes are taken too.
+    """window: float32 [W, 2], losses and gradient norms of the last accepted steps; None: spikes are not checked.
 
-    taken: int32, how many steps were. in_a_row: int32, how many were left out since, those without any label apart.
+    taken: int32, number of accepted steps. in_a_row: int32, number of steps skipped since the last accepted one, not
+    counting steps without labels.
     """
 
     window: jax.Array | None
@@ -22,28 +22,28 @@ class Guard(NamedTuple):
 
 
 def new_guard(deviations: float, window: int) -> Guard:
-    """A guard that has seen nothing."""
-    kept = jnp.zeros((window, 2), jnp.float32) if deviations else None
-    return Guard(kept, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    """A guard before the first step."""
+    recent = jnp.zeros((window, 2), jnp.float32) if deviations else None
+    return Guard(recent, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def judge(
     guard: Guard, loss: jax.Array, norm: jax.Array, weight: jax.Array, deviations: float
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step is to be taken, bool scalar, and the guard after it.
+    """Whether to accept a step (bool scalar), and the guard after it.
 
     A spike is a loss or a gradient norm more than `deviations` standard deviations above the mean of a full window, as
-    in OLMo 2 (2024, section 3.2). A step that is left out does not enter the window. One without any label (weight 0)
-    has nothing to learn from: it is not taken either, and says nothing of the run.
+    in OLMo 2 (2024, section 3.2). Skipped steps do not enter the window. A step without labels (weight 0) is skipped
+    too, but does not count toward `in_a_row`.
     """
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    healthy = jnp.isfinite(loss) & jnp.isfinite(norm)
     window = guard.window
     if window is not None:
-        seen = jnp.stack([loss, norm]).astype(jnp.float32)
+        latest = jnp.stack([loss, norm]).astype(jnp.float32)
         highest = window.mean(axis=0) + deviations * window.std(axis=0)
-        good &= ~((guard.taken >= len(window)) & jnp.any(seen > highest))
-    take = good & (weight > 0)
+        healthy &= ~((guard.taken >= len(window)) & jnp.any(latest > highest))
+    accept = healthy & (weight > 0)
     if window is not None:
-        window = jnp.where(take, window.at[guard.taken % len(window)].set(seen), window)
-    in_a_row = jnp.where(take, 0, guard.in_a_row + (weight > 0))
-    return take, Guard(window, guard.taken + take, in_a_row)
+        window = jnp.where(accept, window.at[guard.taken % len(window)].set(latest), window)
+    in_a_row = jnp.where(accept, 0, guard.in_a_row + (weight > 0))
+    return accept, Guard(window, guard.taken + accept, in_a_row)

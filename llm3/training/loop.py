@@ -1,4 +1,4 @@
-"""The for-loop: batch, step, log, save."""
+"""The training loop: batch, step, log, save."""
 
 import time
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from llm3.errors import Diverged
 from llm3.training.metrics import Meter
 from llm3.training.step import TrainState
 
-IN_FLIGHT = 2  # steps that the host is ahead of the devices
+IN_FLIGHT = 2  # number of steps that the host may run ahead of the devices
 
 
 class Hooks(NamedTuple):
     """What the loop calls besides the step.
 
-    on_log(step, line) every `log_every` steps; on_save(step, state) every `save_every` steps, at the end and before a
-    requested stop; both with steps counted from 1.
+    It calls on_log(step, line) every `log_every` steps, and on_save(step, state) every `save_every` steps, at the end
+    and before a requested stop. Steps are counted from 1.
     """
 
     log_every: int
@@ -41,10 +41,10 @@ def train(
     hooks: Hooks,
     stop_after: int,
 ) -> tuple[TrainState, int]:
-    """Steps (from, up to); the state and the step reached, which is less than asked for after a stop request.
+    """Train for `steps` = (start, stop); returns the state and the step reached, before `stop` after a stop request.
 
-    `make_batch(step)` gives the batch on the devices. Raises Diverged, before anything more is saved, where the guard
-    has left out `stop_after` steps in a row.
+    `make_batch(step)` returns the batch on the devices. Raises Diverged, before the next save, once the guard has
+    skipped `stop_after` steps in a row.
     """
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
@@ -68,17 +68,17 @@ def train(
             if saving:
                 watchdog.at(done, "saving")
                 hooks.on_save(done, state)
-                meter.since = time.perf_counter()  # a save is not a part of the step time
+                meter.since = time.perf_counter()  # step times exclude saves
             if ending:
                 return state, done
     return state, start
 
 
 def check_guard(meter: Meter, done: int, stop_after: int) -> None:
-    """Raise Diverged where too many steps in a row were left out."""
+    """Raise Diverged if too many steps in a row were skipped."""
     if meter.skipped_in_a_row >= stop_after:
         raise Diverged(
-            f"step {done}: the last {meter.skipped_in_a_row} steps had no finite loss or gradient, or a spike of one, "
-            f"and were left out (guard.stop_after={stop_after}). Nothing was saved since: lower the learning rate or "
-            "look at the data, and start again from the last checkpoint"
+            f"step {done}: skipped {meter.skipped_in_a_row} updates in a row (non-finite or spiking loss or gradient; "
+            f"guard.stop_after={stop_after}). Nothing was saved since the first of them: lower the learning rate or "
+            "check the data, then rerun from the last checkpoint"
         )

@@ -1,4 +1,4 @@
-"""What a stage has cost so far, and the metrics of its steps since the last log line."""
+"""The cost of a stage so far, and the metrics of its steps since the last log line."""
 
 import time
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass
 class Cost:
-    """What a stage has cost since its step 0; carried through its checkpoints."""
+    """The cost of a stage since its step 0; saved in its checkpoints."""
 
     tokens: int = 0
     flops: float = 0.0
@@ -20,21 +20,21 @@ class Cost:
 
 @dataclass
 class Meter:
-    """Figures of the steps since the last log line."""
+    """Metrics of the steps since the last log line."""
 
     cost: Cost
     flops_per_step: float
-    peak_flops: float | None  # of all devices together
+    peak_flops: float | None  # peak FLOP/s of all devices together; None: unknown
     pending: list[dict[str, jax.Array]] = field(default_factory=list)
-    skipped_in_a_row: int = 0  # up to the last log line
+    skipped_in_a_row: int = 0  # number of steps skipped in a row, as of the last log line
     since: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
 
     def log_line(self) -> dict[str, float | None]:
-        """Wait for the pending steps; their means, rates and shares, and the cost so far brought up to date.
+        """Wait for the pending steps, add them to the cost, and return their means and rates.
 
-        loss and the objective's figures are weighted by the steps' weights, skipped steps left out; seconds are wall
-        time.
+        The loss and the objective's metrics are means over the accepted steps, weighted by the steps' weights. Seconds
+        are wall time.
         """
         steps_metrics = jax.device_get(self.pending)
         rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}

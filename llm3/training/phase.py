@@ -1,4 +1,4 @@
-"""What a stage runs with: its partition, optimizer and jitted step, built without allocating anything."""
+"""A phase of a stage: its partition, optimizer and jitted step, built without allocating arrays."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +27,10 @@ from llm3.tree import flatten, unflatten
 
 
 class Phase(NamedTuple):
-    """All that a stage runs with from step `first` to step `stop`. `train_step` is jitted, its state donated."""
+    """A stage from step `first` to step `stop`, with a fixed set of trainable parameters.
+
+    `train_step` is jitted and donates its state.
+    """
 
     first: int
     stop: int
@@ -37,18 +40,18 @@ class Phase(NamedTuple):
     train_step: Callable
     init_opt: Callable[[dict], Any]
     init_guard: Callable[[], Guard]
-    storage: Storage  # of what is frozen
-    abstract_params: dict  # canonical shapes with shardings
+    storage: Storage  # how frozen parameters are stored
+    abstract_params: dict  # shapes and shardings of the canonical parameters
     abstract_state: TrainState
-    flops: tuple[float, float]  # of a step, forward and backward
-    notes: list[str]  # what a user may not expect of what trains
+    flops: tuple[float, float]  # FLOPs of the forward and of the backward pass of a step
+    notes: list[str]  # notes for the user about the trainable parameters
 
     @property
     def flops_per_step(self) -> float:
         return sum(self.flops)
 
     def state(self, params: dict, saved: Any = None, step: int = 0) -> TrainState:
-        """The state at `step` from canonical parameters; saved: as `saved_opt` gave it, None: a fresh optimizer."""
+        """The state at `step` from canonical parameters. saved: from `saved_opt`; None: a fresh optimizer."""
         trainable, frozen = self.partition.split(params)
         if saved is None:
             opt, guard = self.init_opt(trainable), self.init_guard()
@@ -58,26 +61,26 @@ class Phase(NamedTuple):
         return TrainState(count, trainable, self.storage.store(frozen), opt, guard)
 
     def trained(self, state: TrainState) -> dict:
-        """What the trainable tree has become: the running mean of its weights where the optimizer keeps one."""
-        mean = averaged(state.opt)
-        return state.trainable if mean is None else mean
+        """The trained parameters: the optimizer's average of the weights if it keeps one, else the weights."""
+        average = averaged(state.opt)
+        return state.trainable if average is None else average
 
     def params(self, state: TrainState) -> dict:
-        """The canonical parameters that a state stands for."""
+        """The canonical parameters of a state."""
         return self.partition.join(self.trained(state), dequantized(state.frozen))
 
     def saved_opt(self, state: TrainState) -> Any:
-        """What a checkpoint needs besides the parameters, so that training goes on as if it had not stopped."""
+        """What a checkpoint needs besides the parameters for training to resume exactly."""
         saved = {"opt": state.opt, "guard": state.guard}
         return saved | ({"trainable": state.trainable} if self._averages() else {})
 
     def rounded(self, params: dict) -> dict:
-        """Canonical parameters with the leaves that are stored quantised replaced by what their codes stand for."""
+        """Canonical parameters, with the leaves that are stored quantized rounded to their dequantized values."""
         trainable, frozen = self.partition.split(params)
         return self.partition.join(trainable, rounded(frozen, self.storage))
 
     def following(self, before: "Phase", state: TrainState, base: dict) -> TrainState:
-        """The state of the phase `before`, with more leaves that train from here on; base: where these come from."""
+        """The state at the end of the phase `before`, with more trainable leaves, whose values come from `base`."""
         params = before.partition.join(state.trainable, before.partition.split(base)[1])
         trainable, frozen = self.partition.split(params)
         opt = carry_state(state.opt, self.init_opt(trainable))
@@ -88,8 +91,8 @@ class Phase(NamedTuple):
 
 
 @contextmanager
-def _inside(where: str) -> Iterator[None]:
-    """Say which stage a UserError is about."""
+def _naming(where: str) -> Iterator[None]:
+    """Prefix a UserError with the stage that it is about."""
     try:
         yield
     except UserError as error:
@@ -97,16 +100,13 @@ def _inside(where: str) -> Iterator[None]:
 
 
 def tied_head_notes(model: ModelConfig, partition: Partition, head: str) -> list[str]:
-    """That the LM head is the embedding, where some leaves are frozen and the two might be taken for separate."""
-    every = len(flatten(abstract(model, partition.segments).shapes))
-    if not model.tie_embeddings or head != "lm" or len(partition.trainable) == every:
+    """A note that the LM head is tied to the embedding, if some leaves are frozen."""
+    leaves = len(flatten(abstract(model, partition.segments).shapes))
+    if not model.tie_embeddings or head != "lm" or len(partition.trainable) == leaves:
         return []
-    trains = "embed/embedding" in partition.trainable
-    return [
-        "embed/embedding trains, and with it the LM head, which is tied to it"
-        if trains
-        else "the LM head is frozen: it is tied to embed/embedding"
-    ]
+    if "embed/embedding" in partition.trainable:
+        return ["embed/embedding is trainable, and so is the LM head, which is tied to it"]
+    return ["the LM head is frozen: it is tied to embed/embedding"]
 
 
 def build(
@@ -119,24 +119,24 @@ def build(
     seed: int,
     where: str,
 ) -> list[Phase]:
-    """The phases of a stage on a mesh, one for each phase of unfreezing, without allocating anything.
+    """The phases of a stage on a mesh, one for each step of unfreezing, without allocating arrays.
 
-    task: what the objective is given besides batches. fresh: whether a leaf, by its canonical path, comes from no
-    parent. Raises UserError for what does not fit.
+    task: the objective's arguments besides model and batch. fresh: whether a leaf, by its canonical path, comes from no
+    parent. Raises UserError if the stage does not fit the model or the mesh.
     """
     check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
-    idle = tuple(f"/lora/{name}/" for name, each in model.adapters if not each.active)
+    inactive = tuple(f"/lora/{name}/" for name, each in model.adapters if not each.active)
     shapes = flatten(canonical(abstract(model).shapes))
-    at_work = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in idle)})
-    with _inside(f"{where}.train"):
-        phases = make_partitions(at_work, stage.train, stage.unfreeze, model.layers)
+    active = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in inactive)})
+    with _naming(f"{where}.train"):
+        phases = make_partitions(active, stage.train, stage.unfreeze, model.layers)
     leaves = flatten(abstract(model, phases[0].segments).shapes)
     if stage.frozen != "float32" and len(phases[0].trainable) == len(leaves):
         raise UserError(f"{where}.frozen={stage.frozen!r}: nothing is frozen")
     for name in (name for name, each in model.adapters if each.active):
-        own = [path for path in flatten(at_work) if f"/lora/{name}/" in path]
-        trains = any(f"/lora/{name}/" in path for path in list(phases.values())[-1].trainable)
-        if own and all(fresh(path) for path in own) and not trains:
+        own = [path for path in flatten(active) if f"/lora/{name}/" in path]
+        trainable = any(f"/lora/{name}/" in path for path in list(phases.values())[-1].trainable)
+        if own and all(fresh(path) for path in own) and not trainable:
             raise UserError(f"{where}.adapters.{name}: it is new, and no rule of train={stage.train!r} trains it")
     groups = None
     if len(phases) > 1:
@@ -169,7 +169,7 @@ def _phase(
     trainable_shardings, frozen_shardings = partition.divide(shardings)
     new = frozenset(path for path in partition.trainable if fresh(canonical_path(path)))
     shape = {"steps": stage.steps, "layers": model.layers, "fresh": new, "groups": groups}
-    with _inside(where):
+    with _naming(where):
         dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
         storage = make_storage(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
         optimizer = make_optimizer(trainable, **shape, **vars(stage.optimizer))

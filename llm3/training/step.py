@@ -18,7 +18,7 @@ LossFunction = Callable[[Any, Batch, jax.Array], Sums]
 class TrainState(NamedTuple):
     """step: int32 scalar. trainable, frozen: segmented trees of parameters. opt: optax state of the trainable tree.
 
-    guard: what it remembers of the steps before.
+    guard: the guard's memory of the steps before.
     """
 
     step: jax.Array
@@ -39,12 +39,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """train_step(state, batch) -> (state, metrics); jit it with the state donated.
 
-    Gradients are taken of the trainable tree only, summed over `micro_batches` and divided once by the global sum of
-    weights. The random key is folded from (seed, step), so that it resumes. A step that the guard does not take (see
-    `judge`, for `deviations` as well) leaves parameters, moments and the schedule as they were.
+    Only the trainable tree gets gradients, summed over `micro_batches` and divided once by the global sum of weights.
+    The random key is folded from (seed, step), so a resumed run draws the same keys. A skipped step (see `judge`, also
+    for `deviations`) changes neither parameters nor moments nor the schedule.
 
     metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, skipped_in_a_row, and the
-    objective's own.
+    metrics of the objective.
     """
 
     def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -56,7 +56,7 @@ def make_train_step(
     def accumulate(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
         if micro_batches == 1:
             return gradient(state.trainable, state.frozen, batch, key)
-        # strided rows, so that each device keeps the rows that it already holds
+        # strided, so that each device keeps its own rows
         cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def body(total, micro):
@@ -75,15 +75,15 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         norm, mean = optax.tree.norm(gradients), total.loss * scale
         updates, opt = transform.update(gradients, state.opt, state.trainable)
-        good, guard = judge(state.guard, mean, norm, total.weight, deviations)
-        keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
+        accept, guard = judge(state.guard, mean, norm, total.weight, deviations)
+        keep = lambda new, old: jnp.where(accept, new, old)  # noqa: E731
         trainable = jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable)
         metrics = {name: value * scale for name, value in total.metrics.items()} | {
             "loss": mean,
             "grad_norm": norm,
             "weight": total.weight,
             "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
-            "skipped": 1.0 - good,
+            "skipped": 1.0 - accept,
             "skipped_in_a_row": guard.in_a_row.astype(jnp.float32),
         }
         return TrainState(state.step + 1, trainable, state.frozen, jax.tree.map(keep, opt, state.opt), guard), metrics

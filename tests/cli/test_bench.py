@@ -1,4 +1,4 @@
-"""The verb `bench` on a stage that trains a part of the model."""
+"""The verb `bench` on a stage with frozen parameters."""
 
 import json
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from tests.helpers import tiny_run as tiny
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """What a few command lines print, in one process."""
+    """The output of a few command lines, in one process."""
     base = tmp_path_factory.mktemp("bench")
     tiny.write_texts(base / "texts")
     part = "c.stages.finetune.train = 'top(1)'"
@@ -20,7 +20,7 @@ def answers(tmp_path_factory):
         base / "lora.py", base, "c.stages.finetune.update(train='lora', adapters=dict(a=dict(rank=2)))"
     )
     commands = {
-        "beside": (unrolled, "--stage=finetune", "--json"),
+        "compared": (unrolled, "--stage=finetune", "--json"),
         "people": (unrolled, "--stage=finetune"),
         "alone": (unrolled, "--stage=finetune", "--alone", "--json"),
         "all": (unrolled, "--stage=scratch", "--json"),
@@ -32,39 +32,39 @@ def answers(tmp_path_factory):
 
 
 def test_a_stage_that_trains_a_part_is_timed_beside_full_training(answers):
-    figures = json.loads(answers.beside)
-    full, ratios = figures["full"], figures["ratios"]
-    for each in (figures, full):
+    metrics = json.loads(answers.compared)
+    full, ratios = metrics["full"], metrics["ratios"]
+    for each in (metrics, full):
         assert 0 < each["step_seconds_min"] <= each["step_seconds"] <= each["step_seconds_max"]
     assert set(ratios) == set(COMPARED)
-    assert all(ratios[key] == figures[key] / full[key] for key in COMPARED)
-    assert full["trainable_params"] == full["params"] == figures["params"]
+    assert all(ratios[key] == metrics[key] / full[key] for key in COMPARED)
+    assert full["trainable_params"] == full["params"] == metrics["params"]
     smaller = ("flops_per_step", "compiler_flops", "temp_bytes", "opt_bytes", "gradient_bytes", "argument_bytes")
     assert all(ratios[key] < 1 for key in smaller)
 
 
 def test_gradients_and_moments_are_of_what_trains(answers):
-    figures = json.loads(answers.beside)
-    assert figures["gradient_bytes"] == 4 * figures["trainable_params"]
-    assert figures["full"]["gradient_bytes"] == 4 * figures["params"]
-    assert 2 * figures["gradient_bytes"] <= figures["opt_bytes"] < 2 * figures["gradient_bytes"] + 100
+    metrics = json.loads(answers.compared)
+    assert metrics["gradient_bytes"] == 4 * metrics["trainable_params"]
+    assert metrics["full"]["gradient_bytes"] == 4 * metrics["params"]
+    assert 2 * metrics["gradient_bytes"] <= metrics["opt_bytes"] < 2 * metrics["gradient_bytes"] + 100
 
 
 def test_full_training_beside_a_stage_is_what_a_stage_that_trains_all_is(answers):
-    full, stage = json.loads(answers.beside)["full"], json.loads(answers.all)
+    full, stage = json.loads(answers.compared)["full"], json.loads(answers.all)
     for key in ("flops_per_step", "compiler_flops", "temp_bytes", "argument_bytes", "opt_bytes", "trainable_params"):
         assert full[key] == stage[key]
 
 
 def test_a_stage_that_trains_all_or_is_asked_for_alone_is_timed_alone(answers):
-    for figures in (json.loads(answers.all), json.loads(answers.alone)):
-        assert "full" not in figures and "ratios" not in figures
-    assert json.loads(answers.alone)["flops_per_step"] == json.loads(answers.beside)["flops_per_step"]
+    for metrics in (json.loads(answers.all), json.loads(answers.alone)):
+        assert "full" not in metrics and "ratios" not in metrics
+    assert json.loads(answers.alone)["flops_per_step"] == json.loads(answers.compared)["flops_per_step"]
 
 
 def test_the_compilers_own_count_of_flops_has_the_element_wise_work_as_well(answers):
-    figures = json.loads(answers.beside)
-    assert figures["flops_per_step"] < figures["compiler_flops"]
+    metrics = json.loads(answers.compared)
+    assert metrics["flops_per_step"] < metrics["compiler_flops"]
 
 
 def test_a_loop_over_layers_has_no_count_by_the_compiler(answers):
@@ -72,17 +72,17 @@ def test_a_loop_over_layers_has_no_count_by_the_compiler(answers):
 
 
 def test_adapters_are_compared_with_full_training_of_the_plain_model(answers):
-    figures = json.loads(answers.lora)
-    assert figures["full"]["params"] < figures["params"]
-    assert figures["full"]["trainable_params"] == figures["full"]["params"]
+    metrics = json.loads(answers.lora)
+    assert metrics["full"]["params"] < metrics["params"]
+    assert metrics["full"]["trainable_params"] == metrics["full"]["params"]
 
 
 def test_people_see_both_side_by_side(answers):
     lines = {line.split()[0]: line.split()[1:] for line in answers.people.splitlines() if line.strip()}
     assert lines["finetune"] == ["trains", "all", "ratio"]
-    figures = json.loads(answers.beside)
-    params = [f"{figures['trainable_params']:,}", f"{figures['params']:,}"]
-    assert lines["trainable_params"] == [*params, f"{figures['ratios']['trainable_params']:.3f}"]
+    metrics = json.loads(answers.compared)
+    params = [f"{metrics['trainable_params']:,}", f"{metrics['params']:,}"]
+    assert lines["trainable_params"] == [*params, f"{metrics['ratios']['trainable_params']:.3f}"]
     assert len(lines["step_seconds_max"]) == 2 and len(lines["step_seconds"]) == 3
 
 

@@ -1,4 +1,4 @@
-"""The bench of the token cache writes the text that it is asked for, measures, and leaves nothing behind."""
+"""The bench of the token cache generates text, measures, and removes its files."""
 
 import json
 
@@ -26,17 +26,17 @@ def test_the_bench_measures_both_and_cleans_up(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_data.corpus, "load_corpus", lambda *_: {"text": DOCUMENTS})
     for name, value in (("VOCAB_SIZE", 300), ("TIMES", 1), ("BATCHES", 2), ("available_cores", lambda: 1)):
         monkeypatch.setattr(bench_data, name, value)
-    figures = bench_data.measure_cache(1e-4, tmp_path)
-    assert figures["peak_rss_bytes"] is None or figures["peak_rss_bytes"] >= figures["rss_before_bytes"] > 1e7
-    assert figures["text_bytes"] < figures["file_bytes"] <= 1e5
-    assert figures["tokens_per_second"] > 0 < figures["batch_tokens_per_second"]
-    assert figures["compared"]["cpu_seconds"] > 0 < figures["compared"]["datasets_map_cpu_seconds"]
-    json.dumps(figures)
+    metrics = bench_data.measure_cache(1e-4, tmp_path)
+    assert metrics["peak_rss_bytes"] is None or metrics["peak_rss_bytes"] >= metrics["rss_before_bytes"] > 1e7
+    assert metrics["text_bytes"] < metrics["file_bytes"] <= 1e5
+    assert metrics["tokens_per_second"] > 0 < metrics["batch_tokens_per_second"]
+    assert metrics["compared"]["cpu_seconds"] > 0 < metrics["compared"]["datasets_map_cpu_seconds"]
+    json.dumps(metrics)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_compared_are_the_tokens_of_both_and_the_faster_time_of_each(tmp_path, monkeypatch):
-    """By a clock that is moved by hand: building takes 4 and then 2 s, mapping 16 and 8, and half as much of a CPU."""
+    """On a fake clock: building takes 4 s, then 2 s; mapping 16 s, then 8 s; CPU time is half of that."""
     clock, seconds, kept = np.zeros(2), iter([4, 16, 2, 8]), []
     monkeypatch.setattr(bench_data, "_clocks", lambda: clock.copy())
     build, map_ = bench_data._build, datasets.Dataset.map

@@ -1,4 +1,4 @@
-"""The verbs `data` and `overlap`: what a run will read is shown as the model sees it; what will not work is refused."""
+"""The verbs `data` and `overlap` show the documents of a run as the model sees them, and reject invalid ones."""
 
 import json
 import re
@@ -43,16 +43,16 @@ def shown(capsys, base, *arguments, extra=""):
     return captured.out
 
 
-def test_each_stage_is_shown_with_its_sources_as_they_are_mixed_and_packed(capsys, base):
+def test_each_stage_is_shown_with_its_mixed_and_packed_sources(capsys, base):
     out = shown(capsys, base, "data", "--stages=pretrain,posttrain")
-    posttrain = out[out.index("posttrain: causal, 8 x 32 tokens a step, 10 steps") :]
+    posttrain = out[out.index("posttrain: causal, 8 x 32 tokens per step, 10 steps") :]
     (domain,) = re.findall(r"^ domain +(\d+) .* ([\d.]+) +(\d+) +[\d.]+ % +0 +0 +90\.0 % ", posttrain, re.MULTILINE)
     lines = (base / "texts" / "domain-train.jsonl").read_text().splitlines()
     assert int(domain[0]) == len(lines) and 1 < float(domain[1]) < 6 and int(domain[2]) > 1
     assert out.count("\n  | ") == 2 * 10
 
 
-def test_what_is_learned_is_marked(capsys, base):
+def test_targets_are_marked(capsys, base):
     out = shown(capsys, base, "data", "--stages=finetune")
     rows = [line for line in out.splitlines() if line.startswith("  | ")]
     assert rows and all(re.search(r"«(general|domain)»", row) for row in rows)
@@ -73,16 +73,16 @@ def test_after_a_long_prompt_the_answer_is_shown_all_the_same(capsys, base):
     assert " ... " in row and "so⏎«" in row and len(row) < 400
 
 
-def test_the_overlap_of_each_evaluation_with_the_training_data_is_told(capsys, base):
+def test_the_overlap_of_each_evaluation_with_the_training_data_is_printed(capsys, base):
     (base / "texts" / "domain-validation.jsonl").write_text((base / "texts" / "domain-train.jsonl").read_text())
     out = shown(capsys, base, "overlap")
     assert re.search(r"^ domain +4 +4 +4 +4 *$", out, re.MULTILINE)
-    assert re.search(r"domain: most of all, rows \d+ \(100\.0 %\)", out)
+    assert re.search(r"domain: highest overlap in rows \d+ \(100\.0 %\)", out)
 
 
 def test_a_shard_is_tokenized_alone(capsys, base, tmp_path):
     out = shown(capsys, base, "data", "--shard=1/1", f"--config.cache_dir={tmp_path / 'cache'}")
-    assert re.search(r"^general: shard 1/1 is built; whole, [\d,]+ tokens$", out, re.MULTILINE)
+    assert re.search(r"^general: shard 1/1 is built; complete, [\d,]+ tokens$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
@@ -94,4 +94,4 @@ def test_a_shard_that_there_is_not_is_refused(capsys, base, shard):
 def test_a_source_of_another_form_than_the_objective_takes_is_refused(capsys, base):
     extra = INSTRUCT.replace('"instruct"', '"causal"').replace("@", f"{base}/").strip()
     assert main(["data", f"--config={config(base, extra)}", f"--workdir={base / 'run'}"]) == 2
-    assert "takes text rows, and source 'pairs' has dialogue" in capsys.readouterr().err
+    assert "takes text rows, but source 'pairs' has dialogue rows" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""From the command line: an array job makes the bytes of one process, bad rows stop a run, what is cut is shown."""
+"""From the command line: an array job equals one process, bad rows stop a run, truncated documents are counted."""
 
 import json
 import re
@@ -24,13 +24,13 @@ def call(base, verb, *arguments, extra=""):
     return main([verb, f"--config={config}", f"--workdir={base / 'run'}", *arguments])
 
 
-def test_the_tasks_of_an_array_job_leave_the_bytes_of_one_process(base, monkeypatch, capsys):
+def test_the_tasks_of_an_array_job_write_the_same_bytes_as_one_process(base, monkeypatch, capsys):
     monkeypatch.setattr(lines, "PART_BYTES", 4000)
     monkeypatch.setattr(lines, "SMALLEST_PART_BYTES", 4000)
     for task in (3, 1, 2):
         assert call(base, "data", f"--shard={task}/3", f"--config.cache_dir={base / 'tasks'}") == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("general: ")]
-    assert [("whole" in line) for line in said] == [False, False, True]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("general: ")]
+    assert [("complete" in line) for line in printed] == [False, False, True]
     assert call(base, "data", "--shard=1/1", f"--config.cache_dir={base / 'one'}") == 0
     tasks, one = (
         {name: content for name, content in files(base / each).items() if name.startswith("token")}
@@ -58,9 +58,9 @@ def test_a_run_with_too_many_bad_rows_ends_before_it_trains_and_says_where_they_
     assert "domain: 1 rows set aside: not JSON" in capsys.readouterr().out
 
 
-def test_what_is_cut_padded_and_left_out_is_in_its_column(base, capsys):
+def test_truncated_padded_and_dropped_documents_have_columns(base, capsys):
     pairs = [{"q": "why " * n, "a": "so"} for n in (1, 1, 2, 40, 50)]  # the last two lose their answers
-    pairs += [{"q": "how", "a": "thus " * 60}]  # cut
+    pairs += [{"q": "how", "a": "thus " * 60}]  # truncated
     (base / "texts" / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
     extra = f"""
 c.sources.pairs = dict(path="json", data_files=dict(train="{base}/texts/pairs.jsonl"), prompt="q", answer="a")
@@ -71,11 +71,11 @@ with c.ignore_type():
     assert call(base, "data", "--stages=posttrain", extra=extra) == 0
     shown = re.search(
         r"^ pairs +(?P<documents>\d+) +\S+ +(?P<bytes>[\d.]+) +(?P<windows>\d+) +(?P<padding>[\d.]+) % +(?P<cut>\d+)"
-        r" +(?P<left_out>\d+) +100.0 % ",
+        r" +(?P<dropped>\d+) +100.0 % ",
         capsys.readouterr().out,
         re.MULTILINE,
     )
-    assert (shown["documents"], shown["cut"], shown["left_out"]) == ("6", "3", "2")
+    assert (shown["documents"], shown["cut"], shown["dropped"]) == ("6", "3", "2")
     assert 0 < float(shown["padding"]) < 100 and int(shown["windows"]) >= 2
 
 
@@ -86,15 +86,14 @@ def prepared(base, **fields):
     return prepare(config, base / "run", ["pretrain", "posttrain"])
 
 
-def test_temperature_and_what_weights_count_reach_the_batches(base):
-    experiment = prepared(base)
-    tables = experiment.tables("posttrain")
-    caches = {name: experiment.library.cache(name, "train") for name in tables}
+def test_temperature_and_the_unit_of_weights_reach_the_batches(base):
+    data = prepared(base).stages["posttrain"].data
+    tables, caches = data.tables, data.caches
     larger = caches["general"].tokens / caches["task"].tokens
     assert larger > 1.5
     ratios = {}
     for fields in ({"weights": "tokens"}, {"weights": "documents"}, {"temperature": 1.0}, {"temperature": 2.0}):
-        drawn = prepared(base, **fields).mixture("posttrain").draws(1000)
+        drawn = prepared(base, **fields).stages["posttrain"].data.mixture.draws(1000)
         ratios[str(next(iter(fields.values())))] = drawn["general"] / drawn["task"]
     windows_a_document = {name: len(tables[name]) / caches[name].documents for name in tables}
     by_documents = windows_a_document["general"] / windows_a_document["task"]

@@ -1,4 +1,4 @@
-"""What an export holds, and what is refused; nothing that exists is overwritten."""
+"""The content of exports, and rejected exports; existing files are never overwritten."""
 
 import dataclasses
 import json
@@ -45,9 +45,9 @@ def test_only_active_adapters_are_merged_and_the_others_are_named(tmp_path, caps
     up = params["layers"]["mlp"]["up"]
     delta = 6 / 2 * up["lora"]["medical"]["a"][2].astype(np.float64) @ up["lora"]["medical"]["b"][2]
     np.testing.assert_allclose(found["model.layers.2.mlp.up_proj.weight"], (up["kernel"][2] + delta).T, atol=1e-5)
-    said = capsys.readouterr().out
-    assert "adapter medical of rank 2: merged" in said
-    assert "adapter legal of rank 2: left out, it is inactive" in said
+    printed = capsys.readouterr().out
+    assert "adapter medical of rank 2: merged" in printed
+    assert "adapter legal of rank 2: omitted, it is inactive" in printed
     base = tensors(written(tmp_path, "base", name="base") / "model.safetensors")
     np.testing.assert_array_equal(base["model.layers.2.mlp.up_proj.weight"], up["kernel"][2].T)
     adapters = written(tmp_path, "adapters", name="adapters")
@@ -67,10 +67,10 @@ def test_the_command_line_writes_a_stage_and_says_what(tmp_path, capsys):
     assert main(["export", f"--workdir={tmp_path / 'run'}", f"--stage={STAGE}", f"--to={to}"]) == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert files(to).keys() == names
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     count = sum(value.size for value in tensors(to / "model.safetensors").values())
     for each in ("step 7", "LlamaForCausalLM, 29 tensors", f"{count:,} parameters, {4 * count:,} bytes", SPECIALS[1]):
-        assert each in said
+        assert each in printed
 
 
 def test_a_step_is_the_latest_or_the_one_that_is_named(tmp_path):

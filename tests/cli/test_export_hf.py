@@ -1,4 +1,4 @@
-"""transformers and PEFT compute from exported files what llm3 computes."""
+"""transformers and PEFT compute the same logits from exported files as llm3."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def some_tokens() -> np.ndarray:
 
 
 def apply(config: ModelConfig, params: dict, head: bool = False) -> np.ndarray:
-    """llm3's own logits [B, T, V], or those of the task head [B, T, C]."""
+    """llm3's logits: of the LM head [B, T, V] or of the task head [B, T, C]."""
     tokens = some_tokens().astype(np.int32)
     positions, segments = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape), np.ones_like(tokens)
 
@@ -41,7 +41,7 @@ def apply(config: ModelConfig, params: dict, head: bool = False) -> np.ndarray:
 
 
 def only(config: ModelConfig, *names: str) -> ModelConfig:
-    """The model with these adapters active and the others not."""
+    """The model with only these adapters active."""
     chosen = [(name, dataclasses.replace(each, active=name in names)) for name, each in config.adapters]
     return dataclasses.replace(config, adapters=tuple(chosen))
 
@@ -62,7 +62,7 @@ def peft(hf):
 
 
 def loaded(hf, directory):
-    """transformers' model, with every weight from the files and none of the files' left over."""
+    """transformers' model, with every weight from the files and every file's weight used."""
     found, info = hf.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not any(info.values()), info
     return found.eval()

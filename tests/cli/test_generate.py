@@ -1,4 +1,4 @@
-"""Sampling: the key-value cache changes nothing, and the filters are those of the papers."""
+"""Sampling: the key-value cache changes no result, and the filters follow the papers."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def recompute(params: dict, *, seed: int = 0, **options) -> list[int]:
     """Sampling without a cache: the whole text through the model for each token."""
     text = list(PROMPT)
     for i in range(TOKENS):
-        padding = [0] * (len(PROMPT) + TOKENS - len(text))  # causal: what follows is unseen
+        padding = [0] * (len(PROMPT) + TOKENS - len(text))  # the model is causal: padding after the text has no effect
         logits = logits_at(params, jnp.array([text + padding], jnp.int32), len(text) - 1)
         text.append(int(next_token(logits, jax.random.fold_in(jax.random.key(seed), i), **options)[0]))
     return text[len(PROMPT) :]

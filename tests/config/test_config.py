@@ -1,4 +1,4 @@
-"""Configs: reading, overriding, and one clear sentence for everything that can be wrong with them."""
+"""Configs: reading, overriding, and one clear sentence for every mistake."""
 
 import pathlib
 
@@ -25,7 +25,7 @@ def file(base):
 
 
 def refused(capsys, arguments: list[str]) -> str:
-    """What the command line says when it refuses: exit status 2, no traceback, and a single "llm3:"."""
+    """The error of a rejected command line: exit status 2, no traceback, and a single "llm3:"."""
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -129,7 +129,7 @@ OVERRIDES = [
     ("stages.finetune.start={'stage': 'posttrain', 'fresh': ['(']}", ["config.stages.finetune.start.fresh", "'('"]),
     ("stages.finetune.start={'stage': 'posttrain', 'step': 4}", ["config.stages.finetune.start.step=4", "8, 10"]),
     ("stages.pretrain.start=posttrain", ["config.stages.pretrain.start='posttrain'", "from nothing"]),
-    ("stages.posttrain.start=finetune", ["config.stages: finetune, posttrain", "circle"]),
+    ("stages.posttrain.start=finetune", ["config.stages: finetune, posttrain", "cycle"]),
     ("stages.posttrain.start=pretrian", ["config.stages.posttrain.start='pretrian'", "'pretrain'"]),
     ("stages.pretrain.train=head", ["config.stages.pretrain.train='head'", "'all'"]),
     ("stages.posttrain.train=embeding", ["config.stages.posttrain.train", "'embeding' matches nothing", "embeddings"]),
@@ -137,8 +137,8 @@ OVERRIDES = [
     ("stages.posttrain.train=top(9)", ["config.stages.posttrain.train", "2 layers"]),
     ("stages.finetune.best=accuracy", ["config.stages.finetune.best='accuracy'", "task"]),
     ("stages.finetune.best=task_acuracy", ["config.stages.finetune.best='task_acuracy'", "'task_accuracy'"]),
-    ("stages.pretrain.best=task_accuracy", ["config.stages.pretrain.best='task_accuracy'", "no such figure"]),
-    ("stages.finetune.optimizer.options={'b1': 'x'}", ["config.stages.finetune", "its step cannot be built"]),
+    ("stages.pretrain.best=task_accuracy", ["config.stages.pretrain.best='task_accuracy'", "no such metric"]),
+    ("stages.finetune.optimizer.options={'b1': 'x'}", ["config.stages.finetune", "the train step cannot be built"]),
     ("stages.posttrain.train=lm_head/.*", ["config.stages.posttrain.train", "tied to embed/embedding"]),
     ("model.kv_heads=-1", ["model.kv_heads=-1", "at least 1"]),
     ("model.norm_epsilon=0", ["model.norm_epsilon=0", "above 0"]),
@@ -167,7 +167,7 @@ FILES = [
     ("del c.model", ["config: missing model"]),
     ("c.stages.init = c.stages.scratch", ["config.stages.init", "cannot be a stage's name"]),
     ("raise KeyError('wrong')", ["KeyError: 'wrong'"]),
-    ("return 5", ["get_config() gave int"]),
+    ("return 5", ["get_config() returned int"]),
     ("c.sources.general.data_files.train = '/no/such.jsonl'", ["/no/such.jsonl does not exist"]),
     ("c.sources.general.data_files.train = c.sources.general.data_files.train + 'x'", ["x does not exist", "train"]),
 ]

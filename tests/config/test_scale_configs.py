@@ -1,4 +1,4 @@
-"""The configs of published sizes: as large as published, lawful, and of a size that their machines have room for."""
+"""The configs of published sizes: their sizes match the publications, and their plans fit the machines."""
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -10,7 +10,7 @@ from llm3.distributed.machines import parse
 from llm3.distributed.sharding import MESH_AXES, check_batch
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
-from llm3.planning.plan import on_paper, plan_phases, stage_on
+from llm3.planning.plan import on_abstract_mesh, plan_phases, stage_on
 from llm3.stages import rules
 from llm3.stages.experiment import prepare
 from llm3.stages.stage import plan_stage
@@ -36,9 +36,9 @@ def test_a_model_has_as_many_parameters_as_published(name):
 def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
     config = config_of(name, machine)
     order = rules.check(config)
-    # 70B do not fit on 8 GPUs while they train
+    # training 70B does not fit on 8 GPUs
     assert order == ["pretrain", "posttrain", "finetune"][(name, machine) == ("llama3_70b", "h100x8") :]
-    with on_paper(config.mesh, parse(TOPOLOGIES[machine])) as mesh:
+    with on_abstract_mesh(config.mesh, parse(TOPOLOGIES[machine])) as mesh:
         for stage in config.stages.values():
             check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, "stage")
         for evaluation in config.evaluations.values():
@@ -63,17 +63,17 @@ def test_70_billion_parameters_on_64_devices_are_planned_without_texts_or_device
     workdir = tmp_path / "run"
     command = ["plan", "--config=configs/scale/llama3_70b.py:h100x64", "--topology=h100x64", "--stages=pretrain"]
     assert main([*command, f"--workdir={workdir}"]) == 0
-    told = capsys.readouterr().out
-    rows = {line[:44].strip(): line[44:].split() for line in told.splitlines()}
-    # 4 bytes of parameters, 8 of moments, of which each device has a 64th
+    printed = capsys.readouterr().out
+    rows = {line[:44].strip(): line[44:].split() for line in printed.splitlines()}
+    # 4 bytes of parameters and 8 of moments, sharded over 64 devices
     assert rows["parameters"] == [f"{4 * 70.5537e9 / 64 / 2**30:.2f}"] * 3
     assert rows["moments"] == [f"{8 * 70.5537e9 / 64 / 2**30:.2f}"] * 3
     assert rows["fits into 90% of 80.00"] == ["no", "no", "yes"]
-    kept = 80 * 8192 * 8192 * 2 / 2**30  # the input of each layer, for a window
+    kept = 80 * 8192 * 8192 * 2 / 2**30  # the input of each layer, for one window
     assert kept < float(rows["activations kept for the backward pass"][2]) < 1.2 * kept
-    assert "fsdp 64: 70.6G of 70.6G parameters train" in told and "the fastest that fits: remat full" in told
-    assert "8 in a host at 450 GB/s, 8 hosts at 8 x 50 GB/s" in told
-    assert max(map(len, told.splitlines())) <= 120
+    assert "fsdp 64: 70.6G of 70.6G parameters trainable" in printed and "the fastest that fits: remat full" in printed
+    assert "8 in a host at 450 GB/s, 8 hosts at 8 x 50 GB/s" in printed
+    assert max(map(len, printed.splitlines())) <= 120
     assert not workdir.exists()
 
 
@@ -83,19 +83,19 @@ def test_a_machine_of_another_size_than_the_mesh_is_refused(capsys):
 
 
 def test_the_cpu_of_this_machine_is_a_topology_too(tmp_path, capsys):
-    """The documents are read for the classes of a task, and their absence is said."""
+    """The plan reads documents for the classes of a task, and reports if it cannot."""
     config = tiny_run.write_config(tmp_path / "config.py", tmp_path)
     line = ["plan", f"--config={config}", f"--workdir={tmp_path}/run", "--topology=cpu", "--stages=finetune"]
     assert main(line) == 0
-    told = capsys.readouterr().out
-    assert "finetune on cpu, one device" in told and "assumed 1 class" in told
+    printed = capsys.readouterr().out
+    assert "finetune on cpu, one device" in printed and "assumed 1 class" in printed
     tiny_run.write_texts(tmp_path / "texts")
     assert main(line) == 0
     assert "assumed 1 class" not in capsys.readouterr().out
 
 
 def test_a_plan_for_a_machine_is_of_the_same_stages_as_one_with_the_data(tmp_path):
-    """A classifier is read at as few positions as its windows hold documents, which only the data says."""
+    """A classifier is read at one position per document, and only the data has the number of documents per window."""
     tiny_run.write_texts(tmp_path / "texts")
     file = tiny_run.write_config(tmp_path / "config.py", tmp_path, "c.model.pool = 'last'")
     config, one = load(str(file)), AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)

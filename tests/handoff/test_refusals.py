@@ -215,7 +215,7 @@ def test_the_best_step_of_a_parent_that_is_yet_to_be_trained_needs_a_metric(caps
 def test_eval_refuses_another_model_than_the_checkpoint_holds(capsys, parent):
     command = ["eval", f"--config={parent.config}", f"--workdir={parent.run}", "--stages=pretrain"]
     assert main([*command, "--config.model.d_ff=64"]) == 2
-    assert "model.d_ff: 32 there, 64 now" in capsys.readouterr().err
+    assert "model.d_ff: saved 32, now 64" in capsys.readouterr().err
 
 
 def test_generate_refuses_a_stage_that_is_not_there_and_options_out_of_range(capsys, parent):

@@ -264,7 +264,7 @@ def test_local_passes_a_signal_on_once_and_waits(local, number, to_all):
         (["run"], "-n '': expected a number of processes"),
         (["-n", "two", "run"], "-n 'two': expected a number of processes"),
         (["-n", "2", "-x", "run"], "-x: expected -n PROCESSES"),
-        (["-n", "2"], "expected what python -m llm3 is called with"),
+        (["-n", "2"], "expected the arguments of python -m llm3"),
     ],
 )
 def test_local_says_what_it_expects(local, arguments, complaint):

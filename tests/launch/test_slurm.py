@@ -155,7 +155,7 @@ def test_the_stages_are_three_chained_jobs_of_two_processes(repository, pipeline
 def test_a_job_that_gets_sigterm_is_requeued_and_goes_on(repository, plain, pipeline):
     """And the chain ends with the bits of the run by launch/local.sh, which was left alone."""
     log = pipeline.logs[1]
-    assert "Stopped by signal 15; all is saved" in log and "exit status 75, requeued" in log
+    assert "Stopped by signal 15; everything is saved" in log and "exit status 75, requeued" in log
     assert 4 <= int(re.search(r"posttrain: resumes at step (\d+)\n", log)[1]) < 10
     assert pipeline.restarts == ["0", "1", "0"]
     assert tiny.digests(repository.base / "chain") == tiny.digests(repository.base / "plain")
@@ -166,7 +166,7 @@ def test_an_array_job_builds_the_token_cache_that_the_stages_read(repository, pi
     assert pipeline.states[0] == "COMPLETED"
     logs = [file.read_text() for file in sorted(repository.base.glob("slurm-*.out"))]
     assert len(logs) == 2 and "general: shard 1/2 is built" in logs[0] and "general: shard 2/2 is built" in logs[1]
-    assert re.search("general: .* whole, [0-9,]+ tokens", "".join(logs))
+    assert re.search("general: .* complete, [0-9,]+ tokens", "".join(logs))
     assert "-train.jsonl" not in "".join(pipeline.logs), "the stages had nothing left to encode but what evaluates them"
 
 

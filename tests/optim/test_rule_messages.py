@@ -25,7 +25,7 @@ from tests.helpers.tiny import TASK, jit, model_config
 from tests.models.test_flops import ALL_LEAVES, BATCH, LENGTH, LORA, product_flops
 from tests.optim.test_partition import trained
 
-TRAINS = ["embed/embedding trains, and with it the LM head, which is tied to it"]
+TRAINS = ["embed/embedding is trainable, and so is the LM head, which is tied to it"]
 FROZEN = ["the LM head is frozen: it is tied to embed/embedding"]
 
 

@@ -1,4 +1,4 @@
-"""The estimate of a step beside what the TPU's own compiler says, without a TPU."""
+"""The estimate of a step compared with the real TPU compiler, without a TPU."""
 
 import importlib.util
 import os
@@ -42,8 +42,8 @@ def test_the_estimate_and_the_compiler_agree(tmp_path):
         row: float(share) for row, share in re.findall(r"^ ([\w, ]+?) +[\d.]+ +[\d.]+ +([\d.]+) *$", done.stdout, re.M)
     }
     assert of["arguments"] == pytest.approx(1, abs=0.01), done.stdout
-    assert of["temporary, in use at once"] == pytest.approx(1, abs=0.15), done.stdout
-    assert of["temporary, as memory_analysis has it"] == pytest.approx(1, abs=0.3), done.stdout
+    assert of["temporary, peak in use"] == pytest.approx(1, abs=0.15), done.stdout
+    assert of["temporary, by memory_analysis"] == pytest.approx(1, abs=0.3), done.stdout
 
 
 def test_without_the_compiler_it_is_named(monkeypatch):

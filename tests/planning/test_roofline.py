@@ -1,4 +1,4 @@
-"""The estimate of a step: its bytes against the compiler's, what it keeps as formulas, its collectives, its seconds."""
+"""The estimate of a step: memory compared with the compiler, activations, collectives and seconds by formula."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig
 from llm3.distributed.machines import links, parse
 from llm3.distributed.sharding import MESH_AXES
 from llm3.planning import trace
-from llm3.planning.roofline import Collective, Times, collectives, lowest, times
+from llm3.planning.roofline import Collective, Times, collectives, lowest_layer, times
 from llm3.stages.stage import Stage, plan_stage
 from llm3.tree import size
 from tests.distributed.test_scaling import expected_bytes
@@ -42,7 +42,7 @@ def config_of(stage=None, mesh=None, **model) -> RunConfig:
     )
 
 
-def on_paper(**sizes: int) -> AbstractMesh:
+def abstract_mesh(**sizes: int) -> AbstractMesh:
     shape = dict.fromkeys(MESH_AXES, 1) | sizes
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
@@ -53,7 +53,7 @@ def stage_of(config: RunConfig) -> Stage:
 
 
 def step_of(config: RunConfig, mesh=None, index: int = 0) -> trace.Step:
-    return trace.step(stage_of(config), mesh or on_paper(), index)
+    return trace.step(stage_of(config), mesh or abstract_mesh(), index)
 
 
 def phase_of(config: RunConfig, mesh, index: int = 0):
@@ -78,29 +78,29 @@ def compiled(config: RunConfig, mesh) -> jax.stages.Compiled:
 )
 def test_the_stored_bytes_are_the_arguments_of_the_compiled_step(stage, sizes):
     config, mesh = config_of(stage), mesh_of(8, **sizes)
-    stored = trace.stored(phase_of(config, on_paper(**sizes)), stage_of(config), on_paper(**sizes))
+    stored = trace.stored(phase_of(config, abstract_mesh(**sizes)), stage_of(config), abstract_mesh(**sizes))
     assert stored.arguments == compiled(config, mesh).memory_analysis().argument_size_in_bytes
 
 
-def test_moments_and_gradients_are_those_of_what_trains():
+def test_only_trainable_parameters_have_moments_and_gradients():
     config = config_of({"train": "top(1)"})
-    phase = phase_of(config, on_paper(fsdp=2))
-    stored = trace.stored(phase, stage_of(config), on_paper(fsdp=2))
+    phase = phase_of(config, abstract_mesh(fsdp=2))
+    stored = trace.stored(phase, stage_of(config), abstract_mesh(fsdp=2))
     trainable = size(phase.abstract_state.trainable)
     assert stored.gradients == 4 * trainable / 2
     assert stored.moments == pytest.approx(2 * stored.gradients, abs=64)  # and counters
     assert stored.parameters == 4 * size(phase.abstract_params) / 2
 
 
-KEPT_BY_HAND = {  # bytes of a token and layer that the backward pass finds, beside attention's of T^2
-    "full": 2 * D,  # its input
-    "dots": 2 * (D + 2 * D + 2 * D + 2 * FF),  # and the results of all products but the last: q, k, v, out, gate, up
+KEPT_BY_HAND = {  # bytes kept for the backward pass per token and layer, besides the T^2 of attention
+    "full": 2 * D,  # the input
+    "dots": 2 * (D + 2 * D + 2 * D + 2 * FF),  # and all matmul results but the last: q, k, v, out, gate, up
 }
 
 
 @pytest.mark.parametrize("policy", KEPT_BY_HAND)
 @pytest.mark.slow
-def test_the_activations_kept_are_those_of_the_formula_times_batch_and_layers(policy):
+def test_kept_activations_follow_the_formula_times_batch_and_layers(policy):
     rows = 16
 
     def kept(layers: int, rows: int = rows) -> float:
@@ -128,8 +128,8 @@ def test_a_long_window_holds_its_scores_in_float32_and_its_weights():
     assert list(step.largest)[:2] == [f"{kind}[1,{HEADS},{length},{length}]" for kind in ("float32", "bfloat16")]
 
 
-def test_logits_in_chunks_are_not_held_together():
-    """All of them, in the compute dtype and in float32, against an eighth of the positions."""
+def test_logits_in_chunks_are_not_held_at_once():
+    """All logits, in the compute dtype and in float32, compared with an eighth of the positions."""
     vocab = 8192
     configs = [config_of(layers=1, remat="full", logit_chunk=chunk) for chunk in (0, 8)]
     large = [dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=vocab)) for config in configs]
@@ -149,8 +149,8 @@ def test_logits_in_chunks_are_not_held_together():
     ids=str,
 )
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
-def test_what_is_traced_for_a_device_is_its_share_of_the_flops_by_formula(stage, model, sizes):
-    config, mesh = config_of(stage, **model), on_paper(**sizes)
+def test_the_traced_flops_of_a_device_are_its_share_of_the_formula(stage, model, sizes):
+    config, mesh = config_of(stage, **model), abstract_mesh(**sizes)
     expected = phase_of(config, mesh).flops_per_step / mesh.size
     assert step_of(config, mesh).flops == pytest.approx(expected, rel=1e-9)
 
@@ -165,25 +165,26 @@ def test_what_is_traced_for_a_device_is_its_share_of_the_flops_by_formula(stage,
     ids=["top", "lora", "classify"],
 )
 @pytest.mark.slow
-def test_a_loop_does_a_little_more_than_the_formula_and_so_does_what_tensor_does_not_cut(stage, model):
-    """The gradient of the lowest layer's input; the narrow side of an adapter, and the classes."""
+def test_loops_and_work_that_tensor_does_not_shard_cost_a_little_more_than_the_formula(stage, model):
+    """The trace adds the gradient of the lowest layer's input, the narrow side of an adapter, and the classes."""
     config = config_of(stage, **model)
-    for mesh in (on_paper(), on_paper(tensor=2)):
+    for mesh in (abstract_mesh(), abstract_mesh(tensor=2)):
         share = step_of(config, mesh).flops / (phase_of(config, mesh).flops_per_step / mesh.size)
         assert 1 <= share < 1.1
 
 
 def test_a_device_has_its_share_of_batch_heads_and_length():
-    alone, cut = (step_of(config_of(remat="full"), mesh).kept for mesh in (on_paper(), on_paper(data=2, context=2)))
+    meshes = abstract_mesh(), abstract_mesh(data=2, context=2)
+    alone, cut = (step_of(config_of(remat="full"), mesh).kept for mesh in meshes)
     assert cut == alone / 4
-    scores = [step_of(config_of(layers=2), on_paper(tensor=n)).largest for n in (1, 2)]
+    scores = [step_of(config_of(layers=2), abstract_mesh(tensor=n)).largest for n in (1, 2)]
     assert any(f"16,{HEADS},{T},{T}]" in array for array in scores[0])
     assert any(f"16,{HEADS // 2},{T},{T}]" in array for array in scores[1])
 
 
-def test_windows_that_are_cut_hold_the_keys_and_values_of_all():
+def test_sharded_windows_hold_the_keys_and_values_of_all_positions():
     keys_and_values = 2 * 16 * T * KV * (D // HEADS) * 2
-    alone, cut = (step_of(config_of(layers=2), on_paper(context=n)).kept for n in (1, 2))
+    alone, cut = (step_of(config_of(layers=2), abstract_mesh(context=n)).kept for n in (1, 2))
     assert cut == alone / 2 + 2 * keys_and_values / 2
 
 
@@ -198,11 +199,11 @@ def test_windows_that_are_cut_hold_the_keys_and_values_of_all():
 )
 @pytest.mark.slow
 def test_the_collectives_are_those_of_the_compiled_step(sizes):
-    """On a CPU, all is float32, a reduce-scatter an all-reduce, and both uses of the embedding are reduced."""
+    """A CPU computes in float32, reduce-scatters by all-reduce, and reduces both uses of the embedding."""
     config = config_of({"kind": "pretrain", "start": None}, compute_dtype="float32")
     text = compiled(config, mesh_of(8, **sizes)).as_text()
     found = dict.fromkeys(("all-gather", "all-reduce"), 0.0)
-    for each in collectives(stage_of(config), _on(config, sizes), on_paper(**sizes)):
+    for each in collectives(stage_of(config), _on(config, sizes), abstract_mesh(**sizes)):
         embedding = each.what == "embed/embedding" and each.kind != "all-gather"
         found["all-gather" if each.kind == "all-gather" else "all-reduce"] += each.bytes * (1 + embedding)
     for kind, own in found.items():
@@ -210,20 +211,20 @@ def test_the_collectives_are_those_of_the_compiled_step(sizes):
 
 
 def _on(config, sizes):
-    return phase_of(config, on_paper(**sizes))
+    return phase_of(config, abstract_mesh(**sizes))
 
 
 def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
     config = config_of()
-    sent = collectives(stage_of(config), _on(config, {"tensor": 4}), on_paper(tensor=4))
+    sent = collectives(stage_of(config), _on(config, {"tensor": 4}), abstract_mesh(tensor=4))
     assert sent == [Collective("tensor", "activations", "all-reduce", 16 * T * D * 2, 4 * LAYERS + 2)]
 
 
-def test_nothing_is_gathered_again_or_reduced_below_the_lowest_layer_that_trains():
-    config, mesh = config_of({"train": "top(1)"}, tie_embeddings=False), on_paper(fsdp=4)
+def test_nothing_is_regathered_or_reduced_below_the_lowest_trainable_layer():
+    config, mesh = config_of({"train": "top(1)"}, tie_embeddings=False), abstract_mesh(fsdp=4)
     phase = phase_of(config, mesh)
     sent = collectives(stage_of(config), phase, mesh)
-    assert lowest(phase) == LAYERS - 1
+    assert lowest_layer(phase) == LAYERS - 1
     of = {
         kind: {each.what: each.times for each in sent if each.kind == kind} for kind in ("all-gather", "reduce-scatter")
     }
@@ -236,7 +237,7 @@ def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
     sent = [
         {
             (each.what, each.kind): each.times
-            for each in collectives(stage_of(config), _on(config, {"fsdp": 8}), on_paper(fsdp=8))
+            for each in collectives(stage_of(config), _on(config, {"fsdp": 8}), abstract_mesh(fsdp=8))
         }
         for config in (plain, cut)
     ]
@@ -256,7 +257,7 @@ def test_seconds_are_work_over_rates_and_an_all_reduce_takes_a_gather_and_a_scat
 
 def test_a_step_takes_between_the_longest_part_and_their_sum():
     found = Times(3.0, 1.0, {"fsdp": 2.0, "data": 0.5})
-    assert (found.overlapped, found.in_turn) == (3.0, 6.5)
+    assert (found.overlapped, found.sequential) == (3.0, 6.5)
 
 
 def test_a_sweep_of_phases_is_estimated_each_with_what_trains_in_it():
@@ -266,8 +267,8 @@ def test_a_sweep_of_phases_is_estimated_each_with_what_trains_in_it():
 
 
 def test_the_formula_of_the_collectives_is_that_of_the_scaling_test():
-    """Of the same model; see there what a GPU's or TPU's compiler merges."""
+    """On the same model; see test_scaling for what a GPU or TPU compiler merges."""
     config = config_of({"kind": "pretrain", "start": None, "batch_size": 8}, layers=2, compute_dtype="float32")
-    found = collectives(stage_of(config), _on(config, {"fsdp": 8}), on_paper(fsdp=8))
+    found = collectives(stage_of(config), _on(config, {"fsdp": 8}), abstract_mesh(fsdp=8))
     gathered = sum(each.bytes for each in found if each.kind == "all-gather")
     assert gathered == pytest.approx(expected_bytes(8, fsdp=8)["all-gather"], rel=0.01)

@@ -121,7 +121,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command
 
 def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_own(base, whole):
     ended = run(base, "stopped", "2 x 2", STAGES, status=Exit.PREEMPTED, points={1: "SIGTERM@step::26"})
-    assert "Stopped by signal 15; all is saved" in ended[0].stdout
+    assert "Stopped by signal 15; everything is saved" in ended[0].stdout
     done = run(base, "stopped", "2 x 2", STAGES)
     resumed = next(line for line in done[0].stdout.splitlines() if "resumes at step" in line)
     assert resumed.startswith("posttrain: resumes at step ") and 6 <= int(resumed.split()[-1]) < STEPS

@@ -224,15 +224,15 @@ def test_a_run_on_a_disk_that_fills_up_says_what_is_whole_and_goes_on_once_there
     of_stage = {stage: taken(whole / stage / "checkpoints" / "8") for stage in STAGES}
     second = taken(whole / "pretrain") + taken(whole / "posttrain" / "base") + int(1.5 * of_stage["posttrain"])
     said = {
-        int(0.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 4", "no checkpoint was saved"),
-        int(1.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 8", "step 4 of pretrain"),
-        second: ("posttrain/checkpoints: the checkpoint of step 8", "step 4 of posttrain"),
+        int(0.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 4", "no earlier checkpoint"),
+        int(1.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 8", "checkpoint 4 of pretrain"),
+        second: ("posttrain/checkpoints: the checkpoint of step 8", "checkpoint 4 of posttrain"),
     }
     for allowed, (lost, kept) in said.items():
         disk.allow(allowed)
         error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
         assert error.startswith("llm3: ") and len(error.splitlines()) == 1, error
-        assert f"{workdir}/{lost} was not written: {FULL}; " in error and kept in error and "same command" in error
+        assert f"{workdir}/{lost} was not written: {FULL}; " in error and kept in error and "rerun the command" in error
         assert_checkpoints_are_intact(workdir)
     disk.free()
     assert "posttrain: resumes at step 4" in tiny.process(command(base, workdir)).stdout
@@ -248,9 +248,7 @@ def test_a_report_that_has_no_space_is_named_and_written_by_the_same_command(bas
         path.unlink()
     disk.fill(4 * PAGE)
     error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
-    assert error.startswith(
-        f"llm3: {workdir / 'report.md'} was not written: {FULL}; the checkpoint of step 10 of posttr"
-    )
+    assert error.startswith(f"llm3: {workdir / 'report.md'} was not written: {FULL}; checkpoint 10 of posttr")
     disk.free()
     tiny.process(command(base, workdir))
     assert (workdir / "matrix.json").read_bytes() == (base / "whole" / "matrix.json").read_bytes()

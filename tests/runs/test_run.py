@@ -153,7 +153,7 @@ def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same
     stopped = tiny.process(command, point="SIGINT@log:posttrain:6", status=130)
     assert "step 8 is damaged and was skipped" in stopped.stdout and "pretrain: resumes at step 4" in stopped.stdout
     # the status says that nothing was raised; Orbax may log what became of its other reads of the damaged step
-    assert "The same command resumes" in stopped.stdout
+    assert "Rerun the command to resume" in stopped.stdout
     assert newest(workdir, "posttrain").latest() == 7
 
     stopped = tiny.process(command, point="SIGTERM@log:finetune:4", status=75)

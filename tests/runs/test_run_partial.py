@@ -291,7 +291,7 @@ def test_plan_shows_each_phase_and_what_a_step_of_it_takes_beside_full_training(
     assert all(" 4 steps" in phase and "of full training's" in phase for phase in (first, then))
     lines = {line.split()[0]: line.split() for line in nf4.splitlines() if line.strip()}
     assert lines["layers/mlp/up/kernel"][-4] == "no" and lines["layers/mlp/up/lora/x/magnitude"][-4] == "yes"
-    assert nf4.count("of full training's") == 3 and "FLOPs a token: forward" in nf4
+    assert nf4.count("of full training's") == 3 and "FLOPs per token: forward" in nf4
 
 
 def test_the_matrix_says_what_a_step_takes_beside_full_training(whole):
@@ -327,7 +327,7 @@ REFUSED = {
     "rank 0": (dict(ADAPTED, adapters=dict(x=dict(rank=0))), "rank=0: expected at least 1"),
     "DoRA beside another": (
         dict(ADAPTED, adapters=dict(x=dict(dora=True), z=dict(targets=["query"]))),
-        "2 are active on 'query', with DoRA there can be only one",
+        "2 are active on 'query'; expected only one with DoRA",
     ),
     "adapters of a pretraining": (
         dict(kind="pretrain", start=None, objective="causal", train="all", adapters=dict(x=dict(rank=2))),

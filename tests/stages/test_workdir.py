@@ -1,4 +1,4 @@
-"""A run's directory: one config for each stage."""
+"""The directory of a run records one config per stage."""
 
 import pytest
 
@@ -26,18 +26,18 @@ def begun(tmp_path, file):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("stages.pretrain.steps=11", "stage.steps: 10 there, 11 now"),
-        ("model.d_ff=64", "model.d_ff: 32 there, 64 now"),
-        ("seed=1", "seed: 0 there, 1 now"),
-        ("tokenizer.vocab_size=301", "tokenizer.vocab_size: 300 there, 301 now"),
-        ("sources.general.max_documents=3", "sources.general.max_documents: 0 there, 3 now"),
+        ("stages.pretrain.steps=11", "stage.steps: saved 10, now 11"),
+        ("model.d_ff=64", "model.d_ff: saved 32, now 64"),
+        ("seed=1", "seed: saved 0, now 1"),
+        ("tokenizer.vocab_size=301", "tokenizer.vocab_size: saved 300, now 301"),
+        ("sources.general.max_documents=3", "sources.general.max_documents: saved 0, now 3"),
     ],
 )
-def test_a_directory_of_another_config_is_refused_and_left_alone(capsys, begun, file, override, line):
+def test_a_directory_with_another_config_is_rejected_and_unchanged(capsys, begun, file, override, line):
     before = tiny.files(begun)
     assert main(["run", f"--config={file}", f"--workdir={begun}", f"--config.{override}"]) == 2
     error = capsys.readouterr().err
-    assert "holds 'pretrain' of another config" in error and line in error and "--workdir" in error
+    assert "holds 'pretrain' with another config" in error and line in error and "--workdir" in error
     assert tiny.files(begun) == before
 
 
@@ -46,7 +46,7 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
     write_json(tmp_path / "init" / RECORD, workdir.stage_record(config, "init"))
     changed = "--config.tokenizer.vocab_size=301"
     assert main(["run", f"--config={file}", f"--workdir={tmp_path}", "--stages=pretrain", changed]) == 2
-    assert "holds 'init' of another config" in capsys.readouterr().err
+    assert "holds 'init' with another config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
         "sources.task.max_documents=9",
     ],
 )
-def test_what_does_not_change_a_stage_may_change_between_two_starts(begun, file, override):
+def test_fields_that_do_not_affect_a_stage_may_change_when_it_resumes(begun, file, override):
     config = configfile.load(file, [override])
     if override.startswith("sources.task"):
         config = configfile.load(file, [override, "evaluations={}"])
@@ -71,4 +71,4 @@ def test_what_does_not_change_a_stage_may_change_between_two_starts(begun, file,
 
 def test_differences_name_the_field():
     before, now = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2], "e": None}
-    assert workdir.differences(before, now) == ["  a.c: 2 there, 3 now", "  d: [1] there, [2] now"]
+    assert workdir.differences(before, now) == ["  a.c: saved 2, now 3", "  d: saved [1], now [2]"]

@@ -1,4 +1,4 @@
-"""The loop's own figures, and how it ends."""
+"""The metrics of the loop, and how it ends."""
 
 import math
 
@@ -17,7 +17,7 @@ def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
     return named | {"skipped_in_a_row": in_a_row}
 
 
-def test_a_log_line_weights_steps_by_their_targets_and_leaves_skipped_ones_out():
+def test_a_log_line_weights_steps_by_their_targets_and_ignores_skipped_steps():
     meter = Meter(Cost(), flops_per_step=10.0, peak_flops=None)
     meter.pending = [metrics(2.0, 3.0), metrics(math.nan, 5.0, skipped=1.0), metrics(4.0, 1.0)]
     line = meter.log_line()
@@ -34,7 +34,7 @@ def test_a_log_line_of_skipped_steps_only_has_no_loss():
 
 
 def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
-    """The steps at which a loop logged and saved, the batches it took, and where it ended."""
+    """The steps at which a loop logged and saved, its batches, and its last step."""
     logged, saved, batches, request = [], [], [], request or StopRequest()
     run.seen = logged, saved
 
@@ -61,7 +61,7 @@ def test_the_loop_logs_and_saves_on_its_multiples_and_at_the_end():
     assert run() == ([3, 4, 6, 8, 9, 10], [4, 8, 10], list(range(10)), 10)
 
 
-def test_a_resumed_loop_takes_the_batches_that_are_left():
+def test_a_resumed_loop_reads_the_remaining_batches():
     assert run(start=8) == ([9, 10], [10], [8, 9], 10)
     assert run(start=10) == ([], [], [], 10)
 
@@ -70,11 +70,11 @@ def test_a_requested_stop_saves_after_the_step_in_flight():
     assert run(ask_at=6) == ([3, 4, 6], [4, 6], list(range(6)), 6)
 
 
-def test_a_loop_that_leaves_out_too_many_steps_in_a_row_ends_without_another_save():
-    with pytest.raises(Diverged, match=r"^step 8: the last 3 steps .* \(guard\.stop_after=3\)"):
+def test_a_loop_that_skips_too_many_steps_in_a_row_ends_without_another_save():
+    with pytest.raises(Diverged, match=r"^step 8: skipped 3 updates in a row \(.*; guard\.stop_after=3\)"):
         run(bad_from=5)
     assert run.seen == ([3, 4, 6, 8], [4])
 
 
-def test_steps_left_out_now_and_then_do_not_end_a_loop():
+def test_steps_skipped_now_and_then_do_not_end_a_loop():
     assert run(bad_from=8)[3] == 10

@@ -1,4 +1,4 @@
-"""One train step: what it may change, and what its gradients must not depend on."""
+"""One train step: the parameters that it changes, and the settings that must not affect its gradients."""
 
 import functools
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from tests.helpers.tiny import COMPILE_FAST, TASK, jit, make_batch, make_params,
 ROWS, STEPS = 16, 10
 PLAIN = {"schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.0}
 OPTIMIZERS = {
-    "gradient": OptimizerConfig("sgd", 1.0, **PLAIN),  # parameters minus new parameters are the gradients
+    "gradient": OptimizerConfig("sgd", 1.0, **PLAIN),  # the gradients are old minus new parameters
     "clipped": OptimizerConfig("sgd", 0.5, "constant", weight_decay=0.1, clip_norm=0.25),
     "adamw": OptimizerConfig("adamw", 1e-2, "linear", weight_decay=0.1, clip_norm=1.0),
     "all at once": OptimizerConfig(
@@ -89,7 +89,7 @@ PARAMS = make_params(model_config(vocab_size=64))
 
 @functools.cache
 def full_gradients(remat: str = "none") -> tuple[float, dict[str, np.ndarray]]:
-    """The mean loss and the gradients of all leaves, flat and canonical, with no partition and no train step."""
+    """The mean loss and flat canonical gradients of all leaves, without a partition or a train step."""
     config = model_config(vocab_size=64)
     graph = abstract(config).graph
 
@@ -102,7 +102,7 @@ def full_gradients(remat: str = "none") -> tuple[float, dict[str, np.ndarray]]:
 
 
 def mask_of(partition) -> dict[str, np.ndarray]:
-    """1 where a canonical leaf trains, 0 where it is frozen."""
+    """1 where a canonical leaf is trainable, 0 where it is frozen."""
     masks = {path: np.zeros(np.shape(leaf), np.float32) for path, leaf in flatten(PARAMS).items()}
     for path in partition.trainable:
         if path.startswith("layers/"):
@@ -115,7 +115,7 @@ def mask_of(partition) -> dict[str, np.ndarray]:
 
 
 def assert_update_is_the_masked_one(run: Run) -> None:
-    """One clipped and decayed SGD step equals that of the full gradients times the mask, computed in numpy."""
+    """One clipped and decayed SGD step equals the numpy update from the masked full gradients."""
     loss, gradients = full_gradients()
     masks, before, options = mask_of(run.phase.partition), flatten(PARAMS), OPTIMIZERS["clipped"]
     masked = {path: gradient * masks[path] for path, gradient in gradients.items()}
@@ -140,7 +140,7 @@ rule_lists = st.lists(st.builds("{}/{}".format, chosen_layers, chosen_parts), mi
 
 @settings(max_examples=2, deadline=None, derandomize=True)
 @given(rule_lists, st.booleans())
-def test_an_update_equals_that_of_full_gradients_and_a_mask(rules, with_embeddings):
+def test_an_update_equals_the_masked_full_update(rules, with_embeddings):
     rules += ("embeddings",) * with_embeddings
     assert_update_is_the_masked_one(make_run(rules, "clipped"))
 
@@ -148,7 +148,7 @@ def test_an_update_equals_that_of_full_gradients_and_a_mask(rules, with_embeddin
 @pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(rule_lists, st.booleans(), st.sampled_from(["none", "full", "dots"]), st.sampled_from([1, 8]))
-def test_an_update_equals_that_of_full_gradients_and_a_mask_for_many_rules(rules, with_embeddings, remat, devices):
+def test_an_update_equals_the_masked_full_update_for_many_rules(rules, with_embeddings, remat, devices):
     rules += ("embeddings",) * with_embeddings
     assert_update_is_the_masked_one(make_run(rules, "clipped", devices, remat=remat))
 
@@ -194,7 +194,7 @@ def test_after_training_frozen_leaves_are_bit_identical_and_every_selected_leaf_
 def test_only_trainable_leaves_own_moments():
     phase = make_run(RULE, "adamw", micro_batches=4).phase
     trainable = state_bytes(phase.abstract_state.trainable)
-    counts = 2 * 4  # of Adam and of the schedule, int32
+    counts = 2 * 4  # int32 counts of Adam and the schedule
     assert state_bytes(phase.abstract_state.opt) == 2 * trainable + counts
     assert trainable < state_bytes(phase.abstract_params) / 2
 
@@ -216,12 +216,12 @@ def test_a_step_without_a_label_is_skipped_and_reports_zero():
     batch = make_batch(ROWS)
     after, metrics = run.step(state, batch._replace(weights=np.zeros_like(batch.weights)))
     assert (metrics["skipped"], metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (1, 0, 0, 0)
-    assert metrics["skipped_in_a_row"] == 0, "a step without labels says nothing of the run"
+    assert metrics["skipped_in_a_row"] == 0, "a step without labels does not count"
     assert_nothing_but_the_step_changed(state, after)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_step_that_is_not_finite_leaves_parameters_moments_and_schedule_as_they_were(poison):
+def test_a_non_finite_step_changes_neither_parameters_nor_moments_nor_the_schedule(poison):
     run, state = trained_once()
     embedding = state.frozen["embed"]["embedding"].copy()
     embedding[:, 0] = poison
@@ -235,7 +235,7 @@ def test_a_step_that_is_not_finite_leaves_parameters_moments_and_schedule_as_the
 
 
 def test_a_step_that_is_skipped_leaves_no_trace_in_any_part_of_the_optimizer():
-    """Rates of layers and leaves, the pull to the parent and the running mean go on as if it had never been."""
+    """Layer and leaf rates, the pull toward the parent and the running mean continue as without the step."""
     run, good = make_run(optimizer="all at once"), [make_batch(ROWS, seed) for seed in (0, 1)]
     bad = good[0]._replace(weights=good[0].weights * np.inf)
 
@@ -263,7 +263,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
 
 
 class Scalar(nnx.Module):
-    """A model of one number, for what a transformer cannot be made to do."""
+    """A model of one number, for cases that a transformer cannot produce."""
 
     def __init__(self):
         self.number = nnx.Param(jnp.zeros(()))
@@ -284,7 +284,7 @@ def scalar_step(loss, seed: int = 0, micro_batches: int = 1):
     return run
 
 
-def test_a_finite_loss_with_a_gradient_that_is_not_finite_is_skipped():
+def test_a_finite_loss_with_a_non_finite_gradient_is_skipped():
     run = scalar_step(lambda model, batch, key: Sums(jnp.sqrt(model.number[...]), jnp.sum(batch.weights), {}))
     number, metrics = run(0.0)
     assert (number, metrics["loss"], metrics["skipped"]) == (0, 0, 1)
@@ -302,7 +302,7 @@ def test_random_keys_depend_on_seed_step_and_micro_batch_and_on_nothing_else():
     assert at[0] == at[1]
     assert len(set(at)) == 3
     sums = halves(1.0, 5)[1]
-    # of two equal draws x the mean square is the square of the mean
+    # with two equal draws, the mean square would equal the squared mean
     assert 6 * sums["square"] / 2 > (6 * sums["noise"] / 2) ** 2 * 1.001
 
 
