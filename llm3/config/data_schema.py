@@ -60,7 +60,7 @@ class SourceConfig:
             return "choice"
         return "dialogue" if self.answer or self.messages else "text"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         files = self.data_files
         for each in files.values() if isinstance(files, dict) and files else [files]:
             names = each if isinstance(each, list) and each else [each]

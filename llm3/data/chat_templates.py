@@ -155,14 +155,20 @@ def _compiled(template: str) -> jinja2.Template:
 class _Generation(Extension):
     """`{% generation %}` ... `{% endgeneration %}`: the content, unchanged; `split_answers` finds the answers."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - jinja declares a set
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -173,7 +179,7 @@ def _raise_exception(message: str) -> None:
 def merge_texts(pieces: Pieces) -> Pieces:
     """The pieces with adjacent texts merged, so that they are encoded together."""
     groups = itertools.groupby(pieces, key=lambda piece: isinstance(piece, str))
-    return [each for texts, group in groups for each in (["".join(group)] if texts else group)]
+    return [each for texts, group in groups for each in (["".join(map(str, group))] if texts else group)]
 
 
 def encode_pieces(pieces: Pieces, tokenizer: Tokenizer) -> list[int]:

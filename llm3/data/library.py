@@ -31,7 +31,9 @@ class Library:
         """The token cache of one split of a source. All splits number the classes as the train split does."""
         if (name, split) not in self._caches:
             labels = self.labels(name) if self._source(name).label and split != "train" else None
-            self._caches[name, split] = self.build_split(name, split, labels=labels)
+            built = self.build_split(name, split, labels=labels)
+            assert built is not None  # only a share of a split can be incomplete
+            self._caches[name, split] = built
         return self._caches[name, split]
 
     def build_split(

@@ -39,7 +39,7 @@ def weight_schedule(
         check_weights(weights, tokens, f"{where}.data_schedule: step {step}" if step else f"{where}.data")
     if temperature:
         phases = [(step, _tempered(weights, temperature, tokens, where)) for step, weights in phases]
-    if replay:
+    if replay and parent:
         check_weights(parent, tokens, f"{where}.replay: the parent's data")
         phases = [(step, _with_replay(weights, parent, replay)) for step, weights in phases]
     return [(step, dict(weights)) for step, weights in phases]

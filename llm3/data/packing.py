@@ -18,6 +18,9 @@ class Windows(Protocol):
     dropped: int
     documents: int
 
+    @property
+    def max_pieces(self) -> int: ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
@@ -28,8 +31,8 @@ class Windows(Protocol):
 class PackedWindows:
     """Windows packed with pieces of documents, none of them split. A subclass defines the pieces.
 
-    sizes: int [pieces], tokens of each piece, at most `length`. max_pieces: the most pieces in one window. A subclass
-    sets `documents`, and `truncated` and `dropped` if they are not 0.
+    sizes: int [pieces], tokens of each piece, at most `length`. A subclass sets `documents`, and `truncated` and
+    `dropped` if they are not 0.
     """
 
     documents: int
@@ -79,7 +82,8 @@ def pack(sizes: np.ndarray, capacity: int, block: int = PACKING_BLOCK) -> tuple[
     Returns order, int64 [pieces], and bounds, int64 [windows + 1]: window w holds order[bounds[w]:bounds[w + 1]].
     Best-fit decreasing needs at most 11/9 of the fewest possible windows plus 4 (Johnson et al. 1974), for each block.
     """
-    order, counts = [], []
+    order: list[int] = []
+    counts: list[int] = []
     for start in range(0, len(sizes), block):
         for window in _best_fit(np.asarray(sizes[start : start + block]), capacity):
             order.extend(start + piece for piece in window)

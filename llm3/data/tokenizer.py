@@ -83,7 +83,9 @@ class Tokenizer:
             if i in added:  # stored as plain text; the library's decoder would read "naïve" as byte-level characters
                 tokens.append(b"" if added[i].special else added[i].content.encode())
             else:
-                tokens.append(bytes(BYTES[character] for character in self._backend.id_to_token(i)))
+                token = self._backend.id_to_token(i)
+                assert token is not None, f"the vocabulary has no token {i}"
+                tokens.append(bytes(BYTES[character] for character in token))
         return tokens
 
     def encode(self, text: str) -> list[int]:

@@ -75,12 +75,10 @@ def _word_starts(content: bytes) -> np.ndarray:
 @functools.cache
 def _kinds() -> np.ndarray:
     """The kind of each code point up to `IDEOGRAPHS`: int8 [code points]."""
-    by_category = {"L": LETTER, "N": LETTER, "M": MARK}
-    kinds = [
-        SPACE if each.isspace() else by_category.get(unicodedata.category(each)[0], ALONE)
-        for each in map(chr, range(IDEOGRAPHS + 1))
-    ]
-    kinds = np.array(kinds, np.int8)
+    by_category = {"L": LETTER, "N": LETTER, "M": MARK, "space": SPACE}
+    characters = map(chr, range(IDEOGRAPHS + 1))
+    categories = ("space" if each.isspace() else unicodedata.category(each)[0] for each in characters)
+    kinds = np.fromiter((by_category.get(each, ALONE) for each in categories), np.int8)
     for first, last in (*UNSPACED, (IDEOGRAPHS, IDEOGRAPHS)):
         block = kinds[first : last + 1]
         block[block == LETTER] = ALONE

@@ -211,7 +211,7 @@ def test_answer_masks_and_notes_belong_to_their_documents(tmp_path):
     plain = build(TEXTS, tmp_path)
     assert plain.answer_mask(3).all()
     assert len(plain.answer_mask(3)) == len(plain.document(3))
-    assert plain.note(3) is None
+    assert plain.note(3) == {}
     assert not list(plain.reader._directory.rglob("answered.bin"))
 
 

@@ -39,7 +39,7 @@ class MemoryCache:
         return np.concatenate([np.empty(0, np.int32), *(each.tokens for each in self._documents)])[start:stop]
 
     def note(self, index: int):
-        return self._documents[index].note
+        return self._documents[index].note or {}
 
     def subset(self, indices) -> "MemoryCache":
         labels = None if self.labels is None else self.labels[indices]

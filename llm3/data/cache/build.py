@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def remove_abandoned(cache_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(what: str, parts: int, bar: bool | None):
+def _progress(what: str, parts: int, bar: bool | None) -> Iterator[Callable[[], None]]:
     """Yield a function that counts a part: a progress bar on a terminal, one plain line elsewhere."""
     console = rich.console.Console(stderr=True)
     if bar is None:

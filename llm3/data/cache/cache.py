@@ -76,8 +76,8 @@ class TokenCache:
         """bool [n], True at the tokens of answers; all True if the row format marks no answers."""
         return self.reader.answer_mask(*self._place(index))
 
-    def note(self, index: int) -> dict[str, Any] | None:
-        """The note of a document (see `llm3.data.formats.Document`)."""
+    def note(self, index: int) -> dict[str, Any]:
+        """The note of a document (see `llm3.data.formats.Document`); {} if it has none."""
         return self.reader.note(self._stored_index(index))
 
     def read_tokens(self, start: int, stop: int) -> np.ndarray:
@@ -104,7 +104,7 @@ class TokenCache:
         """64 bits of blake2b of each document's tokens: uint64 [documents]. Equal documents have equal hashes."""
         hashes = np.empty(self.documents, np.uint64)
         for index in range(self.documents):
-            digest = hashlib.blake2b(self.document(index), digest_size=8).digest()
+            digest = hashlib.blake2b(self.document(index).data, digest_size=8).digest()
             hashes[index] = int.from_bytes(digest, "little")
         return hashes
 
@@ -182,7 +182,17 @@ def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> 
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
-def _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard) -> bool:
+def _build_missing(
+    records: Any,
+    row_format: str,
+    tokenizer: Tokenizer,
+    template: str,
+    target: Path,
+    key: str,
+    workers: int | None,
+    progress: bool | None,
+    shard: tuple[int, int] | None,
+) -> bool:
     """Build the missing shards, or the share `shard` of them, and join them. Returns whether the cache is complete."""
     parts = list(records.parts())
     if not parts:
@@ -253,7 +263,9 @@ def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_
         )
 
 
-def _labels(directory: Path, manifest: dict[str, Any], labels: list[str] | None):
+def _labels(
+    directory: Path, manifest: dict[str, Any], labels: list[str] | None
+) -> tuple[list[str], list[list[int]] | None, np.ndarray | None]:
     """(class names, sets of classes or None if each document has one, class or set of each document: int32 [n])."""
     found = sorted({name for names in manifest["label_sets"] for name in names})
     if not (found or manifest["several"]):

@@ -26,10 +26,8 @@ class ShardReader:
         self.offsets = np.asarray(np.load(directory / shards.OFFSETS, mmap_mode="r"))
         self._mapped = functools.lru_cache(OPEN_FILES)(self._map)
 
-    def _map(self, name: str) -> np.ndarray | None:
-        """The content of a shard's file; None if the shard has no such file."""
-        if name not in self._files:
-            return None
+    def _map(self, name: str) -> np.ndarray:
+        """The content of a shard's file. Raises KeyError if the shard has no such file."""
         path = self._directory / name
         if path.suffix == ".npy":
             return np.asarray(np.load(path, mmap_mode="r"))
@@ -45,24 +43,25 @@ class ShardReader:
         return self._read(shards.ANSWER_MASK, start, stop, lambda size: np.ones(size, bool))
 
     def _read(self, name: str, start: int, stop: int, absent: Callable[[int], np.ndarray]) -> np.ndarray:
-        pieces = []
+        pieces: list[np.ndarray] = []
         shard = bisect.bisect_right(self._first_token, start) - 1
         while not pieces or start < stop:
             if shard == len(self._shards):  # an empty range behind the last token
                 return absent(0)
             base, end = self._first_token[shard : shard + 2]
             upto = min(stop, end)
-            values = self._mapped(f"{shards.folder(shard)}/{name}")
-            pieces.append(absent(upto - start) if values is None else values[start - base : upto - base])
+            file = f"{shards.folder(shard)}/{name}"
+            values = self._mapped(file)[start - base : upto - base] if file in self._files else absent(upto - start)
+            pieces.append(values)
             start, shard = upto, shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-    def note(self, document: int) -> dict[str, Any] | None:
-        """The note of a stored document, or None."""
+    def note(self, document: int) -> dict[str, Any]:
+        """The note of a stored document; {} if it has none."""
         shard = bisect.bisect_right(self._first_document, document) - 1
         place = document - self._first_document[shard]
         folder = shards.folder(shard)
-        ends = self._mapped(f"{folder}/{shards.NOTE_ENDS}")
-        if ends is None or ends[place] == ends[place + 1]:
-            return None
-        return json.loads(self._mapped(f"{folder}/{shards.NOTES}")[ends[place] : ends[place + 1]].tobytes())
+        if f"{folder}/{shards.NOTE_ENDS}" not in self._files:
+            return {}
+        start, stop = self._mapped(f"{folder}/{shards.NOTE_ENDS}")[place : place + 2]
+        return json.loads(self._mapped(f"{folder}/{shards.NOTES}")[start:stop].tobytes()) if start < stop else {}

@@ -119,7 +119,7 @@ class _ShardBuilder:
         if self._has_answer_mask:
             kinds.append((ANSWER_MASK, self._answer_mask, np.dtype(bool)))
         for name, buffer, dtype in kinds:
-            values = memoryview(np.frombuffer(buffer, dtype))
+            values = np.frombuffer(buffer, dtype).data
             with open(directory / name, "wb") as file:
                 for place in order.tolist():
                     file.write(values[ends[place - 1] if place else 0 : ends[place]])

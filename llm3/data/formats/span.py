@@ -20,11 +20,11 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     BadRow, also for an answer that is not at its offset.
     """
     question, context = text_of(row, source.prompt), text_of(row, source.text)
-    answers = [[text, start] for text, start in _pairs(value(row, source.answers), source.answers)]
+    answers = _pairs(value(row, source.answers), source.answers)
     for text, start in answers:
         if start < 0 or context[start : start + len(text)] != text:
             raise BadRow("answer is not at its offset")
-    return {"question": question, "context": context, "answers": answers}
+    return {"question": question, "context": context, "answers": [list(each) for each in answers]}
 
 
 def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:

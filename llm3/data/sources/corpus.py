@@ -151,7 +151,7 @@ def split_modules(docstrings: Iterable[Docstring], held_out_share: float) -> dic
         room = dict.fromkeys(("validation", "test"), held_out_share * sum(modules.values()))
         for module in sorted(modules, key=_hash):
             fits = [split for split in room if modules[module] <= room[split]]
-            splits[module] = max(fits, key=room.get, default="train")
+            splits[module] = max(fits, key=room.__getitem__, default="train")
             if fits:
                 room[splits[module]] -= modules[module]
     return splits

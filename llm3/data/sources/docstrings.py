@@ -46,7 +46,7 @@ class Docstring(NamedTuple):
 
 
 @contextmanager
-def no_garbage_collection():
+def no_garbage_collection() -> Iterator[None]:
     """No garbage collection: parsing makes millions of objects without cycles, and collecting takes half the time."""
     enabled = gc.isenabled()
     gc.disable()
@@ -71,7 +71,9 @@ def python_docstrings() -> Iterator[Docstring]:
 def numerical_docstrings() -> Iterator[Docstring]:
     """The numerical packages, found but not imported."""
     for package in PACKAGES:
-        for location in sorted(importlib.util.find_spec(package).submodule_search_locations):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations is not None, f"{package} is not installed"
+        for location in sorted(spec.submodule_search_locations):
             yield from file_docstrings(Path(location), package)
 
 
@@ -99,8 +101,8 @@ def _tree_docstrings(node: ast.AST, module: str, name: str) -> Iterator[Docstrin
                 yield from _tree_docstrings(child, module, f"{name}.{child.name}")
             case ast.If() | ast.Try() | ast.With():
                 yield from _tree_docstrings(child, module, name)
-            case ast.Expr(value=ast.Call(func=ast.Name(id=function))) if function.startswith("add_newdoc"):
-                yield from _added_docstring(child.value, module)
+            case ast.Expr(value=ast.Call(func=ast.Name(id=function)) as call) if function.startswith("add_newdoc"):
+                yield from _added_docstring(call, module)
 
 
 def _added_docstring(call: ast.Call, module: str) -> Iterator[Docstring]:
@@ -120,7 +122,7 @@ def _added_docstring(call: ast.Call, module: str) -> Iterator[Docstring]:
 def _live_docstrings(module: types.ModuleType) -> Iterator[Docstring]:
     """The docstrings of an imported module, its functions, its classes and their members, in the order of names."""
     name = module.__name__
-    found = [(name, module)]
+    found: list[tuple[str, object]] = [(name, module)]
     for key, value in sorted(vars(module).items()):
         if isinstance(value, type) or inspect.isroutine(value):
             found.append((f"{name}.{key}", value))

@@ -24,7 +24,11 @@ PARTS = 64  # parts of a larger corpus, enough to keep many cores busy to the en
 SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}  # by the first bytes of a file
+OPENERS: dict[bytes, Callable[[str, str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}  # by the first bytes of a file
 ARCHIVES = (
     b"PK\x03\x04",
     b"\x28\xb5\x2f\xfd",
@@ -136,7 +140,7 @@ def open_decompressed(name: str) -> Iterator[BinaryIO]:
             raise UserError(f"{name} cannot be {'decompressed' if opener else 'read'}: {error}") from error
 
 
-def _opener(name: str) -> Callable[[str, str], BinaryIO] | None:
+def _opener(name: str) -> Callable[[str, str], Any] | None:
     with open(name, "rb") as file:
         start = file.read(6)
     return next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)

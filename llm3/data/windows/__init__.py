@@ -7,6 +7,7 @@ Its attributes say what packing costs:
     truncated   documents that lost tokens
     dropped     documents that lost every target
     documents   documents that have a window
+    max_pieces  the most documents, or pieces of documents, in one window
 
 `documents_of(i)` lists the documents of window i as (segment, document, (first, stop) token of the document).
 """

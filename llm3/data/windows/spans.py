@@ -49,7 +49,7 @@ class WindowTable(PackedWindows):
     def _documents_with_their_answer(self) -> np.ndarray:
         """bool [documents], True for documents with a chunk that holds the first answer, or without an answer."""
         found = np.zeros(self._cache.documents, bool)
-        for chunk, document in enumerate(self._document):
+        for chunk, document in enumerate(self._document.tolist()):
             if not found[document]:
                 spans = self._cache.note(document)["spans"]
                 found[document] = not spans or self._holds(chunk, spans[0])

@@ -25,6 +25,13 @@ class WindowTable:
         self.waste = 1 - self._inputs / (self._windows * length) if self._windows else 0.0
         self.documents = cache.documents
 
+    @property
+    def max_pieces(self) -> int:
+        starts = np.arange(0, self._inputs, self._length)
+        ends = np.minimum(starts + self._length, self._inputs)
+        first, last = (np.searchsorted(self._cache.offsets, each, side="right") for each in (starts, ends - 1))
+        return int((last - first).max(initial=-1)) + 1
+
     def __len__(self) -> int:
         return self._windows
 
