@@ -51,7 +51,7 @@ def one_by_one() -> list[str]:
     return [BYTES.decode(each) for each in made]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_answers_are_those_of_greedy_sampling_one_prompt_at_a_time_whatever_the_batch(batch_size):
     assert written(questions(PAIRS, BYTES), batch_size=batch_size) == one_by_one()
     assert len(set(one_by_one())) > 5

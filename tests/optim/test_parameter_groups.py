@@ -20,6 +20,7 @@ ALL_AT_ONCE = {
     "clip_norm": 3.0,
     "weight_decay": 0.1,
 }
+OPTIMIZERS = [name if name in ("adamw", "muon") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 STEADY = {"schedule": "constant", "warmup_steps": 0}
 
 
@@ -84,7 +85,7 @@ def test_the_first_rule_that_matches_a_leaf_in_a_layer_sets_its_factor_beside_th
         np.testing.assert_allclose(leaf, flatten(params)[path] - 0.01 * factor, rtol=1e-6, atol=1e-7, err_msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_cuts_of_the_stack_and_the_groups_of_leaves_that_start_together_change_nothing(name):
     whole, gradients = small(0), [small(1), small(2)]
     parts, cut_gradients = cut(whole, (0, 2), (2, 3)), [cut(each, (0, 2), (2, 3)) for each in gradients]
@@ -151,7 +152,7 @@ def test_what_is_not_asked_for_holds_no_state():
     assert averaged(make(tree(0)).transform.init(tree(0))) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_leaves_that_join_start_as_fresh_ones_and_disturb_no_others(name):
     params, *gradients = (cut(small(seed), (0, 2), (2, 3)) for seed in range(5))
     start, joins = ("head", "layers/2:3"), ("final_norm", "layers/0:2")
