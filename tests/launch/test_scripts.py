@@ -1,5 +1,6 @@
 """The launch scripts, run in a copy of the repository with a stand-in for Python that installs nothing."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -204,9 +205,19 @@ def local(repository, tmp_path):
         environment = {"PATH": os.environ["PATH"], "LLM3_ACCELERATOR": "cpu", "END": end, **environment}
         command = [repository.root / "launch" / "local.sh", *arguments]
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        return subprocess.Popen(command, env=environment, text=True, cwd=tmp_path, start_new_session=True, **pipes)
+        heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job ignores it
+        started.append(
+            subprocess.Popen(
+                command, env=environment, text=True, cwd=tmp_path, start_new_session=True, preexec_fn=heard, **pipes
+            )
+        )
+        return started[-1]
 
-    return start
+    started = []
+    yield start
+    for process in started:  # a test that failed leaves workers that wait
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def given(line):
