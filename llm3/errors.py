@@ -24,7 +24,7 @@ class Exit(enum.IntEnum):
 class UserError(Exception):
     """Bad input, found before any device work. The command line prints it without a traceback and exits with 2."""
 
-    exit = Exit.BAD_INPUT
+    exit: int = Exit.BAD_INPUT
 
 
 class Diverged(UserError):

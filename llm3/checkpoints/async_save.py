@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -23,7 +23,8 @@ class _Failures(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        files = [record.pathname, *(frame.filename for frame in traceback.extract_tb(error and error.__traceback__))]
+        frames = traceback.extract_tb(error.__traceback__ if error else None)
+        files = [record.pathname, *(frame.filename for frame in frames)]
         if record.levelno < logging.WARNING or not any("orbax" in file for file in files):
             return True
         self.last = error or self.last
@@ -49,15 +50,23 @@ class Deadlock(Exception):
     """A save thread has failed, and the remaining ones wait for another process, which waits for this one."""
 
 
+class Response(Protocol):
+    """The part of the response of Orbax that is used."""
+
+    def result(self, timeout: float | None = None) -> Any: ...
+
+
 class AsyncSave:
     """One save of `step`, created before it begins; `response` is the response of Orbax once it has begun."""
 
     def __init__(self, step: int):
-        self.step, self.response = step, None
+        self.step = step
+        self.response: Response | None = None
         _failures.last = None
 
     def wait(self) -> Any:
         """Return when the save is finished. Raises any error of Orbax, and Deadlock from its cause."""
+        assert self.response is not None, "the save has begun"
         failed = None
         while jax.process_count() > 1:
             started = time.monotonic()

@@ -114,8 +114,9 @@ def scored(name: str, signed: float | None) -> dict:
 
     Its value is None if the metric is missing or not finite: such a checkpoint cannot be the best.
     """
-    finite = signed is not None and math.isfinite(signed)
-    return {"scored": {"name": name, "value": float(signed)} if finite else None}
+    if signed is None or not math.isfinite(signed):
+        return {"scored": None}
+    return {"scored": {"name": name, "value": float(signed)}}
 
 
 def best_step(metas: Mapping[int, dict], stage: str, where: str) -> int:

@@ -169,7 +169,7 @@ class Store:
             yield
         except Exception as error:
             writer, self._writer = self._writer, None  # Orbax would raise the same error at every later call
-            if not isinstance(error, Deadlock):  # closing would wait for the same thread
+            if writer and not isinstance(error, Deadlock):  # closing would wait for the same thread
                 with contextlib.suppress(Exception):
                     writer.close()
             self._remove_unfinished(step)

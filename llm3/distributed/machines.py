@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,7 +197,7 @@ def _this_cpu() -> Chip:
     return Chip("cpu", flops, int(memory[1]) * 1024, copied, copied, copied, 1)
 
 
-def _fastest(work) -> float:
+def _fastest(work: Callable[[], object]) -> float:
     """The shortest of five runs, in seconds."""
     seconds = []
     for _ in range(5):

@@ -33,13 +33,15 @@ class StopRequest:
     @property
     def exit(self) -> int:
         """The exit status of a run that was stopped."""
+        assert self.signal is not None, "the run was stopped"
         return Exit.PREEMPTED if self.signal == signal.SIGTERM else 128 + self.signal
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a StopRequest; a second signal ends the process at once."""
-    request, asked = StopRequest(), []
+    request = StopRequest()
+    asked: list[int] = []
     several = jax.process_count() > 1  # then jax handles SIGTERM
 
     def handle(number: int, frame: Any) -> None:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, and all others end
 LEAVING_SECONDS = 5
-ALL_DEVICES = {"local_device_ids": []}  # all visible devices; by default jax gives each scheduler task one
+ALL_DEVICES: dict[str, Any] = {"local_device_ids": []}  # all visible ones, not one per scheduler task
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # the first process may have a corpus to tokenize
 
 
@@ -46,15 +46,13 @@ def detect(
     inside `srun`; Open MPI; the metadata of a TPU. `processes=1` always means a single process. Raises UserError for
     contradictory flags.
     """
-    given = {
-        "coordinator": coordinator or environment.get("LLM3_COORDINATOR"),
-        "processes": _number("LLM3_PROCESSES", processes, environment),
-        "process": _number("LLM3_PROCESS", process, environment),
-    }
-    if given["processes"] == 1 and not given["process"]:
+    coordinator = coordinator or environment.get("LLM3_COORDINATOR")
+    processes = _number("LLM3_PROCESSES", processes, environment)
+    process = _number("LLM3_PROCESS", process, environment)
+    if processes == 1 and not process:
         return None
-    if any(value is not None for value in given.values()):
-        return _explicit(**given)
+    if any(value is not None for value in (coordinator, processes, process)):
+        return _explicit(coordinator, processes, process)
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         who = f"task {environment['SLURM_PROCID']} of {environment['SLURM_NTASKS']}"
         return Cluster(
@@ -85,25 +83,26 @@ def _number(name: str, flag: int | None, environment: Mapping[str, str]) -> int 
 
 def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> Cluster:
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    if missing := [name for name, value in flags.items() if value is None]:
+    if coordinator is None or processes is None or process is None:
+        missing = [name for name, value in flags.items() if value is None]
         raise UserError(f"{' and '.join(missing)}: missing; expected all of {', '.join(flags)}, or none of them")
     if processes < 1 or not 0 <= process < processes:
         raise UserError(f"--process={process}: expected 0 to {processes - 1}, for --processes={processes}")
     if not coordinator.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator={coordinator!r}: expected HOST:PORT of process 0")
-    arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    arguments: dict[str, Any] = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
     arguments["cluster_detection_method"] = "deactivate"  # do not use the devices of a surrounding scheduler
     return Cluster(f"process {process} of {processes}, coordinator {coordinator}", arguments)
 
 
-def _devices_of_slurm_task(environment: Mapping[str, str]) -> dict[str, list]:
+def _devices_of_slurm_task(environment: Mapping[str, str]) -> dict[str, Any]:
     """All visible devices, unless several tasks share the devices of a node and each must take one."""
     shared = int(environment["SLURM_NTASKS"]) > int(environment.get("SLURM_STEP_NUM_NODES", 1))
     own = "SLURM_GPUS_PER_TASK" in environment or "SLURM_GPU_BIND" in environment
     return {} if "JAX_LOCAL_DEVICE_IDS" in environment or (shared and not own) else ALL_DEVICES
 
 
-def _address(environment: Mapping[str, str]) -> dict[str, str]:
+def _address(environment: Mapping[str, str]) -> dict[str, Any]:
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     return {"coordinator_address": address} if address else {}
 

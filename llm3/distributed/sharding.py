@@ -208,7 +208,7 @@ def check_batch(mesh: Mesh, batch_size: int, length: int, micro_batches: int, wh
 def rows_of_process(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of the global batch that the devices of this process need, ascending."""
     indices = named(mesh, "batch").addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (rows,) in indices for row in range(batch_size)[rows]})
+    return sorted({row for index in indices if index is not None for row in range(batch_size)[index[0]]})
 
 
 def place_rows(mesh: Mesh, batch_size: int, local: Any) -> Any:
@@ -216,7 +216,8 @@ def place_rows(mesh: Mesh, batch_size: int, local: Any) -> Any:
     sharding, rows = named(mesh, "batch", "length"), rows_of_process(mesh, batch_size)
 
     def place(array: np.ndarray) -> jax.Array:
-        def piece(index: tuple[slice, slice]) -> np.ndarray:
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "every device holds a shard"
             wanted = range(batch_size)[index[0]]
             first = rows.index(wanted[0])
             return array[first : first + len(wanted), index[1]]

@@ -101,10 +101,10 @@ def check_function(before: ModelConfig, now: ModelConfig, account: Account, wher
     for name in theirs.keys() & ours.keys():
         if not any(f"/lora/{name}/" in path for path in account.loaded):
             continue
-        for field in ("alpha", "rslora", "rank", "dora", "targets"):
-            was, is_now = getattr(theirs[name], field), getattr(ours[name], field)
-            if was != is_now and not (field == "targets" and set(was) == set(is_now)):
+        for option in ("alpha", "rslora", "rank", "dora", "targets"):
+            was, is_now = getattr(theirs[name], option), getattr(ours[name], option)
+            if was != is_now and not (option == "targets" and set(was) == set(is_now)):
                 raise UserError(
-                    f"{where}: the parent's adapter {name!r} has {field}={was!r}, this stage's {is_now!r}: "
+                    f"{where}: the parent's adapter {name!r} has {option}={was!r}, this stage's {is_now!r}: "
                     f"use the parent's, or give a new adapter another name"
                 )

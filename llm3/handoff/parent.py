@@ -96,7 +96,7 @@ def find_checkpoint(start: Start, where: str) -> Parent:
     if start.step not in (*NAMED_STEPS, *steps):
         raise UserError(f"{where}.step={start.step}: {directory} holds the steps {', '.join(map(str, steps))}")
     metas = {}
-    for step in steps if start.step == "best" else [steps[-1]] if start.step == "latest" else [start.step]:
+    for step in steps if start.step == "best" else [start.step if isinstance(start.step, int) else steps[-1]]:
         with _reading(checkpoints, step, where):
             metas[step] = checkpoints.meta(step)
     if start.step in NAMED_STEPS and not metas[steps[-1]]["finished"]:

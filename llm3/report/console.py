@@ -2,8 +2,14 @@
 
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from llm3.report.units import count, duration, percent
+
+if TYPE_CHECKING:  # slow to import
+    from rich import progress
+    from rich.console import Console
 
 
 class Progress:
@@ -13,11 +19,18 @@ class Progress:
     a context manager, or call `close`.
     """
 
-    def __init__(self, total: int, start: int = 0, label: str = "", console=None, clock=time.monotonic):
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        label: str = "",
+        console: "Console | None" = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._total, self._label, self._clock = total, label, clock
         self._first = (start, clock())  # a step and its time, the reference point for the ETA
         self._compiled = False
-        self._bar = None
+        self._bar: progress.Progress | None = None
         if console is not None or sys.stdout.isatty():
             self._bar, self._task = _bar(total, start, label, console)
 
@@ -54,7 +67,7 @@ class Progress:
         self.close()
 
 
-_FORMATS = {
+_FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "gradient_norm": lambda value: f"grad {value:.3g}",
@@ -68,7 +81,7 @@ def _formatted(metrics: dict) -> list[str]:
     return [form(metrics[key]) for key, form in _FORMATS.items() if metrics.get(key) is not None]
 
 
-def _bar(total: int, start: int, label: str, console):
+def _bar(total: int, start: int, label: str, console: "Console | None") -> "tuple[progress.Progress, progress.TaskID]":
     """A running rich progress bar, and its task."""
     from rich import progress
     from rich.table import Column

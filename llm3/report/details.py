@@ -1,6 +1,6 @@
 """Evaluation results beyond single numbers (per class, per domain, examples), and the epochs of each source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm3.report.units import NOT_APPLICABLE, words
@@ -8,13 +8,13 @@ from llm3.report.units import NOT_APPLICABLE, words
 LONGEST = 160  # max characters shown of a text
 
 
-def in_detail(rows: list[dict], details: dict[str, dict | None]) -> list[str]:
+def in_detail(rows: list[dict], details: Mapping[str, dict | None]) -> list[str]:
     """A section with the details of the last stage that has any, and the files with the details of other stages."""
-    last = next((row["stage"] for row in reversed(rows) if details.get(row["stage"])), None)
-    if last is None:
+    last = next((row["stage"] for row in reversed(rows) if details.get(row["stage"])), "")
+    if not (shown := details.get(last)):
         return []
     parts = [f"## {last} in detail"]
-    for name, value in details[last].items():
+    for name, value in shown.items():
         parts += [f"**{words(name)}**", *_shown(value)]
     others = [f"{stage}/details.json" for stage, value in details.items() if value and stage != last]
     return [*parts, f"Of the other stages: {', '.join(others)}."] if others else parts

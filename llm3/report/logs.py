@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from llm3.errors import NotWritten, UserError, writing
 from llm3.files import METRICS, write_atomic
@@ -106,5 +107,5 @@ def read_metrics(directory: Path | str) -> list[dict]:
     return metrics
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

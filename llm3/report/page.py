@@ -1,7 +1,7 @@
 """The report page of a run: the gain and cost of each stage, in sentences computed from the rows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from llm3.files import MATRIX, REPORT, write_atomic
@@ -23,7 +23,7 @@ def write_report(
     title: str,
     command: str,
     facts: dict,
-    details: dict[str, dict] | None = None,
+    details: Mapping[str, dict | None] | None = None,
 ) -> None:
     """Write DIR/report.md with DIR/matrix.json, DIR/matrix.png and DIR/loss.png; with replicates, DIR/seeds.png.
 
@@ -51,7 +51,7 @@ def page(
     title: str,
     command: str,
     facts: dict,
-    details: dict[str, dict] | None = None,
+    details: Mapping[str, dict | None] | None = None,
 ) -> str:
     """The text of report.md."""
     rows, baselines = complete(rows, baselines)
@@ -167,8 +167,8 @@ def versus(row: dict, other: dict, metric: Metric) -> str:
     text = (
         f"{percent(row[metric.key])} against {accuracy(other, metric)}, a difference of {100 * difference:+.1f} points"
     )
-    errors = [standard_error(row, metric), standard_error(other, metric)]
-    if None not in errors and any(errors):
+    errors = [error for each in (row, other) if (error := standard_error(each, metric)) is not None]
+    if len(errors) == 2 and any(errors):
         ratio = abs(difference) / math.hypot(*errors)
         verdict = "outside" if ratio > 1.96 else "inside"
         text += (

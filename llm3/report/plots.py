@@ -1,17 +1,24 @@
 """The plots of a report: PNG files, drawn without a display, in the colour-blind-safe palette of Okabe and Ito."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from llm3.report.matrix import Metric, complete, majority, metrics_of
 from llm3.report.replicates import Recipe, estimate
 from llm3.report.table import METRIC_NAMES, PERCENTAGES
 from llm3.report.units import words
 
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.axes import Axes
+
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B6B6B"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+Point = tuple[float, float, float]  # x, y, half of the error bar
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
@@ -32,7 +39,7 @@ STYLE = {
 }
 
 
-def smooth(values: list[float], window: int) -> list[float]:
+def smooth(values: Sequence[float], window: int) -> list[float]:
     """The mean over a centred window of `window` values, which is shorter at both ends."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
@@ -90,7 +97,7 @@ def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> No
             axes.set_visible(False)
 
 
-def _panel(axes, panel: list[Metric], rows: list[dict], baselines: list[dict]) -> None:
+def _panel(axes: "Axes", panel: list[Metric], rows: list[dict], baselines: list[dict]) -> None:
     """A group of bars per stage, one bar per evaluation, labelled with their values."""
     stages, kind = [*rows, *baselines], panel[0].name
     share = kind in PERCENTAGES
@@ -127,8 +134,10 @@ def _panel(axes, panel: list[Metric], rows: list[dict], baselines: list[dict]) -
         if top > 1:
             axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     names = [row["stage"] for row in stages]
-    inches = axes.figure.get_figwidth() / axes.get_gridspec().ncols / len(names)  # available for the name of a stage
-    slant = {"rotation": 30, "ha": "right"} if inches < 0.08 * max(map(len, names)) else {}
+    drawing, grid = axes.get_figure(root=True), axes.get_gridspec()
+    assert drawing and grid
+    inches = drawing.get_figwidth() / grid.ncols / len(names)  # available for the name of a stage
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right"} if inches < 0.08 * max(map(len, names)) else {}
     axes.set_xticks(range(len(stages)), names, **slant)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.6, len(stages) - 0.4)
@@ -152,13 +161,15 @@ def plot_seeds(path: Path | str, recipes: list[Recipe]) -> None:
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         drawn = [(axes, _seeds_panel(axes, *panel, recipes)) for axes, panel in zip(grid, panels, strict=False)]
-        grid[0].figure.draw_without_rendering()  # labels are placed after the panels have their final size
+        drawing = grid[0].get_figure(root=True)
+        assert drawing
+        drawing.draw_without_rendering()  # labels are placed after the panels have their final size
         for axes, points in drawn:
             _label(axes, points)
 
 
-def _seeds_panel(axes, metric: Metric, key: str, recipes: list[Recipe]) -> dict[str, tuple[float, float, float]]:
-    """Plot mean and interval of one metric per recipe; returns {label: (x, y, half of the error bar)}."""
+def _seeds_panel(axes: "Axes", metric: Metric, key: str, recipes: list[Recipe]) -> dict[str, Point]:
+    """Plot mean and interval of one metric per recipe; returns {label: point}."""
     share = metric.name == "accuracy"
     scale, points = 100 if share else 1, {}
     for recipe in recipes:
@@ -181,8 +192,8 @@ def _seeds_panel(axes, metric: Metric, key: str, recipes: list[Recipe]) -> dict[
     return points
 
 
-def _label(axes, points: dict[str, tuple[float, float, float]]) -> None:
-    """Label each point (x, y, half of its error bar) where the label hides no other label, point or bar."""
+def _label(axes: "Axes", points: dict[str, Point]) -> None:
+    """Label each point where the label hides no other label, point or bar."""
     from matplotlib.transforms import Bbox
 
     pixel = axes.figure.dpi / 72
@@ -242,12 +253,14 @@ class _figure:
         self._drawing = Drawing(figsize=size, layout="constrained")
         self._grid = self._drawing.subplots(lines, columns, squeeze=False)
 
-    def __enter__(self) -> list:
+    def __enter__(self) -> "list[Axes]":
         return list(self._grid.flat)
 
-    def __exit__(self, kind, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self._drawing.savefig(self._path)
         finally:
-            self._style.__exit__(kind, *exception)
+            self._style.__exit__(kind, error, trace)

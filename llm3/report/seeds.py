@@ -59,12 +59,12 @@ def scope(found: list[Recipe], inside: list[dict]) -> Iterator[str]:
         "Changes are relative to the parent; step times also depend on other load of the machine."
     )
     for metric in (each for each in metrics_of(inside) if each.name == "accuracy"):
-        known = [row for row in inside if standard_error(row, metric) is not None]
+        known = [(row, error) for row in inside if (error := standard_error(row, metric)) is not None]
         if known:
-            row = max(known, key=lambda row: row[metric.key])
+            row, error = max(known, key=lambda pair: pair[0][metric.key])
             text = (
                 f"{words(metric.evaluation).capitalize()} is scored on {row[f'{metric.evaluation}_items']} items: "
-                f"other items would change an accuracy by about {100 * standard_error(row, metric):.1f} points "
+                f"other items would change an accuracy by about {100 * error:.1f} points "
                 "(standard error)"
             )
             chance = majority(row, metric.evaluation)

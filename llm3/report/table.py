@@ -1,11 +1,17 @@
 """The matrix as a table: on a terminal, and in Markdown."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from llm3.report import cost
 from llm3.report.matrix import Metric, complete, majority, metrics_of
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
+
+if TYPE_CHECKING:  # slow to import
+    from rich.console import Console
+    from rich.table import Table
 
 WIDTH = 120
 REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only in their seed"
@@ -26,6 +32,11 @@ def cell(row: dict, metric: Metric) -> str:
         return percent(value)
     change = row.get(f"{metric.key}_change")
     return fixed(value) if change is None else f"{fixed(value)} ({signed(change)})"
+
+
+def majority_cell(row: dict, metric: Metric) -> str:
+    """The accuracy of the majority class in a row."""
+    return percent(majority(row, metric.evaluation))
 
 
 def trained(row: dict) -> str:
@@ -49,18 +60,17 @@ def grid(rows: list[dict], baselines: list[dict]) -> tuple[list[str], list[list[
     """The column heads (two lines each), the cells of the rows, and the cells of the baselines."""
     rows, baselines = complete(rows, baselines)
     stages = [*rows, *baselines]
-    columns = [("\nstage", lambda row: row["stage"])]
+    columns: list[tuple[str, Callable[[dict], str]]] = [("\nstage", lambda row: row["stage"])]
     for metric in metrics_of(stages):
-        columns.append((header(metric), lambda row, metric=metric: cell(row, metric)))
+        columns.append((header(metric), partial(cell, metric=metric)))
         if metric.name == "accuracy" and any(majority(row, metric.evaluation) is not None for row in stages):
-            columns.append(("majority\nclass", lambda row, metric=metric: percent(majority(row, metric.evaluation))))
+            columns.append(("majority\nclass", partial(majority_cell, metric=metric)))
     columns += COSTS
-    return [head for head, _ in columns], *(
-        [[text(row) for _, text in columns] for row in part] for part in (rows, baselines)
-    )
+    cells, baseline_cells = ([[show(row) for _, show in columns] for row in part] for part in (rows, baselines))
+    return [head for head, _ in columns], cells, baseline_cells
 
 
-def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
+def print_table(rows: list[dict], baselines: list[dict], console: "Console | None" = None) -> None:
     """Print the matrix on `console` (default: standard output), at most 120 columns wide, baselines below a rule.
 
     Bits per byte are followed by the change since the parent, in brackets. If the console is too narrow, there are two
@@ -92,7 +102,9 @@ def print_table(rows: list[dict], baselines: list[dict], console=None) -> None:
         console.print(_table(heads, lines, [], range(len(heads))), width=width, soft_wrap=False)
 
 
-def _table(heads: list[str], cells: list[list[str]], baseline_cells: list[list[str]], columns: Iterable[int]):
+def _table(
+    heads: list[str], cells: list[list[str]], baseline_cells: list[list[str]], columns: Sequence[int]
+) -> "Table":
     """The given columns of the grid as a rich table."""
     from rich import box
     from rich.table import Table
