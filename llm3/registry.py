@@ -15,7 +15,7 @@ def plugin_names(folder: ModuleType) -> list[str]:
 
 
 def load_plugin(folder: ModuleType, name: str) -> ModuleType:
-    """The plugin of this name. Raises UserError with the nearest names."""
+    """The plugin of this name. Raises UserError with the nearest names if there is none."""
     if name not in (known := plugin_names(folder)):
         kind = folder.__name__.rpartition(".")[2].removesuffix("s")
         raise UserError(f"{kind} {name!r}: {nearest(name, known)}")
@@ -23,7 +23,7 @@ def load_plugin(folder: ModuleType, name: str) -> ModuleType:
 
 
 def read_options(plugin: ModuleType, given: dict[str, Any], where: str) -> Any:
-    """The `Options` of a plugin as a config gives them, None where it has none. Raises UserError naming `where`."""
+    """The `Options` of a plugin, built from a config; None if the plugin has none. Raises UserError naming `where`."""
     known = [field.name for field in dataclasses.fields(plugin.Options)] if hasattr(plugin, "Options") else []
     for name in given:
         if name not in known:

@@ -1,8 +1,8 @@
-"""The layer stack, cut into segments and joined again.
+"""The layer stack: cut it into segments, and join them again.
 
 The canonical tree has one stack: the leaf "layers/mlp/up/kernel" holds all layers on its first axis. A segment is a run
 of layers (first, stop); in a segmented tree, "layers/6:8/mlp/up/kernel" holds layers 6 and 7. Leaves outside the stack
-have the same path in both.
+have the same path in both trees.
 """
 
 import re
@@ -18,18 +18,18 @@ Segments = tuple[tuple[int, int], ...]
 
 
 def in_stack(path: str) -> bool:
-    """Whether a leaf, by its path in either tree, has a leading layer axis."""
+    """Whether the leaf at a path (of either tree) has a leading layer axis."""
     return path.startswith(f"{STACK}/")
 
 
 def runs(patterns: Sequence[Any]) -> Segments:
-    """The longest runs of layers with equal patterns; patterns: one a layer."""
+    """The longest runs of layers with equal patterns. patterns: one for each layer."""
     starts = [i for i, pattern in enumerate(patterns) if i == 0 or pattern != patterns[i - 1]]
     return tuple(zip(starts, [*starts[1:], len(patterns)], strict=True))
 
 
 def segment_name(first: int, stop: int) -> str:
-    """The component of a path that stands for a segment."""
+    """The path component of a segment."""
     return f"{first}:{stop}"
 
 
@@ -40,24 +40,24 @@ def segment_bounds(name: str) -> tuple[int, int]:
 
 
 def segment_path(path: str, first: int, stop: int) -> str:
-    """The path that a canonical one has in a segment: layers/mlp/... is layers/6:8/mlp/..., others stay as they are."""
+    """A canonical path within a segment: layers/mlp/... becomes layers/6:8/mlp/...; other paths do not change."""
     return path.replace(f"{STACK}/", f"{STACK}/{segment_name(first, stop)}/", 1) if in_stack(path) else path
 
 
 def locate(path: str) -> tuple[str, range | None]:
-    """The canonical path of a segmented one, and the layers that the leaf holds; None for a leaf outside the stack."""
+    """(canonical path, layers of the leaf) of a segmented path. The layers are None for a leaf outside the stack."""
     if found := re.fullmatch(rf"{STACK}/(\d+:\d+)/(.+)", path):
         return f"{STACK}/{found[2]}", range(*segment_bounds(found[1]))
     return path, None
 
 
 def canonical_path(path: str) -> str:
-    """The path of a segmented leaf in the canonical tree: layers/6:8/mlp/... is layers/mlp/..."""
+    """The canonical path of a segmented leaf: layers/6:8/mlp/... becomes layers/mlp/..."""
     return locate(path)[0]
 
 
 def canonical(params: dict) -> dict:
-    """The same parameters with the segments of the stack joined: layers/<name> instead of layers/<a:b>/<name>."""
+    """The parameters with the segments of the stack joined: layers/<name> instead of layers/<a:b>/<name>."""
     stacks = sorted(params[STACK].items(), key=lambda item: segment_bounds(item[0]))
     flat = [flatten(stack) for _, stack in stacks]
     joined = {

@@ -1,4 +1,4 @@
-"""Parameter trees as paths: names of leaves, and digests of what they hold.
+"""Parameter trees: paths of leaves, and digests of their contents.
 
 A tree is a plain nested dict of arrays. The path of a leaf is its keys joined by "/".
 """
@@ -23,7 +23,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: dict[str, Any]) -> dict:
-    """The nested dict that `flatten` came from."""
+    """The nested dict of {path: leaf}: the inverse of `flatten`."""
     tree: dict = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -35,7 +35,7 @@ def unflatten(flat: dict[str, Any]) -> dict:
 
 
 def map_with_path(function: Callable[..., Any], tree: dict, *others: dict) -> dict:
-    """`function(path, leaf, *leaves of the others at the same path)` at every leaf."""
+    """The tree of `function(path, leaf, *leaves of the other trees at the same path)`."""
     flat = [flatten(each) for each in (tree, *others)]
     return unflatten({path: function(path, *(each[path] for each in flat)) for path in flat[0]})
 
@@ -46,11 +46,10 @@ def size(tree: dict) -> int:
 
 
 def leaf_digests(tree: dict) -> dict[str, str]:
-    """{path: SHA-256 over dtype, shape and the bytes in C order} of fully addressable arrays."""
+    """{path: SHA-256 over dtype, shape and bytes in C order}. All arrays must be fully addressable."""
     digests = {}
     for path, leaf in flatten(tree).items():
-        array = np.ascontiguousarray(leaf)
-        # ascontiguousarray turns a scalar into a vector: take the shape from the leaf itself
+        array = np.ascontiguousarray(leaf)  # turns a scalar into a vector: the shape below is the leaf's own
         digest = hashlib.sha256(f"{array.dtype.name}{tuple(np.shape(leaf))}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
         digests[path] = digest.hexdigest()
@@ -58,11 +57,11 @@ def leaf_digests(tree: dict) -> dict[str, str]:
 
 
 def combine_digests(digests: dict[str, str]) -> str:
-    """One SHA-256 over {path: digest}, in the order of the paths."""
+    """One SHA-256 over {path: digest}, in the order of paths."""
     text = "".join(f"{path} {digest}\n" for path, digest in sorted(digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def params_digest(tree: dict) -> str:
-    """One SHA-256 over a whole tree of parameters."""
+    """One SHA-256 over all leaves of a tree of parameters."""
     return combine_digests(leaf_digests(tree))

@@ -1,13 +1,15 @@
-"""What is measured after each stage. A plugin is one file here, found by its name.
+"""Evaluations: the metrics that are computed after each stage. Each file here is a plugin, found by its name.
 
-A plugin has `WINDOWS`, which forms of source it takes and how each is cut ({form: kind}, see `llm3.data.formats` and
-`llm3.data.windows`), `HEAD`, the task head that it reads (as of an objective), `CAUSAL`, which attention it needs
-(None: either), `BETTER`, which figures a checkpoint can be the best by, and whether "higher" or "lower" is better, and
+A plugin has
+- `WINDOWS`: {row format: kind of windows}, see `llm3.data.formats` and `llm3.data.windows`;
+- `HEAD`, the task head that it reads, as in `llm3.objectives`;
+- `CAUSAL`: the attention that it needs (None: either);
+- `BETTER`: {metric by which the best checkpoint can be chosen: "higher" or "lower"};
+- `Options` (optional): a frozen dataclass;
+- `evaluate(context) -> {name: float or int (a metric), dict or list (details for the report)}`.
 
-    figures(context) -> {name: float, int, or (details for the report) dict or list}
-
-A figure is a ratio of global sums, or computed from what each document gave: it does not depend on batch size, packing,
-padding or device count. Where a plugin has options, they are a frozen dataclass `Options`.
+A metric is a ratio of global sums or is computed from results of single documents, so it does not depend on batch size,
+packing, padding or device count.
 """
 
 import dataclasses
@@ -35,10 +37,10 @@ Compiled = dict[tuple, Callable]
 
 @dataclasses.dataclass(frozen=True)
 class EvalContext:
-    """A model, and the documents to test it on.
+    """A model, and the documents to evaluate it on.
 
-    params: cut as one segment, on the devices. kind: of windows, as the plugin's WINDOWS says. place: puts a batch of
-    numpy arrays on the mesh. compiled: what was compiled for an earlier test is found here.
+    params: on the devices, the layers as one segment. kind: the kind of windows. place: puts a batch of numpy arrays on
+    the mesh. compiled: the jitted functions of earlier evaluations, see `jit`.
     """
 
     params: dict
@@ -52,13 +54,13 @@ class EvalContext:
     compiled: Compiled
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
-        """The documents (or those of `cache`) cut into windows."""
+        """The documents (of `cache`, if given) cut into windows."""
         return load_plugin(windows, kind or self.kind).WindowTable(cache or self.cache, self.config.sequence_length)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """function(model, *arrays), jitted, as a function of the arrays; compiled once for each function and model.
+        """function(model, *arrays), jitted, as a function of the arrays. Compiled once for each function and model.
 
-        `function` must be at the top of its file, or a partial of such a one with hashable arguments.
+        `function` must be a module-level function, or a partial of one with hashable arguments.
         """
         key = (getattr(function, "func", function), tuple(getattr(function, "keywords", {}).items()), self.model)
         if key not in self.compiled:
@@ -78,9 +80,9 @@ class EvalContext:
         table: Windows | None = None,
         change: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
-        """What function(model, batch, *arrays) gives for each batch of the table, beside the batch (numpy arrays).
+        """Yield (batch, function(model, batch, *arrays)), as numpy arrays, for each batch of the table.
 
-        `change` is applied to each batch on the host. `function` as for `jit`.
+        `change` is applied to each batch on the host. `function`: see `jit`.
         """
         run = self.jit(function)
         for batch in finite_batches(self.table() if table is None else table, self.config.batch_size):
@@ -88,7 +90,7 @@ class EvalContext:
             yield batch, jax.device_get(run(self.place(batch), *arrays))
 
     def sums(self, function, *arrays, table=None, change=lambda batch: batch) -> dict[str, np.ndarray]:
-        """What `function` gives, added up over all batches in float64. Arguments as of `each`."""
+        """The results of `function`, summed over all batches in float64. Arguments: see `each`."""
         totals: dict[str, np.ndarray] = {}
         for _, result in self.each(function, *arrays, table=table, change=change):
             for name, value in result.items():

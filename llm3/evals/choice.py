@@ -1,8 +1,8 @@
-"""Multiple choice by likelihood: the choice that the model finds most likely after the prompt.
+"""Multiple choice by likelihood: the model's answer is the choice with the highest score.
 
-Prompt and choice are encoded jointly; a choice's tokens begin with the first one that holds a byte of it. A choice is
-judged by the sum of their log-probabilities; by that per character (Gao 2021, "Multiple choice normalization in LM
-evaluation"); and by what the prompt adds to it over a neutral one (Brown et al. 2020, section 2.4).
+Prompt and choice are encoded jointly; the tokens of a choice begin with the first one that contains a byte of it. There
+are three scores: the sum of the log-probabilities of these tokens; that sum per character (Gao 2021, "Multiple choice
+normalization in LM evaluation"); and that sum minus the sum after a neutral prompt (Brown et al. 2020, section 2.4).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
 from llm3.evals import EvalContext
-from llm3.models.decoding import groups, read, right_aligned
+from llm3.models.decoding import prefill, right_aligned, width_groups
 from llm3.models.transformer import Transformer
 
 WINDOWS = {"choice": "dialogue"}
@@ -37,14 +37,16 @@ BETTER = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """neutral: the text before a choice by which its likelihood without the prompt is measured."""
+    """neutral: the neutral prompt, from which the likelihood of a choice without its prompt is computed."""
 
     neutral: str = "Answer:"
 
 
 class Item(NamedTuple):
-    """A question as tokens. prompt: what stands before all choices, without its last token. tails: that one and the
-    rest, of each choice. firsts: where in its tail each choice begins.
+    """A question as tokens.
+
+    prompt: the tokens that all choices share, without the last of them. tails: for each choice, that last shared token
+    and all later ones. firsts: for each choice, the index of its first token in its tail.
     """
 
     prompt: list[int]
@@ -54,7 +56,7 @@ class Item(NamedTuple):
 
 
 def encode(prompt: Pieces, choices: list[str], tokenizer: Tokenizer, length: int) -> Item:
-    """A prompt and its choices. Of more than `length` predictions the last ones are kept, behind <bos>.
+    """Encode a prompt and its choices. Only the last `length` predictions are kept, after <bos>.
 
     Raises UserError for a choice that is too long.
     """
@@ -64,7 +66,7 @@ def encode(prompt: Pieces, choices: list[str], tokenizer: Tokenizer, length: int
     cut = max(0, max(len(tokens) for tokens, _ in found) - length - 1)
     if cut and cut > common - 2:
         raise UserError(
-            f"evaluation 'choice': sequence_length={length}: expected room for something of the prompt and the choice "
+            f"evaluation 'choice': sequence_length={length}: expected room for a part of the prompt and the choice "
             f"{max(choices, key=len)[:40]!r}"
         )
     shared = found[0][0]
@@ -86,18 +88,18 @@ def nats(
     *,
     choices: int,
 ) -> dict[str, jax.Array]:
-    """Minus the log-likelihood of each choice: float32 [B, K]. The prompt, which they share, is read once.
+    """Negative log-likelihood of each choice, float32 [B, K]. The model reads the shared prompt once.
 
-    prompts, lengths: as of `decoding.right_aligned`; tokens, targets: int32 [B, K C]; weights: float32 [B, K C], 1 at
-    the tokens of the choice.
+    prompts, lengths: see `decoding.right_aligned`. tokens, targets: int32 [B, K C]. weights: float32 [B, K C], 1 at the
+    tokens of a choice.
     """
     size = tokens.shape[1] // choices
-    _, kept = read(model, prompts, lengths, size)
+    _, kv = prefill(model, prompts, lengths, size)
     positions = lengths + jnp.arange(size, dtype=jnp.int32)
 
     def one(part: tuple) -> jax.Array:
         tokens, targets, weights = part
-        hidden, _ = model(tokens, positions, jnp.ones_like(tokens), kept)
+        hidden, _ = model(tokens, positions, jnp.ones_like(tokens), kv)
         losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
         return jnp.sum(losses * weights, axis=1)
 
@@ -106,13 +108,13 @@ def nats(
 
 
 def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]:
-    """The sum of the log-probabilities of the tokens of each choice: float64 [choices] for each item."""
+    """The log-likelihood of each choice: float64 [choices] for each item."""
     choices = max(len(each.tails) for each in items)
     size = max(len(tail) for each in items for tail in each.tails) - 1
     run, rows = context.jit(functools.partial(nats, choices=choices)), context.config.batch_size
     result = [np.empty(0)] * len(items)
     lengths = [len(each.prompt) for each in items]
-    for width, numbers in groups(lengths, context.config.sequence_length, rows):
+    for width, numbers in width_groups(lengths, context.config.sequence_length, rows):
         chosen = [items[number] for number in numbers]
         prompts = right_aligned([each.prompt for each in chosen], width, rows)
         found = jax.device_get(run(*context.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]
@@ -122,19 +124,19 @@ def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]
 
 
 def _arrays(items: list[Item], rows: int, choices: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, targets and weights of `nats`."""
+    """The tokens, targets and weights for `nats`."""
     tokens, targets = np.zeros((2, rows, choices, size), np.int32)
     weights = np.zeros((rows, choices, size), np.float32)
     for row, item in enumerate(items):
-        for place, (tail, first) in enumerate(zip(item.tails, item.firsts, strict=True)):
-            tokens[row, place, : len(tail) - 1] = tail[:-1]
-            targets[row, place, : len(tail) - 1] = tail[1:]
-            weights[row, place, first - 1 : len(tail) - 1] = 1
+        for column, (tail, first) in enumerate(zip(item.tails, item.firsts, strict=True)):
+            tokens[row, column, : len(tail) - 1] = tail[:-1]
+            targets[row, column, : len(tail) - 1] = tail[1:]
+            weights[row, column, first - 1 : len(tail) - 1] = 1
     return tuple(each.reshape(rows, -1) for each in (tokens, targets, weights))
 
 
-def judged(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
-    """How good each choice of each item is by each way to judge, and of how many items the prompt was cut."""
+def score_choices(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
+    """{metric: the scores of the choices of each item}, and the number of items whose prompt was cut."""
 
     def encoded(prompt: Pieces, choices: Sequence[str]) -> Item:
         return encode(prompt, list(choices), context.tokenizer, context.config.sequence_length)
@@ -154,15 +156,15 @@ def judged(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str,
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """accuracy, per_character_accuracy and unconditional_accuracy, of the three ways to judge.
+    """accuracy, per_character_accuracy and unconditional_accuracy: by each of the three scores.
 
-    majority_accuracy: of the number that is right most often in this very set. macro_f1: of `accuracy`, over the
-    choices that occur, where all items have the same. items: their number; truncated: of those, how many had a prompt
-    that did not fit, so that its beginning is left out.
+    majority_accuracy: accuracy of always answering the choice number that is right most often in this set. macro_f1: by
+    the same score as `accuracy`, over the choices that occur; only if all items have the same choices. items: their
+    number. truncated: the number of items whose prompt lost its beginning because it did not fit.
     """
     notes = [context.cache.note(index) for index in range(context.cache.documents)]
     correct = np.array([note["correct"] for note in notes])
-    scores, truncated = judged(context, notes)
+    scores, truncated = score_choices(context, notes)
     chosen = {name: np.array([int(np.argmax(each)) for each in lists]) for name, lists in scores.items()}
     result: dict[str, Any] = {name: float(np.mean(each == correct)) for name, each in chosen.items()}
     if all(note["choices"] == notes[0]["choices"] for note in notes):
@@ -172,13 +174,13 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
 
 
 def _neutral(prompt: Pieces, text: str) -> str:
-    """The neutral text, with the white space that the prompt ends with: a choice's first token often holds it."""
+    """The neutral text plus the white space at the end of the prompt, often part of the first token of a choice."""
     last = prompt[-1] if isinstance(prompt[-1], str) else ""
     return text + last[len(last.rstrip()) :]
 
 
 def macro_f1(correct: np.ndarray, chosen: np.ndarray) -> float:
-    """The mean of the F1 of each class that occurs, in truth or prediction."""
+    """The mean F1 of the classes that occur in truth or prediction."""
     classes = np.union1d(correct, chosen)
     hits = [2 * np.sum((correct == each) & (chosen == each)) for each in classes]
     seen = [np.sum(correct == each) + np.sum(chosen == each) for each in classes]

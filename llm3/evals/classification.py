@@ -1,6 +1,6 @@
-"""The task head against the labels: how often it is right, class by class, and how far its probabilities hold.
+"""Classification: accuracy and F1 of the task head, by class, and the calibration of its probabilities.
 
-Of documents with several labels each class is judged alone, and predicted where its probability is above 1/2.
+If documents may have several labels, each class is a decision of its own, predicted if its probability exceeds 1/2.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ BETTER = {
     "brier": "lower",
     "ece": "lower",
 }
-BINS = 15  # of confidence, equally wide
+BINS = 15  # bins of confidence, equally wide
 
 
 def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-    """confusion: counts [true class, predicted class]. nats and brier: of the true classes. bins: [BINS, 3], the number
-    of documents with a confidence in (m / BINS, (m + 1) / BINS], of the right ones, and the sum of the confidences.
+    """confusion: counts [true class, predicted class]. nats, brier: sums over documents. bins: [BINS, 3], for documents
+    with a confidence in (m / BINS, (m + 1) / BINS]: their number, the number of right ones, the sum of confidences.
     """
     logits = class_logits(model, batch)
     classes = logits.shape[-1]
@@ -39,17 +39,17 @@ def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
     predicted = jnp.argmax(logits, axis=-1)
     confidence = jnp.exp(jnp.max(logs, axis=-1))
     bins = jax.nn.one_hot(jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1), BINS)
-    judged = jnp.stack([jnp.ones_like(confidence), predicted == batch.targets, confidence], axis=-1)
+    counted = jnp.stack([jnp.ones_like(confidence), predicted == batch.targets, confidence], axis=-1)
     return {
         "confusion": jnp.einsum("btc,btd,bt->cd", truth, jax.nn.one_hot(predicted, classes), weights),
         "nats": -jnp.sum(jnp.sum(logs * truth, axis=-1) * weights),
         "brier": jnp.sum(jnp.sum((jnp.exp(logs) - truth) ** 2, axis=-1) * weights),
-        "bins": jnp.einsum("btm,btj,bt->mj", bins, judged, weights),
+        "bins": jnp.einsum("btm,btj,bt->mj", bins, counted, weights),
     }
 
 
 def set_sums(model: Transformer, batch: Batch, label_sets: jax.Array) -> dict[str, jax.Array]:
-    """counts: [3, C], of each class the right, the predicted and the true documents. label_sets: float32 [S, C]."""
+    """counts: [3, C], the true positives, predictions and labels of each class. label_sets: float32 [S, C]."""
     logits, weights = class_logits(model, batch), batch.weights
     truth, predicted = label_sets[batch.targets], (logits > 0).astype(jnp.float32)
     counted = jnp.stack([truth * predicted, predicted, truth])
@@ -62,30 +62,31 @@ def set_sums(model: Transformer, batch: Batch, label_sets: jax.Array) -> dict[st
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """accuracy; macro_f1, the mean over the classes that occur (in truth or prediction); nll in nats; items, the number
-    of documents; per_class, precision, recall, F1 and support by name.
+    """accuracy; macro_f1: mean over the classes that occur in truth or prediction; nll: in nats; items: number of
+    documents; per_class: precision, recall, F1 and support by class name.
 
-    One label each: also majority_accuracy, of the most frequent class of this very set, so that no constant answer does
-    better; brier, the sum over the classes of squared errors (Brier 1950: 0 to 2); ece, the expected calibration error
-    (Guo et al. 2017, equation 3); confusion, counts[true][predicted] in the order of `classes`. Several labels:
-    accuracy is of whole sets, nll the mean over the classes; also micro_f1, of all decisions together.
+    One label per document: also majority_accuracy, the accuracy of always answering the most frequent class of this
+    set; brier, the sum over classes of squared errors (Brier 1950: 0 to 2); ece, the expected calibration error (Guo et
+    al. 2017, equation 3); confusion, counts[true][predicted] in the order of `classes`.
+    Several labels: accuracy is the share of exactly predicted sets, nll the mean over classes; also micro_f1, over the
+    decisions of all classes.
     """
     names, label_sets = list(context.cache.label_names), context.cache.label_sets
     if label_sets is None:
-        return single_figures(context.sums(sums), names)
-    return set_figures(context.sums(set_sums, jnp.asarray(multi_hot(label_sets, len(names)))), names)
+        return single_label_metrics(context.sums(sums), names)
+    return label_set_metrics(context.sums(set_sums, jnp.asarray(multi_hot(label_sets, len(names)))), names)
 
 
 def multi_hot(label_sets: list[list[int]], classes: int) -> np.ndarray:
-    """Sets of class numbers as float32 [S, C]."""
+    """Sets of class numbers as a multi-hot array, float32 [S, C]."""
     sets = np.zeros((len(label_sets), classes), np.float32)
     for row, members in zip(sets, label_sets, strict=True):
         row[members] = 1
     return sets
 
 
-def single_figures(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """The figures from what `sums` gives over a whole set."""
+def single_label_metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
+    """The metrics, from the totals of `sums` over all documents."""
     confusion = totals["confusion"]
     items, hits = confusion.sum(), np.diag(confusion)
     f1, per_class = _by_class(hits, confusion.sum(axis=0), confusion.sum(axis=1), names)
@@ -103,8 +104,8 @@ def single_figures(totals: dict[str, np.ndarray], names: list[str]) -> dict[str,
     }
 
 
-def set_figures(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """The figures from what `set_sums` gives over a whole set."""
+def label_set_metrics(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
+    """The metrics, from the totals of `set_sums` over all documents."""
     hits, predicted, true = totals["counts"]
     macro_f1, per_class = _by_class(hits, predicted, true, names)
     decided = predicted.sum() + true.sum()
@@ -119,7 +120,7 @@ def set_figures(totals: dict[str, np.ndarray], names: list[str]) -> dict[str, An
 
 
 def _by_class(hits: np.ndarray, predicted: np.ndarray, true: np.ndarray, names: list[str]) -> tuple[float, dict]:
-    """(macro_f1, {name: figures}) from counts [C]; what would be 0 / 0 is 0."""
+    """(macro_f1, {class name: metrics}) from counts [C], with 0 / 0 = 0."""
     ratios = [2 * hits / np.maximum(predicted + true, 1), hits / np.maximum(predicted, 1), hits / np.maximum(true, 1)]
     seen = predicted + true > 0
     table = {

@@ -1,8 +1,8 @@
-"""Answers written by the model, greedily, against the right ones: exact match, token F1 and ROUGE-L.
+"""Answers that the model generates greedily, compared with references: exact match, token F1 and ROUGE-L.
 
 Texts are compared as SQuAD does (Rajpurkar et al. 2016, the official script): lower case, without punctuation, articles
-and superfluous white space. Punctuation of East Asian scripts counts as such, and in scripts that write no spaces
-between words each character is a token (as Cui et al. 2019, CMRC 2018, do for Chinese).
+and superfluous white space. East Asian punctuation is removed as well. In scripts without spaces between words, each
+character is a token (as in Cui et al. 2019, CMRC 2018, for Chinese).
 """
 
 import collections
@@ -18,7 +18,7 @@ import numpy as np
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext
-from llm3.models.decoding import greedy, groups, right_aligned
+from llm3.models.decoding import greedy, right_aligned, width_groups
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -36,7 +36,7 @@ WITHOUT_SPACES = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """max_tokens: of an answer that does not end by itself."""
+    """max_tokens: the length at which generation of an answer stops if the model does not end it."""
 
     max_tokens: int = 64
 
@@ -45,7 +45,7 @@ class Options:
 
 
 class Question(NamedTuple):
-    """What is asked, and what is right. prompt: tokens. end: those that end an answer. lead: what it begins with."""
+    """A prompt (tokens) and its references. end: tokens that end an answer. lead: text before an answer."""
 
     prompt: list[int]
     references: list[str]
@@ -55,10 +55,10 @@ class Question(NamedTuple):
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """exact_match, f1 and rouge_l: the mean over the items of the best over an item's references, from 0 to 1.
+    """exact_match, f1 and rouge_l, from 0 to 1: for each item the best over its references, then the mean over items.
 
-    majority_exact_match: of the answer that is right most often in this very set, so that no constant one does better.
-    items: their number; truncated: of how many prompts only the last tokens fit; examples: a few, in words.
+    majority_exact_match: exact match of always giving the answer that is right most often in this set. items: their
+    number. truncated: the number of prompts of which only the last tokens fit. examples: the first few answers.
     """
     width = context.config.sequence_length - context.options.max_tokens
     if width < 2:
@@ -66,10 +66,10 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
             f"evaluation 'generation': sequence_length={context.config.sequence_length}: expected max_tokens="
             f"{context.options.max_tokens} and at least 2 for the prompt"
         )
-    questions = [question(context, index, width) for index in range(context.cache.documents)]
-    written = generated(context, questions, width)
+    questions = [read_question(context, index, width) for index in range(context.cache.documents)]
+    answers = generate_answers(context, questions, width)
     right = collections.Counter(text for each in questions for text in {normalised(text) for text in each.references})
-    scores = [score(text, each.references) for text, each in zip(written, questions, strict=True)]
+    scores = [score(text, each.references) for text, each in zip(answers, questions, strict=True)]
     means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
     shown = [
         {
@@ -77,7 +77,7 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
             "answer": each.references[0][:EXAMPLE_CHARACTERS],
             "generated": text[:EXAMPLE_CHARACTERS],
         }
-        for text, each in list(zip(written, questions, strict=True))[:EXAMPLES]
+        for text, each in list(zip(answers, questions, strict=True))[:EXAMPLES]
     ]
     return means | {
         "majority_exact_match": max(right.values()) / len(questions),
@@ -87,8 +87,8 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     }
 
 
-def question(context: EvalContext, index: int, width: int) -> Question:
-    """A document as what comes before its last answer, of which the last `width` tokens are kept behind <bos>."""
+def read_question(context: EvalContext, index: int, width: int) -> Question:
+    """A document as a question: the prompt, before its last answer, keeps <bos> and up to `width` - 1 last tokens."""
     tokens, labelled = context.cache.document(index).tolist(), np.asarray(context.cache.answer_mask(index))
     note = context.cache.note(index) or {}
     stop = int(np.flatnonzero(labelled)[-1]) + 1
@@ -100,28 +100,28 @@ def question(context: EvalContext, index: int, width: int) -> Question:
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
 
-def generated(context: EvalContext, questions: list[Question], width: int) -> list[str]:
-    """What the model writes for each question, of a prompt of at most `width` tokens."""
+def generate_answers(context: EvalContext, questions: list[Question], width: int) -> list[str]:
+    """The model's answer to each question. width: max tokens of a prompt."""
     run = context.jit(functools.partial(greedy, max_tokens=context.options.max_tokens))
     texts, rows = [""] * len(questions), context.config.batch_size
-    for padded, numbers in groups([len(each.prompt) for each in questions], width, rows):
+    for padded, numbers in width_groups([len(each.prompt) for each in questions], width, rows):
         chosen = [questions[number] for number in numbers]
         stops = np.full((rows, 1), Tokenizer.eos_id, np.int32)
         for row, each in enumerate(chosen):
-            if len(each.end) == 1:  # an end of several tokens is looked for afterwards
+            if len(each.end) == 1:  # an end of several tokens is cut off below
                 stops[row] = each.end
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
-        made = jax.device_get(run(*context.place((*prompts, stops))))
+        decoded = jax.device_get(run(*context.place((*prompts, stops))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
-            answer = made["tokens"][row, : made["count"][row, 0]].tolist()
+            answer = decoded["tokens"][row, : decoded["count"][row, 0]].tolist()
             texts[number] = _without(each.lead, context.tokenizer.decode(_cut(answer, each.end)))
     return texts
 
 
 def _cut(tokens: list[int], end: list[int]) -> list[int]:
-    """The tokens before the first place where `end` stands."""
-    places = (place for place in range(len(tokens)) if tokens[place : place + len(end)] == end)
-    return tokens[: next(places, len(tokens))]
+    """The tokens before the first occurrence of `end`."""
+    found = (start for start in range(len(tokens)) if tokens[start : start + len(end)] == end)
+    return tokens[: next(found, len(tokens))]
 
 
 def _without(lead: str, text: str) -> str:
@@ -129,7 +129,7 @@ def _without(lead: str, text: str) -> str:
 
 
 def score(text: str, references: list[str]) -> dict[str, float]:
-    """exact_match, f1 and rouge_l of one answer: of each the best over the references."""
+    """exact_match, f1 and rouge_l of one answer: for each metric the best over the references."""
     found, right = words(text), [words(each) for each in references]
     return {
         "exact_match": float(max(normalised(text) == normalised(each) for each in references)),
@@ -139,17 +139,17 @@ def score(text: str, references: list[str]) -> dict[str, float]:
 
 
 def normalised(text: str) -> str:
-    """A text as it is compared."""
+    """A text in the normal form in which it is compared."""
     return " ".join(ARTICLES.sub(" ", PUNCTUATION.sub("", text.lower())).split())
 
 
 def words(text: str) -> list[str]:
-    """The tokens of a text as they are compared."""
+    """The tokens of a normalised text."""
     return WITHOUT_SPACES.sub(r" \1 ", normalised(text)).split()
 
 
 def token_f1(found: list[str], right: list[str]) -> float:
-    """The harmonic mean of precision and recall of tokens, each counted as often as it stands in both."""
+    """The harmonic mean of precision and recall of tokens, each counted as often as it occurs in both."""
     if not found or not right:
         return float(found == right)  # as SQuAD 2.0 does
     common = sum((collections.Counter(found) & collections.Counter(right)).values())
@@ -163,13 +163,13 @@ def rouge_l(text: str, references: list[str]) -> float:
 
 @functools.cache
 def _scorer():
-    from rouge_score.rouge_scorer import RougeScorer  # takes seconds, for a stemmer that is not used
+    from rouge_score.rouge_scorer import RougeScorer  # importing it costs seconds (NLTK's stemmer)
 
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 class _Words:
-    """The form in which rouge-score takes a tokenizer."""
+    """A tokenizer for rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)

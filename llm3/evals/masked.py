@@ -1,4 +1,4 @@
-"""Hidden tokens of held-out text, guessed from both sides, beside the best constant guess."""
+"""Masked-token accuracy on held-out text, compared with the best constant guess."""
 
 import dataclasses
 import hashlib
@@ -22,9 +22,9 @@ BETTER = {"accuracy": "higher", "nll": "lower"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """share: of the text's tokens that are hidden; whole_words: all tokens of a word or none, as in the objective.
+    """share: share of the text tokens that are hidden. whole_words: hide all tokens of a word or none.
 
-    seed: of the choice, which follows from it and the tokens of a document's piece alone.
+    seed: the hidden tokens of a piece of a document depend on this seed and on the tokens of the piece only.
     """
 
     share: float = 0.15
@@ -36,7 +36,7 @@ class Options:
 
 
 def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-    """Nats of the hidden tokens, and how many of them are guessed right."""
+    """The loss of the hidden tokens in nats, and the number of them that are guessed right."""
     hidden, _ = model(batch.tokens, batch.positions, batch.segments)
     logits = model.logits(hidden)
     nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
@@ -45,25 +45,25 @@ def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
 
 
 def hide(batch: Batch, options: Options, tokenizer: Tokenizer) -> Batch:
-    """The batch with tokens of each of its segments replaced by the mask token; these are the targets."""
+    """The batch with chosen tokens of each segment replaced by the mask token. These tokens are the targets."""
     hidden = np.zeros(batch.tokens.shape, bool)
     for row in range(len(hidden)):
         window = Batch(*(field[row] for field in batch))
         for segment in np.unique(window.segments[window.segments > 0]):
-            place = window.segments == segment
-            piece = Batch(*(field[place] for field in window))
+            inside = window.segments == segment
+            piece = Batch(*(field[inside] for field in window))
             digest = hashlib.sha256(piece.tokens.astype("<i4").tobytes()).digest()
             rng = np.random.default_rng([options.seed, *np.frombuffer(digest, "<u4")])
-            hidden[row, place] = choose(piece, options.share, options.whole_words, rng, tokenizer)
+            hidden[row, inside] = choose(piece, options.share, options.whole_words, rng, tokenizer)
     tokens = np.where(hidden, np.int32(tokenizer.mask_id), batch.tokens)
     return batch._replace(tokens=tokens, targets=batch.tokens, weights=hidden.astype(np.float32))
 
 
 def evaluate(context: EvalContext) -> dict[str, float | int]:
-    """accuracy, and nll in nats, of the hidden tokens; majority_accuracy, of guessing their most frequent one always;
-    items, their number. All of them are replaced by the mask token: none is left as it is, nor replaced by another.
+    """accuracy and nll (in nats) of the hidden tokens; majority_accuracy: accuracy of always guessing the most frequent
+    of them; items: their number. All are replaced by the mask token, unlike in training.
 
-    Raises UserError if there is nothing to hide.
+    Raises UserError if there is no token to hide.
     """
     counts, totals = np.zeros(context.tokenizer.vocab_size, np.int64), {"nats": 0.0, "correct": 0.0}
     for batch, found in context.each(sums, change=lambda batch: hide(batch, context.options, context.tokenizer)):
@@ -71,7 +71,7 @@ def evaluate(context: EvalContext) -> dict[str, float | int]:
         totals = {name: total + float(found[name]) for name, total in totals.items()}
     items = int(counts.sum())
     if not items:
-        raise UserError(f"evaluation masked: {context.config.source} has too little text to hide any of")
+        raise UserError(f"evaluation masked: {context.config.source} has too little text to hide any token")
     return {
         "accuracy": totals["correct"] / items,
         "nll": totals["nats"] / items,

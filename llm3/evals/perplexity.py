@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: the nats of all targets / (ln 2 x their UTF-8 bytes), special tokens excluded."""
+"""Bits per byte of held-out text: total nats / (ln 2 x total UTF-8 bytes) of all targets but special tokens."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ BETTER = {"bits_per_byte": "lower"}
 
 
 def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-    """Nats, bytes and the number of the targets that stand for text. byte_lengths: int32 [V]."""
+    """Nats, bytes and number of the targets that are text tokens. byte_lengths: int32 [V]."""
     lengths = byte_lengths[batch.targets] * batch.weights
     real = lengths > 0
     nats = jnp.where(real, token_losses(model, batch), 0)
@@ -27,12 +27,12 @@ def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array) -> dict[str,
 
 
 def bits_per_byte(totals: dict[str, np.ndarray]) -> float:
-    """From the sums over a whole set."""
+    """Bits per byte, from the totals of `sums` over all documents."""
     return float(totals["nats"] / (math.log(2) * totals["bytes"]))
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """bits_per_byte; where documents have a tag, also those of each, as the details by_tag {tag: bits per byte}."""
+    """bits_per_byte; if documents have tags, also by_tag: {tag: bits per byte of its documents}."""
     parts = {"": context.cache}
     if context.cache.labels is not None:
         tags = zip(context.cache.label_names, range(len(context.cache.label_names)), strict=True)
@@ -41,6 +41,6 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     totals = {
         tag: context.sums(sums, lengths, table=context.table(part)) for tag, part in parts.items() if part.documents
     }
-    whole = {name: sum(each[name] for each in totals.values()) for name in ("nats", "bytes")}
+    overall = {name: sum(each[name] for each in totals.values()) for name in ("nats", "bytes")}
     by_tag = {tag: bits_per_byte(each) for tag, each in totals.items() if tag}
-    return {"bits_per_byte": bits_per_byte(whole)} | ({"by_tag": by_tag} if by_tag else {})
+    return {"bits_per_byte": bits_per_byte(overall)} | ({"by_tag": by_tag} if by_tag else {})

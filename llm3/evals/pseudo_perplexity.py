@@ -1,4 +1,4 @@
-"""Pseudo-perplexity of a bidirectional model: each token hidden in turn (Salazar et al. 2020, section 2.2)."""
+"""Pseudo-perplexity of a bidirectional model, which hides each token in turn (Salazar et al. 2020, section 2.2)."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.evals import EvalContext
-from llm3.models.layers import at_places
+from llm3.models.layers import at_positions
 from llm3.models.transformer import Transformer
 
 WINDOWS = {"text": "pieces"}
@@ -20,21 +20,21 @@ CAUSAL = False
 BETTER = {"pseudo_perplexity": "lower", "pseudo_bits_per_byte": "lower"}
 
 
-def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, most: int) -> dict[str, jax.Array]:
-    """Nats, bytes and the number of the tokens that stand for text.
+def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, max_segments: int) -> dict[str, jax.Array]:
+    """Nats, bytes and number of the text tokens.
 
-    byte_lengths: int32 [V]. most: the segments of a window at most.
-    The documents of a window do not see each other, so the p-th token of each is hidden at once: as many passes as the
-    longest has tokens.
+    byte_lengths: int32 [V]. max_segments: max segments per window.
+    Documents of a window do not attend to each other, so the p-th token of each is hidden in the same pass. There are
+    as many passes as the longest document has tokens.
     """
     lengths = byte_lengths[batch.tokens] * (batch.segments > 0)
 
     def hide(position: jax.Array, nats: jax.Array) -> jax.Array:
         hidden = (batch.positions == position) & (lengths > 0)
         tokens = jnp.where(hidden, Tokenizer.mask_id, batch.tokens)
-        weights, places = jax.lax.top_k(hidden.astype(jnp.float32), most)
-        states, _ = model(tokens, batch.positions, batch.segments, places=places)
-        targets = at_places(batch.tokens, places, 1)
+        weights, output_positions = jax.lax.top_k(hidden.astype(jnp.float32), max_segments)
+        states, _ = model(tokens, batch.positions, batch.segments, output_positions=output_positions)
+        targets = at_positions(batch.tokens, output_positions, 1)
         losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(states), targets)
         return nats + jnp.sum(losses * weights)
 
@@ -43,13 +43,15 @@ def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, most: int
 
 
 def evaluate(context: EvalContext) -> dict[str, float | int]:
-    """pseudo_perplexity, per token of text; pseudo_bits_per_byte; items, the tokens. Special tokens are never hidden.
+    """pseudo_perplexity (per text token), pseudo_bits_per_byte, items (text tokens). Special tokens are never hidden.
 
-    It costs about as many forward passes as `sequence_length`. Raises UserError if there is no text.
+    Costs about `sequence_length` forward passes. Raises UserError if there is no text.
     """
     table = context.table()
-    most = max((int(table[window].segments.max()) for window in range(len(table))), default=1)
-    totals = context.sums(partial(sums, most=most), jnp.asarray(context.tokenizer.byte_lengths), table=table)
+    max_segments = max((int(table[window].segments.max()) for window in range(len(table))), default=1)
+    totals = context.sums(
+        partial(sums, max_segments=max_segments), jnp.asarray(context.tokenizer.byte_lengths), table=table
+    )
     if not totals or not totals["tokens"]:
         raise UserError(f"evaluation pseudo_perplexity: {context.config.source} has no text")
     return {

@@ -1,7 +1,7 @@
 """Extractive reading comprehension: exact match and F1 of the best span of each document.
 
-The best span ends where it starts or after it, within `max_answer_tokens`. Over all chunks of a document it is the one
-with the highest sum of two logits, unless <bos> ("no answer here") has a higher one (Devlin et al. 2019, section 4.3).
+The best span of a document has at most `max_answer_tokens` and the highest sum of start and end logit over all chunks.
+It is the answer unless <bos> ("no answer here") has a higher sum (Devlin et al. 2019, section 4.3).
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ WINDOWS = {"span": "spans"}
 HEAD = ("start", "end")
 CAUSAL = None
 BETTER = {"exact_match": "higher", "f1": "higher"}
-EXAMPLES = 5  # predictions that are shown
+EXAMPLES = 5  # predictions in the report
 
-CHINESE = "\u4e00-\u9fa5"  # characters, as the script of CMRC 2018 has them
+CHINESE = "\u4e00-\u9fa5"  # Chinese characters, as in the script of CMRC 2018
 CMRC_PUNCTUATION = str.maketrans("", "", "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")  # noqa: RUF001
 
 
 def squad_exact(prediction: str, reference: str) -> float:
-    """1 where the texts are the same but for case, punctuation and articles (Rajpurkar et al. 2016)."""
+    """1 if the texts are equal but for case, punctuation and articles (Rajpurkar et al. 2016), else 0."""
     return float(normalised(prediction) == normalised(reference))
 
 
@@ -41,7 +41,7 @@ def squad_f1(prediction: str, reference: str) -> float:
 
 
 def cmrc_plain(text: str) -> str:
-    """An answer in lower case, without the punctuation that CMRC 2018 leaves out."""
+    """An answer in lower case, without the punctuation that CMRC 2018 ignores."""
     return text.lower().strip().translate(CMRC_PUNCTUATION)
 
 
@@ -51,14 +51,14 @@ def cmrc_segments(text: str) -> list[str]:
 
 
 def cmrc_exact(prediction: str, reference: str) -> float:
-    """1 where the texts are the same but for case and punctuation (Cui et al. 2019)."""
+    """1 if the texts are equal but for case and punctuation (Cui et al. 2019), else 0."""
     return float(cmrc_plain(prediction) == cmrc_plain(reference))
 
 
 def cmrc_f1(prediction: str, reference: str) -> float:
-    """The same mean as of SQuAD, of the longest run of segments that both have (the evaluation script of CMRC 2018).
+    """F1 of the longest run of segments that both texts contain, as in the evaluation script of CMRC 2018.
 
-    That script takes words between Chinese characters apart with NLTK, which also cuts English contractions ("do|n't").
+    That script splits words between Chinese characters with NLTK, which also splits English contractions ("do|n't").
     """
     found, expected = cmrc_segments(prediction), cmrc_segments(reference)
     if not found or not expected:
@@ -68,13 +68,13 @@ def cmrc_f1(prediction: str, reference: str) -> float:
 
 
 class Rules(NamedTuple):
-    """How a prediction is compared with a reference: two functions (prediction, reference) -> 0 to 1."""
+    """How to compare a prediction with a reference: two functions (prediction, reference) -> score from 0 to 1."""
 
     exact: Callable[[str, str], float]
     f1: Callable[[str, str], float]
 
     def best(self, prediction: str, references: list[str]) -> tuple[float, float]:
-        """Exact match and F1 against the nearest reference; no reference: the question has no answer, "" is right."""
+        """Exact match and F1 with the nearest reference. No references: there is no answer, and "" is right."""
         references = references or [""]
         return tuple(max(score(prediction, reference) for reference in references) for score in self)
 
@@ -84,8 +84,9 @@ RULES = {"squad": Rules(squad_exact, squad_f1), "cmrc2018": Rules(cmrc_exact, cm
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """rules: of comparing texts, "squad" (words between spaces) or "cmrc2018". no_answer_threshold: by how much the
-    score of "no answer" must be above that of the best span; infinite: there is always an answer."""
+    """rules: how to compare texts, "squad" (words between spaces) or "cmrc2018". max_answer_tokens: max tokens of a
+    span. no_answer_threshold: predict "no answer" if its score exceeds that of the best span by more than this;
+    infinite: always predict a span."""
 
     rules: str = "squad"
     max_answer_tokens: int = 64
@@ -99,20 +100,20 @@ class Options:
 
 
 def logits(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-    """Of each position as a start and as an end: float32 [B, T, 2]."""
+    """Start and end logits of each position: float32 [B, T, 2]."""
     return {"logits": span_logits(model, batch)}
 
 
-def best_span(starts: np.ndarray, ends: np.ndarray, most: int) -> tuple[float, int, int]:
-    """(score, first, last) of the best of the spans of 1 to `most` positions. starts, ends: logits [n]."""
-    following = np.pad(ends, (0, most - 1), constant_values=-np.inf)
-    scores = starts[:, None] + np.lib.stride_tricks.sliding_window_view(following, most)
-    first, more = divmod(int(scores.argmax()), most)
+def best_span(starts: np.ndarray, ends: np.ndarray, max_tokens: int) -> tuple[float, int, int]:
+    """(score, first, last) of the best span of at most `max_tokens` positions. starts, ends: logits [n]."""
+    following = np.pad(ends, (0, max_tokens - 1), constant_values=-np.inf)
+    scores = starts[:, None] + np.lib.stride_tricks.sliding_window_view(following, max_tokens)
+    first, more = divmod(int(scores.argmax()), max_tokens)
     return float(scores[first, more]), first, first + more
 
 
 def predictions(context: EvalContext) -> list[str]:
-    """The answer to each document, "" for none."""
+    """The predicted answer of each document; "": no answer."""
     table, batch_size = context.table(), context.config.batch_size
     best = [(-np.inf, 0, 0)] * context.cache.documents
     none = np.full(context.cache.documents, np.inf)
@@ -134,10 +135,11 @@ def predictions(context: EvalContext) -> list[str]:
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """exact_match and f1, means over documents of the best over their references; items.
+    """exact_match and f1: for each document the best over its references, then the mean; items: number of documents.
 
-    A document whose question is too long for the windows has no prediction, and counts. no_answer, where questions
-    without an answer are among them: their share, the predicted one, and exact match and F1 apart. examples: the first.
+    A document whose question is too long for the windows counts as predicted "no answer". If some questions have no
+    answer, no_answer has their share, the predicted share and their exact match; answerable has the metrics of the
+    others. examples: the first few predictions.
     """
     notes = [context.cache.note(document) for document in range(context.cache.documents)]
     found, rules = predictions(context), RULES[context.options.rules]

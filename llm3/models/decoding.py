@@ -14,16 +14,16 @@ from llm3.distributed.sharding import constrain
 from llm3.models.transformer import Transformer, abstract, make_cache
 from llm3.segments import segmented
 
-NARROWEST = 32  # tokens of a row of prompts
+MIN_WIDTH = 32  # least tokens of a padded row of prompts
 
 
 def next_token(
     logits: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> jax.Array:
-    """A token for each row of logits: float32 [B, V] to int32 [B].
+    """Sample a token for each row of logits: float32 [B, V] to int32 [B].
 
-    temperature 0 takes the most likely one. top_k > 0 keeps the k most likely (Fan et al. 2018); top_p < 1 keeps the
-    smallest set of the most likely ones whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
+    temperature 0: the most likely token. top_k > 0 keeps the k most likely (Fan et al. 2018); top_p < 1 keeps the
+    smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
@@ -41,7 +41,7 @@ def next_token(
 
 @cache
 def make_advance(config: ModelConfig, temperature: float, top_k: int, top_p: float) -> Callable:
-    """A jitted advance(params, cache, tokens [B, T], key) -> (cache, the next token [B]); the cache is donated."""
+    """A jitted advance(params, cache, tokens [B, T], key) -> (cache, next token [B]). The cache is donated."""
     graph = abstract(config).graph
 
     @partial(jax.jit, donate_argnums=1)
@@ -67,7 +67,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[int]:
-    """Up to `max_tokens` tokens after the prompt, the `stop` token not included. params: canonical."""
+    """Up to `max_tokens` tokens after the prompt, without the `stop` token. params: canonical."""
     advance = make_advance(config, temperature, top_k, top_p)
     params = segmented(params, ((0, config.layers),))
     # leaves of a new cache may share a buffer, and a buffer can be donated only once
@@ -82,21 +82,21 @@ def sample(
     return result
 
 
-def groups(lengths: Sequence[int], most: int, rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (width, numbers) of prompts that are padded to one width, at most `rows` of them at a time.
+def width_groups(lengths: Sequence[int], max_width: int, rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield (width, numbers) of prompts that are padded to the same width, at most `rows` at a time.
 
-    The width is a power of two, from NARROWEST to `most`, and depends on a prompt's own length only.
+    The width is a power of two, at least MIN_WIDTH, capped at `max_width`. It depends on the prompt's own length only.
     """
     found: dict[int, list[int]] = collections.defaultdict(list)
     for number, length in enumerate(lengths):
-        found[min(most, max(NARROWEST, 1 << max(length - 1, 0).bit_length()))].append(number)
+        found[min(max_width, max(MIN_WIDTH, 1 << max(length - 1, 0).bit_length()))].append(number)
     for width, numbers in sorted(found.items()):
         for first in range(0, len(numbers), rows):
             yield width, numbers[first : first + rows]
 
 
 def right_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts at the ends of rows, int32 [rows, width], and their lengths, int32 [rows, 1]: 0 for rows of padding."""
+    """Right-aligned prompts, int32 [rows, width], and their lengths, int32 [rows, 1]; padding rows have length 0."""
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros((rows, 1), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt
@@ -104,41 +104,41 @@ def right_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tu
     return tokens, lengths
 
 
-def read(model: Transformer, prompts: jax.Array, lengths: jax.Array, room: int) -> tuple[jax.Array, dict]:
-    """Hidden states [B, P, D] of right-aligned prompts, and their key-value cache, with room for more tokens."""
+def prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, dict]:
+    """Hidden states [B, P, D] of right-aligned prompts, and their key-value cache, with room for `max_tokens` more."""
     width = prompts.shape[1]
-    places = jnp.arange(width, dtype=jnp.int32) - (width - lengths)
-    kept = make_cache(model.config, len(prompts), width + room)
-    return model(prompts, jnp.maximum(places, 0), (places >= 0).astype(jnp.int32), kept)
+    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths)
+    kv = make_cache(model.config, len(prompts), width + max_tokens)
+    return model(prompts, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), kv)
 
 
 def greedy(
     model: Transformer, prompts: jax.Array, lengths: jax.Array, stops: jax.Array, *, max_tokens: int
 ) -> dict[str, jax.Array]:
-    """The most likely tokens after each prompt, one after the other, for all rows at a time.
+    """Decode greedily after each prompt, all rows at a time.
 
-    prompts: int32 [B, P], and lengths: int32 [B, 1], as of `right_aligned`; stops: int32 [B, 1], the token that ends
-    the answer. Returns tokens, int32 [B, max_tokens], and count, int32 [B, 1]: how many of them are the answer, the
-    stop not among them; what is behind it means nothing. What a row gets does not depend on the others.
+    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. stops: int32 [B, 1], the token that ends the
+    answer. Returns tokens, int32 [B, max_tokens], and count, int32 [B, 1], the number of tokens of the answer without
+    the stop token; later tokens are undefined. The answer of a row does not depend on other rows.
     """
     real = (lengths > 0).astype(jnp.int32)
 
     def unfinished(state: tuple) -> jax.Array:
         step, _, _, _, count = state
-        return (step < max_tokens) & jnp.any(count == step)  # a row that goes on has a token of each step
+        return (step < max_tokens) & jnp.any(count == step)  # an unfinished row has one token a step
 
     def body(state: tuple) -> tuple:
-        step, kept, token, made, count = state
+        step, kv, token, answer, count = state
         count += (count == step) & (token != stops)
-        made = jax.lax.dynamic_update_slice_in_dim(made, token, step, 1)
-        hidden, kept = model(token, lengths + step, real, kept)
-        return step + 1, kept, best(hidden), made, count
+        answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
+        hidden, kv = model(token, lengths + step, real, kv)
+        return step + 1, kv, best(hidden), answer, count
 
     def best(hidden: jax.Array) -> jax.Array:
         return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
 
-    hidden, kept = read(model, prompts, lengths, max_tokens)
-    made = jnp.zeros((len(prompts), max_tokens), jnp.int32)
-    state = (jnp.int32(0), kept, best(hidden), made, real - 1)  # a row of padding never goes on
-    *_, made, count = jax.lax.while_loop(unfinished, body, state)
-    return {"tokens": constrain(made, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}
+    hidden, kv = prefill(model, prompts, lengths, max_tokens)
+    answer = jnp.zeros((len(prompts), max_tokens), jnp.int32)
+    state = (jnp.int32(0), kv, best(hidden), answer, real - 1)  # a padding row is finished from the start
+    *_, answer, count = jax.lax.while_loop(unfinished, body, state)
+    return {"tokens": constrain(answer, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}

@@ -1,7 +1,7 @@
-"""FLOPs of the model as it is really executed, by formula.
+"""FLOPs of the model as it is executed, by formula.
 
-A multiply and an add count as two. Element-wise work (norms, softmax, rotations, the optimizer) is not counted, as is
-usual for model FLOPs (Chowdhery et al. 2022, PaLM, appendix B).
+A multiply-add counts as two. Element-wise work (norms, softmax, rotations, the optimizer) is not counted, as is usual
+for model FLOPs (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 from typing import NamedTuple
@@ -12,27 +12,28 @@ from llm3.segments import STACK, Segments, segment_name
 
 
 class Shape(NamedTuple):
-    """What FLOPs depend on besides the model: the tokens of a step, the head ("lm" or "task"), and at how many
-    places of a row a layer is computed (but for its keys and values, which are those of all); into how many pieces a
-    window is cut.
+    """What FLOPs depend on besides the model.
+
+    batch, length: the tokens of a step. head: "lm" or "task". positions: the number of positions of a row at which a
+    layer is computed; its keys and values are always computed at all. context: the pieces into which a window is cut.
     """
 
     batch: int
     length: int
     head: str
-    places: int
+    positions: int
     context: int = 1
 
     @property
     def computed(self) -> int:
-        return self.batch * self.places
+        return self.batch * self.positions
 
     def tokens_of(self, projection: str) -> int:
-        return self.batch * (self.length if projection in ("key", "value") else self.places)
+        return self.batch * (self.length if projection in ("key", "value") else self.positions)
 
 
 def forward_flops(config: ModelConfig, batch: int, length: int, head: str) -> float:
-    """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task", outside of gradients."""
+    """FLOPs of a forward pass over [batch, length] tokens, with `head` "lm" or "task", without a gradient."""
     shape = Shape(batch, length, head, length)
     layer = _layer_forward(config, shape) - _skipped(config, shape)
     return config.layers * layer + _pool(config, shape) + _head(config, shape)
@@ -47,20 +48,21 @@ def step_flops(
     trainable: frozenset[str] | None = None,
     context: int = 1,
 ) -> tuple[float, float]:
-    """FLOPs of one train step over [batch, length] tokens (all micro-batches together): forward, and backward.
+    """FLOPs of one train step over [batch, length] tokens (all micro-batches together) as (forward, backward).
 
-    `segments` and `trainable` are those of a Partition; without them everything trains. A matrix product costs once
-    forward, once more backward for its input where anything below it trains, and once more for its weights where they
-    train. Remat adds, in the layers that have a backward pass, what that pass reads of the forward pass: all but the
-    last product ("dots": scores only). A causal segment that has no backward pass reads a share of the keys only, if
-    windows are not cut into `context` pieces; the last layer is computed at the places of labels only, where the model
-    knows how many there are. Logits that are held in chunks are computed again. Counted of an unrolled stack: a scan
-    also takes the input gradient of the lowest layer that trains, where it needs none (up to 3 % of a step).
+    segments, trainable: the fields of a `Partition`; None: every parameter is trainable. The rules of the count:
+    - A matrix product costs once forward, once backward for the gradient of its input if any parameter below it is
+      trainable, and once for the gradient of its weights if they are trainable.
+    - In layers with a backward pass, remat "full" recomputes all products but the last, remat "dots" only the scores.
+    - A causal segment without a backward pass skips a part of the keys, unless windows are cut (`context` > 1).
+    - With `max_output_positions`, the last layer is computed at that many positions only.
+    - Logits that are computed in chunks are computed again in the backward pass.
+    - The stack is unrolled. A scan also computes the unneeded input gradient of the lowest trainable layer (up to 3 %).
     """
     shape = top = Shape(batch, length, head, length, context)
     if config.max_output_positions:
-        top = shape._replace(places=config.max_output_positions)  # of the last layer
-    trains = _Trains(trainable, "")
+        top = shape._replace(positions=config.max_output_positions)  # the last layer
+    trains = _TrainableLeaves(trainable, "")
     forward = backward = 0.0
     below = trains("embed/embedding")  # does anything under this point need a gradient?
     for first, last in segments or ((0, config.layers),):
@@ -69,20 +71,20 @@ def step_flops(
         for layer in range(first, last):
             here = top if layer == config.layers - 1 else shape
             forward += _layer_forward(config, here) - (0 if differentiated else _skipped(config, here))
-            cost, below = _layer_backward(config, here, _Trains(trainable, f"{segment}/"), below)
+            cost, below = _layer_backward(config, here, _TrainableLeaves(trainable, f"{segment}/"), below)
             backward += cost
     below = below or trains.any_of("final_norm")
     lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"
     kernel = lm_kernel if head == "lm" else "head/kernel"
     pooled = below or trains.any_of("head")  # the head comes before the pool
     forward += _pool(config, top) + _head(config, top)
-    again = head == "lm" and 0 < config.logit_chunk < top.places and (below or trains(kernel))
+    again = head == "lm" and 0 < config.logit_chunk < top.positions and (below or trains(kernel))
     backward += _pool(config, top) * pooled + _head(config, top) * (below + trains(kernel) + again)
     return forward, backward
 
 
-class _Trains(NamedTuple):
-    """Which leaves below a prefix train; `paths` None: all."""
+class _TrainableLeaves(NamedTuple):
+    """Whether leaves below `prefix` are trainable. paths: all trainable paths; None: every leaf."""
 
     paths: frozenset[str] | None
     prefix: str
@@ -97,7 +99,7 @@ class _Trains(NamedTuple):
 
 
 def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The inputs and outputs of each projection of a layer."""
+    """(inputs, outputs) of each projection of a layer."""
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     d, f = config.d_model, config.d_ff
     return {"query": (d, heads), "key": (d, kv), "value": (d, kv), "out": (heads, d)} | {
@@ -107,12 +109,12 @@ def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _layer_backward(config: ModelConfig, shape: Shape, trains: _Trains, below: bool) -> tuple[float, bool]:
-    """FLOPs backward of one layer, and whether anything up to its output needs a gradient."""
+def _layer_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves, below: bool) -> tuple[float, bool]:
+    """FLOPs of the backward pass of one layer, and whether its output needs a gradient."""
     total = 0.0
 
     def through(module: str, name: str, below: bool) -> bool:
-        """Add a projection's backward pass; whether its output needs a gradient."""
+        """Add the backward pass of a projection. Return whether its output needs a gradient."""
         nonlocal total
         total += _projection_backward(config, shape, name, below, trains, f"{module}/{name}")
         return below or trains.any_of(f"{module}/{name}")
@@ -136,7 +138,7 @@ def _layer_backward(config: ModelConfig, shape: Shape, trains: _Trains, below: b
 
 
 def _projection_backward(
-    config: ModelConfig, shape: Shape, name: str, below: bool, trains: _Trains, module: str
+    config: ModelConfig, shape: Shape, name: str, below: bool, trains: _TrainableLeaves, module: str
 ) -> float:
     inputs, outputs = _sizes(config)[name]
     tokens = shape.tokens_of(name)
@@ -148,7 +150,7 @@ def _projection_backward(
 
 
 def _ranks(config: ModelConfig, name: str) -> list[tuple[str, int]]:
-    """The adapters at work on a projection, with their ranks."""
+    """The active adapters of a projection, as (name, rank)."""
     return [(adapter, each.rank) for adapter, each in config.adapters if each.active and name in each.targets]
 
 
@@ -164,7 +166,7 @@ def _layer_forward(config: ModelConfig, shape: Shape) -> float:
 
 
 def _last_product(config: ModelConfig, shape: Shape) -> float:
-    """What a recomputed layer need not recompute: the products whose result is the layer's own output."""
+    """The products that remat does not recompute: their result is the output of the layer."""
     rank = sum(rank for _, rank in _ranks(config, "down"))
     return 2 * shape.computed * config.d_model * (config.d_ff + rank)
 
@@ -174,8 +176,8 @@ def _scores(config: ModelConfig, shape: Shape) -> float:
 
 
 def _skipped(config: ModelConfig, shape: Shape) -> float:
-    """Of the scores of a layer, what the blocks of `attend` leave out where nothing is differentiated."""
-    in_blocks = config.causal and shape.places == shape.length and shape.context == 1
+    """FLOPs of the scores that the query blocks of `attend` skip in a layer without a gradient."""
+    in_blocks = config.causal and shape.positions == shape.length and shape.context == 1
     blocks = query_blocks(shape.length) if in_blocks else 1
     return _scores(config, shape) * (blocks - 1) / (2 * blocks)
 
@@ -189,5 +191,5 @@ def _pool(config: ModelConfig, shape: Shape) -> float:
 def _head(config: ModelConfig, shape: Shape) -> float:
     if shape.head != "lm":
         return 2 * shape.computed * config.d_model * config.classes
-    chunk = config.logit_chunk if 0 < config.logit_chunk < shape.places else shape.places
-    return 2 * shape.batch * -(-shape.places // chunk) * chunk * config.d_model * config.vocab_size
+    chunk = config.logit_chunk if 0 < config.logit_chunk < shape.positions else shape.positions
+    return 2 * shape.batch * -(-shape.positions // chunk) * chunk * config.d_model * config.vocab_size

@@ -1,7 +1,7 @@
 """The parts of a transformer layer other than attention: projections, norms and the MLP.
 
 Shapes: B batch, T length, S keys, D d_model, H heads, K kv heads, h head_dim. Every parameter carries the names of its
-axes as metadata; `llm3.distributed.sharding` says where each of them is cut.
+axes as metadata; `llm3.distributed.sharding` maps them to axes of the mesh.
 """
 
 import math
@@ -18,12 +18,12 @@ from llm3.models.quantized import Quantized, quantized_linear
 
 
 def small_init(d_model: int) -> Callable:
-    """Normal with standard deviation sqrt(2 / (5 D)): Nguyen and Salazar 2019, section 3, as GPT-NeoX-20B uses it."""
+    """Normal with standard deviation sqrt(2 / (5 D)): Nguyen and Salazar 2019, section 3, as in GPT-NeoX-20B."""
     return nnx.initializers.normal(math.sqrt(2 / (5 * d_model)))
 
 
 def residual_init(layers: int, d_model: int) -> Callable:
-    """Normal with standard deviation 2 / (L sqrt(D)), for what writes to the residual stream.
+    """Normal with standard deviation 2 / (L sqrt(D)), for projections that write to the residual stream.
 
     Black et al. 2022 (GPT-NeoX-20B), section 2.1.
     """
@@ -31,9 +31,9 @@ def residual_init(layers: int, d_model: int) -> Callable:
 
 
 class Projection(nnx.Module):
-    """A linear map from the axes of x after [B, T] to `outputs`, and the adapters beside it.
+    """A linear map from the axes of x after [B, T] to `outputs`, plus its adapters.
 
-    kernel: float32 [*inputs, *outputs], or what `llm3.optim.frozen` made of it while it is frozen.
+    kernel: float32 [*inputs, *outputs]; a frozen kernel as `llm3.optim.frozen` stores it.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Projection(nnx.Module):
         self.lora = nnx.Dict(lora) if lora else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x: [B, T, *inputs], result [B, T, *outputs], both in the compute dtype. key: for the adapters' dropout."""
+        """x: [B, T, *inputs], result [B, T, *outputs], both in the compute dtype. key: for dropout of the adapters."""
         kernel, outputs = self.kernel.get_value(), math.prod(self.outputs)
         flat = x.reshape(*x.shape[:2], -1)
         quantized = isinstance(kernel, Quantized)
         y = quantized_linear(flat, kernel, outputs) if quantized else linear(flat, kernel.reshape(-1, outputs))
-        for place, adapter in enumerate(self._active()):
-            y = y + adapter(flat, None if key is None else jax.random.fold_in(key, place))
+        for index, adapter in enumerate(self._active()):
+            y = y + adapter(flat, None if key is None else jax.random.fold_in(key, index))
             if adapter.magnitude is not None:
                 dense = kernel.dequantized() if quantized else kernel
                 y = y * adapter.gain(dense.astype(jnp.float32).reshape(-1, outputs)).astype(y.dtype)
@@ -72,7 +72,7 @@ class Projection(nnx.Module):
 
 
 def adapters_of(config: ModelConfig, projection: str) -> Adapters:
-    """The adapters that a projection of this name has."""
+    """The adapters of the projection of this name."""
     return tuple((name, each) for name, each in config.adapters if projection in each.targets)
 
 
@@ -97,12 +97,12 @@ class Norm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
-def at_places(x: jax.Array, places: jax.Array | None, axis: int) -> jax.Array:
-    """x [B, ...] at places [B, N] of an axis; None: all of it."""
-    if places is None:
+def at_positions(x: jax.Array, positions: jax.Array | None, axis: int) -> jax.Array:
+    """x [B, ...] at `positions` [B, N] of an axis; None: all positions."""
+    if positions is None:
         return x
-    shape = [places.shape[0], *(places.shape[1] if each == axis else 1 for each in range(1, x.ndim))]
-    return jnp.take_along_axis(x, places.reshape(shape), axis)
+    shape = [positions.shape[0], *(positions.shape[1] if each == axis else 1 for each in range(1, x.ndim))]
+    return jnp.take_along_axis(x, positions.reshape(shape), axis)
 
 
 class MLP(nnx.Module):

@@ -1,9 +1,9 @@
-"""Low-rank adapters beside the projections of a layer.
+"""Low-rank adapters of the projections of a layer.
 
 y = x W + scale (dropout(x) A) B with B = 0 at the start (Hu et al. 2022, LoRA, section 4.1); scale is alpha / rank, or
 alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023). DoRA (Liu et al. 2024, section 4.1) trains the magnitude of each column
-of the adapted kernel as well: W' = magnitude * (W + scale A B) / |W + scale A B|, the norm taken as a constant in the
-gradient (section 4.3).
+of the adapted kernel as well: W' = magnitude * (W + scale A B) / |W + scale A B|. The norm has no gradient
+(section 4.3).
 """
 
 import math
@@ -28,7 +28,7 @@ def scale_of(config: AdapterConfig) -> float:
 class LoRA(nnx.Module):
     """One adapter of one projection. a: [*inputs, r], uniform as in PEFT; b: [r, *outputs]; magnitude: [*outputs].
 
-    Its random numbers are a stream of their own, so that the rest of a model is the same with and without adapters.
+    Adapters draw from their own random stream, so the rest of a model has the same values with and without them.
     """
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], config: AdapterConfig, rngs: nnx.Rngs):
@@ -36,11 +36,11 @@ class LoRA(nnx.Module):
         bound, shape = math.prod(inputs.values()) ** -0.5, (*inputs.values(), config.rank)
         self.a = nnx.Param(jax.random.uniform(rngs.lora(), shape, minval=-bound, maxval=bound), axes=(*inputs, None))
         self.b = nnx.Param(jnp.zeros((config.rank, *outputs.values())), axes=(None, *outputs))
-        # a placeholder: `with_magnitudes` fills it from the kernel
+        # a placeholder: `with_magnitudes` sets it from the kernel
         self.magnitude = nnx.Param(jnp.ones(tuple(outputs.values())), axes=tuple(outputs)) if config.dora else None
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        """What is added to x W, in x's dtype. x: [B, T, inputs], result [B, T, outputs]. key: for dropout."""
+        """The adapter's addition to x W, in x's dtype. x: [B, T, inputs], result [B, T, outputs]. key: for dropout."""
         if key is not None and self.config.dropout:
             kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.config.dropout), 0)
@@ -65,20 +65,20 @@ def with_magnitudes(params: dict, fresh: Collection[str]) -> dict:
     for path in fresh:
         if path.endswith("/magnitude"):
             kernel = flat[f"{path.split('/lora/')[0]}/kernel"]
-            inputs = kernel.ndim - flat[path].ndim  # beside the axis of the layers
+            inputs = kernel.ndim - flat[path].ndim  # a kernel and its magnitude both have the axis of layers
             norms = jax.vmap(lambda each, inputs=inputs: column_norms(each, inputs))(kernel.astype(jnp.float32))
             flat[path] = norms
     return unflatten(flat)
 
 
 def merged(params: dict, adapters: Adapters) -> dict:
-    """Canonical parameters with all active adapters added to their kernels, and without leaves of adapters."""
+    """Canonical parameters with all active adapters merged into their kernels, without adapter leaves."""
     flat, configs = flatten(params), dict(adapters)
     result = {path: leaf for path, leaf in flat.items() if "/lora/" not in path}
     for path in flat:
-        projection, found, rest = path.partition("/lora/")
+        projection, in_adapter, rest = path.partition("/lora/")
         name = rest.removesuffix("/a")
-        if not found or name == rest or not configs[name].active:
+        if not in_adapter or name == rest or not configs[name].active:
             continue
         a, b = (flat[f"{projection}/lora/{name}/{leaf}"].astype(jnp.float32) for leaf in ("a", "b"))
         kernel = result[f"{projection}/kernel"].astype(jnp.float32)

@@ -1,8 +1,8 @@
-"""Frozen kernels in 8 or 4 bits: block-wise codes and scales, and the product with them.
+"""Frozen kernels in 8 or 4 bits: block-wise codes and scales, and the linear layer that uses them.
 
-Values are codebook[code] * scale, the scale of a block being its largest magnitude (Dettmers et al. 2022, 8-bit
-optimizers, section 2.1). Both codebooks hold -1 or 1, so that the numbers that the codes stand for quantise to the same
-codes and scales again: a checkpoint that holds these numbers holds exactly what was computed with.
+A value is codebook[code] * scale; the scale of a block is its largest magnitude (Dettmers et al. 2022, 8-bit
+optimizers, section 2.1). Both codebooks contain -1 or 1, so dequantised values quantise to the same codes and scales
+again: a checkpoint of dequantised values holds exactly the numbers that the model computed with.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import numpy as np
 
 from llm3.errors import UserError
 
-BLOCK = 64  # inputs that share a scale, at most: Dettmers et al. 2023, QLoRA, section 3
+BLOCK = 64  # max inputs that share a scale: Dettmers et al. 2023, QLoRA, section 3
 
 # NormalFloat4: quantiles of a normal distribution, with an exact zero. QLoRA, appendix E.
 NF4 = np.array(
@@ -31,10 +31,10 @@ CODEBOOKS = {"nf4": NF4, "int8": (np.arange(-127, 128) / 127).astype(np.float32)
 @partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("kind", "axis"))
 @dataclass(frozen=True)
 class Quantized:
-    """An array whose `axis` (counted from the end: a scan may take the leading one away) is cut into blocks.
+    """An array quantised in blocks along `axis`, which counts from the end: a scan may remove the leading axis.
 
-    codes: uint8, the array's shape for "int8"; for "nf4" two codes a byte, so `axis` is half as long. scales: float32,
-    `axis` has one entry a block.
+    codes: uint8, in the shape of the array; "nf4" packs two codes a byte, so its `axis` is half as long.
+    scales: float32, one entry a block along `axis`.
     """
 
     codes: jax.Array
@@ -43,7 +43,7 @@ class Quantized:
     axis: int
 
     def dequantized(self) -> jax.Array:
-        """The values that the codes stand for, float32."""
+        """The dequantised values, float32."""
         codes = jnp.moveaxis(self.codes, self.axis, -1)
         if self.kind == "nf4":
             codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
@@ -53,12 +53,12 @@ class Quantized:
 
 
 def block_size(length: int) -> int:
-    """The largest divisor of an axis that is at most `BLOCK`."""
+    """The largest divisor of an axis length that is at most `BLOCK`."""
     return next(size for size in range(min(BLOCK, length), 0, -1) if length % size == 0)
 
 
 def quantize(array: jax.Array, kind: str, axis: int) -> Quantized:
-    """The nearest codes, by the absolute maximum of each block of `axis`. Raises UserError for nf4 of an odd axis."""
+    """Quantise to the nearest codes, block by block along `axis`. Raises UserError for nf4 of an odd axis."""
     length = array.shape[axis]
     if kind == "nf4" and length % 2:
         raise UserError(f"frozen='nf4' packs two inputs a byte: expected an even number of inputs, not {length}")
@@ -76,15 +76,15 @@ def quantize(array: jax.Array, kind: str, axis: int) -> Quantized:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def quantized_linear(x: jax.Array, kernel: Quantized, outputs: int) -> jax.Array:
-    """x @ kernel in x's dtype. x: [B, T, inputs]; kernel: [*inputs, *outputs], of `outputs` in all.
+    """x @ kernel in x's dtype. x: [B, T, inputs]; kernel: [*inputs, *outputs]; outputs: the product of its output axes.
 
-    Only the codes are kept for the backward pass, which dequantises again; the kernel gets no gradient.
+    The backward pass keeps only the codes and dequantises again. The kernel gets no gradient.
     """
     return _forward(x, kernel, outputs)[0]
 
 
 def _forward(x: jax.Array, kernel: Quantized, outputs: int) -> tuple[jax.Array, Quantized]:
-    # not by way of `quantized_linear`: a remat policy for dots does not look inside a custom_vjp
+    # does not call `quantized_linear`: a remat policy for dots does not look inside a custom_vjp
     dense = kernel.dequantized().astype(x.dtype).reshape(-1, outputs)
     return jax.lax.dot_general(x, dense, (((2,), (0,)), ((), ()))), kernel
 

@@ -2,7 +2,7 @@
 
 `abstract(config)` gives a graph definition and the shapes and logical axes of the parameters; inside a loss,
 `nnx.merge(graph, params)` gives the module. Layers are stacked on a leading axis and scanned, one scan for each
-*segment* (a run of layers). How the stack is cut is an execution detail: the canonical tree has one stack.
+*segment* (a run of layers). Segments are an execution detail: the canonical tree has one stack.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
 from llm3.models.attention import Attention, attention_mask, rotation
-from llm3.models.layers import MLP, Norm, Projection, at_places, small_init
+from llm3.models.layers import MLP, Norm, Projection, at_positions, small_init
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
 
@@ -39,9 +39,11 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.d_model, "embed", **norm)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, angles, mask, cache, index, random, places, in_order):
-        update, cache = self.attention(self.attention_norm(x), angles, mask, cache, index, random, places, in_order)
-        x = at_places(x, places, 1) + update
+    def __call__(self, x, angles, mask, cache, index, random, output_positions, in_order):
+        update, cache = self.attention(
+            self.attention_norm(x), angles, mask, cache, index, random, output_positions, in_order
+        )
+        x = at_positions(x, output_positions, 1) + update
         return x + self.mlp(self.mlp_norm(x), random), cache
 
 
@@ -67,15 +69,15 @@ class Transformer(nnx.Module):
         segments: jax.Array,
         cache: dict | None = None,
         key: jax.Array | None = None,
-        places: jax.Array | None = None,
+        output_positions: jax.Array | None = None,
         prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, dict | None]:
         """Hidden states [B, T, D] after the last norm, and the cache with these tokens written to it.
 
-        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: as `make_cache` gives it. key: for dropout;
-        None: none. places: int32 [B, N], where the hidden states [B, N, D] are wanted: the last layer is computed
-        there only. prefix: bool [B, T], the tokens that a causal model may look at from anywhere in their document;
-        not with a cache.
+        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: see `make_cache`. key: for dropout; None: no
+        dropout. output_positions: int32 [B, N]; the last layer is computed at these positions only, and the result is
+        [B, N, D]. prefix: bool [B, T], tokens to which all queries of their document may attend, also in a causal
+        model; not with a cache.
         """
         keys, index = (positions, segments), None
         if cache is not None:
@@ -90,9 +92,9 @@ class Transformer(nnx.Module):
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
             part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
-            wanted = places if last == self.config.layers else None
+            top_positions = output_positions if last == self.config.layers else None
             random = key if self._drops() else None
-            x, part = self._scan(stack, first, x, angles, mask, part, index, random, wanted, in_order)
+            x, part = self._scan(stack, first, x, angles, mask, part, index, random, top_positions, in_order)
             stored.append(part)
         if cache is not None:
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
@@ -100,37 +102,37 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def _table(self) -> jax.Array:
-        """The embedding in the compute dtype, gathered over fsdp: rows that are cut do not lie as the batch does."""
+        """The embedding in the compute dtype, gathered over fsdp, whose sharding of rows does not match the batch."""
         return constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
 
-    def _scan(self, stack, first, x, angles, mask, cache, index, key, places, in_order):
+    def _scan(self, stack, first, x, angles, mask, cache, index, key, output_positions, in_order):
         graph, params = nnx.split(stack)
         length = jax.tree.leaves(params)[0].shape[0]
 
-        def body(x, layer, places=None):
+        def body(x, layer, output_positions=None):
             params, cache, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
-            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random, places, in_order)
+            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random, output_positions, in_order)
             return constrain(x, "batch", "length", None), cache
 
-        count = length if places is None else length - 1
+        count = length if output_positions is None else length - 1
         unroll, top = min(self.config.scan_unroll, max(count, 1)), body
         if self.config.remat != "none":
             # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
             remat = partial(jax.checkpoint, policy=REMAT_POLICIES[self.config.remat])
             body, top = remat(body, prevent_cse=unroll >= count), remat(body, prevent_cse=True)
-        if places is None:
+        if output_positions is None:
             return jax.lax.scan(body, x, (params, cache, jnp.arange(first, first + length)), unroll=unroll)
         if count:
             lower = jax.tree.map(lambda leaf: leaf[:-1], params)
             x, _ = jax.lax.scan(body, x, (lower, None, jnp.arange(first, first + count)), unroll=unroll)
-        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), None, first + count), places)
+        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), None, first + count), output_positions)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 [B, T, V], soft-capped as in Gemma 2 (2024, section 2) if the config says so."""
+        """Float32 [B, T, V]; with `logit_softcap`, soft-capped as in Gemma 2 (2024, section 2)."""
         if self.lm_head is None:
             y = jnp.einsum("btd,vd->btv", hidden, self._table().astype(hidden.dtype))
         else:
@@ -141,39 +143,39 @@ class Transformer(nnx.Module):
     def score(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The cross-entropy of the targets, int32 [B, T], and whether each is the likeliest token: float32 [B, T] both.
 
-        With `logit_chunk`, the logits of so many positions at a time are held, and computed again in the backward pass:
-        [B, T, V] is often the largest array of a step. A chunk takes its positions from all over the window, so that
-        every device has its share of each, however batch and length are cut.
+        [B, T, V] is often the largest array of a step. With `logit_chunk`, logits are computed for that many positions
+        at a time, and again in the backward pass. The positions of a chunk are spread over the window, so that every
+        device holds an equal part of each chunk, however batch and length are sharded.
         """
 
-        def of(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def score_all(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
             logits = self.logits(hidden)
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             return nats, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
 
         chunk, length = self.config.logit_chunk, targets.shape[1]
         if not 0 < chunk < length:
-            return of(hidden, targets)
+            return score_all(hidden, targets)
         count = -(-length // chunk)
 
         def cut(x: jax.Array) -> jax.Array:
             padded = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
             return jnp.moveaxis(padded.reshape(x.shape[0], chunk, count, *x.shape[2:]), 2, 0)
 
-        body = jax.checkpoint(lambda _, part: (None, of(*part)))
+        body = jax.checkpoint(lambda _, part: (None, score_all(*part)))
         unroll = min(count, self.config.scan_unroll)
         parts = jax.lax.scan(body, None, (cut(hidden), cut(targets)), unroll=unroll)[1]
         nats, right = (jnp.moveaxis(part, 0, 2).reshape(-1, count * chunk)[:, :length] for part in parts)
         return nats, right
 
     def class_logits(self, hidden: jax.Array, segments: jax.Array) -> jax.Array:
-        """Float32 [B, T, C] from the task head: what each position says of its own document.
+        """Class logits of each position, float32 [B, T, C], from the task head.
 
-        pool "last": from the hidden state at that position, so a document is read at its last token.
-        pool "mean": from the mean over the document, the same at all its positions.
+        pool "last": from the hidden state at that position; callers read a document at its last token.
+        pool "mean": from the mean hidden state of the document, the same at all its positions.
         """
         logits = self.head(hidden.astype(jnp.float32))
-        if self.config.pool == "mean":  # of the logits of the positions: the head is linear
+        if self.config.pool == "mean":  # the head is linear, so the mean of the logits is the same
             same = (segments[:, :, None] == segments[:, None, :]).astype(logits.dtype)
             logits = jnp.einsum("bts,bsc->btc", same / same.sum(axis=-1, keepdims=True), logits)
         return logits
@@ -195,7 +197,7 @@ def _streams(key: jax.Array) -> nnx.Rngs:
 
 
 class Abstract(NamedTuple):
-    """A model without its numbers: the graph definition, and per leaf the shape and the logical axes."""
+    """A model without values: the graph definition, and the shape and the logical axes of each leaf."""
 
     graph: nnx.GraphDef
     shapes: dict
@@ -203,14 +205,14 @@ class Abstract(NamedTuple):
 
 
 def abstract(config: ModelConfig, segments: Segments | None = None) -> Abstract:
-    """The model cut into `segments` (default: one), without allocating anything. Not to be changed in place."""
+    """The model cut into `segments` (default: one), without allocating arrays. Do not change the result in place."""
     return _abstract(config, segments or ((0, config.layers),))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> dict:
     """The shapes of the canonical parameters, with their shardings."""
-    whole = abstract(config)
-    shapes, axes = canonical(whole.shapes), canonical(whole.axes)
+    model = abstract(config)
+    shapes, axes = canonical(model.shapes), canonical(model.axes)
     return with_sharding(shapes, tree_shardings(mesh, shapes, axes))
 
 
@@ -226,25 +228,27 @@ def _abstract(config: ModelConfig, segments: Segments) -> Abstract:
 
 
 def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | None = None) -> dict:
-    """Canonical float32 parameters (or `only` some leaves of them, by path; their values are the same).
+    """Canonical float32 parameters. only: the paths of the leaves to create; their values are the same.
 
-    They are created in place on the mesh, so that no device ever holds the whole model.
+    They are created in place on the mesh, so that no device ever holds all of the model.
     """
-    whole = abstract(config)
+    _, shapes, axes = abstract(config)
 
     def chosen(tree: dict) -> dict:
         return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
 
-    def create(key: jax.Array) -> dict:  # an argument: the compiler would fold random numbers from a constant
+    def create(
+        key: jax.Array,
+    ) -> dict:  # the key is an argument: XLA constant-folds random numbers from a constant
         model = Transformer(config, ((0, config.layers),), _streams(key))
         return chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
-    shardings = chosen(tree_shardings(mesh, whole.shapes, whole.axes))
+    shardings = chosen(tree_shardings(mesh, shapes, axes))
     return unflatten(jax.jit(create, out_shardings=shardings)(jax.random.key(seed)))
 
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> dict:
-    """An empty key-value cache for `length` tokens. Slots of segment 0 are empty; real tokens are of segment 1."""
+    """An empty key-value cache for `length` tokens. Empty slots have segment 0, real tokens segment 1."""
     shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
     layers = {name: jnp.zeros(shape, config.compute_dtype) for name in ("key", "value")}
     slots = jnp.zeros((batch, length), jnp.int32)

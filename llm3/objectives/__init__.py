@@ -1,20 +1,21 @@
-"""What a stage optimises. A plugin is one file here, found by its name.
+"""Objectives: the loss that a stage minimises. Each file here is a plugin, found by its name.
 
-A plugin has `WINDOWS`, which forms of source it learns from and how each is cut ({form: kind}, see `llm3.data.formats`
-and `llm3.data.windows`), `HEAD`, the task head that it needs ("" for none; "labels": one logit a class; or the names of
-its outputs), `LABELLED`, whether it learns from labels, `CAUSAL`, which attention it needs (None: either), and
+A plugin has
+- `WINDOWS`: {row format: kind of windows}, see `llm3.data.formats` and `llm3.data.windows`;
+- `HEAD`, the task head that it needs: "" (none), "labels" (one logit a class), or the names of its outputs;
+- `LABELLED`: whether it needs labels;
+- `CAUSAL`: the attention that it needs (None: either);
+- `Options` (optional): a frozen dataclass;
+- `loss(model, batch, key, task) -> Sums`. The step divides one global sum by the other, so gradients do not depend on
+  how a batch is cut into micro-batches or over devices.
 
-    loss(model, batch, key, task) -> Sums
+Optional functions:
 
-which turns a batch into *sums*: the step divides global sum by global sum, so that gradients do not depend on how a
-batch was cut into micro-batches or devices. Where it has options, they are a frozen dataclass `Options`. What is random
-in a batch itself is drawn on the host, window by window, where a plugin has
-
-    corrupt(window, rng, task) -> Batch                  of the stage's length, from a window of `raw_length`
-    raw_length(task) -> int                              (optional; else the stage's length)
-
-and where it reads the model in few places of a window, `most(task) -> int` says in how many at most: the last layer is
-computed there only.
+    corrupt(window, rng, task) -> Batch    random changes, on the host, of a window of `raw_length`; the result has
+                                           task.length
+    raw_length(task) -> int                the length of windows before `corrupt` (default: the stage's length)
+    max_output_positions(task) -> int      max positions per window whose output the loss uses; the last layer is
+                                           computed at these only
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from llm3.data.tokenizer import Tokenizer
 
 
 class Sums(NamedTuple):
-    """Scalars, float32: the sum of losses in nats, the sum of weights, and sums of further figures per unit weight."""
+    """Float32 scalars: the sum of weighted losses in nats, the sum of weights, and weighted sums of further metrics."""
 
     loss: jax.Array
     weight: jax.Array
@@ -34,11 +35,11 @@ class Sums(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What an objective knows besides the batch.
+    """The settings of an objective in a stage.
 
-    options: an instance of its `Options`, or None. tokenizer: the run's. length: T of the stage's windows. label_sets:
-    float32 [S, C], which classes each of the targets 0 ... S - 1 stands for, where a document may have several labels;
-    None where a target is a class.
+    options: an instance of its `Options`, or None. tokenizer: the tokenizer of the run. length: T of the stage's
+    windows. label_sets: float32 [S, C], 1 for the classes in each label set, where a document may have several labels
+    and a target is the number of a set; None: a target is a class.
     """
 
     options: Any

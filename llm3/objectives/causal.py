@@ -14,12 +14,12 @@ CAUSAL = True
 
 
 def token_losses(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Nats of each position's target: float32 [B, T], not weighted. key: for dropout."""
+    """The loss of each target in nats, float32 [B, T], not weighted. key: for dropout."""
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
     return model.score(hidden, batch.targets)[0]
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats of the targets, weighted by token."""
+    """The sum of the losses of the targets, weighted by token."""
     del task
     return Sums(jnp.sum(token_losses(model, batch, key) * batch.weights), jnp.sum(batch.weights), {})

@@ -1,4 +1,6 @@
-"""One label for each document, or a set of them, read at the position where its weight stands."""
+"""Classification: a label, or a set of labels, for each document, read at the position that has a weight."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import numpy as np
 import optax
 
 from llm3.data.batch import Batch
-from llm3.models.layers import at_places
+from llm3.models.layers import at_positions
 from llm3.models.transformer import Transformer
 from llm3.objectives import Sums, Task
 
@@ -23,21 +25,22 @@ def class_logits(model: Transformer, batch: Batch, key: jax.Array | None = None)
 
 
 def set_nats(logits: jax.Array, sets: jax.Array) -> jax.Array:
-    """Nats of sets of classes, each class judged alone, the mean over the classes: [...] from two of [..., C]."""
+    """Mean over classes of the binary cross-entropy in nats: logits and sets [..., C] to [...]."""
     return optax.sigmoid_binary_cross_entropy(logits, sets).mean(axis=-1)
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats of the labels (of sets of labels: see `set_nats`), weighted by example, and `accuracy`.
+    """The sum of the losses of the labels, weighted by example, and `accuracy`. Label sets: see `set_nats`.
 
-    Of sets of labels, accuracy is the share of those that are right in every class.
+    A predicted label set is accurate if every class is right.
     """
     if not model.config.max_output_positions:
         return _sums(class_logits(model, batch, key), batch.targets, batch.weights, task.label_sets)
-    # labels stand at the last token of documents only: the last layer is computed for these
-    places = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, places=places)
-    segments, targets, weights = (at_places(x, places, 1) for x in (batch.segments, batch.targets, batch.weights))
+    # only the last token of a document has a label: the last layer is computed at these positions
+    output_positions = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
+    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
+    read = partial(at_positions, positions=output_positions, axis=1)
+    segments, targets, weights = map(read, (batch.segments, batch.targets, batch.weights))
     return _sums(model.class_logits(hidden, segments), targets, weights, task.label_sets)
 
 

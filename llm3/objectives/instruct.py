@@ -1,6 +1,6 @@
-"""Answers to prompts: the next token, learnt where it is of an answer or ends one (Ouyang et al. 2022, section 3.4).
+"""Instruction tuning: the loss covers the tokens and the ends of answers (Ouyang et al. 2022, section 3.4).
 
-Running text among the data is learnt as a whole, as `causal` does.
+In plain text, the loss covers every token, as in `causal`.
 """
 
 import jax
@@ -17,7 +17,7 @@ CAUSAL = True
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats of the labelled tokens, weighted by token, and `accuracy`, of the most likely token."""
+    """The sum of the losses of the answers' tokens, weighted by token, and `accuracy` of the most likely token."""
     del task
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
     nats, correct = model.score(hidden, batch.targets)

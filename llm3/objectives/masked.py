@@ -1,7 +1,7 @@
 """Masked language modelling: hidden tokens from both sides (Devlin et al. 2019, BERT, section 3.1).
 
-A share of the text's tokens is to be predicted: most of these are replaced by the mask token, some by a random one, and
-the rest stay as they are. Which, is drawn on the host, so that it follows from (seed, step, row) alone.
+A share of the text tokens are targets: most of them are replaced by the mask token, some by a random token, and the
+rest are not changed. The draw happens on the host and depends on (seed, step, row) only.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.data.words import word_numbers
 from llm3.errors import UserError
-from llm3.models.layers import at_places
+from llm3.models.layers import at_positions
 from llm3.models.transformer import Transformer
 from llm3.objectives import Sums, Task, causal
 
@@ -24,15 +24,16 @@ WINDOWS = {"text": "stream"}
 HEAD = ""
 LABELLED = False
 CAUSAL = False
-LONGEST_LAST_WORD = 16  # tokens of a word that may go beyond the share of a window
+LONGEST_LAST_WORD = 16  # max tokens of a word that may exceed the share of a window
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """share: of the text's tokens, to be predicted. mask, replace: of these, hidden and replaced by a random token.
+    """share: share of the text tokens that are targets.
 
-    whole_words: all tokens of a word are predicted, or none (as BERT's later models; Cui et al. 2021 for Chinese). What
-    a word is, says `llm3.data.words`.
+    mask, replace: shares of the targets that are replaced by the mask token and by a random token.
+    whole_words: all tokens of a word are targets, or none (as in BERT's later models; Cui et al. 2021 for Chinese);
+    `llm3.data.words` defines words.
     """
 
     share: float = 0.15
@@ -50,13 +51,13 @@ class Options:
 
 
 def check_share(share: float) -> None:
-    """Raise a UserError unless it is a share of tokens that can be hidden."""
+    """Raise a UserError unless `share` is in (0, 1]."""
     if not 0 < share <= 1:
         raise UserError(f"share={share!r}: expected a share above 0, up to 1")
 
 
 def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
-    """The window with tokens hidden: their targets are what they were, their weights 1, all others 0."""
+    """The window with hidden tokens. Targets are the original tokens; hidden ones have weight 1, others 0."""
     options, tokens = task.options, window.tokens
     hidden = choose(window, options.share, options.whole_words, rng, task.tokenizer)
     action, random = rng.random(len(tokens)), rng.choice(text_tokens(task.tokenizer), len(tokens))
@@ -69,47 +70,47 @@ def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
 def choose(
     window: Batch, share: float, whole_words: bool, rng: np.random.Generator, tokenizer: Tokenizer
 ) -> np.ndarray:
-    """Which tokens are to be predicted: bool [T]. On average `share` of the text's tokens; never a special token.
+    """Choose the tokens to predict: bool [T], on average `share` of the text tokens, never a special token.
 
-    Tokens (or words) are taken in a random order up to that share. The one that would go beyond it is taken with the
-    probability that makes the average right; a word of more than `LONGEST_LAST_WORD` tokens is not.
+    Tokens (or words) are taken in random order up to that share. The one that would exceed it is taken with the
+    probability that makes the average exact, unless it is a word of more than `LONGEST_LAST_WORD` tokens.
     """
     text = (window.segments > 0) & (tokenizer.byte_lengths[window.tokens] > 0)
-    places = np.flatnonzero(text)
-    words = word_numbers(window.tokens, window.segments, tokenizer)[places] if whole_words else places
+    positions = np.flatnonzero(text)
+    words = word_numbers(window.tokens, window.segments, tokenizer)[positions] if whole_words else positions
     names, word = np.unique(words, return_inverse=True)
     order = rng.permutation(len(names))
     sizes = np.bincount(word, minlength=len(names))[order]
-    left = share * len(places) - (np.cumsum(sizes) - sizes)  # of the share, before each word
+    left = share * len(positions) - (np.cumsum(sizes) - sizes)  # tokens left of the share before each word
     taken = (sizes <= left) | ((sizes <= LONGEST_LAST_WORD) & (rng.random() * sizes < left))
     chosen = np.zeros(len(names), bool)
     chosen[order] = taken
     hidden = np.zeros(len(text), bool)
-    hidden[places] = chosen[word]
+    hidden[positions] = chosen[word]
     return hidden
 
 
-def most(task: Task) -> int:
-    """The tokens of a window, at most, that are to be predicted."""
+def max_output_positions(task: Task) -> int:
+    """The max number of targets in a window."""
     share = math.ceil(task.options.share * task.length)
     return min(task.length, share + (LONGEST_LAST_WORD - 1 if task.options.whole_words else 0))
 
 
 @functools.lru_cache(maxsize=8)
 def text_tokens(tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens that stand for text: int32 [n]."""
+    """The tokens that encode text, without special tokens: int32 [n]."""
     return np.flatnonzero(tokenizer.byte_lengths).astype(np.int32)
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats of the hidden tokens, weighted by token.
+    """The sum of the losses of the hidden tokens, weighted by token.
 
-    Where the model's config knows how many there are in a window, its last layer and logits are computed for these.
+    If the model has `max_output_positions`, its last layer and logits are computed for the hidden tokens only.
     """
     if not model.config.max_output_positions:
         return causal.loss(model, batch, key, task)
-    places = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, places=places)
-    targets, weights = (at_places(x, places, 1) for x in (batch.targets, batch.weights))
+    output_positions = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
+    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
+    targets, weights = (at_positions(x, output_positions, 1) for x in (batch.targets, batch.weights))
     nats, _ = model.score(hidden, targets)
     return Sums(jnp.sum(nats * weights), jnp.sum(weights), {})

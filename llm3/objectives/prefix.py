@@ -1,13 +1,13 @@
 """Prefix language modelling and mixtures of denoisers, on a causal model.
 
-A prefix LM reads the first part of a document from both sides and predicts the rest token by token (Liu et al. 2018,
-section 4.2.3; Raffel et al. 2020, T5, section 3.2.1). A denoiser of spans (T5, section 3.1.4) reads a document in which
-each span is replaced by one mask token, and predicts the spans: mask, span, mask, span, ..., end. With one mask token,
-the order says which span is which. UL2 (Tay et al. 2022, section 3.1) mixes several denoisers; a text at the beginning
-of a document, its mode, says which one it is.
+A prefix LM attends in both directions within the first part of a document and predicts the rest token by token (Liu et
+al. 2018, section 4.2.3; Raffel et al. 2020, T5, section 3.2.1). A span denoiser (T5, section 3.1.4) reads a document in
+which each span is replaced by one mask token, and predicts the spans: mask, span, mask, span, ..., end. All masks are
+the same token; their order identifies the spans. UL2 (Tay et al. 2022, section 3.1) mixes several denoisers; a text at
+the beginning of a document, its mode, names the denoiser.
 
-What a document's denoiser is, is drawn on the host for each document of a window by itself, so nothing of one document
-gets into another. All positions up to the one that predicts the first target may be looked at from the whole document.
+The denoiser of each document is drawn on the host and applied to that document alone. Every position of a document may
+attend to its prefix: the positions up to the one that predicts the first target.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ WINDOWS = {"text": "stream"}
 HEAD = ""
 LABELLED = False
 CAUSAL = True
-SHORTEST = 32  # tokens: a shorter document must not grow, so it gets no mode, and T5's prefix LM instead of spans
+SHORTEST = 32  # tokens; a shorter document must not grow: it gets no mode, and T5's prefix LM instead of spans
 
-# denoisers="ul2": Table 1 of Tay et al. 2022; all as likely as each other (section 3.1.2).
+# denoisers="ul2": Table 1 of Tay et al. 2022, all equally likely (section 3.1.2)
 UL2 = (
     {"kind": "span", "mean_length": 3, "share": 0.15, "mode": "[R]"},
     {"kind": "span", "mean_length": 8, "share": 0.15, "mode": "[R]"},
@@ -48,11 +48,10 @@ UL2 = (
 class Denoiser:
     """One way to make inputs and targets of a document.
 
-    kind: "prefix": its last tokens are to be predicted; "span": spans of it. share: of its tokens that are to be
-    predicted, on average; "prefix" draws it evenly, from as far below the average as above it (0.5: any split is as
-    likely, T5's prefix LM; 1: causal language modelling). mean_length: tokens of a span, on average; a little more in
-    short documents. weight: how likely it is, beside the others. mode: a text at the beginning of the document, "" for
-    none.
+    kind: "prefix": predict the last tokens; "span": predict spans. share: mean share of the tokens to predict. "prefix"
+    draws the share uniformly from the widest interval around it (0.5: all splits are equally likely, T5's prefix LM;
+    1: causal language modelling). mean_length: mean tokens per span; a little more in short documents. weight: relative
+    probability of this denoiser. mode: text at the beginning of the document; "": none.
     """
 
     kind: str = "prefix"
@@ -88,10 +87,10 @@ class Options:
         given = UL2 if self.denoisers == "ul2" else self.denoisers
         if not given or isinstance(given, str):
             raise UserError(f"denoisers={given!r}: expected a list with at least one, or 'ul2'")
-        object.__setattr__(self, "denoisers", tuple(map(_read, given)))
+        object.__setattr__(self, "denoisers", tuple(map(_read_denoiser, given)))
 
 
-def _read(given: Any) -> Denoiser:
+def _read_denoiser(given: Any) -> Denoiser:
     names = [field.name for field in dataclasses.fields(Denoiser)]
     if not isinstance(given, Mapping):
         raise UserError(f"denoisers: {given!r}: expected a dict with some of {', '.join(names)}")
@@ -102,11 +101,11 @@ def _read(given: Any) -> Denoiser:
 
 
 def raw_length(task: Task) -> int:
-    """The text tokens of a window of task.length: so few that every window fits, whatever is drawn.
+    """The text tokens in a window of task.length, such that every window fits, whichever denoisers are drawn.
 
-    A document of n >= `SHORTEST` tokens grows by its mode, and by two tokens a span (a mask in the input, and one in
-    the targets); a shorter one does not. What most windows then have left is padding: nothing with the default, and
-    about a fifth of the positions with `UL2`.
+    A document of at least `SHORTEST` tokens grows by its mode, and by two tokens a span (one mask in the input, one in
+    the targets); a shorter one does not grow. Unused positions are padding: none with the default options, about a
+    fifth of most windows with `UL2`.
     """
 
     def growth(denoiser: Denoiser) -> float:
@@ -117,16 +116,16 @@ def raw_length(task: Task) -> int:
 
 
 def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
-    """The documents of a window of `raw_length` tokens, each with what one denoiser makes of it, in one of task.length.
+    """Apply a random denoiser to each document of a window of `raw_length` tokens: a window of task.length.
 
-    Segments keep their numbers; positions begin at 0 in each.
+    Segments keep their numbers; positions start at 0 in each.
     """
     denoisers, result, stop = task.options.denoisers, empty_window(task.length), 0
     weights = np.array([each.weight for each in denoisers])
     for segment in np.unique(window.segments[window.segments > 0]):
         here = np.flatnonzero(window.segments == segment)
         tokens, last = window.tokens[here], here[-1]
-        if window.weights[last]:  # the window cuts the document
+        if window.weights[last]:  # the window cuts the document: its next token is a target
             tokens = np.append(tokens, window.targets[last])
         denoiser = denoisers[rng.choice(len(denoisers), p=weights / weights.sum())]
         if len(here) < SHORTEST:
@@ -134,22 +133,22 @@ def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
         if denoiser.kind == "span":
             sequence, given = _spans(tokens[: len(here)], denoiser, rng, task.tokenizer)
         else:
-            sequence, given = _split(tokens, denoiser, rng, task.tokenizer)
+            sequence, given = _split_prefix(tokens, denoiser, rng, task.tokenizer)
         start, stop = stop, stop + len(sequence) - 1
-        place = slice(start, stop)
-        result.tokens[place], result.targets[place] = sequence[:-1], sequence[1:]
+        destination = slice(start, stop)
+        result.tokens[destination], result.targets[destination] = sequence[:-1], sequence[1:]
         result.weights[start + given - 1 : stop] = 1
-        mark_segment(result, place, int(segment))
+        mark_segment(result, destination, int(segment))
     return result
 
 
-def _split(
+def _split_prefix(
     tokens: np.ndarray, denoiser: Denoiser, rng: np.random.Generator, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, int]:
-    """A document with its mode, and how many of its tokens are given; the rest is to be predicted."""
-    most = len(tokens) - 1
-    least, span = max(0.0, 2 * denoiser.share - 1) * most, (1 - abs(2 * denoiser.share - 1)) * most
-    predicted = min(most, int(least + rng.random() * span) + 1)
+    """A document with its mode, and the number of its tokens that are input; the rest are targets."""
+    available = len(tokens) - 1
+    low, width = max(0.0, 2 * denoiser.share - 1) * available, (1 - abs(2 * denoiser.share - 1)) * available
+    predicted = min(available, int(low + rng.random() * width) + 1)
     sequence = _with_mode(tokens, denoiser, tokenizer)
     return sequence, len(sequence) - predicted
 
@@ -157,7 +156,7 @@ def _split(
 def _spans(
     tokens: np.ndarray, denoiser: Denoiser, rng: np.random.Generator, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, int]:
-    """A document with its mode and with spans of it replaced by masks, then the spans; and the length of the former."""
+    """(input, then targets; length of the input). The input has the mode, and masks in place of the spans."""
     first, last = int(tokens[0] == tokenizer.bos_id), len(tokens) - int(tokens[-1] == tokenizer.eos_id)
     expected = denoiser.share * (last - first)
     spans = max(1, int(expected / denoiser.mean_length))
@@ -178,23 +177,23 @@ def _mode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
 
 
 def _draw_spans(length: int, hidden: int, spans: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and sizes, int64 [spans], of spans of `hidden` of `length` tokens in all; no two touch.
+    """Starts and sizes, int64 [spans], of spans that cover `hidden` of `length` tokens; no two touch.
 
-    All there are, are equally likely. Needs spans <= hidden and spans <= length - hidden + 1.
+    Uniform over all such spans. Needs spans <= hidden and spans <= length - hidden + 1.
     """
     sizes = _parts(hidden, spans, rng)
-    gaps = _parts(length - hidden + 2, spans + 1, rng)  # with one token more at both ends, so that none is empty
+    gaps = _parts(length - hidden + 2, spans + 1, rng)  # one extra token at both ends, so that no gap is empty
     return np.cumsum(gaps[:-1]) - 1 + np.cumsum(sizes) - sizes, sizes
 
 
 def _parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Positive integers that sum to `total`, int64 [parts], drawn evenly from all there are."""
+    """Positive integers that sum to `total`, int64 [parts], uniform over all such sequences."""
     cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 def _infilled(tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray, mask: int) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens with one mask instead of each span; and the spans, each after a mask."""
+    """The tokens with one mask in place of each span; and the spans, each after a mask."""
     change = np.zeros(len(tokens) + 1, np.int64)
     change[starts], change[starts + sizes] = 1, -1
     hidden = np.cumsum(change[:-1]) > 0
@@ -204,7 +203,7 @@ def _infilled(tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray, mask: i
 
 
 def prefix_of(batch: Batch) -> jax.Array:
-    """The positions of each document up to its first weight: bool [B, T], what may be looked at from all of it."""
+    """The prefix of each document, bool [B, T]: its positions up to the first one with a weight."""
     weighted = (batch.weights > 0).astype(jnp.int32)
     before = jnp.cumsum(weighted, axis=1) - weighted
     new = jnp.pad(batch.segments[:, 1:] != batch.segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
@@ -213,7 +212,7 @@ def prefix_of(batch: Batch) -> jax.Array:
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats of the targets, weighted by token."""
+    """The sum of the losses of the targets, weighted by token."""
     del task
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, prefix=prefix_of(batch))
     nats, _ = model.score(hidden, batch.targets)

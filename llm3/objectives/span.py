@@ -1,7 +1,7 @@
-"""Extractive reading comprehension: where an answer starts and ends (Devlin et al. 2019, BERT, sections 4.2 and 4.3).
+"""Extractive reading comprehension: the start and end of an answer (Devlin et al. 2019, BERT, sections 4.2 and 4.3).
 
-Each position that may be chosen has a logit as a start and one as an end, from the task head; <bos> stands for "no
-answer here". The nats of an example are the mean of those of its start and of its end, over the positions of its chunk.
+The task head gives each candidate position a start logit and an end logit; <bos> means "no answer here". The loss of an
+example is the mean of two cross-entropies, of its start and of its end, over the positions of its chunk.
 """
 
 import jax
@@ -17,17 +17,17 @@ HEAD = ("start", "end")
 LABELLED = True
 CAUSAL = None
 
-LOWEST = -1e30  # a logit that is never chosen, finite: 0 x infinity is not a number
+LOWEST = -1e30  # logit of positions that cannot be chosen; finite, since 0 x infinity is not a number
 
 
 def span_logits(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
-    """Logits of each position as a start and as an end: float32 [B, T, 2]. key: for dropout."""
+    """Start and end logits of each position, float32 [B, T, 2]. key: for dropout."""
     hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
     return model.head(hidden.astype(jnp.float32))
 
 
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
-    """The sum of the nats, weighted by example, and `exact`: start and end are both the likeliest."""
+    """The sum of the losses, weighted by example, and `exact`: both start and end have the highest logit."""
     del task
     logits = span_logits(model, batch, key)
     same = batch.segments[:, :, None] == batch.segments[:, None, :]
@@ -40,7 +40,7 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
 
     highest = jax.lax.stop_gradient(_highest(jnp.where(choices, logits, LOWEST), same))
     powers = jnp.where(choices, jnp.exp(jnp.where(choices, logits - highest, 0)), 0)
-    total = jnp.maximum(over_segment(powers), jnp.finfo(jnp.float32).tiny)  # no choices in padding
+    total = jnp.maximum(over_segment(powers), jnp.finfo(jnp.float32).tiny)  # padding has no candidates
     nats = over_segment(jnp.where(right, jnp.log(total) + highest - logits, 0)).mean(axis=-1)
     exact = jnp.all(over_segment((right & (logits >= highest)).astype(jnp.float32)) > 0, axis=-1)
     weights = batch.weights
@@ -49,5 +49,5 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
 
 def _highest(values: jax.Array, same: jax.Array) -> jax.Array:
     """The maximum over the segment of each position: [B, T, 2] from [B, T, 2]."""
-    of_one = [jnp.max(jnp.where(same, values[:, None, :, i], LOWEST), axis=-1) for i in range(values.shape[-1])]
-    return jnp.stack(of_one, axis=-1)
+    columns = [jnp.max(jnp.where(same, values[:, None, :, i], LOWEST), axis=-1) for i in range(values.shape[-1])]
+    return jnp.stack(columns, axis=-1)

@@ -1,7 +1,7 @@
-"""How frozen leaves are stored while a stage trains: as they are, in the compute dtype, or in 8 or 4 bits.
+"""How frozen parameters are stored during training: in float32, in the compute dtype, or in 8 or 4 bits.
 
-A leaf is stored low only where the model casts it to the compute dtype anyway, so that "compute" changes no result:
-not what norms, task heads and the norms of DoRA read in float32.
+Only leaves that the model casts to the compute dtype anyway are stored in lower precision, so "compute" changes no
+result. Leaves that norms, task heads and DoRA's column norms read stay in float32.
 """
 
 import math
@@ -17,7 +17,7 @@ from llm3.tree import flatten, map_with_path, unflatten
 
 
 class Storage(NamedTuple):
-    """store: a segmented float32 tree of frozen leaves to how it is kept; abstract: that, as shapes with shardings."""
+    """store: converts a segmented float32 tree of frozen leaves. abstract: its result, as shapes with shardings."""
 
     store: Callable[[dict], dict]
     abstract: dict
@@ -28,8 +28,8 @@ def make_storage(
 ) -> Storage:
     """The storage of a frozen tree (of shapes). kind: float32, compute, int8 or nf4. Raises UserError.
 
-    int8 and nf4 are for the kernels of the layers; everything else is stored in the compute dtype then. exact: the
-    projections, by name, whose kernels and adapters are read in float32 as well.
+    int8 and nf4 apply to the kernels of the layers; other leaves are then stored in the compute dtype. exact: names of
+    projections whose kernels and adapters the model reads in float32.
     """
 
     def one(path: str, leaf: jax.Array) -> Any:
@@ -52,13 +52,13 @@ def make_storage(
 
 
 def dequantized(stored: dict) -> dict:
-    """The values that quantised leaves stand for, float32; other leaves as they are."""
+    """The tree with quantised leaves dequantised to float32; other leaves do not change."""
     flat = flatten(stored)
     return unflatten(flat | _values({path: x for path, x in flat.items() if isinstance(x, Quantized)}))
 
 
 def rounded(frozen: dict, storage: Storage) -> dict:
-    """A frozen tree (float32) with the leaves that are stored quantised replaced by what their codes stand for."""
+    """A float32 frozen tree, in which the leaves that `storage` quantises have their dequantised values."""
     stored = flatten(storage.store(frozen))
     return unflatten(flatten(frozen) | _values({path: x for path, x in stored.items() if isinstance(x, Quantized)}))
 
@@ -69,7 +69,7 @@ def _values(quantised: dict[str, Quantized]) -> dict[str, jax.Array]:
 
 
 def computed_low(path: str) -> bool:
-    """Whether the model casts a leaf to the compute dtype before it uses it; norms and task heads are float32."""
+    """Whether the model casts a leaf to the compute dtype before use. Norms and task heads stay float32."""
     *parents, name = path.split("/")
     if parents[0] == "head" or parents[-1].endswith("norm"):
         return False
@@ -77,12 +77,12 @@ def computed_low(path: str) -> bool:
 
 
 def _blocked_axis(path: str, rank: int) -> int:
-    """The last input axis of a stacked kernel: [L, D, heads, head_dim] has one, [L, heads, head_dim, D] of out two."""
+    """The last input axis of a stacked kernel: 1 of [L, D, heads, head_dim], 2 of `out`, [L, heads, head_dim, D]."""
     return -3 if rank == 4 and path.split("/")[-2] != "out" else -2
 
 
 def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding without the cuts that do not divide a shape (blocks are fewer than what they are blocks of)."""
+    """The sharding without mesh axes that do not divide the shape: an axis of scales is shorter than its kernel's."""
 
     def pieces(names: Any) -> int:
         return math.prod(sharding.mesh.shape[each] for each in ((names,) if isinstance(names, str) else names or ()))

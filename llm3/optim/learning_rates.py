@@ -1,4 +1,4 @@
-"""The learning rate: over the updates (schedules), and over the leaves (factors of it)."""
+"""The learning rate: schedules over updates, and factors by leaf."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,13 +38,13 @@ def make_schedule(
     decay_steps: int = 0,
     final_fraction: float = 0.1,
 ) -> optax.Schedule:
-    """update (from 0) -> learning rate, float32 scalar: a linear warm-up, then the shape that `name` says.
+    """update (from 0) -> learning rate, float32 scalar: a linear warm-up, then the shape `name`.
 
-    Update s of the warm-up has learning_rate * (s + 1) / warmup_steps: never 0, and the last one has the peak.
-    `constant` stays there. `linear` and `cosine` (Loshchilov and Hutter 2017) then reach
+    Update s of the warm-up has learning_rate * (s + 1) / warmup_steps: it is never 0, and ends at the peak.
+    `constant` stays at the peak. `linear` and `cosine` (Loshchilov and Hutter 2017) decay to
     final_fraction * learning_rate at update steps - 1. `wsd` (warm-up, stable, decay: MiniCPM, Hu et al. 2024,
-    arXiv:2404.06395, with a linear decay) stays at the peak and does the same within the last `decay_steps` updates
-    (0: a tenth of all). Updates after the last one stay where it was.
+    arXiv:2404.06395, with a linear decay) stays at the peak and decays to it within the last `decay_steps` updates
+    (0: a tenth of all). Later updates keep the last rate.
 
     Raises UserError for an unknown name, and for numbers that are negative or do not fit into `steps`.
     """
@@ -56,7 +56,7 @@ def make_schedule(
     at_least("optimizer.final_fraction", final_fraction, 0)
     at_least("steps", steps, 1)
     if decay_steps and name != "wsd":
-        raise UserError(f"optimizer.decay_steps={decay_steps} belongs to schedule='wsd'; here it is {name!r}")
+        raise UserError(f"optimizer.decay_steps={decay_steps} belongs to schedule='wsd'; this schedule is {name!r}")
     if name == "wsd":
         decay_steps = decay_steps or max(1, steps // 10)
     if warmup_steps + decay_steps > steps:
@@ -81,14 +81,16 @@ def rate_factors(
 ) -> dict[str, np.ndarray]:
     """{path: factor of the learning rate} for the segmented tree `params` (arrays or shapes), in float32.
 
-    A leaf of the layers a to b of the stack has a factor for each, [b - a, 1, ...], any other leaf a scalar. It is the
-    product of two: discriminative fine-tuning (Howard and Ruder 2018, ULMFiT, section 3.1), one rate for each layer,
-    in the form of Clark et al. 2020 (ELECTRA), layer_decay ** (layers - i) for layer i from 0 at the bottom,
-    layer_decay ** (layers + 1) for embed, 1 for the final norm and the heads; and the factor of the
-    first [rule, factor] of `learning_rates` whose rule (as of `partition`) matches the leaf in that layer, else 1.
+    A leaf of layers a to b of the stack has one factor for each layer, [b - a, 1, ...]; any other leaf has a scalar.
+    A factor is the product of two:
+    - discriminative fine-tuning (Howard and Ruder 2018, ULMFiT, section 3.1), in the form of Clark et al. 2020
+      (ELECTRA): layer_decay ** (layers - i) for layer i, counted from 0 at the bottom; layer_decay ** (layers + 1) for
+      the embedding; 1 for the final norm and the heads;
+    - the factor of the first [rule, factor] of `learning_rates` whose rule (see `partition`) matches the leaf in that
+      layer, else 1.
 
-    later: segmented paths of leaves that train only later, which a rule may be about as well. Raises UserError for a
-    layer_decay outside (0, 1], for malformed pairs and rules, and for a rule that matches nothing that trains.
+    later: segmented paths of leaves that become trainable later, which rules may match as well. Raises UserError for a
+    layer_decay outside (0, 1], for malformed pairs and rules, and for a rule that matches no trainable parameter.
     """
     if not 0 < layer_decay <= 1:
         raise UserError(f"optimizer.layer_decay={layer_decay!r}: expected a number above 0, at most 1")
@@ -107,7 +109,7 @@ def rate_factors(
 
 
 def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Callable, float]]:
-    """(matcher, factor) of each pair, all of which match something of the segmented `paths`."""
+    """(matcher, factor) of each pair. Each rule must match some of the segmented `paths`."""
     where = "optimizer.learning_rates"
     if not isinstance(learning_rates, list | tuple):
         raise UserError(f"{where}={learning_rates!r}: expected a list of [rule, factor] pairs")
@@ -117,7 +119,7 @@ def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Call
             raise UserError(f"{where}[{i}]={pair!r}: expected [rule, factor], as in ['embeddings', 0.1]")
         rule, factor = pair
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < np.inf:
-            raise UserError(f"{where}[{i}]={pair!r}: expected a factor above 0 (`train` is what freezes)")
+            raise UserError(f"{where}[{i}]={pair!r}: expected a factor above 0 (to freeze, use `train`)")
         if rule.strip().startswith("not "):
             raise UserError(f"{where}[{i}]={pair!r}: 'not' has no factor; the first rule that matches a leaf decides")
         try:
@@ -126,6 +128,6 @@ def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Call
             raise UserError(f"{where}[{i}]: {error}") from None
         if not any(match(name, layer) for name, within in leaves for layer in within or [None]):
             valid = rule_names(sorted({name for name, _ in leaves}))
-            raise UserError(f"{where}[{i}]: rule {rule!r} matches nothing that trains; {nearest(rule, valid)}")
+            raise UserError(f"{where}[{i}]: rule {rule!r} matches nothing trainable; {nearest(rule, valid)}")
         rules.append((match, float(factor)))
     return rules

@@ -1,11 +1,11 @@
-"""The optimizer of a stage: clipping, the update rule, weight decay, rates, and copies of the weights it may hold.
+"""The optimizer of a stage: clipping, update rule, weight decay, learning rates, L2-SP and weight averaging.
 
-Every optimizer is the same chain: the pull toward the first weights, clip by the global norm of the trainable tree, the
-update rule of optax at a learning rate of 1, decoupled weight decay (Loshchilov and Hutter 2019, as in optax: times the
-learning rate), the factor of each leaf, the schedule, the mean of the weights. What is not asked for is not in it.
+Every optimizer is the same chain: L2-SP, clipping by the global norm of the trainable tree, the optax update rule at a
+learning rate of 1, decoupled weight decay (Loshchilov and Hutter 2019, as in optax: times the learning rate), a factor
+for each leaf, the schedule, the running mean of the weights. Parts that are off are not in the chain.
 
-All that changes lives in the optimizer's state, the step of the schedule as well: a step that keeps the old state keeps
-its place.
+Everything that changes is in the optimizer's state, including the step of the schedule. A skipped update keeps the old
+state, and so its place in the schedule.
 """
 
 import inspect
@@ -23,14 +23,14 @@ from llm3.optim.learning_rates import make_schedule, rate_factors
 from llm3.optim.update_rules import RULES, by_phase
 from llm3.tree import flatten, map_with_path, unflatten
 
-DECAYED = ("kernel", "embedding", "a", "b")  # the leaves, by their last name, that weight decay applies to
-# set for every optimizer alike, hence no options of one
+DECAYED = ("kernel", "embedding", "a", "b")  # last path components of leaves with weight decay
+# arguments of optax that llm3 sets itself, so they are no options
 MANAGED = {"learning_rate", "mask", "weight_decay", "weight_decay_rate", "weight_decay_mask", "adam_weight_decay"}
 MANAGED |= {"muon_weight_dimension_numbers"}
 
 
 class Optimizer(NamedTuple):
-    """transform: for the trainable tree. schedule: update (from 0) -> learning rate, float32 scalar."""
+    """transform: updates the trainable tree. schedule: update (from 0) -> learning rate, float32 scalar."""
 
     transform: optax.GradientTransformation
     schedule: optax.Schedule
@@ -57,19 +57,19 @@ def make_optimizer(
     ema: float,
     options: Mapping[str, Any],
 ) -> Optimizer:
-    """The optimizer `name` for trees like `params_example` (the trainable tree: arrays or shapes; others are absent).
+    """The optimizer `name` for trees like `params_example`, the trainable tree (of arrays or shapes).
 
-    layers: of the whole model. fresh: the segmented paths whose values come from no parent. groups: {segmented path:
-    phase in which it begins to train}, of every leaf of `params_example` and of those that begin later, where more
-    trains from phase to phase: the leaves of each phase have an instance of the update rule, so that its count
-    starts with them; the rest of the chain is one for all. None: all leaves train from the start.
+    layers: the number of layers of the model. fresh: the segmented paths whose values come from no parent. groups:
+    {segmented path: phase in which it becomes trainable} for every leaf of `params_example` and those of later phases.
+    The leaves of each phase have their own instance of the update rule, whose count starts with them; the rest of the
+    chain is shared. None: there is one phase.
 
-    clip_norm: of the global norm of the gradients of that tree; 0: none. weight_decay: only on leaves named as in
-    `DECAYED`. layer_decay, learning_rates: factors of the learning rate, hence of the weight decay (`rate_factors`).
-    l2_sp: see `pull_to_start`. ema: see `running_mean`. options: go to the optax function as they are. muon (Jordan et
-    al. 2024) orthogonalises each layer's kernels as matrices [D, heads x head_dim] and leaves embeddings, heads, norms
-    and biases to Adam; its option adam_learning_rate is a peak as well. adafactor (Shazeer and Stern 2018) factors each
-    layer's matrix, if both its sides have at least min_dim_size_to_factor.
+    clip_norm: max global norm of the gradients; 0: off. weight_decay: for leaves named in `DECAYED`. layer_decay,
+    learning_rates: factors of the learning rate, and so of the weight decay (`rate_factors`). l2_sp: see
+    `pull_to_start`. ema: see `running_mean`. options: passed to the optax function. muon (Jordan et al. 2024)
+    orthogonalises the kernels of each layer as matrices [D, heads x head_dim] and uses Adam for all other leaves;
+    its option adam_learning_rate is a peak rate. adafactor (Shazeer and Stern 2018) factors the matrices of each layer
+    whose sides both have at least min_dim_size_to_factor.
 
     Raises UserError for an unknown optimizer, schedule, option or rule, and for numbers out of range.
     """
@@ -77,7 +77,7 @@ def make_optimizer(
         raise UserError(f"optimizer.name={name!r}: {nearest(name, RULES)}")
     _check(name, options, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
     if l2_sp and fresh >= {*flatten(params_example), *(groups or ())}:
-        raise UserError(f"optimizer.l2_sp={l2_sp!r}: nothing that trains comes from a parent, to stay near to")
+        raise UserError(f"optimizer.l2_sp={l2_sp!r}: no trainable parameter comes from a parent")
     rate = make_schedule(
         schedule,
         learning_rate=learning_rate,
@@ -121,7 +121,7 @@ def scale_by_leaf(factors: Mapping[str, np.ndarray]) -> optax.GradientTransforma
 
 
 class StartState(NamedTuple):
-    """start: the values of leaves when the state was made, a part of the trainable tree."""
+    """start: the initial values of the leaves that are pulled to them, a part of the trainable tree."""
 
     start: dict
 
@@ -134,7 +134,7 @@ def pull_to_start(strength: float, fresh: frozenset[str]) -> optax.GradientTrans
     """
 
     def init(params: dict) -> StartState:
-        # a copy: a step that donates both the weights and this state must not give one buffer twice
+        # a copy: a step donates both the weights and this state, and must not donate a buffer twice
         held = {path: jnp.array(leaf, copy=True) for path, leaf in flatten(params).items() if path not in fresh}
         return StartState(unflatten(held))
 
@@ -154,10 +154,10 @@ class EmaState(NamedTuple):
 
 
 def running_mean(decay: float) -> optax.GradientTransformation:
-    """Keep average = decay * average + (1 - decay) * new weights after each update, from the weights at `init`.
+    """Keep average = decay * average + (1 - decay) * new weights after each update. It starts at the weights of `init`.
 
     Averaging of the iterates (Polyak and Juditsky 1992) with exponential weights (Tarvainen and Valpola 2017, "Mean
-    teachers", section 2). It goes last: what it is given is the update as it is applied.
+    teachers", section 2). It is the last of the chain, so it gets the update that is applied.
     """
 
     def init(params: dict) -> EmaState:
@@ -172,16 +172,16 @@ def running_mean(decay: float) -> optax.GradientTransformation:
 
 
 def averaged(opt_state: Any) -> dict | None:
-    """The running mean of the trainable tree that a state (of arrays, shapes or shardings) holds, if it holds one."""
+    """The running mean of the trainable tree in a state (of arrays, shapes or shardings); None if there is none."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, EmaState))
     return next((node.average for node in nodes if isinstance(node, EmaState)), None)
 
 
 def carry_state(old_state: Any, new_state: Any) -> Any:
-    """`new_state`, made for a superset of leaves by the same settings with `groups`, with all that `old_state` holds.
+    """`new_state` with the values of `old_state`. new_state: made with the same settings for a superset of the leaves.
 
-    For gradual unfreezing (Howard and Ruder 2018, ULMFiT, section 3.3): leaves that trained before go on as if nothing
-    had happened, as does the schedule; new ones begin. Raises ValueError where the old state would not be kept whole.
+    For gradual unfreezing (Howard and Ruder 2018, ULMFiT, section 3.3): the state of earlier leaves and the schedule
+    continue; new leaves start fresh. Raises ValueError if a leaf of the old state has no counterpart in the new one.
     """
     old = {jax.tree_util.keystr(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(old_state)}
     carried = set()
@@ -202,9 +202,8 @@ def carry_state(old_state: Any, new_state: Any) -> Any:
 def state_shardings(state: Any, params: dict, shardings: dict, replicated: Any) -> Any:
     """The sharding of every leaf of an optimizer's state (arrays or shapes).
 
-    A leaf below the path of a parameter and of its shape (a moment) takes that parameter's sharding; counts and
-    factored moments, which are small, are `replicated`. (`optax.tree.map_params` knows neither masks by leaf nor
-    factors.)
+    A leaf with the path and the shape of a parameter (a moment) has the sharding of that parameter. Counts and factored
+    moments are small, and `replicated`. (`optax.tree.map_params` supports neither masks by leaf nor factored moments.)
     """
     shapes, by_path = {path: leaf.shape for path, leaf in flatten(params).items()}, flatten(shardings)
 

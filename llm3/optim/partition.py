@@ -1,13 +1,13 @@
-"""From a rule to what trains: the trainable tree, the frozen tree, and the segments of the layer stack.
+"""From rules to a partition: the trainable tree, the frozen tree, and the segments of the layer stack.
 
-A rule is a string, or a list of strings of which the first that matches a leaf decides ("not RULE" decides against).
-A leaf that no rule matches is frozen. Rules match whole path components, never substrings:
+A rule is a string. In a list of rules, the first that matches a leaf decides: the leaf is trainable, or frozen if the
+rule is "not RULE". A leaf that no rule matches is frozen. Rules match complete path components, never substrings:
 
     all                          everything
     top(2)                       the last two layers, the final norm and the heads
     layers(3, 5)                 these layers
-    biases, norms, embeddings    leaves of that kind
-    lora, lora(medical)          all adapters, or the one of this name
+    biases, norms, embeddings    all leaves of this kind
+    lora, lora(medical)          all adapters, or the adapter of this name
     layers[-2:]/.*               a slice of the layers
     layers[3,5]/attention/.*     parts of some layers
     .*/bias                      ".*" stands for one or more components; any other component is a regular expression
@@ -31,7 +31,7 @@ SHORTHANDS: dict[str, tuple[str, ...]] = {
 
 
 class Partition(NamedTuple):
-    """Which leaves train. `trainable` holds paths of the segmented tree (layers/<a:b>/...)."""
+    """Which leaves are trainable. `trainable` holds paths of the segmented tree (layers/<a:b>/...)."""
 
     segments: Segments
     trainable: frozenset[str]
@@ -54,14 +54,14 @@ class Partition(NamedTuple):
 
 
 def merge(trainable: dict, frozen: dict) -> dict:
-    """The segmented tree of all leaves."""
+    """The segmented tree of all leaves: the inverse of `divide`."""
     return unflatten(flatten(trainable) | flatten(frozen))
 
 
 def make_partition(shapes: dict, rules: str | list[str], layers: int) -> Partition:
     """The partition of a canonical tree (of arrays or of shapes) by `rules`.
 
-    Raises UserError for a rule that cannot be read or matches nothing, and when nothing trains.
+    Raises UserError for a malformed rule, for a rule that matches nothing, and if no leaf is trainable.
     """
     return make_partitions(shapes, rules, [], layers)[0]
 
@@ -69,17 +69,17 @@ def make_partition(shapes: dict, rules: str | list[str], layers: int) -> Partiti
 def make_partitions(
     shapes: dict, rules: str | list[str], unfreeze: list[tuple[int, str | list[str]]], layers: int
 ) -> dict[int, Partition]:
-    """{first step: partition} for what trains from the start, and what joins it at each step of `unfreeze`.
+    """{first step: partition}: at step 0 by `rules`, and at each step of `unfreeze` with the leaves of its rules added.
 
-    All of them are cut into the same segments, so that a leaf keeps its path and its moments. Gradual unfreezing:
-    Howard and Ruder 2018, ULMFiT, section 3.3. Raises UserError as `make_partition`, and for a step that adds nothing.
+    All partitions have the same segments, so a leaf keeps its path and its moments. Gradual unfreezing: Howard and
+    Ruder 2018, ULMFiT, section 3.3. Raises UserError as `make_partition`, and for a step that adds nothing.
     """
     paths = list(flatten(shapes))
     chosen = {0: _selected(paths, rules, layers)}
     for step, more in unfreeze:
         before, added = list(chosen.values())[-1], _selected(paths, more, layers)
         if added <= before:
-            raise UserError(f"unfreeze at step {step}: {more!r} adds nothing to what trains already")
+            raise UserError(f"unfreeze at step {step}: {more!r} adds nothing to the trainable parameters")
         chosen[step] = before | added
     segments = runs([[_of_layer(each, layer) for each in chosen.values()] for layer in range(layers)])
     return {
@@ -89,7 +89,7 @@ def make_partitions(
 
 
 def _selected(paths: list[str], rules: str | list[str], layers: int) -> set[tuple[str, int | None]]:
-    """The (canonical path, layer or None) that `rules` choose. Raises UserError."""
+    """The trainable (canonical path, layer or None) by `rules`. Raises UserError."""
     rules = [rules] if isinstance(rules, str) else list(rules)
     matchers = [matcher(rule, layers) for rule in rules]
     matched: list[set] = [set() for _ in rules]
@@ -127,14 +127,14 @@ def _bare(rule: str) -> str:
 
 
 def rule_names(paths: list[str]) -> list[str]:
-    """What a rule may say of leaves at these canonical paths, for error messages."""
+    """Valid rules for leaves at these canonical paths, for error messages."""
     shorthands = [name for name in SHORTHANDS if any(matcher(name, 1)(path, 0) for path in paths)]
     adapters = sorted({f"lora({path.split('/lora/')[1].split('/')[0]})" for path in paths if "/lora/" in path})
     return [*shorthands, "top(N)", "layers(I,...)", *adapters, *paths]
 
 
 def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
-    """A function (canonical path, layer index or None) -> bool for one rule. Raises UserError for a malformed one."""
+    """A function (canonical path, layer or None) -> whether the rule matches. Raises UserError for a malformed rule."""
     bare = _bare(rule)
     if top := re.fullmatch(r"top\(\s*(\d+)\s*\)", bare):
         count = int(top[1])
@@ -154,14 +154,14 @@ def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
 
 
 def _parse(pattern: str, layers: int, rule: str) -> tuple[frozenset[int] | None, list[re.Pattern | None]]:
-    """A path pattern as (the layers it is limited to, one regular expression a component, None for ".*")."""
+    """A path pattern as (its layers or None, a regular expression for each component, with None for ".*")."""
     chosen, head = None, re.match(r"layers\[([^\]]*)\]", pattern)
     if head:
         chosen, pattern = _indices(head[1], layers, rule), "layers" + pattern[head.end() :]
     try:
         return chosen, [None if part == ".*" else re.compile(part) for part in pattern.split("/")]
     except re.error as error:
-        raise UserError(f"train rule {rule!r} is not a regular expression by components: {error}") from error
+        raise UserError(f"train rule {rule!r} has a component that is no regular expression: {error}") from error
 
 
 def _indices(text: str, layers: int, rule: str) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The update rules of optax by name, each at a learning rate of 1, for trees with stacked layers."""
+"""The optax update rules by name, at a learning rate of 1, for trees with stacked layers."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ from llm3.tree import flatten, map_with_path, unflatten
 
 
 def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The input axes and the output axes of a stacked kernel; None for a leaf that is no matrix per layer.
+    """(input axes, output axes) of a stacked kernel; None if the leaf is not one matrix per layer.
 
-    [L, D, heads, head_dim] maps D to heads x head_dim; the kernel of `out`, [L, heads, head_dim, D], the other way.
+    [L, D, heads, head_dim] maps D to heads x head_dim; the kernel of `out`, [L, heads, head_dim, D], maps them back.
     """
     names = path.split("/")
     if not in_stack(path) or names[-1] != "kernel" or rank < 3:
@@ -25,7 +25,7 @@ def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _per_layer(path: str, leaf: jax.Array) -> jax.Array:
-    """[L, in, out] of a stacked kernel and [L, n] of another stacked leaf; a leaf outside the stack as it is."""
+    """A stacked kernel as [L, in, out], another stacked leaf as [L, n]; a leaf outside the stack does not change."""
     if not in_stack(path):
         return leaf
     axes = _matrix_axes(path, leaf.ndim)
@@ -35,9 +35,9 @@ def _per_layer(path: str, leaf: jax.Array) -> jax.Array:
 
 
 def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Apply a rule that looks at whole leaves to each layer of a stacked leaf alone, its kernels as matrices.
+    """Apply a rule to each layer of a stacked leaf separately, with kernels as matrices.
 
-    So an update does not depend on how the layers are stacked or cut into segments.
+    An update then does not depend on how layers are stacked or cut into segments.
     """
 
     def mapped(path: str, function: Callable) -> Callable:
@@ -62,8 +62,8 @@ def _adamw(params: dict, peak: float, options: dict) -> optax.GradientTransforma
 
 
 def _adafactor(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
-    # optax factors the two largest axes of a leaf, and clips and scales by norms of a whole leaf: on a stack these
-    # would mix layers, heads and head_dim
+    # optax factors the two largest axes of a leaf, and clips and scales by the norm of a leaf: on a stack, this would
+    # mix layers, heads and head_dim
     return _layer_by_layer(optax.adafactor(None, **options))
 
 
@@ -76,7 +76,7 @@ def _muon(params: dict, peak: float, options: dict) -> optax.GradientTransformat
         axes = _matrix_axes(path, len(leaf.shape))
         return axes and optax.contrib.MuonDimensionNumbers(*axes)
 
-    if "adam_learning_rate" in options:  # a peak, which follows the same schedule
+    if "adam_learning_rate" in options:  # a peak rate, on the same schedule
         at_least("optimizer.options.adam_learning_rate", options["adam_learning_rate"], 0)
         options = options | {"adam_learning_rate": options["adam_learning_rate"] / peak if peak else 0.0}
     by_leaf = map_with_path(dimensions, params)
@@ -88,7 +88,7 @@ def _sgd(params: dict, peak: float, options: dict) -> optax.GradientTransformati
 
 
 class Rule(NamedTuple):
-    """build(params, peak learning rate, options) -> the rule at a learning rate of 1; options: whose they are."""
+    """build(params, peak learning rate, options) -> the rule at a learning rate of 1. options: the optax function."""
 
     build: Callable[[dict, float, dict], optax.GradientTransformation]
     options: Callable
@@ -106,10 +106,10 @@ RULES = {
 def by_phase(
     build: Callable[[dict], optax.GradientTransformation], params: dict, groups: Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """An instance of a rule for the leaves of each phase, so that the rule counts their own updates.
+    """A separate instance of a rule for the leaves of each phase, which counts the updates of these leaves only.
 
     build(tree) -> the rule for the leaves of that tree. groups: {path: phase} for every leaf of `params` (arrays or
-    shapes). The state is {str(phase): state of the rule}, whatever other phases there are.
+    shapes). The state is {str(phase): state of the rule}; the state of one phase does not depend on other phases.
     """
 
     def divide(tree: dict) -> dict[str, dict]:

@@ -210,8 +210,8 @@ def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, 
     """
     if config.mesh.context != 1:
         return 0
-    if hasattr(objective, "most"):
-        return objective.most(task)
+    if hasattr(objective, "max_output_positions"):
+        return objective.max_output_positions(task)
     if objective.HEAD != "labels" or config.model.pool != "last":
         return 0
     return max((table.max_pieces for table in tables.values()), default=0)

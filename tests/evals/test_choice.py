@@ -41,7 +41,7 @@ def cache_of(rows, source) -> AnswerCache:
     return AnswerCache([encoded(row, source, TOKENIZER) for row in rows])
 
 
-def figures(rows, source, **options) -> dict:
+def metrics(rows, source, **options) -> dict:
     return choice.evaluate(make_context(choice, cache_of(rows, source), **{**MODEL, "length": LENGTH} | options))
 
 
@@ -55,7 +55,7 @@ def by_hand(prompt: str, answer: str) -> float:
     return -sum(float(reference.nats(logits[n - 1], np.array(tokens[n]))) for n in inside)
 
 
-def judged_by_hand(rows, source, neutral: str = "Answer:") -> dict[str, list[list[float]]]:
+def scores_by_hand(rows, source, neutral: str = "Answer:") -> dict[str, list[list[float]]]:
     found = {"accuracy": [], "per_character_accuracy": [], "unconditional_accuracy": []}
     for row in rows:
         prompt, space = (f"{row['q']}\nAnswer: ", " ") if source is FIXED else (row["q"], "")
@@ -69,24 +69,24 @@ def judged_by_hand(rows, source, neutral: str = "Answer:") -> dict[str, list[lis
 
 
 @pytest.mark.parametrize(("rows", "source"), [(ROWS, FIXED), (OWN_ROWS, OWN)])
-def test_figures_are_those_of_a_hand_computation(rows, source):
+def test_metrics_are_those_of_a_hand_computation(rows, source):
     right = [row["label"] for row in rows]
-    chosen = {name: [np.argmax(each) for each in lists] for name, lists in judged_by_hand(rows, source).items()}
+    chosen = {name: [np.argmax(each) for each in lists] for name, lists in scores_by_hand(rows, source).items()}
     expected = {name: np.mean(np.array(each) == right) for name, each in chosen.items()}
     if source is FIXED:
         expected["macro_f1"] = sklearn.metrics.f1_score(right, chosen["accuracy"], average="macro")
     expected |= {"majority_accuracy": max(right.count(each) for each in right) / len(right)}
-    assert figures(rows, source) == pytest.approx(expected | {"items": len(rows), "truncated": 0})
+    assert metrics(rows, source) == pytest.approx(expected | {"items": len(rows), "truncated": 0})
 
 
 @pytest.mark.parametrize(
     ("rows", "source", "neutral"), [(ROWS, FIXED, "Answer:"), (ROWS, FIXED, "so so"), (OWN_ROWS, OWN, "Answer:")]
 )
-def test_choices_are_judged_by_the_sum_per_character_and_over_a_neutral_prompt(rows, source, neutral):
+def test_choices_are_scored_by_the_sum_per_character_and_over_a_neutral_prompt(rows, source, neutral):
     cache = cache_of(rows, source)
     test = make_context(choice, cache, options=choice.Options(neutral=neutral), **MODEL, length=LENGTH)
-    found, _ = choice.judged(test, [cache.note(index) for index in range(len(rows))])
-    for name, lists in judged_by_hand(rows, source, neutral).items():
+    found, _ = choice.score_choices(test, [cache.note(index) for index in range(len(rows))])
+    for name, lists in scores_by_hand(rows, source, neutral).items():
         for one, other in zip(found[name], lists, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -133,11 +133,11 @@ def test_a_long_prompt_loses_its_beginning_for_all_choices_alike_and_is_counted(
         whole, most = TOKENIZER.encode(long + answer), TOKENIZER.encode(long + "maybe not")
         assert [*found.prompt, *tail] == [TOKENIZER.bos_id, *whole[len(most) - 10 :]]
     assert len(found.prompt) + max(map(len, found.tails)) == 11 and found.truncated
-    assert figures([*ROWS, {"q": long, "label": 0}], FIXED)["truncated"] == 1
+    assert metrics([*ROWS, {"q": long, "label": 0}], FIXED)["truncated"] == 1
 
 
 def test_a_choice_that_does_not_fit_is_refused():
     with pytest.raises(
-        UserError, match=r"sequence_length=8: expected room for something of the prompt and the choice 'zxq"
+        UserError, match=r"sequence_length=8: expected room for a part of the prompt and the choice 'zxq"
     ):
-        figures([{"q": "a", "options": ["b", "zxq" * 9], "label": 0}], OWN, length=8)
+        metrics([{"q": "a", "options": ["b", "zxq" * 9], "label": 0}], OWN, length=8)

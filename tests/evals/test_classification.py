@@ -1,4 +1,4 @@
-"""Figures of classification against scikit-learn and hand computations, however documents are batched and placed."""
+"""Classification metrics against scikit-learn and hand computations, however documents are batched and placed."""
 
 import functools
 
@@ -54,7 +54,7 @@ def probabilities_by_hand(kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("decoder", 1), ("encoder", 32)])
-def test_figures_of_single_labels_agree_with_scikit_learn(kind, batch_size):
+def test_metrics_of_single_labels_agree_with_scikit_learn(kind, batch_size):
     true, found = cache().labels, classification.evaluate(measured(kind, batch_size=batch_size))
     p = probabilities_by_hand(kind)
     predicted, all_classes = p.argmax(axis=-1), range(CLASSES)
@@ -109,12 +109,12 @@ def test_confidences_are_told_apart_up_to_one():
 
     targets = np.array([[0 if each else 1 for each in right]])
     batch = reference.Batch(*[np.zeros((1, 3), np.int32)] * 3, targets, np.ones((1, 3), np.float32))
-    found = classification.single_figures(jax.device_get(classification.sums(Told(), batch)), ["a", "b", "c"])
+    found = classification.single_label_metrics(jax.device_get(classification.sums(Told(), batch)), ["a", "b", "c"])
     assert found["ece"] == pytest.approx((0.92 + 0.02 + 0) / 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("decoder", 1), ("encoder", 32)])
-def test_figures_of_several_labels_agree_with_scikit_learn(kind, batch_size):
+def test_metrics_of_several_labels_agree_with_scikit_learn(kind, batch_size):
     found = classification.evaluate(measured(kind, several=True, batch_size=batch_size))
     true = classification.multi_hot(SETS, CLASSES)[cache().labels]
     p = 1 / (1 + np.exp(-logits_by_hand(kind)))
@@ -143,11 +143,11 @@ def test_label_sets_that_training_never_had_are_those_of_the_evaluated_documents
     assert [each["support"] for each in found["per_class"].values()] == [10, 10, 10, 20, 10]
 
 
-def test_figures_of_counts_agree_with_scikit_learn_also_for_classes_that_never_occur():
+def test_metrics_of_counts_agree_with_scikit_learn_also_for_classes_that_never_occur():
     true, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 0, 1, 1, 4, 0])
     confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(6)).astype(float)
     totals = {"confusion": confusion, "nats": np.float64(6), "brier": np.float64(3), "bins": np.ones((15, 3))}
-    found = classification.single_figures(totals, list("abcdef"))
+    found = classification.single_label_metrics(totals, list("abcdef"))
     assert found["accuracy"] == pytest.approx(0.5)
     expected = sklearn.metrics.f1_score(true, predicted, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(expected)
@@ -161,7 +161,7 @@ def test_no_constant_answer_beats_the_majority():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_figures_are_the_same_on_eight_devices(eight_devices, several):
+def test_metrics_are_the_same_on_eight_devices(eight_devices, several):
     config = model_config(vocab_size=VOCAB, classes=CLASSES)
     whole, params = abstract(config), segmented(make_params(config), ((0, config.layers),))
     expected = classification.evaluate(measured("decoder", several))

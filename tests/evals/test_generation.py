@@ -38,8 +38,8 @@ def evaluation_of(cache, **options):
 def written(cache, **options) -> list[str]:
     test = evaluation_of(cache, **options)
     width = test.config.sequence_length - test.options.max_tokens
-    asked = [generation.question(test, index, width) for index in range(cache.documents)]
-    return generation.generated(test, asked, width)
+    asked = [generation.read_question(test, index, width) for index in range(cache.documents)]
+    return generation.generate_answers(test, asked, width)
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def test_an_answer_ends_at_the_first_end_token():
 def test_a_conversation_is_asked_for_its_last_answer():
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "right")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    asked = generation.question(evaluation_of(AnswerCache([encoded(row, TALK, BYTES)])), 0, 50)
+    asked = generation.read_question(evaluation_of(AnswerCache([encoded(row, TALK, BYTES)])), 0, 50)
     assert asked.prompt == [BYTES.bos_id, *BYTES.encode("ab"), BYTES.eos_id, *BYTES.encode("c")]
     assert asked.references == ["right"] and not asked.truncated
 
@@ -88,13 +88,13 @@ def test_a_conversation_is_asked_for_its_last_answer():
 def test_a_long_prompt_keeps_its_last_tokens_behind_bos_and_is_counted():
     cache = questions([("0123456789", "yes"), ("0", "no")], BYTES)
     test = evaluation_of(cache, length=MAX_TOKENS + 6)
-    assert generation.question(test, 0, 6).prompt == [BYTES.bos_id, *BYTES.encode("56789")]
+    assert generation.read_question(test, 0, 6).prompt == [BYTES.bos_id, *BYTES.encode("56789")]
     assert generation.evaluate(test)["truncated"] == 1
     with pytest.raises(UserError, match=r"sequence_length=13: expected max_tokens=12 and at least 2"):
         generation.evaluate(evaluation_of(cache, length=13))
 
 
-def test_figures_are_means_over_the_items_beside_the_best_constant_answer():
+def test_metrics_are_means_over_the_items_beside_the_best_constant_answer():
     right = one_by_one()
     answers = [["nothing like it", text] for text in right[:2]] + [["the Same!", "other"]] * 5
     rows = [{"question": each, "answer": several} for each, several in zip(QUESTIONS, answers, strict=True)]
@@ -141,7 +141,7 @@ def test_exact_match_and_token_f1_by_hand(text, reference, exact, f1):
     assert (found["exact_match"], found["f1"]) == (exact, pytest.approx(f1))
 
 
-def test_the_best_reference_counts_for_each_figure():
+def test_the_best_reference_counts_for_each_metric():
     found = generation.score("red green blue", ["green", "blue green red", "red green blue"])
     assert found == {"exact_match": 1, "f1": 1, "rouge_l": 1}
     assert generation.score("red green", ["x", "green red"]) == {

@@ -31,7 +31,7 @@ def documents(count: int = 9) -> list:
     return [plain(BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id) for text in texts]
 
 
-def figures(plugin, order=None, options=None, **changes) -> dict[str, float]:
+def metrics(plugin, order=None, options=None, **changes) -> dict[str, float]:
     cache = MemoryCache([documents()[i] for i in (order or range(len(documents())))])
     return plugin.evaluate(make_context(plugin, cache, options=options, **ENCODER | {"length": 32} | changes))
 
@@ -75,8 +75,8 @@ def hidden_by_hand(options: masked.Options) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
-def test_masked_figures_are_those_of_each_piece_alone(options):
-    assert figures(masked, options=options) == pytest.approx(hidden_by_hand(options), rel=1e-5)
+def test_masked_metrics_are_those_of_each_piece_alone(options):
+    assert metrics(masked, options=options) == pytest.approx(hidden_by_hand(options), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
@@ -88,23 +88,23 @@ def test_the_share_of_the_text_is_hidden_whatever_the_sizes_of_documents(options
 
 
 @pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
-def test_figures_do_not_depend_on_batch_size_or_packing(plugin):
+def test_metrics_do_not_depend_on_batch_size_or_packing(plugin):
     shuffled = np.random.default_rng(0).permutation(len(documents())).tolist()
-    assert figures(plugin, order=shuffled, batch_size=3) == pytest.approx(figures(plugin), rel=1e-5)
+    assert metrics(plugin, order=shuffled, batch_size=3) == pytest.approx(metrics(plugin), rel=1e-5)
 
 
 @pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
-def test_figures_are_the_same_on_eight_devices(plugin):
+def test_metrics_are_the_same_on_eight_devices(plugin):
     config, params = model()
     mesh, whole, cut = mesh_of(8, data=2, fsdp=2, tensor=2), abstract(config), segmented(params, ((0, 3),))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(jax.device_put, cut, tree_shardings(mesh, whole.shapes, whole.axes))
-        found = figures(plugin, params=placed, place=lambda batch: place_batch(mesh, batch))
-    assert found == pytest.approx(figures(plugin), rel=1e-5)
+        found = metrics(plugin, params=placed, place=lambda batch: place_batch(mesh, batch))
+    assert found == pytest.approx(metrics(plugin), rel=1e-5)
 
 
 def test_other_tokens_are_hidden_with_another_seed_and_the_same_with_the_same():
-    one, same, other = (figures(masked, options=masked.Options(seed=seed)) for seed in (1, 1, 2))
+    one, same, other = (metrics(masked, options=masked.Options(seed=seed)) for seed in (1, 1, 2))
     assert one == same != other
 
 
@@ -116,7 +116,7 @@ def test_pseudo_perplexity_hides_each_token_in_turn():
             hidden[place] = BYTES.mask_id
             nats += reference.nats(logits_of(hidden)[place], piece[place])
             count, size = count + 1, size + BYTES.byte_lengths[piece[place]]
-    assert figures(pseudo_perplexity) == {
+    assert metrics(pseudo_perplexity) == {
         "pseudo_perplexity": pytest.approx(math.exp(nats / count), rel=1e-4),
         "pseudo_bits_per_byte": pytest.approx(nats / math.log(2) / size, rel=1e-5),
         "items": count,
@@ -126,7 +126,7 @@ def test_pseudo_perplexity_hides_each_token_in_turn():
 def test_a_uniform_model_has_the_vocabulary_as_its_pseudo_perplexity():
     _, params = model()
     uniform = params | {"embed": {"embedding": np.zeros_like(params["embed"]["embedding"])}}
-    found = figures(pseudo_perplexity, params=segmented(uniform, ((0, 3),)))
+    found = metrics(pseudo_perplexity, params=segmented(uniform, ((0, 3),)))
     assert found["pseudo_perplexity"] == pytest.approx(BYTES.vocab_size, rel=1e-4)
     assert found["pseudo_bits_per_byte"] == pytest.approx(math.log2(BYTES.vocab_size), rel=1e-5)
 

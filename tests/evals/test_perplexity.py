@@ -35,7 +35,7 @@ def cache(documents=tuple(DOCUMENTS), tags=None) -> MemoryCache:
     return MemoryCache([plain(*each) for each in documents], tags, TAGS if tags is not None else ())
 
 
-def figures(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict[str, float]:
+def metrics(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict[str, float]:
     return perplexity.evaluate(make_context(perplexity, cache(documents, tags), tokenizer=Bytes(), **changes))
 
 
@@ -62,19 +62,19 @@ def bits_per_byte_by_hand(chosen=slice(None)) -> float:
 
 @pytest.mark.parametrize(("length", "batch_size"), [(8, 4), (16, 4), (24, 1)])
 def test_bits_per_byte_is_total_nats_over_total_bytes_however_batched_and_packed(length, batch_size):
-    found = figures(length=length, batch_size=batch_size)
+    found = metrics(length=length, batch_size=batch_size)
     assert found == {"bits_per_byte": pytest.approx(bits_per_byte_by_hand(), rel=1e-5)}
 
 
 def test_each_tag_that_occurs_has_its_own_bits_per_byte_beside_those_of_all():
     tags = np.arange(16) % 3 == 0
-    found = figures(tags=tags.astype(int))
+    found = metrics(tags=tags.astype(int))
     assert found["bits_per_byte"] == pytest.approx(bits_per_byte_by_hand(), rel=1e-5)
     expected = {"north": bits_per_byte_by_hand(~tags), "south": bits_per_byte_by_hand(tags)}
     assert found["by_tag"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_mean_of_the_figures_of_documents_would_be_another_one():
+def test_a_mean_of_the_metrics_of_documents_would_be_another_one():
     nats, length = totals_by_hand().T
     assert abs(np.mean(nats / length) / math.log(2) / bits_per_byte_by_hand() - 1) > 1e-3
 
@@ -84,7 +84,7 @@ def test_bits_per_byte_is_the_same_on_eight_devices(eight_devices):
     whole, cut = abstract(config), segmented(make_params(config), ((0, 3),))
     with jax.set_mesh(eight_devices):
         placed = jax.tree.map(jax.device_put, cut, tree_shardings(eight_devices, whole.shapes, whole.axes))
-        found = figures(params=placed, place=functools.partial(place_batch, eight_devices), batch_size=8)
+        found = metrics(params=placed, place=functools.partial(place_batch, eight_devices), batch_size=8)
     assert found["bits_per_byte"] == pytest.approx(bits_per_byte_by_hand(), rel=1e-5)
 
 
@@ -93,13 +93,13 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token():
     uniform = segmented({**params, "embed": {"embedding": np.zeros((64, 16), np.float32)}}, ((0, 3),))
     targets = np.concatenate([document[1:] for document in DOCUMENTS])
     expected = math.log2(64) * np.sum(Bytes.byte_lengths[targets] > 0) / Bytes.byte_lengths[targets].sum()
-    assert figures(params=uniform)["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    assert metrics(params=uniform)["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_special_tokens_count_neither_nats_nor_bytes():
     plain_text = np.array([10, 20, 30, 40, 50])
     special = np.array([10, 20, 30, 40, 50, 2])  # its nats would be in the sum
-    one, other = (figures((each,)) for each in (plain_text, special))
+    one, other = (metrics((each,)) for each in (plain_text, special))
     assert one == {"bits_per_byte": pytest.approx(other["bits_per_byte"], rel=1e-6)}
 
 

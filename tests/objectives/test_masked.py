@@ -124,7 +124,7 @@ def test_the_average_share_is_exact_and_no_window_has_more_hidden_than_is_said(l
     counts = [hide(make_row(tokens, length=length), seed, **options).weights.sum() for seed in range(1000)]
     spread = 4 * np.std(counts) / np.sqrt(len(counts))
     assert abs(np.mean(counts) - options["share"] * length) <= spread
-    assert max(counts) <= masked.most(task(length, **options))
+    assert max(counts) <= masked.max_output_positions(task(length, **options))
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_changing_one_document_changes_no_logit_of_its_neighbours():
 
 def test_reading_the_hidden_places_only_changes_neither_loss_nor_gradients():
     rows = [hide(make_row(*make_documents(2, seed, least=5)), seed, share=0.3) for seed in range(4)]
-    most = masked.most(task(16, share=0.3))
+    most = masked.max_output_positions(task(16, share=0.3))
     assert max(row.weights.sum() for row in rows) <= most < 16
     (value, sums), gradients = model()[2](model()[0], stack(*rows))
     (found, others), gradient = model(most)[2](model(most)[0], stack(*rows))

@@ -261,12 +261,12 @@ def test_a_rule_may_be_about_leaves_that_join_later():
     head = of(tree(0), "head")
     later = {"groups": {"head/bias": 0, "head/kernel": 0, "layers/0:3/mlp/up/kernel": 5}}
     make(head, learning_rates=[["layers[2]/mlp/.*", 0.5]], **later)
-    with pytest.raises(UserError, match="matches nothing that trains"):
+    with pytest.raises(UserError, match="matches nothing trainable"):
         make(head, learning_rates=[["layers[2]/attention/.*", 0.5]], **later)
 
 
 def test_a_rule_about_frozen_leaves_is_an_error():
     assert L == 3
     top = tree(0, segment="2:3/", layers=slice(2, 3))
-    with pytest.raises(UserError, match=r"rule 'layers\[0\]/\.\*' matches nothing that trains"):
+    with pytest.raises(UserError, match=r"rule 'layers\[0\]/\.\*' matches nothing trainable"):
         make(top, learning_rates=[["layers[0]/.*", 0.5]])

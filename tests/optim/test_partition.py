@@ -127,7 +127,7 @@ def test_nothing_to_train_is_an_error(rules):
         ("layers[::0]/.*", "picks no layers"),
         ("top(0)", "the model has 14 layers"),
         ("top(15)", "the model has 14 layers"),
-        ("layers/(/kernel", "not a regular expression"),
+        ("layers/(/kernel", "no regular expression"),
         ("layers[20:]/.*", "matches nothing"),
     ],
 )
