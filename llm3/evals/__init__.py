@@ -89,7 +89,17 @@ class EvalContext:
             batch = change(batch)
             yield batch, jax.device_get(run(self.place(batch), *arrays))
 
-    def sums(self, function, *arrays, table=None, change=lambda batch: batch) -> dict[str, np.ndarray]:
+    def notes(self) -> list[dict[str, Any]]:
+        """The note of each document, empty if it has none."""
+        return [self.cache.note(index) or {} for index in range(self.cache.documents)]
+
+    def sums(
+        self,
+        function: Callable[..., dict[str, jax.Array]],
+        *arrays: Any,
+        table: Windows | None = None,
+        change: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> dict[str, np.ndarray]:
         """The results of `function`, summed over all batches in float64. Arguments: see `each`."""
         totals: dict[str, np.ndarray] = {}
         for _, result in self.each(function, *arrays, table=table, change=change):

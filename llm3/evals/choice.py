@@ -132,7 +132,7 @@ def _arrays(items: list[Item], rows: int, choices: int, size: int) -> tuple[np.n
             tokens[row, column, : len(tail) - 1] = tail[:-1]
             targets[row, column, : len(tail) - 1] = tail[1:]
             weights[row, column, first - 1 : len(tail) - 1] = 1
-    return tuple(each.reshape(rows, -1) for each in (tokens, targets, weights))
+    return tokens.reshape(rows, -1), targets.reshape(rows, -1), weights.reshape(rows, -1)
 
 
 def score_choices(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
@@ -162,7 +162,7 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     the same score as `accuracy`, over the choices that occur; only if all items have the same choices. items: their
     number. truncated: the number of items whose prompt lost its beginning because it did not fit.
     """
-    notes = [context.cache.note(index) for index in range(context.cache.documents)]
+    notes = context.notes()
     correct = np.array([note["correct"] for note in notes])
     scores, truncated = score_choices(context, notes)
     chosen = {name: np.array([int(np.argmax(each)) for each in lists]) for name, lists in scores.items()}

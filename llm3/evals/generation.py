@@ -40,7 +40,7 @@ class Options:
 
     max_tokens: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least("max_tokens", self.max_tokens, 1)
 
 
@@ -162,7 +162,7 @@ def rouge_l(text: str, references: list[str]) -> float:
 
 
 @functools.cache
-def _scorer():
+def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # importing it costs seconds (NLTK's stemmer)
 
     return RougeScorer(["rougeL"], tokenizer=_Words())

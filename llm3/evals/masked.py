@@ -31,7 +31,7 @@ class Options:
     whole_words: bool = False
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_share(self.share)
 
 

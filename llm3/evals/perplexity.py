@@ -41,6 +41,6 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     totals = {
         tag: context.sums(sums, lengths, table=context.table(part)) for tag, part in parts.items() if part.documents
     }
-    overall = {name: sum(each[name] for each in totals.values()) for name in ("nats", "bytes")}
+    overall = {name: sum((each[name] for each in totals.values()), np.zeros(())) for name in ("nats", "bytes")}
     by_tag = {tag: bits_per_byte(each) for tag, each in totals.items() if tag}
     return {"bits_per_byte": bits_per_byte(overall)} | ({"by_tag": by_tag} if by_tag else {})

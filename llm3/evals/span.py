@@ -76,7 +76,8 @@ class Rules(NamedTuple):
     def best(self, prediction: str, references: list[str]) -> tuple[float, float]:
         """Exact match and F1 with the nearest reference. No references: there is no answer, and "" is right."""
         references = references or [""]
-        return tuple(max(score(prediction, reference) for reference in references) for score in self)
+        exact, f1 = (max(score(prediction, reference) for reference in references) for score in self)
+        return exact, f1
 
 
 RULES = {"squad": Rules(squad_exact, squad_f1), "cmrc2018": Rules(cmrc_exact, cmrc_f1)}
@@ -92,7 +93,7 @@ class Options:
     max_answer_tokens: int = 64
     no_answer_threshold: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rules not in RULES:
             raise UserError(f"rules={self.rules!r}: {nearest(self.rules, RULES)}")
         if self.max_answer_tokens < 1:
@@ -129,8 +130,8 @@ def predictions(context: EvalContext) -> list[str]:
     answers = []
     for document, (score, start, end) in enumerate(best):
         answered = none[document] - score <= context.options.no_answer_threshold
-        tokens = context.cache.document(document)[start : end + 1] if answered else []
-        answers.append(context.tokenizer.decode(tokens).strip("\ufffd"))  # a token may end within a character
+        text = context.tokenizer.decode(context.cache.document(document)[start : end + 1]) if answered else ""
+        answers.append(text.strip("\ufffd"))  # a token may end within a character
     return answers
 
 
@@ -141,11 +142,13 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     answer, no_answer has their share, the predicted share and their exact match; answerable has the metrics of the
     others. examples: the first few predictions.
     """
-    notes = [context.cache.note(document) for document in range(context.cache.documents)]
+    notes = context.notes()
     found, rules = predictions(context), RULES[context.options.rules]
     scores = np.array([rules.best(text, note["answers"]) for text, note in zip(found, notes, strict=True)])
     exact, f1 = scores.mean(axis=0).tolist()
-    details: dict[str, Any] = {"examples": [_example(context, document, found[document]) for document in _first(notes)]}
+    details: dict[str, Any] = {
+        "examples": [_example(context, document, notes[document], found[document]) for document in _first(notes)]
+    }
     unanswerable = np.array([not note["answers"] for note in notes])
     if unanswerable.any():
         details["no_answer"] = {
@@ -163,7 +166,6 @@ def _first(notes: list[Any]) -> range:
     return range(min(EXAMPLES, len(notes)))
 
 
-def _example(context: EvalContext, document: int, prediction: str) -> dict[str, Any]:
-    note = context.cache.note(document)
+def _example(context: EvalContext, document: int, note: dict[str, Any], prediction: str) -> dict[str, Any]:
     question = context.tokenizer.decode(context.cache.document(document)[1 : note["context"] - 1])
     return {"question": question, "answers": note["answers"], "prediction": prediction}

@@ -4,6 +4,7 @@ Shapes: B batch, T length, S keys, D d_model, H heads, K kv heads, h head_dim.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -61,16 +62,16 @@ class Attention(nnx.Module):
         model = {"embed": c.d_model}
 
         def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
-            extra = {"bias": c.attention_bias, "adapters": adapters_of(c, name)}
-            return Projection(inputs, outputs, init=init, rngs=rngs, **extra)
+            adapters = adapters_of(c, name)
+            return Projection(inputs, outputs, init=init, bias=c.attention_bias, adapters=adapters, rngs=rngs)
 
         self.query = projection("query", model, heads, small)
         self.key = projection("key", model, kv, small)
         self.value = projection("value", model, kv, small)
         self.out = projection("out", heads, model, residual_init(c.layers, c.d_model))
-        norm = {"kind": c.norm, "epsilon": c.norm_epsilon}
-        self.query_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
-        self.key_norm = Norm(c.head_dim, "head_dim", **norm) if c.qk_norm else None
+        norm = partial(Norm, c.head_dim, "head_dim", kind=c.norm, epsilon=c.norm_epsilon)
+        self.query_norm = norm() if c.qk_norm else None
+        self.key_norm = norm() if c.qk_norm else None
 
     def __call__(
         self,
@@ -91,12 +92,12 @@ class Attention(nnx.Module):
         query = self.query(at_positions(x, output_positions, 1), projection_key(random, "query"))
         key = self.key(x, projection_key(random, "key"))
         value = self.value(x, projection_key(random, "value"))
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, *(at_positions(each, output_positions, 1) for each in angles))
         key = constrain(rotate(key, *angles), "batch", "keys", "kv_heads", "head_dim")
         value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
-        if cache is not None:
+        if cache is not None and index is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
             cache = {"key": key, "value": value}

@@ -109,7 +109,9 @@ def prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, max_toke
     width = prompts.shape[1]
     positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths)
     kv = make_cache(model.config, len(prompts), width + max_tokens)
-    return model(prompts, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), kv)
+    hidden, filled = model(prompts, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), kv)
+    assert filled is not None  # a cache was given
+    return hidden, filled
 
 
 def greedy(

@@ -76,7 +76,9 @@ def _ungrouped(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[-2:]).swapaxes(1, 2)
 
 
-def _attend_forward(query, key, value, mask, causal):
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     query = _grouped(query * query.shape[-1] ** -0.5, key.shape[2])
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     g = "g" * (query.ndim - 4)
@@ -92,7 +94,9 @@ def _attend_forward(query, key, value, mask, causal):
     return _ungrouped(y), (query, key, value, weights, total, y)
 
 
-def _attend_backward(causal, saved, dy):
+def _attend_backward(
+    causal: bool, saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, weights, total, y = saved
     g = "g" * (query.ndim - 4)
     dy = (_grouped(dy, key.shape[1]) / total).astype(dy.dtype)  # the gradient before the division by `total`

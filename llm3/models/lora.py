@@ -49,6 +49,7 @@ class LoRA(nnx.Module):
 
     def gain(self, kernel: jax.Array) -> jax.Array:
         """DoRA's factor of each output: magnitude / |W + scale A B|. kernel: float32 [inputs, outputs]."""
+        assert self.magnitude is not None  # `Projection` asks adapters with a magnitude only
         a, b = self.a[...].reshape(-1, self.config.rank), self.b[...].reshape(self.config.rank, -1)
         length = column_norms(kernel + scale_of(self.config) * jnp.matmul(a, b, precision="highest"), 1)
         return self.magnitude[...].reshape(-1) / jax.lax.stop_gradient(length)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
-from llm3.models.attention import Attention, attention_mask, rotation
+from llm3.models.attention import Angles, Attention, attention_mask, rotation
 from llm3.models.layers import MLP, Norm, Projection, at_positions, small_init
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
@@ -33,13 +33,24 @@ class Block(nnx.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        norm = {"kind": config.norm, "epsilon": config.norm_epsilon}
-        self.attention_norm = Norm(config.d_model, "embed", **norm)
+        norm = partial(Norm, config.d_model, "embed", kind=config.norm, epsilon=config.norm_epsilon)
+        self.attention_norm = norm()
         self.attention = Attention(config, rngs)
-        self.mlp_norm = Norm(config.d_model, "embed", **norm)
+        self.mlp_norm = norm()
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x, angles, mask, cache, index, random, output_positions, in_order):
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: Angles,
+        mask: jax.Array,
+        cache: dict | None,
+        index: jax.Array | None,
+        random: jax.Array | None,
+        output_positions: jax.Array | None,
+        in_order: bool,
+    ) -> tuple[jax.Array, dict | None]:
+        """Arguments as of `Attention`, with x before the norm."""
         update, cache = self.attention(
             self.attention_norm(x), angles, mask, cache, index, random, output_positions, in_order
         )
@@ -98,7 +109,12 @@ class Transformer(nnx.Module):
             stored.append(part)
         if cache is not None:
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
-            cache = {"layers": layers, "positions": keys[0], "segments": keys[1], "index": index + tokens.shape[1]}
+            cache = {
+                "layers": layers,
+                "positions": keys[0],
+                "segments": keys[1],
+                "index": cache["index"] + tokens.shape[1],
+            }
         return self.final_norm(x), cache
 
     def _table(self) -> jax.Array:
@@ -108,11 +124,26 @@ class Transformer(nnx.Module):
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
 
-    def _scan(self, stack, first, x, angles, mask, cache, index, key, output_positions, in_order):
+    def _scan(
+        self,
+        stack: Block,
+        first: int,
+        x: jax.Array,
+        angles: Angles,
+        mask: jax.Array,
+        cache: dict | None,
+        index: jax.Array | None,
+        key: jax.Array | None,
+        output_positions: jax.Array | None,
+        in_order: bool,
+    ) -> tuple[jax.Array, dict | None]:
+        """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `Block`."""
         graph, params = nnx.split(stack)
         length = jax.tree.leaves(params)[0].shape[0]
 
-        def body(x, layer, output_positions=None):
+        def body(
+            x: jax.Array, layer: tuple, output_positions: jax.Array | None = None
+        ) -> tuple[jax.Array, dict | None]:
             params, cache, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
             x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random, output_positions, in_order)
@@ -174,6 +205,7 @@ class Transformer(nnx.Module):
         pool "last": from the hidden state at that position; callers read a document at its last token.
         pool "mean": from the mean hidden state of the document, the same at all its positions.
         """
+        assert self.head is not None  # config.classes > 0
         logits = self.head(hidden.astype(jnp.float32))
         if self.config.pool == "mean":  # the head is linear, so the mean of the logits is the same
             same = (segments[:, :, None] == segments[:, None, :]).astype(logits.dtype)
@@ -222,7 +254,7 @@ def _abstract(config: ModelConfig, segments: Segments) -> Abstract:
     graph, state = nnx.split(model, nnx.Param)
     axes = {}
     for path, variable in nnx.to_flat_state(state):
-        name = "/".join(path)
+        name = "/".join(map(str, path))
         axes[name] = (("layers",) if in_stack(name) else ()) + variable.get_metadata("axes")
     return Abstract(graph, nnx.to_pure_dict(state), unflatten(axes))
 

@@ -41,7 +41,7 @@ class Options:
     replace: float = 0.1
     whole_words: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_share(self.share)
         for name in ("mask", "replace"):
             if not 0 <= getattr(self, name) <= 1:

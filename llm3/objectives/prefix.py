@@ -60,7 +60,7 @@ class Denoiser:
     weight: float = 1.0
     mode: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.kind not in ("prefix", "span"):
             raise UserError(f"denoisers.*.kind={self.kind!r}: {nearest(self.kind, ('prefix', 'span'))}")
         if not 0 < self.share <= 1:
@@ -83,7 +83,7 @@ class Options:
 
     denoisers: Any = ({"kind": "prefix", "share": 0.5},)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = UL2 if self.denoisers == "ul2" else self.denoisers
         if not given or isinstance(given, str):
             raise UserError(f"denoisers={given!r}: expected a list with at least one, or 'ul2'")

@@ -136,6 +136,7 @@ def rule_names(paths: list[str]) -> list[str]:
 def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
     """A function (canonical path, layer or None) -> whether the rule matches. Raises UserError for a malformed rule."""
     bare = _bare(rule)
+    patterns: tuple[str, ...]
     if top := re.fullmatch(r"top\(\s*(\d+)\s*\)", bare):
         count = int(top[1])
         if not 1 <= count <= layers:

@@ -1,7 +1,7 @@
 """The optax update rules by name, at a learning rate of 1, for trees with stacked layers."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -47,6 +47,7 @@ def _layer_by_layer(rule: optax.GradientTransformation) -> optax.GradientTransfo
         return {path: mapped(path, rule.init)(_per_layer(path, leaf)) for path, leaf in flatten(params).items()}
 
     def update(gradients: dict, state: dict, params: dict | None = None) -> tuple[dict, dict]:
+        assert params is not None  # every optimizer passes them
         flat_params, updates, new_state = flatten(params), {}, {}
         for path, gradient in flatten(gradients).items():
             views = _per_layer(path, gradient), state[path], _per_layer(path, flat_params[path])
@@ -87,10 +88,16 @@ def _sgd(params: dict, peak: float, options: dict) -> optax.GradientTransformati
     return optax.sgd(1.0, **options)
 
 
+class Build(Protocol):
+    """The type of the functions that build a rule."""
+
+    def __call__(self, params: dict, peak: float, options: dict) -> optax.GradientTransformation: ...
+
+
 class Rule(NamedTuple):
     """build(params, peak learning rate, options) -> the rule at a learning rate of 1. options: the optax function."""
 
-    build: Callable[[dict, float, dict], optax.GradientTransformation]
+    build: Build
     options: Callable
 
 
@@ -124,7 +131,8 @@ def by_phase(
         return {phase: rules[phase].init(part) for phase, part in divide(params).items()}
 
     def update(gradients: dict, state: dict, params: dict) -> tuple[dict, dict]:
-        values, updates, new_state = divide(params), {}, {}
+        values, new_state = divide(params), {}
+        updates: dict[str, Any] = {}
         for phase, part in divide(gradients).items():
             change, new_state[phase] = rules[phase].update(part, state[phase], values[phase])
             updates |= flatten(change)
