@@ -85,7 +85,8 @@ class _Step:
         self._session, self._stage, self._phase = session, stage, phase
         before = time.perf_counter()
         self._compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
-        self._compile_seconds, self._seconds = time.perf_counter() - before, []
+        self._compile_seconds = time.perf_counter() - before
+        self._seconds: list[float] = []
         self._state = phase.state(init(phase.model, session.experiment.init_seed, session.mesh))
 
     def run(self, batch: Any) -> None:
@@ -97,6 +98,7 @@ class _Step:
     def metrics(self) -> dict[str, float | int | None]:
         phase, timed = self._phase, self._seconds[WARM_UP:]
         median, memory, peak = statistics.median(timed), self._compiled.memory_analysis(), self._session.peak_flops
+        assert memory is not None  # XLA reports memory on all supported devices
         stored = byte_report(phase.abstract_state)
         return {
             "step_seconds": median,
@@ -120,7 +122,8 @@ class _Step:
         """The compiler's count, with element-wise work; None if it counts one loop iteration or one device."""
         model = self._phase.model
         exact = model.scan_unroll >= model.layers and self._stage.config.micro_batches == 1 and jax.device_count() == 1
-        return self._compiled.cost_analysis()["flops"] if exact else None
+        analysis = self._compiled.cost_analysis() if exact else None
+        return None if analysis is None else analysis["flops"]
 
 
 def table(metrics: dict) -> str:

@@ -182,7 +182,8 @@ def _labels(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
 
 def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     """Tokens as one line of text, with special tokens by name."""
-    runs, text = [], []
+    runs: list[str] = []
+    text: list[int] = []
     for token in tokens.tolist():
         if token < len(SPECIALS):
             runs += [tokenizer.decode(text), SPECIALS[token]]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -214,7 +215,7 @@ def write_tokenizer(directory: Path, source: Path) -> None:
         single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, Tokenizer.bos_id)]
     )
     backend.save(str(directory / TOKENIZER))
-    described = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIALS, strict=True))
+    described: dict[str, Any] = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIALS, strict=True))
     described |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     write_json(directory / "tokenizer_config.json", described | {"clean_up_tokenization_spaces": False})
 

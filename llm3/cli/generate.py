@@ -1,6 +1,7 @@
 """The verb `generate`: sample continuations of a prompt from the stages of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from llm3.models.decoding import sample
 from llm3.stages.workdir import check_record
 
 
-def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options) -> int:
+def generate(
+    workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options: Any
+) -> int:
     """Print a continuation of the prompt from one stage (default: from each stage of the run).
 
     The run holds all that is needed; a given config must match it. options: the sampling options of `sample`. Raises
@@ -28,8 +31,9 @@ def generate(workdir: Path, prompt: str, stage: str | None = None, config: RunCo
         raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
     console = Console(highlight=False)
     names = [stage] if stage else trained_stages(workdir)
-    for name in names if config else ():
-        check_record(workdir, config, name)
+    if config:
+        for name in names:
+            check_record(workdir, config, name)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for name in names:

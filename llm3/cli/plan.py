@@ -255,6 +255,7 @@ def lineage(workdir: Path) -> int:
     for name in trained_stages(workdir):
         checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
         step = checkpoints.latest()
+        assert step is not None, f"{name}: no checkpoint"
         meta = checkpoints.meta(step)
         own = {"run": str(workdir.resolve()), "stage": name, **meta}
         console.print(f"\n{name}")

@@ -138,7 +138,9 @@ def step_shape(stage: StageConfig) -> tuple:
 
 def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
     """Print the matrix of all finished stages, and write it with report.md and the plots."""
-    rows, baselines, histories = [], [], {}
+    rows: list[dict] = []
+    baselines: list[dict] = []
+    histories: dict[str, list[dict]] = {}
     for name in [INIT, *rules.check(config)]:
         row = read_json(workdir / name / ROW)
         if row is None:

@@ -40,7 +40,7 @@ def _run_file(file: str) -> dict:
         raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
-        config = get_config and (get_config(argument) if argument else get_config())
+        config: Any = get_config and (get_config(argument) if argument else get_config())
     except Exception as error:
         raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
     if get_config is None:

@@ -24,7 +24,7 @@ class AdapterConfig:
     targets: tuple[str, ...] = PROJECTIONS  # the projections of each layer that get this adapter
     active: bool = True  # False: kept in the checkpoint, but not computed
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
         at_least("adapters.*.rank", self.rank, 1)
         if not self.targets:
@@ -66,7 +66,7 @@ class ModelConfig:
     # set by the run: max positions per window whose output the loss uses; 0: unknown
     max_output_positions: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
         object.__setattr__(self, "adapters", tuple((name, read(each)) for name, each in self.adapters))
         one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
@@ -139,7 +139,7 @@ class GuardConfig:
     window: int = 128  # number of recent steps that the mean and standard deviation are taken over
     stop_after: int = 10  # end the run with an error after this many skipped steps in a row
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least("guard.*.deviations", self.deviations, 0)
         at_least("guard.*.window", self.window, 2)
         at_least("guard.*.stop_after", self.stop_after, 1)
@@ -176,7 +176,7 @@ class StageConfig:
     best: str = ""  # also keep the checkpoint that is best by this metric, e.g. domain_bits_per_byte
     baseline: bool = False  # report the stage separately from the main chain
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("stages.*.kind", self.kind, ("pretrain", "posttrain", "finetune"))
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
@@ -196,7 +196,8 @@ class StageConfig:
     @property
     def objective_name(self) -> str:
         """The name of the objective."""
-        return self.objective.get("name") if isinstance(self.objective, dict) else self.objective
+        name: Any = self.objective.get("name") if isinstance(self.objective, dict) else self.objective
+        return name
 
     @property
     def objective_options(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class EvaluationConfig:
     max_documents: int = 0  # evaluate on a fixed pseudo-random sample of this many documents; 0: all
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the plugin
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         one_of("evaluations.*.split", self.split, ("train", "validation", "test"))
         for name in ("sequence_length", "batch_size"):
             at_least(f"evaluations.*.{name}", getattr(self, name), 1)
@@ -240,7 +241,7 @@ class RunConfig:
     # directory of local copies of sources (see sources.*.local); empty: read each source from its path
     data_dir: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "classes", "adapters", "max_output_positions"):
             if getattr(self.model, name):
                 raise UserError(

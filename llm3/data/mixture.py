@@ -6,7 +6,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import grain
@@ -166,7 +166,7 @@ def finite_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
         yield _stack(rows + [padding] * (batch_size - len(rows)))
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
+def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Generator[T, None, None]:
     """Yield make(start), ..., make(stop - 1); a thread makes up to `depth` of them ahead.
 
     Exceptions of `make` are raised here. The thread ends with the iterator, also if its consumer stops early.

@@ -67,6 +67,7 @@ def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: in
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(rejection=str(error).splitlines()[0], seconds=time.perf_counter() - before)
+    assert analysis is not None  # the TPU compiler always reports memory
     arguments = analysis.argument_size_in_bytes
     beyond = analysis.peak_memory_in_bytes - arguments
     return Compiled(arguments, analysis.temp_size_in_bytes, beyond, time.perf_counter() - before)

@@ -136,7 +136,7 @@ def _inline(jaxpr: Jaxpr, inputs: list[Value], ops: list[Op], casts: dict, share
 
     for eqn in jaxpr.eqns:
         name, reads = eqn.primitive.name, [get(each) for each in eqn.invars]
-        cast = (reads[0], eqn.outvars[0].aval.dtype) if name == "convert_element_type" else None
+        cast = (reads[0], eqn.params["new_dtype"]) if name == "convert_element_type" else None
         if name in CALLS:
             results = _inline(_programs(eqn.params)[0], reads, ops, casts, shares)
         elif name in SAME:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.schema import MeshConfig, ModelConfig, RunConfig
 from llm3.distributed import machines
@@ -51,11 +51,11 @@ class PhasePlan(NamedTuple):
 
 
 @contextmanager
-def on_abstract_mesh(config: MeshConfig, machine: Topology) -> Iterator[AbstractMesh]:
+def on_abstract_mesh(config: MeshConfig, machine: Topology) -> Iterator[Mesh]:
     """The mesh of a config on a machine, without devices, with its sharding rules active. Raises UserError."""
     shape = mesh_shape(vars(config), machine.devices)
     with rules_in_force(table(config.rules)):
-        yield AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+        yield cast(Mesh, AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
 
 
 def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> tuple[Stage, list[str]]:
@@ -91,7 +91,7 @@ def plan_phases(
 
 def _plan_phase(
     stage: Stage,
-    mesh: AbstractMesh,
+    mesh: Mesh,
     machine: Topology,
     links: dict[str, Link],
     index: int,

@@ -88,7 +88,14 @@ def lowest_layer(phase: Phase) -> int:
     trainable, layers = phase.partition.trainable, phase.model.layers
     if "embed/embedding" in trainable:
         return 0
-    return min((locate(path)[1].start for path in trainable if in_stack(path)), default=layers)
+    return min((_layers_of(path).start for path in trainable if in_stack(path)), default=layers)
+
+
+def _layers_of(path: str) -> range:
+    """The layers of a stacked leaf."""
+    layers = locate(path)[1]
+    assert layers is not None, path
+    return layers
 
 
 def _axes(*names: str) -> list[str]:
@@ -123,7 +130,7 @@ def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tupl
     """The number of gathers of a leaf and of reductions of its gradient per micro-batch."""
     chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
     if in_stack(path):
-        return 1 + (locate(path)[1].stop > first), 1
+        return 1 + (_layers_of(path).stop > first), 1
     if path.startswith("lm_head/"):
         return 2 * chunks or 1, chunks or 1
     if path == "embed/embedding":

@@ -7,12 +7,12 @@ other axis, which identifies the arrays that grow with the batch.
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import MESH_AXES, axis_size
@@ -76,7 +76,8 @@ def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
     """The cost on one device of a mesh of a step of phase number `index` of a stage."""
     config, model, share = stage.config, stage.model, device_model(stage.model, mesh)
     rows = _traced_rows(share, config)
-    alone = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    one = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    alone = cast(Mesh, one)
     traced = replace(stage, config=replace(config, batch_size=rows * config.micro_batches), model=share)
     phase = traced.phases(alone)[index]
     own_rows = config.batch_size / config.micro_batches / axis_size(mesh, "batch")

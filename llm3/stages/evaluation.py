@@ -34,8 +34,9 @@ class Evaluation:
         """Whether the stage (None: the untrained model) has the task head that the evaluation needs."""
         if not self.plugin.HEAD:
             return True
-        same_head = stage is not None and self.plugin.HEAD == stage.objective.HEAD
-        return same_head and (self.labels is None or stage.labels == self.labels)
+        if stage is None or self.plugin.HEAD != stage.objective.HEAD:
+            return False
+        return self.labels is None or stage.labels == self.labels
 
     def measure(
         self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled

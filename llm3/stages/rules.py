@@ -68,7 +68,8 @@ def parent_label(stage: StageConfig) -> str:
 
 def check(config: RunConfig) -> list[str]:
     """Check every stage against its rules; returns the names of the stages, parents first. Raises UserError."""
-    stages, ordered = config.stages, []
+    stages = config.stages
+    ordered: list[str] = []
     if not stages:
         raise UserError("config.stages is empty: expected {name: stage}")
     table(config.mesh.rules)
@@ -99,7 +100,7 @@ def check(config: RunConfig) -> list[str]:
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
             raise UserError(f"{where}.start='{INIT}': only a baseline (baseline=True) starts from the untrained model")
-        if parent not in (None, INIT, *stages):
+        if parent is not None and parent not in (INIT, *stages):
             raise UserError(f"{where}.start={parent!r}: no such stage in this config; {nearest(parent, stages)}")
     while len(ordered) < len(stages):
         ready = [n for n in stages if n not in ordered and parent_name(stages[n]) in (None, INIT, *ordered)]

@@ -157,7 +157,7 @@ class StageRun:
         with Progress(config.steps, done, self.stage.name) if writer else nullcontext() as progress:
 
             def on_log(done: int, line: dict) -> None:
-                if writer is None:
+                if writer is None or progress is None:
                     return
                 rate = float(phase.optimizer.schedule(done - 1 - self.cost.skipped_steps))
                 epochs = {f"epochs_{source}": seen for source, seen in mixture.epochs(done).items()}
@@ -223,6 +223,7 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     session, stage = run.session, run.stage
     compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
     analysis = compiled.memory_analysis()
+    assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes
     bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     left = phase.flops_per_step * (phase.stop - done)

@@ -20,7 +20,7 @@ from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
-from llm3.data.packing import Windows
+from llm3.data.packing import PackedWindows, Windows
 from llm3.distributed.sharding import named
 from llm3.errors import UserError
 from llm3.files import INIT, RECORD, read_json
@@ -108,8 +108,8 @@ class Stage:
 
     def is_fresh(self, path: str) -> bool:
         """Whether a canonical leaf is initialized instead of loaded from a parent."""
-        from_nothing = self.start is None or self.start.stage == INIT
-        return from_nothing or any(re.fullmatch(rule, path) for rule in self.start.fresh)
+        start = self.start
+        return start is None or start.stage == INIT or any(re.fullmatch(rule, path) for rule in start.fresh)
 
     def computed_in(self, dtype: str) -> "Stage":
         """This stage with a concrete compute dtype instead of "auto"."""
@@ -123,8 +123,9 @@ class Stage:
 
     def phases(self, mesh: Mesh) -> list[Phase]:
         """The phases of the stage on a mesh, which may be abstract. Raises UserError if the stage does not fit it."""
-        options = {"task": self.task, "fresh": self.is_fresh, "seed": self.seed, "where": self.where}
-        return build(self.config, self.model, mesh, **options)
+        return build(
+            self.config, self.model, mesh, task=self.task, fresh=self.is_fresh, seed=self.seed, where=self.where
+        )
 
     def abstract_batch(self, mesh: Mesh | None) -> Batch:
         """The shapes of a batch, sharded if there is a mesh."""
@@ -177,7 +178,7 @@ def plan_stage(config: RunConfig, name: str) -> Stage:
     """
     stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
     labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
-    task = Task(_options(objective, stage, name), None, stage.sequence_length)
+    task = Task(_options(objective, stage, name), None, stage.sequence_length)  # type: ignore[arg-type]  # no data
     vocab_size = config.tokenizer.vocab_size + len(config.tokenizer.add)
     model = _model(config, stage, vocab_size, len(labels))
     return Stage(
@@ -186,7 +187,7 @@ def plan_stage(config: RunConfig, name: str) -> Stage:
         model=replace(model, max_output_positions=_max_output_positions(config, objective, task, {})),
         objective=objective,
         task=task,
-        start=read_start(stage.start, None, f"config.stages.{name}.start"),
+        start=read_start(stage.start, Path(), f"config.stages.{name}.start"),
         seed=_seed(config, name),
         given_seed=given_seed(config, name),
         labels=labels,
@@ -214,7 +215,7 @@ def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, 
         return objective.max_output_positions(task)
     if objective.HEAD != "labels" or config.model.pool != "last":
         return 0
-    return max((table.max_pieces for table in tables.values()), default=0)
+    return max((table.max_pieces for table in tables.values() if isinstance(table, PackedWindows)), default=0)
 
 
 def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:

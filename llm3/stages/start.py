@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from llm3 import __version__
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
@@ -117,10 +118,10 @@ def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: di
 
 def first_params(session: Session, stage: Stage, parent: Parent | None, phase: Phase) -> tuple[dict, dict]:
     """The canonical parameters that a stage starts with, and their provenance for the metadata."""
-    seed = stage.fresh_seed
+    seed, fresh = stage.fresh_seed, tuple(sorted(flatten(phase.abstract_params)))
+    provenance: dict[str, Any] = {"fresh": list(fresh)}
     if parent is None:
-        params, fresh = init(phase.model, seed, session.mesh), sorted(flatten(phase.abstract_params))
-        provenance = {"fresh": fresh}
+        params = init(phase.model, seed, session.mesh)
     else:
         params, account = handoff.load(parent, phase.abstract_params, f"{stage.where}.start")
         fresh, provenance = account.fresh, account.provenance()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Wrapped
 
 from llm3 import objectives
 from llm3.config.schema import ModelConfig, StageConfig
@@ -37,7 +38,7 @@ class Phase(NamedTuple):
     model: ModelConfig
     partition: Partition
     optimizer: Optimizer
-    train_step: Callable
+    train_step: Wrapped
     init_opt: Callable[[dict], Any]
     init_guard: Callable[[], Guard]
     storage: Storage  # how frozen parameters are stored
@@ -168,17 +169,18 @@ def _phase(
     trainable, frozen = partition.divide(cut.shapes)
     trainable_shardings, frozen_shardings = partition.divide(shardings)
     new = frozenset(path for path in partition.trainable if fresh(canonical_path(path)))
-    shape = {"steps": stage.steps, "layers": model.layers, "fresh": new, "groups": groups}
     with _naming(where):
         dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
         storage = make_storage(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
-        optimizer = make_optimizer(trainable, **shape, **vars(stage.optimizer))
+        optimizer = make_optimizer(
+            trainable, steps=stage.steps, layers=model.layers, fresh=new, groups=groups, **vars(stage.optimizer)
+        )
     opt = jax.eval_shape(optimizer.transform.init, trainable)
     opt_shardings = state_shardings(opt, trainable, trainable_shardings, named(mesh))
     empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
     guard = jax.eval_shape(empty_guard)
     abstract_state = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=named(mesh)),
+        with_sharding(jax.ShapeDtypeStruct((), jnp.int32), named(mesh)),
         with_sharding(trainable, trainable_shardings),
         storage.abstract,
         with_sharding(opt, opt_shardings),

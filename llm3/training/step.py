@@ -59,7 +59,7 @@ def make_train_step(
         # strided, so that each device keeps its own rows
         cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def body(total, micro):
+        def body(total: tuple[dict, Sums], micro: tuple[Batch, jax.Array]) -> tuple[tuple[dict, Sums], None]:
             part = gradient(state.trainable, state.frozen, micro[0], micro[1])
             return jax.tree.map(jnp.add, total, part), None
 
