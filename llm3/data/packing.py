@@ -31,15 +31,16 @@ class Windows(Protocol):
 class PackedWindows:
     """Windows packed with pieces of documents, none of them split. A subclass defines the pieces.
 
-    sizes: int [pieces], tokens of each piece, at most `length`. A subclass sets `documents`, and `truncated` and
-    `dropped` if they are not 0.
+    sizes: int [pieces], positions of each piece, at most `length`. document, first, stop: int [pieces]; a piece has the
+    tokens [first, stop) of its document. A subclass sets `documents`, and `truncated` and `dropped` if they are not 0.
     """
 
     documents: int
     truncated = dropped = 0
 
-    def __init__(self, sizes: np.ndarray, length: int):
+    def __init__(self, sizes: np.ndarray, length: int, document: np.ndarray, first: np.ndarray, stop: np.ndarray):
         self._length, self._sizes = length, sizes
+        self._document, self._first, self._stop = document, first, stop
         self._order, self._bounds = pack(sizes, length)
         self.max_pieces = int(np.diff(self._bounds).max(initial=0))
         positions = len(self) * length
@@ -73,7 +74,7 @@ class PackedWindows:
 
     def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
         """(document, (first, stop) of its tokens) of a piece."""
-        raise NotImplementedError
+        return int(self._document[piece]), (int(self._first[piece]), int(self._stop[piece]))
 
 
 def pack(sizes: np.ndarray, capacity: int, block: int = PACKING_BLOCK) -> tuple[np.ndarray, np.ndarray]:

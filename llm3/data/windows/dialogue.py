@@ -23,9 +23,10 @@ class WindowTable(PackedWindows):
         long = np.flatnonzero(sizes > length)
         lost = [index for index in long.tolist() if not cache.answer_mask(index)[1 : length + 1].any()]
         self.truncated, self.dropped = len(long), len(lost)
-        self._documents = np.delete(np.arange(len(sizes)), lost)
-        self.documents = len(self._documents)
-        super().__init__(np.minimum(sizes[self._documents], length), length)
+        kept = np.delete(np.arange(len(sizes)), lost)
+        self.documents = len(kept)
+        sizes = np.minimum(sizes[kept], length)
+        super().__init__(sizes, length, kept, np.zeros_like(sizes), sizes + 1)
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
         document, (_, stop) = self._tokens_of(piece)
@@ -33,6 +34,3 @@ class WindowTable(PackedWindows):
         window.tokens[place] = tokens[:-1]
         window.targets[place] = tokens[1:]
         window.weights[place] = self._cache.answer_mask(document)[1:stop]
-
-    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
-        return int(self._documents[piece]), (0, int(self._sizes[piece]) + 1)

@@ -25,16 +25,14 @@ class WindowTable(PackedWindows):
         sizes = np.diff(cache.offsets)
         self.truncated = int(np.sum(sizes > length))
         self.documents = cache.documents
-        super().__init__(np.minimum(sizes, length), length)
+        sizes = np.minimum(sizes, length)
+        super().__init__(sizes, length, np.arange(cache.documents), np.zeros_like(sizes), sizes)
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
         window.tokens[place] = shortened(self._cache.document(piece), self._length)
         last = place.stop - 1
         window.targets[last] = self._labels[piece]
         window.weights[last] = 1
-
-    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
-        return piece, (0, int(self._sizes[piece]))
 
 
 def shortened(tokens: np.ndarray, length: int) -> np.ndarray:

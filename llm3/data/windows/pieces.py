@@ -21,20 +21,16 @@ class WindowTable(PackedWindows):
         self._cache = cache
         predictions = np.diff(cache.offsets) - 1
         pieces = -(-predictions // length)
-        self._document = np.repeat(np.arange(len(pieces)), pieces)
+        document = np.repeat(np.arange(len(pieces)), pieces)
         first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
-        self._start = (np.arange(len(self._document)) - first_piece) * length
-        sizes = np.minimum(predictions[self._document] - self._start, length)
-        super().__init__(sizes, length)
+        first = (np.arange(len(document)) - first_piece) * length
+        sizes = np.minimum(predictions[document] - first, length)
+        super().__init__(sizes, length, document, first, first + sizes)
         self.documents = int((pieces > 0).sum())
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
-        start = self._cache.offsets[self._document[piece]] + self._start[piece]
-        tokens = self._cache.read_tokens(start, start + self._sizes[piece] + 1)
+        document, (first, stop) = self._tokens_of(piece)
+        tokens = self._cache.document(document)[first : stop + 1]
         window.tokens[place] = tokens[:-1]
         window.targets[place] = tokens[1:]
         window.weights[place] = 1
-
-    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
-        first = int(self._start[piece])
-        return int(self._document[piece]), (first, first + int(self._sizes[piece]))

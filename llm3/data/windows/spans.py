@@ -30,19 +30,19 @@ class WindowTable(PackedWindows):
         at_least("sequence_length", length, SHORTEST)
         self._cache = cache
         sizes, questions = np.diff(cache.offsets), np.zeros(cache.documents, np.int64)
-        for document in range(cache.documents):
-            questions[document] = np.argmax(cache.document(document) == Tokenizer.eos_id) - 1
+        for index in range(cache.documents):
+            questions[index] = np.argmax(cache.document(index) == Tokenizer.eos_id) - 1
         contexts, room = sizes - questions - SPECIALS_IN_CHUNK, length - questions - SPECIALS_IN_CHUNK
         fits = questions <= length // 2
         strides = np.maximum(room // 2, 1)
         chunks = np.where(fits, 1 + -(-np.maximum(contexts - room, 0) // strides), 0)
-        self._document = np.repeat(np.arange(cache.documents), chunks)
-        number = np.arange(len(self._document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        self._before = (questions + 2)[self._document]  # tokens of a chunk before its part of the context
-        self._first = self._before + number * strides[self._document]  # where a part starts, in tokens of the document
-        self._parts = np.minimum(room[self._document], sizes[self._document] - 1 - self._first)
+        document = np.repeat(np.arange(cache.documents), chunks)
+        number = np.arange(len(document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+        self._before = (questions + 2)[document]  # tokens of a chunk before its part of the context
+        first = self._before + number * strides[document]  # where a part starts, in tokens of the document
+        parts = np.minimum(room[document], sizes[document] - 1 - first)
         self.documents = int(fits.sum())
-        super().__init__(self._before + self._parts + 1, length)
+        super().__init__(self._before + parts + 1, length, document, first, first + parts)
         self._answered = self._documents_with_their_answer()
         self.dropped = int(np.sum(~self._answered))
 
@@ -56,8 +56,7 @@ class WindowTable(PackedWindows):
         return found
 
     def _holds(self, chunk: int, span: list[int]) -> bool:
-        first = self._first[chunk]
-        return first <= span[0] and span[1] < first + self._parts[chunk]
+        return self._first[chunk] <= span[0] and span[1] < self._stop[chunk]
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
         document, (first, stop) = self._tokens_of(piece)
@@ -74,8 +73,3 @@ class WindowTable(PackedWindows):
         window.targets[start] |= START
         window.targets[end] |= END
         window.weights[place.start] = self._answered[document]
-
-    def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
-        """The document of a chunk, and (first, stop) of its part of the context."""
-        first = int(self._first[piece])
-        return int(self._document[piece]), (first, first + int(self._parts[piece]))
