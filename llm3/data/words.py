@@ -60,9 +60,7 @@ def _word_starts(content: bytes) -> np.ndarray:
         (lead & 0x07) << 18 | second << 12 | third << 6 | fourth,
     )
     kinds, space = _kinds()[np.minimum(codes, IDEOGRAPHS)], codes == ord(" ")
-    base = np.maximum.accumulate(
-        np.where(kinds == MARK, 0, np.arange(len(at)))
-    )  # the character that each mark belongs to
+    base = np.maximum.accumulate(np.where(kinds == MARK, 0, np.arange(len(at))))  # the character a mark belongs to
     ended = ((kinds >= ALONE) & ~space)[base]
     begins = (kinds == SPACE) | (kinds == ALONE)
     begins[1:] &= (kinds[1:] == SPACE) | ~space[:-1]

@@ -35,10 +35,7 @@ from llm3.errors import UserError, one_of
 EXTRACTION = 1  # part of the key of the files on disk; raise it when this file or docstrings.py changes the result
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT_SHARE = {
-    "python": 0.05,
-    "numerical": 0.15,
-}  # share of the text held out for validation, and the same share for test
+HELD_OUT_SHARE = {"python": 0.05, "numerical": 0.15}  # of the text, for validation, and again for test
 DOCUMENT_CHARACTERS = 6000  # documents are runs of a module's docstrings of about this size
 EXAMPLE_CHARACTERS = (200, 800)  # shorter docstrings are skipped, longer ones are cut
 EXAMPLES_A_CLASS = {"train": 240, "validation": 48, "test": 48}  # at most; some classes have fewer

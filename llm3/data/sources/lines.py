@@ -24,18 +24,9 @@ PARTS = 64  # parts of a larger corpus, enough to keep many cores busy to the en
 SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
-OPENERS: dict[bytes, Callable[[str, str], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-}  # by the first bytes of a file
-ARCHIVES = (
-    b"PK\x03\x04",
-    b"\x28\xb5\x2f\xfd",
-    b"\x04\x22\x4d\x18",
-    b"Rar!",
-    b"7z\xbc\xaf",
-)  # read by the datasets library
+# By the first bytes of a file: how it is opened, and archives, which the datasets library reads.
+OPENERS: dict[bytes, Callable[[str, str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")
 
 
 def part_bytes(total: int) -> int:
