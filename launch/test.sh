@@ -18,5 +18,6 @@ bin=$root/.venv/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports"
+"$bin/mypy"
 # --dist loadfile: tests of a file share compiled functions, so they run in one process.
 time "$bin/python" -m pytest -n 2 --dist loadfile "${which[@]}" "$@"
