@@ -20,7 +20,7 @@ from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
-from llm3.data.packing import PackedWindows, Windows
+from llm3.data.packing import Windows
 from llm3.distributed.sharding import named
 from llm3.errors import UserError
 from llm3.files import INIT, RECORD, read_json
@@ -140,12 +140,44 @@ def folded_seed(given: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{given}/{name}".encode()).digest()[:4], "little") >> 1
 
 
+def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
+    """The stage from the config alone, without reading data. Raises UserError.
+
+    Assumes a vocabulary of `tokenizer.vocab_size` tokens and, since only the data has labels, a single label.
+    """
+    stage, where = config.stages[name], f"config.stages.{name}"
+    objective = load_plugin(objectives, stage.objective_name)
+    labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
+    options = read_options(objective, stage.objective_options, f"{where}.objective")
+    task = Task(options, None, stage.sequence_length)  # type: ignore[arg-type]  # only the data has a tokenizer
+    own_seed = config.seed if stage.seed is None else stage.seed
+    model = replace(
+        init_model(config, config.tokenizer.vocab_size + len(config.tokenizer.add)),
+        classes=len(labels),
+        adapters=tuple(stage.adapters.items()),
+        max_output_positions=_max_output_positions(config, objective, task, {}),
+    )
+    return Stage(
+        name=name,
+        config=stage,
+        model=model,
+        objective=objective,
+        task=task,
+        start=read_start(stage.start, workdir, f"{where}.start"),
+        # stages of one kind with equal explicit seeds see the same batches, so that their results can be paired
+        seed=folded_seed(own_seed, name if stage.seed is None else stage.kind),
+        given_seed=own_seed,
+        labels=labels,
+        record=stage_record(config, name),
+    )
+
+
 def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) -> Stage:
-    """The stage with its data read, tokenized and packed. Raises UserError."""
-    stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
-    labels = _read_labels(stage, objective, library, name)
-    options = _options(objective, stage, name)
-    task = Task(options, library.tokenizer, stage.sequence_length, _label_sets(stage, objective, library, labels, name))
+    """The planned stage with its data read, tokenized and packed. Raises UserError."""
+    planned = plan_stage(config, name, workdir)
+    stage, objective = planned.config, planned.objective
+    labels = _read_labels(planned, library)
+    task = planned.task._replace(tokenizer=library.tokenizer, label_sets=_label_sets(planned, labels, library))
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
     sources = _sources(config, name, library)
     caches = {source: library.cache(source, "train") for source in sources}
@@ -153,55 +185,20 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     tables = {source: library.windows(kinds[source], source, "train", length) for source in sources}
     schedule = _schedule(config, name, library)
     corrupt = partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
-    seed = _seed(config, name)
-    mixture = Mixture(tables, schedule, stage.batch_size, seed, by=stage.weights, corrupt=corrupt)
-    model = _model(config, stage, library.tokenizer.vocab_size, len(labels))
-    return Stage(
-        name=name,
-        config=stage,
-        model=replace(model, max_output_positions=_max_output_positions(config, objective, task, tables)),
-        objective=objective,
-        task=task,
-        start=read_start(stage.start, workdir, f"config.stages.{name}.start"),
-        seed=seed,
-        given_seed=given_seed(config, name),
-        labels=labels,
-        record=stage_record(config, name),
-        read=StageData(caches, tables, schedule, mixture),
+    mixture = Mixture(tables, schedule, stage.batch_size, planned.seed, by=stage.weights, corrupt=corrupt)
+    model = replace(
+        planned.model,
+        vocab_size=library.tokenizer.vocab_size,
+        classes=len(labels),
+        max_output_positions=_max_output_positions(config, objective, task, tables),
     )
-
-
-def plan_stage(config: RunConfig, name: str) -> Stage:
-    """The stage from the config alone, without reading data. Raises UserError.
-
-    Assumes a vocabulary of `tokenizer.vocab_size` tokens and, since only the data has labels, a single label.
-    """
-    stage, objective = config.stages[name], load_plugin(objectives, config.stages[name].objective_name)
-    labels = ["unknown"] if objective.HEAD == "labels" else list(objective.HEAD)
-    task = Task(_options(objective, stage, name), None, stage.sequence_length)  # type: ignore[arg-type]  # no data
-    vocab_size = config.tokenizer.vocab_size + len(config.tokenizer.add)
-    model = _model(config, stage, vocab_size, len(labels))
-    return Stage(
-        name=name,
-        config=stage,
-        model=replace(model, max_output_positions=_max_output_positions(config, objective, task, {})),
-        objective=objective,
-        task=task,
-        start=read_start(stage.start, Path(), f"config.stages.{name}.start"),
-        seed=_seed(config, name),
-        given_seed=given_seed(config, name),
-        labels=labels,
-        record=stage_record(config, name),
-    )
+    data = StageData(caches, tables, schedule, mixture)
+    return replace(planned, model=model, task=task, labels=labels, read=data)
 
 
 def init_model(config: RunConfig, vocab_size: int) -> ModelConfig:
     """The model before any stage: without adapters or a task head."""
     return replace(config.model, vocab_size=vocab_size, classes=0)
-
-
-def _model(config: RunConfig, stage: StageConfig, vocab_size: int, classes: int) -> ModelConfig:
-    return replace(init_model(config, vocab_size), classes=classes, adapters=tuple(stage.adapters.items()))
 
 
 def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, tables: dict[str, Windows]) -> int:
@@ -215,45 +212,27 @@ def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, 
         return objective.max_output_positions(task)
     if objective.HEAD != "labels" or config.model.pool != "last":
         return 0
-    return max((table.max_pieces for table in tables.values() if isinstance(table, PackedWindows)), default=0)
+    return max((table.max_pieces for table in tables.values()), default=0)
 
 
-def _options(objective: ModuleType, stage: StageConfig, name: str) -> object:
-    return read_options(objective, stage.objective_options, f"config.stages.{name}.objective")
-
-
-def given_seed(config: RunConfig, name: str) -> int:
-    """The seed of a stage in the config, else the seed of the run."""
-    own = config.stages[name].seed
-    return config.seed if own is None else own
-
-
-def _seed(config: RunConfig, name: str) -> int:
-    """The data seed: stages of one kind with equal explicit seeds see the same batches, so results can be paired."""
-    stage = config.stages[name]
-    return folded_seed(given_seed(config, name), name if stage.seed is None else stage.kind)
-
-
-def _read_labels(stage: StageConfig, objective: ModuleType, library: Library, name: str) -> list[str]:
+def _read_labels(stage: Stage, library: Library) -> list[str]:
     """The outputs of the task head, [] without one. Raises UserError if the sources have different labels."""
-    if objective.HEAD != "labels":
-        return list(objective.HEAD)
-    labels = {source: library.labels(source) for source in stage.data}
+    if stage.objective.HEAD != "labels":
+        return stage.labels
+    labels = {source: library.labels(source) for source in stage.config.data}
     first = next(iter(labels.values()))
     if any(each != first for each in labels.values()):
-        raise UserError(f"config.stages.{name}.data: the sources {', '.join(labels)} have different labels")
+        raise UserError(f"{stage.where}.data: the sources {', '.join(labels)} have different labels")
     return first
 
 
-def _label_sets(
-    stage: StageConfig, objective: ModuleType, library: Library, labels: list[str], name: str
-) -> np.ndarray | None:
+def _label_sets(stage: Stage, labels: list[str], library: Library) -> np.ndarray | None:
     """The set of classes of each target, float32 [S, C]; None if targets are classes."""
-    if objective.HEAD != "labels":
+    if stage.objective.HEAD != "labels":
         return None
-    sets = [library.cache(source, "train").label_sets for source in stage.data]
+    sets = [library.cache(source, "train").label_sets for source in stage.config.data]
     if any(each != sets[0] for each in sets):
-        raise UserError(f"config.stages.{name}.data: sources with several labels a document cannot be mixed")
+        raise UserError(f"{stage.where}.data: sources with several labels a document cannot be mixed")
     if sets[0] is None:
         return None
     matrix = np.zeros((len(sets[0]), len(labels)), np.float32)
