@@ -49,16 +49,22 @@ def trained(params: dict) -> dict:
     return unflatten(flat)
 
 
-def logits(config, params, segments=None, key=None) -> np.ndarray:
-    segments = segments or ((0, config.layers),)
+@functools.cache
+def forward(config, segments):
+    """params, key -> logits, compiled once."""
     graph = abstract(config, segments).graph
 
     @jit
-    def forward(params):
+    def run(params, key):
         model = nnx.merge(graph, params)
         return model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments, key=key)[0])
 
-    return np.asarray(forward(segmented(params, segments)))
+    return run
+
+
+def logits(config, params, segments=None, key=None) -> np.ndarray:
+    segments = segments or ((0, config.layers),)
+    return np.asarray(forward(config, segments)(segmented(params, segments), key))
 
 
 def base_of(config, params) -> tuple:
