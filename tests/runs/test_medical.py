@@ -165,6 +165,7 @@ def test_the_medical_texts_are_named_where_they_are_missing(medical, tmp_path):
         sources.use_local_copy(medical.sources["task"], str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_few_steps_on_the_real_texts_say_what_an_adapter_saves(tmp_path):
     names = ("pretrain", "lora_0")
     small = {
