@@ -354,7 +354,7 @@ def test_a_run_on_a_tpu_slice_that_is_stopped_saves_first(repository, tpu_vm, tm
         until(lambda: all(log.is_file() and "started" in log.read_text() for log in logs))
         stopped = tpu_vm("stop")
         assert run.result().returncode == Exit.PREEMPTED
-    assert stopped.returncode == 0 and stopped.stdout.count("stops process") == 2
+    assert stopped.returncode == 0 and stopped.stdout.count("stopping process") == 2
     assert run.result().stdout.count("saved") == 2
     assert tpu_vm("stop").stdout == "", "there is nothing left to stop"
 

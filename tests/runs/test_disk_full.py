@@ -111,7 +111,7 @@ def test_a_base_on_a_full_disk_is_not_written_and_no_delta_checkpoint_is_saved(d
 
 SAVE = """
 import pathlib, sys
-from tiny_checkpoints import OPT, PARAMS, Checkpoints
+from tests.helpers.tiny_checkpoints import OPT, PARAMS, Checkpoints
 try:
     Checkpoints(pathlib.Path(sys.argv[1])).save(20, PARAMS, OPT, {})
 except Exception as error:
@@ -124,7 +124,7 @@ def test_a_disk_that_became_read_only_is_said_to_be_that_and_the_process_ends_at
     with Checkpoints(disk.path) as checkpoints:
         checkpoints.save(10, PARAMS, OPT, {})
     disk.remount("ro")
-    environment = os.environ | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT}/tests", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
     program = [sys.executable, "-c", SAVE, disk.path]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600, check=True)
     reason = f"NotWritten {disk.path}: the checkpoint of step 20 was not written: Read-only file system\n"
@@ -247,7 +247,7 @@ def test_a_report_that_has_no_space_is_named_and_written_by_the_same_command(bas
     for path in [*workdir.glob("*.png"), workdir / "report.md", workdir / "matrix.json"]:
         path.unlink()
     disk.fill(4 * PAGE)
-    error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
+    error = tiny.process(command(base, workdir), plots=True, status=Exit.NOT_WRITTEN).stderr
     assert error.startswith(f"llm3: {workdir / 'report.md'} was not written: {FULL}; checkpoint 10 of posttr")
     disk.free()
     tiny.process(command(base, workdir))
