@@ -3,6 +3,8 @@
 `python forks.py` is that server: a request a line, in JSON, and an answer a line. A fork goes on in `tiny_run.run`.
 """
 
+import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -14,9 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FLAGS = (  # to compile quickly rather than well
+# To compile quickly rather than well: about half of the time with the older emitters of code, where jaxlib has them.
+OLD_EMITTERS = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11)
+FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1" + " --xla_cpu_use_fusion_emitters=false" * OLD_EMITTERS
 )
 ROOT = pathlib.Path(__file__).parents[2]
 _server: subprocess.Popen | None = None
@@ -126,8 +130,6 @@ def _become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import importlib
-
     for module in ("llm3.cli.run", "tensorboardX", "matplotlib.figure"):
         importlib.import_module(module)
     from tests.helpers import tiny_run
