@@ -1,6 +1,7 @@
 """Classification at the last token: the last layer is computed only where labels stand, and nothing changes by it."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -10,11 +11,11 @@ from flax import nnx
 from llm3.config.schema import AdapterConfig
 from llm3.data.batch import Batch
 from llm3.distributed.sharding import make_mesh, place_batch
-from llm3.models.transformer import abstract, init
+from llm3.models.transformer import abstract, abstract_params
 from llm3.objectives import classify
 from llm3.segments import canonical, segmented
 from llm3.tree import flatten
-from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, model_config
+from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_params, model_config
 
 ROWS, MOST = 4, 3
 
@@ -28,10 +29,13 @@ def labelled() -> Batch:
     return batch._replace(targets=rng.integers(0, CLASSES, batch.tokens.shape).astype(np.int32), weights=weights)
 
 
+def small_params(config):
+    """Half of the usual values: sharper attention would show how quick compilation rounds."""
+    return jax.tree.map(lambda leaf: leaf / 2, make_params(config))
+
+
 def gradients(config, segments):
-    graph = abstract(config, segments).graph
-    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    params = init(config, 0, mesh)
+    graph, params = abstract(config, segments).graph, small_params(config)
 
     @jit
     @jax.value_and_grad
@@ -68,24 +72,28 @@ def test_it_is_the_same_on_eight_devices():
         model = nnx.merge(graph, segmented(params, segments))
         return classify.loss(model, batch, jax.random.key(0), TASK).loss
 
-    one = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    expected, gradient = jit(jax.value_and_grad(loss))(init(config, 0, one), labelled())
+    params = small_params(config)
+    expected, gradient = jit(jax.value_and_grad(loss))(params, labelled())
     with jax.set_mesh(mesh):
-        found, on_eight = jit(jax.value_and_grad(loss))(init(config, 0, mesh), place_batch(mesh, labelled()))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+        sharded = jax.device_put(params, shardings)
+        found, on_eight = jit(jax.value_and_grad(loss))(sharded, place_batch(mesh, labelled()))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for path, leaf in flatten(gradient).items():
         np.testing.assert_allclose(flatten(on_eight)[path], leaf, atol=1e-4, err_msg=path)
 
 
 def test_the_sums_and_metrics_are_the_same():
+    def sums(graph, params):
+        return classify.loss(nnx.merge(graph, params), labelled(), jax.random.key(0), TASK)
+
     config = model_config(classes=CLASSES)
-    params = init(config, 0, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1]))
+    params = segmented(small_params(config), ((0, config.layers),))
 
     results = []
     for max_output_positions in (0, MOST, 10):
         graph = abstract(dataclasses.replace(config, max_output_positions=max_output_positions)).graph
-        model = nnx.merge(graph, segmented(params, ((0, config.layers),)))
-        results.append(classify.loss(model, labelled(), jax.random.key(0), TASK))
+        results.append(jit(functools.partial(sums, graph))(params))
     assert results[0].weight == 9
     for each in results[1:]:
         assert each.weight == results[0].weight and each.metrics["accuracy"] == results[0].metrics["accuracy"]
