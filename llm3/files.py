@@ -1,7 +1,8 @@
-"""The names of the files in a run directory, and atomic writes."""
+"""The names of the files in a run directory, the paths and names that a user gives, and atomic writes."""
 
 import json
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,32 @@ METRICS = "metrics.jsonl"
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
 
+RESERVED = frozenset({INIT, "cache", "plots", TOKENIZER, REPORT, MATRIX})  # in the run directory, so no stage's name
+
+
+def local_path(text: str | Path, where: str) -> Path:
+    """The path that `where` (a flag or field) names, with a leading "~" expanded. Raises UserError for a URL."""
+    if not str(text):
+        raise UserError(f"{where} is empty: expected a path")
+    if scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(text)):
+        raise UserError(f"{where}={str(text)!r}: {scheme[1]}:// is not supported; expected a path on this machine")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # "~name" without such a user
+        raise UserError(f"{where}={str(text)!r}: {error}") from None
+
+
+def check_name(name: object, where: str) -> None:
+    """Raise UserError unless a name is letters, digits, "_", "-" and ".": it becomes part of paths and commands."""
+    if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name):
+        return
+    usable = re.sub(r"[^\w.-]+", "_", str(name)).strip("._-")
+    hint = f", as in {usable!r}" if usable else ""
+    raise UserError(
+        f"{where}: {name!r} cannot be a name: expected letters, digits, '_', '-' and '.', "
+        f"the first a letter, a digit or '_'{hint}"
+    )
+
 
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader sees either the old content or the new one. Raises OSError.
@@ -37,6 +64,17 @@ def write_atomic(path: Path, text: str) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def ordinary_permissions(directory: Path) -> None:
+    """Give files that libraries wrote through temporary files (mode 0600) the permissions of any new file here."""
+    new = directory / f".{secrets.token_hex(4)}.partial"
+    new.touch()
+    mode = new.stat().st_mode & 0o777
+    new.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def write_json(path: Path, value: Any) -> None:

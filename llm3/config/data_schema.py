@@ -39,7 +39,9 @@ class SourceConfig:
     messages: str = ""  # column with turns [{role, content}, ...], instead of prompt and answer
     choices: Any = ""  # column with a list of choices, or a fixed list of choices
     answers: str = ""  # column {text: [...], answer_start: [...]}: character spans of `text` that answer the prompt
-    filters: list[str] = dataclasses.field(default_factory=list)  # "module:function", row -> bool, in order
+    filters: list[str] = dataclasses.field(
+        default_factory=list
+    )  # "module:function" beside the config, row -> bool, in order
     transforms: list[str] = dataclasses.field(default_factory=list)  # "module:function", row -> row, before filters
     local: str = ""  # folder inside config.data_dir whose SPLIT.jsonl files replace `path`, if data_dir is set
     train: str = "train"  # name of the dataset's split for training

@@ -10,11 +10,12 @@ import runpy
 import types
 import typing
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from llm3 import config_folder
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, nearest
+from llm3.files import local_path
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -33,14 +34,18 @@ def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _run_file(file: str) -> dict:
+    if re.match(r"[A-Za-z][\w+.-]+://", file):
+        local_path(file, "--config")  # raises
     name, _, argument = file.partition(":")
-    path = Path(name)
+    path = local_path(name, "--config")
     if not path.is_file():
         siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
+    config_folder.enter(path.parent)
     try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        config: Any = get_config and (get_config(argument) if argument else get_config())
+        with config_folder.on_path():
+            get_config = runpy.run_path(str(path)).get("get_config")
+            config: Any = get_config and (get_config(argument) if argument else get_config())
     except Exception as error:
         raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
     if get_config is None:
@@ -127,4 +132,6 @@ def _read_section(kind: Any, value: Any, where: str) -> Any:
     try:
         return kind(**read)
     except UserError as error:
-        raise UserError(re.sub(r"config: \w+\.\*", where, str(error))) from None
+        raise UserError(
+            re.sub(r"^config: (\w+\.\*)?", lambda found: where if found[1] else "config.", str(error))
+        ) from None

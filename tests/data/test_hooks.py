@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch):
     Path("rows_of_test.py").write_text(HOOKS)
     yield
     sys.modules.pop("rows_of_test", None)
-    hooks.load_function.cache_clear()
+    hooks._load_function.cache_clear()
 
 
 def open_split(text="body", **fields):

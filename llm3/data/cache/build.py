@@ -25,6 +25,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
+from llm3 import config_folder
 from llm3.data import formats
 from llm3.data.cache import shards
 from llm3.data.tokenizer import Tokenizer
@@ -105,7 +106,8 @@ def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) 
 
 def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of jax's threads
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(job,))
+    arguments = (job, config_folder.current())
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=arguments)
     try:
         futures = [pool.submit(_build_in_worker, number, part) for number, part in parts.items()]
         for future in concurrent.futures.as_completed(futures):
@@ -122,9 +124,10 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int
 _job: Job  # the job of this worker process; sent once, since it may hold a long list of parts
 
 
-def _init_worker(job: Job) -> None:
+def _init_worker(job: Job, folder: str) -> None:
     global _job
     _job = job
+    config_folder.enter(folder)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the worker without a traceback
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()

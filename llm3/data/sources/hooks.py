@@ -1,5 +1,6 @@
 """Transforms and filters of rows: functions that a config names as "module:function"."""
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm3 import config_folder
 from llm3.data.formats import BadRow
 from llm3.errors import UserError, nearest
 
@@ -41,15 +43,20 @@ def _call(spec: str, field: str, row: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {field}: {spec!r} raised {type(error).__name__}: {error}") from error
 
 
-@functools.cache
 def load_function(spec: str, field: str) -> Callable[[dict[str, Any]], Any]:
-    """The function that `sources.*.{field}` names. Raises UserError if there is none."""
+    """The function that `sources.*.{field}` names, from the config's folder or installed. Raises UserError."""
+    return _load_function(spec, field, config_folder.current())
+
+
+@functools.cache
+def _load_function(spec: str, field: str, folder: str) -> Callable[[dict[str, Any]], Any]:
     where = f"config: sources.*.{field}={spec!r}"
     name, colon, function = spec.partition(":")
     if not (name and colon and function):
         raise UserError(f"{where}: expected 'module:function'")
     try:
-        module = importlib.import_module(name)
+        with config_folder.on_path():
+            module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"{where}: its module needs {error.name!r}, which is not installed") from error
@@ -75,6 +82,22 @@ def _near_module(name: str) -> str:
 
 
 def file_digest(spec: str, field: str) -> str:
-    """The sha256 of the file that defines the function; it changes when the function does."""
+    """The sha256 of the file that defines the function, and of the files beside the config that it imports."""
     file = inspect.getsourcefile(inspect.unwrap(load_function(spec, field)))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    if not file:
+        return ""
+    contents = [Path(each).read_bytes() for each in (file, *sorted(_imported(file, {file}) - {file}))]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def _imported(file: str, found: set[str]) -> set[str]:
+    """The files in the config's folder that a file imports, directly or through each other, and those in `found`."""
+    for node in ast.walk(ast.parse(Path(file).read_bytes())):
+        names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{name}" for name in names)] if not node.level else []
+        for used in filter(None, map(config_folder.file_of, names)):
+            if used not in found:
+                found.add(used)
+                _imported(used, found)
+    return found
