@@ -41,12 +41,12 @@ class Lines:
     files: tuple[str, ...]
     objects: bool
     longest: int  # the most bytes of a line
+    content: str  # digest of the contents of the files
 
     @property
     def key(self) -> list:
-        """Identifies the content of the files: paths, sizes and modification times."""
-        stats = [(file, Path(file).stat()) for file in self.files]
-        return ["lines", self.objects, *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+        """Identifies the content of the files."""
+        return ["lines", self.objects, self.content]
 
     def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
         """Yield (number of the first row, (file, start byte, stop byte)); a compressed file is one piece."""

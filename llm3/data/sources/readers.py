@@ -8,12 +8,16 @@ A reader can be pickled for other processes, and has
     head()               yields (number, row or BadRow) from the first row on, without reading the rest
 """
 
+import atexit
 import codecs
 import difflib
+import functools
 import glob
 import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ import datasets
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
+from llm3.data.sources.digests import content_digest
 from llm3.data.sources.lines import Lines, is_data_document, is_line_file
 from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
 from llm3.errors import UserError, nearest
@@ -41,25 +46,52 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
         datasets.disable_progress_bars()
     if source.path in FILE_LOADERS:  # otherwise opening a local file contacts the hub
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    root = cache_dir / "datasets"
+    root = _writable(cache_dir) / "datasets"
     options: dict[str, Any] = {"data_files": source.data_files, "data_dir": source.data_dir, "cache_dir": str(root)}
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, **options)
         files = _line_files(builder, source, split)
         if files and all(map(is_line_file, files)):
-            return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes)
+            digest = content_digest(files, cache_dir)
+            return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes, digest)
         if files and is_data_document(files[0]):
-            builder = datasets.load_dataset_builder(source.path, source.name, **options, field="data")
+            options["field"] = "data"
         latin1 = builder.info.builder_name == "csv"  # so that invalid UTF-8 costs only its row
         if latin1:
-            builder = datasets.load_dataset_builder(source.path, source.name, **options, encoding=LATIN1)
+            options["encoding"] = LATIN1
+        local, kind = _local_splits(builder), [builder.info.builder_name, repr(builder.info.features)]
+        if local:  # `datasets` knows a file by its modification time only
+            every = [file for each in local.values() for file in each]
+            options["cache_dir"] = str(root / content_digest(every, cache_dir)[:16])
+        builder = datasets.load_dataset_builder(source.path, source.name, **options)
         key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
+        if local:
+            names = [name.partition("[")[0].strip() for name in split.split("+")]
+            used = [file for name in (names if set(names) <= set(local) else local) for file in local[name]]
+            key = ["files", *kind, content_digest(used, cache_dir), split, source.streaming]
         if source.streaming:
             return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
         builder.download_and_prepare()
         return DatasetTable(builder.as_dataset(split=split), key, latin1)
     except READ_ERRORS as error:
         raise UserError(_explained(error, source, split)) from error
+
+
+def _local_splits(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    """{split: its files} of a dataset of local files; {} if any of them is elsewhere."""
+    splits = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
+    local = all(os.path.isfile(file) for files in splits.values() for file in files)
+    return splits if local else {}
+
+
+@functools.cache
+def _writable(cache_dir: Path) -> Path:
+    """The cache directory or, if it is read-only, a temporary one: `datasets` writes files even to read what it has."""
+    if not cache_dir.is_dir() or os.access(cache_dir, os.W_OK | os.X_OK):
+        return cache_dir
+    temporary = Path(tempfile.mkdtemp(prefix="llm3-datasets."))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
 
 
 def source_name(source: SourceConfig) -> str:
