@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ def cached_contamination(
         return Contamination(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
     except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: compute it again
         found = find_contamination(evaluation, training, n)
-        write_atomic(file, json.dumps(found._asdict()))
+        with suppress(OSError):  # a read-only or full disk: compute it again the next time
+            write_atomic(file, json.dumps(found._asdict()))
         return found
 
 

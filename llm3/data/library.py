@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 from llm3.config.data_schema import SourceConfig
@@ -22,7 +21,7 @@ class Library:
     """Sources by name, with one tokenizer and one cache directory. Token caches and windows are opened only once."""
 
     def __init__(self, configs: dict[str, SourceConfig], tokenizer: Tokenizer, cache_dir: Path, template: str = ""):
-        check_writable(cache_dir)
+        check_directory(cache_dir)
         self.configs, self.tokenizer, self.cache_dir, self.template = configs, tokenizer, cache_dir, template
         self._caches: dict[tuple[str, str], TokenCache] = {}
         self._windows: dict[tuple, Windows] = {}
@@ -72,15 +71,13 @@ class Library:
         return self._windows[key]
 
 
-def check_writable(cache_dir: Path) -> None:
-    """Create the cache directory. Raises UserError if it cannot be created or written to."""
+def check_directory(cache_dir: Path) -> None:
+    """Create the cache directory. Raises UserError if it cannot be created; it may be read-only if it is complete."""
     try:
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        if not os.access(cache_dir, os.W_OK | os.X_OK):
-            raise PermissionError("permission denied")
     except OSError as error:
         raise UserError(
-            f"config: cache_dir={str(cache_dir)!r} cannot be created or written to: {error.strerror or error}"
+            f"config.cache_dir={str(cache_dir)!r} cannot be created or written to: {error.strerror or error}"
         ) from None
 
 
@@ -88,7 +85,7 @@ def trained_tokenizer(
     configs: dict[str, SourceConfig], names: list[str], cache_dir: Path, *, vocab_size: int, train_bytes: int
 ) -> Tokenizer:
     """A tokenizer trained on up to `train_bytes` of these sources' train splits, or the same one from the cache."""
-    check_writable(cache_dir)
+    check_directory(cache_dir)
     for name in names:
         if name not in configs:
             raise UserError(f"tokenizer.sources: {name!r}: {nearest(name, configs)}")
@@ -96,6 +93,7 @@ def trained_tokenizer(
     key = hashlib.sha256(json.dumps([vocab_size, train_bytes, *(each.key for each in splits)]).encode()).hexdigest()
     file = cache_dir / f"tokenizer-{key[:16]}.json"
     if not file.is_file():
+        cache.check_writable(cache_dir, "the tokenizer")
         texts = itertools.chain.from_iterable(each.texts() for each in splits)
         tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
     return Tokenizer.load(file)

@@ -7,9 +7,10 @@ import pytest
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
 from llm3.data.library import Library, trained_tokenizer
-from llm3.data.sources import selection
+from llm3.data.sources import readers, selection
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
+from tests.helpers import tiny_records
 
 SIZES = {"vocab_size": 270, "train_bytes": 1000}
 SPLITS = {
@@ -69,9 +70,20 @@ def test_a_cache_directory_that_cannot_be_written_is_refused_by_name(configs, tm
         for source in (configs["news"], SourceConfig("builtin:python")):
             with pytest.raises(UserError, match=f"cache_dir='{cache_dir}'"):
                 trained_tokenizer({"news": source}, ["news"], cache_dir, **SIZES)
+
+
+def test_a_read_only_cache_is_used_if_it_is_complete_and_else_refused_by_what_it_lacks(configs, tmp_path, monkeypatch):
+    first = Library(configs, trained, tmp_path).cache("news", "train")
+    before = tiny_records.files(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)  # what a read-only folder answers, also to root
-    with pytest.raises(UserError, match=r"cache_dir=.*: permission denied"):
-        Library(configs, trained, tmp_path / "read-only")
+    readers._writable.cache_clear()
+    library = Library(configs, trained, tmp_path)
+    assert library.cache("news", "train").fingerprint == first.fingerprint
+    with pytest.raises(UserError, match=r"cache_dir=.*read-only, and does not hold the tokens of source json .*"):
+        library.cache("news", "validation")
+    with pytest.raises(UserError, match=r"cache_dir=.*read-only, and does not hold the tokenizer yet"):
+        trained_tokenizer(configs, ["news"], tmp_path, **SIZES)
+    assert tiny_records.files(tmp_path) == before
 
 
 def test_a_tokenizer_is_trained_once_on_a_sample_of_at_most_train_bytes(configs, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -177,6 +178,15 @@ def build_cache(
     raise UserError(f"tokens: {target} was built {ATTEMPTS} times and is damaged again; check its disk")
 
 
+def check_writable(cache_dir: Path, what: str) -> None:
+    """Raise UserError if the cache directory is read-only. what: what has to be written."""
+    if cache_dir.is_dir() and not os.access(cache_dir, os.W_OK | os.X_OK):
+        raise UserError(
+            f"config.cache_dir={str(cache_dir)!r} cannot be created or written to: it is read-only, and does not hold "
+            f"{what} yet"
+        )
+
+
 def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> str:
     settings = json.dumps([records.key, row_format, tokenizer.hash, template, FORMAT])
     return hashlib.sha256(settings.encode()).hexdigest()
@@ -194,6 +204,7 @@ def _build_missing(
     shard: tuple[int, int] | None,
 ) -> bool:
     """Build the missing shards, or the share `shard` of them, and join them. Returns whether the cache is complete."""
+    check_writable(target.parent, f"the tokens of source {records.name}")
     parts = list(records.parts())
     if not parts:
         raise UserError(f"source {records.name}: it has no rows")

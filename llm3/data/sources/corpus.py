@@ -95,8 +95,10 @@ def _version(distribution: str) -> str:
 def _extract_into(directory: Path, family: str) -> None:
     """Write all splits of a family to `directory`, complete or not at all, with the same bytes each time."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=directory.parent, prefix=directory.name + "."))
+    holder = Path(tempfile.mkdtemp(dir=directory.parent, prefix=directory.name + "."))
+    temporary = holder / directory.name  # the holder lacks ordinary permissions
     try:
+        temporary.mkdir()
         with no_garbage_collection():
             docstrings = without_repeats(python_docstrings() if family == "python" else numerical_docstrings())
         splits = split_modules(docstrings, HELD_OUT_SHARE[family])
@@ -111,7 +113,7 @@ def _extract_into(directory: Path, family: str) -> None:
         with suppress(OSError):  # another process has finished the same corpus first
             os.rename(temporary, directory)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _write_arrow(path: Path, columns: dict[str, list[str]]) -> None:
