@@ -5,11 +5,13 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
+from llm3.cli import checks
 from llm3.config.load import load
 from llm3.errors import UserError
+from llm3.files import local_path
 
 Flag = tuple[str, dict[str, Any]]
 
@@ -28,10 +30,15 @@ def flag(name: str, **options: Any) -> Flag:
     return name, options
 
 
+def path_flag(name: str, **options: Any) -> Flag:
+    """A flag for a directory on this machine."""
+    return flag(name, type=partial(local_path, where=name), metavar="DIR", **options)
+
+
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
-WORKDIR = flag("--workdir", required=True, type=Path, metavar="DIR", help="the run's files")
-CACHE_ONLY = flag("--workdir", default="runs/bench", type=Path, metavar="DIR", help="where a token cache is written")
+WORKDIR = path_flag("--workdir", required=True, help="the run's files")
+CACHE_ONLY = path_flag("--workdir", default="runs/bench", help="where a token cache is written")
 STAGES = flag("--stages", type=lambda names: names.split(","), metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", required=True)
 PROCESSES = (
@@ -71,7 +78,7 @@ VERBS = {
         (
             WORKDIR,
             STAGE,
-            flag("--to", required=True, type=Path, metavar="DIR", help="a new directory"),
+            path_flag("--to", required=True, help="a new directory"),
             flag(
                 "--format",
                 dest="form",
@@ -145,14 +152,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is one of `errors.Exit`, or 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
-    options = vars(parser().parse_args([each for each in arguments if not each.startswith("--config.")]))
-    verb = VERBS[options.pop("verb")]
     try:
+        options = vars(parser().parse_args([each for each in arguments if not each.startswith("--config.")]))
+        verb = VERBS[name := options.pop("verb")]
         if overrides and not options.get("config"):
             raise UserError(f"--config.{overrides[0]}: expected --config=FILE as well")
         if options.get("config"):
             options["config"] = load(options["config"], overrides)
-        cluster = [options.pop(name[2:]) for name, _ in PROCESSES] if verb.clustered else None
+        checks.check(name, options)
+        cluster = [options.pop(each[2:]) for each, _ in PROCESSES] if verb.clustered else None
         with joined(*cluster) if cluster else nullcontext():
             return function_of(verb)(**options)
     except UserError as error:

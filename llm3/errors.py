@@ -88,10 +88,23 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f"{hint}valid: {', '.join(names) or '(none)'}"
 
 
+def within(where: str, error: UserError) -> UserError:
+    """The error of a field, with the place of the field in front: "steps=0: ..." -> "config.stages.x.steps=0: ..."."""
+    text = str(error).removeprefix("config: ")
+    glue = "." if re.match(r"[a-z_][\w.*]*(\[\d+\])*(=| is empty|: )", text) else ": "
+    return type(error)(f"{where}{glue}{text}")
+
+
 def one_of(field: str, value: Any, options: Iterable[Any]) -> None:
     """Raise a UserError unless a config's `field` has one of `options` as its value."""
     if value not in (options := tuple(options)):
         raise UserError(f"config: {field}={value!r}: {nearest(value, options)}")
+
+
+def check_share(field: str, share: float) -> None:
+    """Raise a UserError unless a share is in (0, 1]."""
+    if not 0 < share <= 1:
+        raise UserError(f"{field}={share!r}: expected a share above 0, up to 1")
 
 
 def at_least(field: str, value: float, least: float) -> None:

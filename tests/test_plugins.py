@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from llm3 import evals, objectives
+from llm3.config.checks import OPTIMIZERS, SCHEDULES
 from llm3.config.data_schema import SourceConfig
 from llm3.data import formats, windows
 from llm3.data.batch import Batch
@@ -17,7 +19,9 @@ from llm3.data.windows.spans import CHOICE, END, START
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.objectives import Sums
-from llm3.registry import load_plugin, plugin_names, read_options
+from llm3.optim.learning_rates import SHAPES
+from llm3.optim.update_rules import RULES
+from llm3.registry import DECLARED, declared, load_plugin, plugin_names, read_options
 from llm3.segments import segmented
 from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, make_params, make_row, model_config, stack
 
@@ -91,6 +95,21 @@ def test_a_peer_has_what_its_folder_promises(folder, name):
     else:
         assert list(inspect.signature(plugin.evaluate).parameters) == ["context"]
         assert plugin.BETTER and set(plugin.BETTER.values()) <= {"higher", "lower"}
+
+
+@each_plugin
+def test_what_a_plugin_declares_is_known_without_its_imports(folder, name):
+    plugin, found = load_plugin(folder, name), declared(folder.__name__.rpartition(".")[2], name)
+    assert isinstance(found, types.SimpleNamespace), "its declarations needed the whole file"
+    for constant in set(DECLARED) - {"Options"}:
+        assert getattr(found, constant, None) == getattr(plugin, constant, None)
+    assert hasattr(found, "Options") == hasattr(plugin, "Options")
+    if hasattr(plugin, "Options"):
+        assert dataclasses.asdict(found.Options()) == dataclasses.asdict(plugin.Options())
+
+
+def test_names_that_a_config_is_checked_against_are_those_of_the_code():
+    assert set(OPTIMIZERS) == set(RULES) and set(SCHEDULES) == set(SHAPES)
 
 
 @pytest.mark.parametrize("name", plugin_names(formats))

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llm3.cli.checks import shard_of
 from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.tokenizer import SPECIALS, Tokenizer
-from llm3.errors import UserError
 from llm3.report.units import count, percent
 from llm3.stages import rules
 from llm3.stages.experiment import Experiment, prepare, read_library
@@ -59,12 +59,10 @@ def overlap(config: RunConfig, workdir: Path, stages: list[str] | None = None) -
 
 def build_shard(config: RunConfig, workdir: Path, order: list[str], shard: str) -> int:
     """Tokenize one shard of the training documents, as a task of an array job. Raises UserError."""
-    number, _, of = shard.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
+    share = shard_of(shard)
     library: Library = read_library(config, workdir)
     for source in dict.fromkeys(source for name in order for source in rules.data_sources(config, name)):
-        built = library.build_split(source, "train", shard=(int(number), int(of)))
+        built = library.build_split(source, "train", shard=share)
         state = "other shards are not built yet" if built is None else f"complete, {built.tokens:,} tokens"
         print(f"{source}: shard {shard} is built; {state}", flush=True)
     return 0

@@ -17,14 +17,13 @@ from tokenizers.processors import TemplateProcessing
 
 from llm3 import __version__
 from llm3.checkpoints.load import load_stage
+from llm3.cli.checks import check_export
 from llm3.config.schema import AdapterConfig, ModelConfig
 from llm3.data.tokenizer import SPECIALS, Tokenizer
-from llm3.errors import UserError, nearest
-from llm3.files import TOKENIZER, write_json
+from llm3.errors import UserError
+from llm3.files import TOKENIZER, check_name, ordinary_permissions, write_json
 from llm3.models.lora import merged
 from llm3.tree import flatten, size
-
-FORMATS = ("merged", "base", "adapters")
 
 KERNELS = {
     "attention/query": "self_attn.q_proj",
@@ -51,19 +50,19 @@ OUTSIDE = {
 def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None) -> int:
     """Write a checkpoint of a stage into the new directory `to` and print a summary.
 
-    form: one of FORMATS. step: a number or "latest". base: the base model that the adapters name. Before it writes
-    anything, raises UserError for a model that the formats cannot express, a directory with files or a missing library.
+    form: one of EXPORT_FORMATS. step: a number or "latest". base: the base model that the adapters name. Before it
+    writes anything, raises UserError for a model that the formats cannot express, a directory with files or a missing
+    library.
     """
     save = safetensors_writer()
-    if form not in FORMATS:
-        raise UserError(f"--format={form}: {nearest(form, FORMATS)}")
-    if base is not None and form != "adapters":
-        raise UserError(f"--base={base}: only --format=adapters names a base model; {form} writes a full model")
+    check_export({"form": form, "base": base, "step": step})
     params, config, meta = load_stage(workdir, stage, step)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / stage}")
     check_family(config)
+    for name, _ in config.adapters:
+        check_name(name, f"{workdir / stage}: adapters")  # the name becomes a folder
     if form == "adapters" and not config.adapters:
         raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
     with new_directory(to) as directory:
@@ -105,6 +104,7 @@ def new_directory(to: Path) -> Iterator[Path]:
             inner = Path(holder) / to.name  # temporary directories lack ordinary permissions, so make another inside
             inner.mkdir()
             yield inner
+            ordinary_permissions(inner)
             inner.rename(to)  # fails if `to` has files by now
     except OSError as error:
         raise UserError(f"--to={to} cannot be written: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from llm3.checkpoints.load import load_stage, trained_stages
+from llm3.cli.checks import check_sampling
 from llm3.config.schema import RunConfig
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
@@ -24,11 +25,7 @@ def generate(
     The run holds all that is needed; a given config must match it. options: the sampling options of `sample`. Raises
     UserError.
     """
-    for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if options[option] < least:
-            raise UserError(f"--{option}={options[option]}: expected at least {least}")
-    if not 0 < options["top_p"] <= 1:
-        raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
+    check_sampling(options)
     console = Console(highlight=False)
     names = [stage] if stage else trained_stages(workdir)
     if config:

@@ -16,7 +16,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import MeshConfig, RunConfig
 from llm3.distributed import machines
 from llm3.distributed.machines import Topology
-from llm3.distributed.sharding import mesh_shape
+from llm3.distributed.mesh_axes import mesh_shape
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes

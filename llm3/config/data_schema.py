@@ -1,9 +1,13 @@
 """The config of the tokenizer and the sources of a run. Part of `llm3.config.schema`."""
 
 import dataclasses
+import re
 from typing import Any
 
 from llm3.errors import UserError, at_least
+from llm3.files import local_path
+
+MIN_VOCAB_SIZE = 260  # 256 bytes and 4 special tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,16 @@ class TokenizerConfig:
     train_bytes: int = 40_000_000  # train on at most this many bytes, sampled by hash from larger sources
     add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary at `path`
     chat_template: str = ""  # jinja source, or a file with it; "": contents unchanged, each answer ends with <eos>
+
+    def __post_init__(self) -> None:
+        at_least("tokenizer.vocab_size", self.vocab_size, MIN_VOCAB_SIZE)
+        at_least("tokenizer.train_bytes", self.train_bytes, 1)
+        if self.add and not self.path:
+            raise UserError(f"config.tokenizer.add={self.add}: needs tokenizer.path, the tokenizer to extend")
+        if self.path:
+            local_path(self.path, "config.tokenizer.path")
+        if self.chat_template and "{" not in self.chat_template:
+            local_path(self.chat_template, "config.tokenizer.chat_template")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +105,10 @@ class SourceConfig:
             )
         if self.choices and not (self.prompt and self.answer):
             raise UserError("config: sources.*.choices: needs prompt and answer (the correct choice or its index)")
+        for field in ("filters", "transforms"):
+            for spec in getattr(self, field):
+                if not (isinstance(spec, str) and re.fullmatch(r"[^:]+:[^:]+", spec)):
+                    raise UserError(f"config: sources.*.{field}={spec!r}: expected 'module:function'")
         if self.label and self.tag:
             raise UserError("config: sources.*.tag and label: expected only one of them")
         at_least("sources.*.max_documents", self.max_documents, 0)

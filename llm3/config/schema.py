@@ -6,8 +6,10 @@ This module does not import jax, so a misspelt field is reported before any devi
 import dataclasses
 from typing import Any
 
+from llm3.config.checks import check_optimizer, check_phases, check_warmup
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.errors import UserError, at_least, one_of
+from llm3.files import RESERVED, check_name, local_path
 
 PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # names of the kernels of a layer
 
@@ -129,6 +131,9 @@ class OptimizerConfig:
     ema: float = 0.0  # decay of an average of the weights that becomes the stage's result; 0: none
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the optax function
 
+    def __post_init__(self) -> None:
+        check_optimizer(vars(self), "config: optimizer.*")
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
@@ -181,6 +186,8 @@ class StageConfig:
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
+        for name in self.adapters:
+            check_name(name, "config: stages.*.adapters")
         if not self.data:
             raise UserError("config: stages.*.data is empty: expected {source: weight}")
         for source, weight in self.data.items():
@@ -188,6 +195,8 @@ class StageConfig:
                 raise UserError(f"config: stages.*.data.{source}={weight!r}: expected a weight above 0")
         one_of("stages.*.weights", self.weights, ("tokens", "documents"))
         at_least("stages.*.temperature", self.temperature, 0)
+        check_warmup(vars(self.optimizer), self.steps, "config: stages.*.optimizer")
+        check_phases(self.data_schedule, self.steps, "config: stages.*.data_schedule")
         if not 0 <= self.replay < 1:
             raise UserError(f"config: stages.*.replay={self.replay!r}: expected a share from 0 up to, not including, 1")
         if not isinstance(self.objective_name, str):
@@ -248,6 +257,16 @@ class RunConfig:
                     f"config.model.{name}: expected it unset; it follows from the tokenizer, the labels and the stage"
                 )
         at_least("hang_seconds", self.hang_seconds, 0)
+        for section in ("sources", "stages", "evaluations"):
+            for name in getattr(self, section):
+                check_name(name, f"config.{section}")
+        for name in RESERVED.intersection(self.stages):
+            raise UserError(
+                f"config.stages.{name}: cannot be a stage's name: the run directory has a file of that name"
+            )
+        for field in ("cache_dir", "data_dir"):
+            if value := getattr(self, field):
+                local_path(value, f"config.{field}")
 
 
 def as_dict(config: Any) -> dict:

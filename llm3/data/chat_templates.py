@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -19,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm3.data.tokenizer import SPECIALS, Tokenizer
 from llm3.errors import UserError
+from llm3.files import local_path
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
 Pieces = list[str | int]  # texts, and special tokens by id
@@ -56,7 +56,7 @@ def load_template(text_or_path: str) -> str:
     if text_or_path and not re.search(r"\{[{%]", text_or_path):
         where = f"{where}={text_or_path!r}"
         try:
-            source = Path(text_or_path).read_text(encoding="utf-8")
+            source = local_path(text_or_path, "tokenizer.chat_template").read_text(encoding="utf-8")
             source = json.loads(source)["chat_template"] if text_or_path.endswith(".json") else source
         except FileNotFoundError:
             raise UserError(f"{where}: neither a file nor a jinja template") from None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm3.config.checks import check_phases
 from llm3.data.mixture import Schedule, check_weights
 from llm3.errors import UserError
 
@@ -34,7 +35,7 @@ def weight_schedule(
     """
     if replay and not parent:
         raise UserError(f"{where}.replay={replay}: needs a `start`: the data of its parent is replayed")
-    phases = [(0, data), *_parsed(data_schedule, steps, f"{where}.data_schedule")]
+    phases = [(0, data), *check_phases(data_schedule, steps, f"{where}.data_schedule")]
     for step, weights in phases:
         check_weights(weights, tokens, f"{where}.data_schedule: step {step}" if step else f"{where}.data")
     if temperature:
@@ -43,21 +44,6 @@ def weight_schedule(
         check_weights(parent, tokens, f"{where}.replay: the parent's data")
         phases = [(step, _with_replay(weights, parent, replay)) for step, weights in phases]
     return [(step, dict(weights)) for step, weights in phases]
-
-
-def _parsed(data_schedule: Sequence[Any], steps: int, where: str) -> list[tuple[int, Mapping[str, float]]]:
-    phases, before = [], 0
-    for entry in data_schedule:
-        if not (isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], Mapping)):
-            raise UserError(f"{where}: {entry!r}: expected a pair [step, {{source: weight}}]")
-        step, weights = entry
-        if type(step) is not int or not before < step < steps:
-            raise UserError(
-                f"{where}: step {step!r}: expected ascending steps after 0 and before the stage's {steps} steps"
-            )
-        phases.append((step, weights))
-        before = step
-    return phases
 
 
 def _tempered(

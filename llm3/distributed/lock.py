@@ -1,5 +1,6 @@
 """The lock of a run directory: one process at a time may write there."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -46,8 +47,12 @@ def lock(workdir: Path) -> Iterator[None]:
     path = workdir / LOCK
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "ab+", buffering=0)  # noqa: SIM115 - held while the context lasts
+        handle = open(path, "ab+", buffering=0, opener=_open_own)  # noqa: SIM115 - held while the context lasts
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(
+                f"{path} is a symbolic link, and llm3 would overwrite its target: remove the link"
+            ) from error
         kind = NotWritten if error.errno in FULL else UserError
         raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
     with handle:
@@ -61,6 +66,10 @@ def lock(workdir: Path) -> Iterator[None]:
             with suppress(OSError):
                 if _holder(path) == own:
                     handle.truncate(0)
+
+
+def _open_own(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _take(path: Path, handle: Any) -> Holder:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm3.distributed.sharding import MESH_AXES, check_across_hosts, mesh_shape
+from llm3.distributed.mesh_axes import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
 # Dense bfloat16 peak of one jax device in FLOP/s, by prefix of `device_kind`.
@@ -106,8 +106,13 @@ class Link(NamedTuple):
         return max(seconds, size * (self.hosts - 1) / self.hosts / self.between) if self.hosts > 1 else seconds
 
 
-def parse(text: str) -> Topology:
-    """Parse the name of a topology, as in `EXAMPLES`. "cpu" is measured on this machine. Raises UserError."""
+def parse(text: str, measure: bool = True) -> Topology:
+    """Parse the name of a topology, as in `EXAMPLES`. Raises UserError.
+
+    "cpu" is measured on this machine, unless `measure` is False.
+    """
+    if text == "cpu" and not measure:
+        return Topology(text, CHIPS["h100"], 1)
     if text == "cpu":
         return Topology(text, _this_cpu(), 1)
     found = re.fullmatch(r"(\w+?)(?:x(\d+)|:(\d+(?:x\d+)*))", text)

@@ -9,10 +9,10 @@ import numpy as np
 
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError
+from llm3.errors import UserError, check_share
 from llm3.evals import EvalContext
 from llm3.models.transformer import Transformer
-from llm3.objectives.masked import check_share, choose
+from llm3.objectives.masked import choose
 
 WINDOWS = {"text": "pieces"}
 HEAD = ""
@@ -32,7 +32,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        check_share("share", self.share)
 
 
 def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:

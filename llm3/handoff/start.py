@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3.errors import UserError, nearest
-from llm3.files import INIT
+from llm3.files import INIT, check_name, local_path
 
 NAMED_STEPS = ("latest", "best")  # both need a finished stage
 
@@ -43,13 +43,17 @@ def read_start(value: Any, workdir: Path, where: str) -> Start | None:
     for name in ("run", "stage"):
         if not isinstance(value.get(name, ""), str | None):
             raise UserError(f"{where}.{name}={value[name]!r}: expected a str, got {type(value[name]).__name__}")
+    if value.get("run"):
+        check_name(value["stage"], f"{where}.stage")
     if value["stage"] == INIT and len(value) > 1:
         raise UserError(f"{where}: the untrained model, '{INIT}', has no {', '.join(sorted(value.keys() - {'stage'}))}")
     step = value.get("step", "latest")
     if step not in NAMED_STEPS and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise UserError(f"{where}.step={step!r}: expected a step number, or one of {', '.join(NAMED_STEPS)}")
     rules = {name: _rules(value.get(name, ()), f"{where}.{name}") for name in ("fresh", "drop")}
-    return Start(Path(value["run"]) if value.get("run") else workdir, value["stage"], step, **rules)
+    return Start(
+        local_path(value["run"], f"{where}.run") if value.get("run") else workdir, value["stage"], step, **rules
+    )
 
 
 def _rules(value: Any, where: str) -> tuple[str, ...]:

@@ -9,6 +9,9 @@ A plugin has
 - `loss(model, batch, key, task) -> Sums`. The step divides one global sum by the other, so gradients do not depend on
   how a batch is cut into micro-batches or over devices.
 
+A config is checked against the constants and `Options` before jax is imported: they should need no more than the
+standard library and `llm3.errors` (see `llm3.registry.declared`).
+
 Optional functions:
 
     corrupt(window, rng, task) -> Batch    random changes, on the host, of a window of `raw_length`; the result has

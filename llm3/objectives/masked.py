@@ -15,7 +15,7 @@ import numpy as np
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.data.words import word_numbers
-from llm3.errors import UserError
+from llm3.errors import UserError, check_share
 from llm3.models.layers import at_positions
 from llm3.models.transformer import Transformer
 from llm3.objectives import Sums, Task, causal
@@ -42,18 +42,12 @@ class Options:
     whole_words: bool = False
 
     def __post_init__(self) -> None:
-        check_share(self.share)
+        check_share("share", self.share)
         for name in ("mask", "replace"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)!r}: expected a share from 0 to 1")
         if self.mask + self.replace > 1 + 1e-9:
             raise UserError(f"mask={self.mask!r} and replace={self.replace!r}: expected shares of at most 1 together")
-
-
-def check_share(share: float) -> None:
-    """Raise a UserError unless `share` is in (0, 1]."""
-    if not 0 < share <= 1:
-        raise UserError(f"share={share!r}: expected a share above 0, up to 1")
 
 
 def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from llm3.config.schema import MeshConfig, ModelConfig, RunConfig
 from llm3.distributed import machines
 from llm3.distributed.machines import Link, Topology
-from llm3.distributed.sharding import mesh_shape, rules_in_force, table
+from llm3.distributed.mesh_axes import mesh_shape, table
+from llm3.distributed.sharding import rules_in_force
 from llm3.errors import UserError
 from llm3.models.flops import step_flops
 from llm3.planning import trace

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.schema import ModelConfig, StageConfig
-from llm3.distributed.sharding import MESH_AXES, axis_size
+from llm3.distributed.mesh_axes import MESH_AXES
+from llm3.distributed.sharding import axis_size
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
 from llm3.planning import liveness

@@ -13,7 +13,7 @@ from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
 from llm3.data.sources.split import use_local_copy
 from llm3.errors import UserError
-from llm3.files import INIT, TOKENIZER
+from llm3.files import INIT, TOKENIZER, local_path
 from llm3.stages.evaluation import Evaluation, read_evaluation
 from llm3.stages.stage import Stage, folded_seed, init_model, read_stage
 from llm3.stages.workdir import tokenizer_sources
@@ -84,7 +84,7 @@ def chosen_dtype(config: RunConfig) -> str:
 
 def read_library(config: RunConfig, workdir: Path) -> Library:
     """The sources of a run with its tokenizer; does not tokenize documents yet. Raises UserError."""
-    cache_dir = Path(config.cache_dir) if config.cache_dir else workdir / "cache"
+    cache_dir = local_path(config.cache_dir, "config.cache_dir") if config.cache_dir else workdir / "cache"
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
     template = load_template(config.tokenizer.chat_template) if config.tokenizer.chat_template else ""
     return Library(local, load_tokenizer(config, local, workdir, cache_dir), cache_dir, template)
@@ -100,7 +100,7 @@ def load_tokenizer(
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
     if config.tokenizer.path:
-        loaded = tokenizers.Tokenizer.load(Path(config.tokenizer.path))
+        loaded = tokenizers.Tokenizer.load(local_path(config.tokenizer.path, "config.tokenizer.path"))
         return loaded.extended(add) if add else loaded
     if not (names := tokenizer_sources(config)):
         raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")

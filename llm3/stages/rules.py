@@ -1,22 +1,23 @@
 """The rules of the three kinds of stages, and the order of the stages of a run."""
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-from llm3 import evals, objectives
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig, StageConfig
-from llm3.distributed.sharding import check_across_hosts, table
+from llm3.distributed.mesh_axes import check_across_hosts, table
 from llm3.errors import UserError, nearest
 from llm3.files import INIT
-from llm3.registry import load_plugin, plugin_names, read_options
+from llm3.handoff.start import read_start
+from llm3.registry import declared, plugin_names, read_options
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
     """A pretrain stage builds general knowledge from unlabelled text; it has no parent."""
     if stage.start is not None:
         raise UserError(f"{where}.start={stage.start!r}: a pretrain stage starts from nothing; did you mean posttrain?")
-    if load_plugin(objectives, stage.objective_name).LABELLED:
+    if declared("objectives", stage.objective_name).LABELLED:
         raise UserError(f"{where}.objective={stage.objective_name!r}: a pretrain stage learns from unlabelled text")
     if not trains_all(stage) or stage.adapters:
         field = "adapters" if trains_all(stage) else "unfreeze" if stage.unfreeze else "train"
@@ -33,8 +34,8 @@ def finetune(stage: StageConfig, where: str) -> None:
     """A finetune stage fits one task with few labels, from a parent or, as a baseline, from the untrained model."""
     if stage.start is None:
         raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
-    labelled = ", ".join(name for name in plugin_names(objectives) if load_plugin(objectives, name).LABELLED)
-    if not load_plugin(objectives, stage.objective_name).LABELLED:
+    labelled = ", ".join(name for name in plugin_names("objectives") if declared("objectives", name).LABELLED)
+    if not declared("objectives", stage.objective_name).LABELLED:
         raise UserError(
             f"{where}.objective={stage.objective_name!r}: a finetune stage fits a labelled task ({labelled})"
         )
@@ -76,9 +77,9 @@ def check(config: RunConfig) -> list[str]:
     check_across_hosts(config.mesh.across_hosts)
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
-        _known(f"{where}.kind", evaluation.kind, plugin_names(evals))
+        _known(f"{where}.kind", evaluation.kind, plugin_names("evals"))
         _known(f"{where}.source", evaluation.source, config.sources)
-        plugin = load_plugin(evals, evaluation.kind)
+        plugin = declared("evals", evaluation.kind)
         check_attention(plugin.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
         window_kind(
             plugin.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
@@ -86,10 +87,8 @@ def check(config: RunConfig) -> list[str]:
         read_options(plugin, evaluation.options, f"{where}.options")
     for name, stage in stages.items():
         where = f"config.stages.{name}"
-        if name == INIT or "/" in name:
-            raise UserError(f"{where}: {name!r} cannot be a stage's name")
-        _known(f"{where}.objective", stage.objective_name, plugin_names(objectives))
-        plugin = load_plugin(objectives, stage.objective_name)
+        _known(f"{where}.objective", stage.objective_name, plugin_names("objectives"))
+        plugin = declared("objectives", stage.objective_name)
         check_attention(plugin.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
         read_options(plugin, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
@@ -97,6 +96,7 @@ def check(config: RunConfig) -> list[str]:
             window_kind(plugin.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
         check_rules(stage, where)
         RULES[stage.kind](stage, where)
+        read_start(stage.start, Path(), f"{where}.start")
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
             raise UserError(f"{where}.start='{INIT}': only a baseline (baseline=True) starts from the untrained model")
@@ -110,6 +110,19 @@ def check(config: RunConfig) -> list[str]:
         # stages of the main chain come before the baselines
         ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(RULES).index(stages[n].kind), n)))
     return ordered
+
+
+def check_best(config: RunConfig, stage: StageConfig, where: str) -> None:
+    """Raise UserError unless `best` is a metric of an evaluation that fits the task head of the stage, or empty."""
+    head = declared("objectives", stage.objective_name).HEAD
+    metrics = [
+        f"{name}_{metric}"
+        for name, evaluation in config.evaluations.items()
+        if (plugin := declared("evals", evaluation.kind)).HEAD in ("", head)
+        for metric in plugin.BETTER
+    ]
+    if stage.best and stage.best not in metrics:
+        raise UserError(f"{where}.best={stage.best!r}: no such metric of this stage; {nearest(stage.best, metrics)}")
 
 
 def check_attention(needed: bool | None, causal: bool, what: str) -> None:
@@ -170,4 +183,7 @@ def chosen(config: RunConfig, names: list[str] | None) -> list[str]:
     for name in names or ():
         if name not in order:
             raise UserError(f"--stages={name}: no such stage; {nearest(name, order)}")
-    return [name for name in order if not names or name in names]
+    order = [name for name in order if not names or name in names]
+    for name in order:
+        check_best(config, config.stages[name], f"config.stages.{name}")
+    return order

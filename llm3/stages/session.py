@@ -14,7 +14,8 @@ from llm3 import __version__, evals
 from llm3.data.contamination import contamination_sentence
 from llm3.distributed import processes
 from llm3.distributed.machines import peak_flops
-from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force, table
+from llm3.distributed.mesh_axes import table
+from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase

@@ -23,7 +23,7 @@ from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
 from llm3.distributed.sharding import named
 from llm3.errors import UserError
-from llm3.files import INIT, RECORD, read_json
+from llm3.files import INIT, RECORD, local_path, read_json
 from llm3.handoff.start import Start, read_start
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
@@ -265,7 +265,8 @@ def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str,
         return _schedule(config, parent, library)[-1][1]
     if not (isinstance(stage.start, dict) and stage.start.get("run")):
         return None
-    record = read_json(Path(stage.start["run"]) / stage.start["stage"] / RECORD)
+    run = local_path(stage.start["run"], f"config.stages.{name}.start.run")
+    record = read_json(run / stage.start["stage"] / RECORD)
     return record and record["stage"]["data"]
 
 

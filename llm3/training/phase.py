@@ -14,7 +14,7 @@ from jax.stages import Wrapped
 from llm3 import objectives
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, with_sharding
-from llm3.errors import UserError
+from llm3.errors import UserError, within
 from llm3.models.flops import step_flops
 from llm3.models.transformer import abstract, abstract_params
 from llm3.optim.frozen import Storage, dequantized, make_storage, rounded
@@ -97,7 +97,7 @@ def _naming(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise within(where, error) from None
 
 
 def tied_head_notes(model: ModelConfig, partition: Partition, head: str) -> list[str]:

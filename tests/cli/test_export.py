@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_the_command_line_writes_a_stage_and_says_what(tmp_path, capsys):
     assert main(["export", f"--workdir={tmp_path / 'run'}", f"--stage={STAGE}", f"--to={to}"]) == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert files(to).keys() == names
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in to.iterdir()} == {0o666 & ~umask}, "by umask, not 0600"
     printed = capsys.readouterr().out
     count = sum(value.size for value in tensors(to / "model.safetensors").values())
     for each in ("step 7", "LlamaForCausalLM, 29 tensors", f"{count:,} parameters, {4 * count:,} bytes", SPECIALS[1]):

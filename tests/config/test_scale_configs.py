@@ -7,7 +7,8 @@ from llm3.__main__ import main
 from llm3.config.load import load
 from llm3.config.schema import RunConfig
 from llm3.distributed.machines import parse
-from llm3.distributed.sharding import MESH_AXES, check_batch
+from llm3.distributed.mesh_axes import MESH_AXES
+from llm3.distributed.sharding import check_batch
 from llm3.errors import UserError
 from llm3.models.transformer import abstract
 from llm3.planning.plan import on_abstract_mesh, plan_phases, stage_on

@@ -159,3 +159,12 @@ def test_a_workdir_that_cannot_be_made_is_rejected(capsys, tmp_path, file):
     (tmp_path / "file").write_text("")
     assert main(["run", f"--config={file}", f"--workdir={tmp_path / 'file'}"]) == 2
     assert f"--workdir={tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_kept(tmp_path):
+    target = tmp_path / "thesis.txt"
+    target.write_text("years of work")
+    (tmp_path / ".lock").symlink_to(target)
+    with pytest.raises(UserError, match=r"\.lock is a symbolic link.*remove the link"), lock(tmp_path):
+        pass
+    assert target.read_text() == "years of work"

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from llm3.config.schema import AdapterConfig, StageConfig
-from llm3.distributed.sharding import MESH_AXES
+from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.training.phase import build
 from tests.helpers import meshes as conftest
 from tests.helpers.tiny import CLASSES, TASK, model_config

@@ -140,5 +140,5 @@ def test_a_source_without_text_is_an_error_not_a_division_by_zero(plugin):
 
 def test_options_that_make_no_sense_are_refused():
     assert read_options(load_plugin(evals, "masked"), {"share": 0.3}, "evaluations.x") == masked.Options(share=0.3)
-    with pytest.raises(UserError, match=r"evaluations.x: share=2"):
+    with pytest.raises(UserError, match=r"evaluations\.x\.share=2"):
         read_options(load_plugin(evals, "masked"), {"share": 2}, "evaluations.x")

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig, StageConfig
 from llm3.distributed.machines import links, parse
-from llm3.distributed.sharding import MESH_AXES
+from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.planning import trace
 from llm3.planning.roofline import Collective, Times, collectives, lowest_layer, times
 from llm3.stages.stage import Stage, plan_stage

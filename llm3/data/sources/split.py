@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from llm3.data.sources.lines import Lines
 from llm3.data.sources.readers import nearest_beside, open_reader, source_name
 from llm3.data.sources.tables import DatasetStream, DatasetTable
 from llm3.errors import UserError, nearest, one_of
+from llm3.files import local_path
 from llm3.registry import load_plugin
 
 PROBED_ROWS = 1000  # rows that are searched for the fields
@@ -40,6 +42,7 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
     read later. Raises UserError for files, fields, splits and functions that do not exist or cannot be read.
     """
     one_of("split", split, corpus.SPLITS)
+    source = expanded(source)
     where = f"source {source_name(source)}"
     from_train = split != "test" and not source.validation
     wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
@@ -80,6 +83,20 @@ def _split_name(source: SourceConfig, split: str) -> str:
     return source_name(dataclasses.replace(source, data_files=files))
 
 
+def expanded(source: SourceConfig) -> SourceConfig:
+    """The source with a leading "~" of its paths expanded."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {split: one(each) for split, each in value.items()}
+        if isinstance(value, list):
+            return [one(each) for each in value]
+        return os.path.expanduser(value) if isinstance(value, str) else value
+
+    paths = {field: one(getattr(source, field)) for field in ("path", "data_files", "data_dir")}
+    return dataclasses.replace(source, **paths)
+
+
 def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
     """The source, or its local copy in `data_dir` (relative to the working directory; "": there are no copies).
 
@@ -89,7 +106,7 @@ def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
     """
     if not (data_dir and source.local):
         return source
-    folder = Path(data_dir, source.local)
+    folder = local_path(data_dir, "config.data_dir") / source.local
     files = {split: folder / f"{split}.jsonl" for split in corpus.SPLITS}
     found = {split: str(file) for split, file in files.items() if file.is_file()}
     if not found:

@@ -1,0 +1,80 @@
+"""Checks of the flags, the config and the names of files, made before jax is imported, which takes seconds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm3.config.schema import RunConfig
+from llm3.errors import UserError, nearest
+from llm3.files import CHECKPOINTS, INIT
+from llm3.stages import rules
+from llm3.stages.workdir import check_record
+
+EXPORT_FORMATS = ("merged", "base", "adapters")
+
+
+def check(verb: str, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a command line that cannot succeed. options: the flags, with `config` read."""
+    config: RunConfig | None = options.get("config")
+    workdir: Path = options["workdir"]
+    if config is not None:
+        names = rules.chosen(config, options.get("stages"))
+        if verb == "bench" and (stage := options["stage"]) not in names:
+            raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+        if verb == "run":
+            for name in [INIT, *names]:
+                check_record(workdir, config, name)
+    if verb == "generate":
+        check_sampling(options)
+    elif verb == "export":
+        check_export(options)
+    elif verb == "plan":
+        if options["topology"]:
+            from llm3.distributed import machines  # needs numpy
+
+            machines.parse(options["topology"], measure=False)
+        elif options["aot"]:
+            raise UserError("--aot: expected --topology=NAME as well, a TPU")
+    elif verb == "data" and options["shard"]:
+        shard_of(options["shard"])
+    if verb in ("generate", "export", "lineage", "eval"):
+        check_workdir(workdir, options.get("stage"))
+
+
+def check_workdir(workdir: Path, stage: str | None) -> None:
+    """Raise UserError unless the run has stages that began to train, and the given one among them."""
+    if not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: no such directory; expected one that `run` wrote")
+    found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
+    if not found:
+        raise UserError(f"{workdir} holds no trained stage yet")
+    if stage is not None and stage not in found:
+        raise UserError(f"{workdir} holds no stage {stage!r}; {nearest(stage, found)}")
+
+
+def check_sampling(options: Mapping[str, Any]) -> None:
+    """Raise UserError for sampling options of `generate` that are out of range."""
+    for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if not options[option] >= least:
+            raise UserError(f"--{option}={options[option]}: expected at least {least}")
+    if not 0 < options["top_p"] <= 1:
+        raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
+
+
+def check_export(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `export` that do not fit together."""
+    form, base, step = options["form"], options["base"], options["step"]
+    if form not in EXPORT_FORMATS:
+        raise UserError(f"--format={form}: {nearest(form, EXPORT_FORMATS)}")
+    if base is not None and form != "adapters":
+        raise UserError(f"--base={base}: only --format=adapters names a base model; {form} writes a full model")
+    if step != "latest" and not step.isdecimal():
+        raise UserError(f"--step={step}: expected a step number or 'latest'")
+
+
+def shard_of(shard: str) -> tuple[int, int]:
+    """(I, N) of the flag --shard=I/N. Raises UserError."""
+    number, _, of = shard.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise UserError(f"--shard={shard}: expected I/N with I from 1 to N, as in --shard=3/8")
+    return int(number), int(of)

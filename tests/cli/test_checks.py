@@ -1,0 +1,57 @@
+"""What the command line and the config alone can tell is told before jax is imported."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.helpers import tiny_run as tiny
+
+REFUSED = {
+    "run --config=FILE --workdir=W --config.stages.finetun.steps=5": "did you mean 'finetune'",
+    "run --config=FILE --workdir=W --stages=finetun": "did you mean 'finetune'",
+    "run --config=FILE --workdir=W --config.stages.finetune.objective=clasify": "did you mean 'classify'",
+    "run --config=FILE --workdir=W --config.stages.finetune.objective={'name':'masked','share':2}": "bidirectional",
+    "run --config=FILE --workdir=W --config.stages.posttrain.optimizer.name=adam": (
+        "config.stages.posttrain.optimizer.name='adam': did you mean 'adamw'"
+    ),
+    "run --config=FILE --workdir=W --config.stages.finetune.optimizer.warmup_steps=50": "at most the 10 steps",
+    "run --config=FILE --workdir=W --config.stages.finetune.start={'stage':'posttrain','step':-1}": ".start.step=-1",
+    "run --config=FILE --workdir=W --config.stages.finetune.best=task_acuracy": "did you mean 'task_accuracy'",
+    "run --config=FILE --workdir=W --config.stages.pretrain.data_schedule=[[99,{'domain':1}]]": "10 steps",
+    "run --config=FILE --workdir=W --config.evaluations.domain.options={'x':1}": "domain.options.x: no such option",
+    "run --config=FILE --workdir=W --config.mesh.rules={'lenght':'context'}": "did you mean 'length'",
+    "run --config=FILE --workdir=W --config.sources.general.filters=['is_long']": "expected 'module:function'",
+    "eval --config=FILE --workdir=NONE": "no such directory",
+    "bench --config=FILE --stage=finetun": "did you mean 'finetune'",
+    "data --config=FILE --shard=3/2": "expected I/N",
+    "plan --config=FILE --topology=h10x8": "no such chip; did you mean 'h100'",
+    "plan --config=FILE --aot": "--topology=NAME",
+    "generate --workdir=NONE --prompt=x --temperature=-1": "--temperature=-1.0: expected at least 0",
+    "generate --workdir=NONE --prompt=x": "--workdir=NONE: no such directory",
+    "export --workdir=NONE --stage=a --to=b --format=merge": "did you mean 'merged'",
+    "lineage --workdir=NONE": "--workdir=NONE: no such directory",
+}
+CALLS = """
+import contextlib, io, json, sys
+from llm3.__main__ import main
+for line in json.load(sys.stdin):
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        status = main(line)
+    print(json.dumps([status, error.getvalue(), "jax" in sys.modules or "optax" in sys.modules]))
+"""
+
+
+def test_every_refusal_comes_before_jax_and_says_its_place_once(tmp_path):
+    file = str(tiny.write_config(tmp_path / "config.py", tmp_path))
+    lines = [[part.replace("FILE", file) for part in line.split(" ")] for line in REFUSED]
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS], input=json.dumps(lines), capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (line, part), result in zip(REFUSED.items(), map(json.loads, done.stdout.splitlines()), strict=True):
+        status, error, slow = result
+        assert status == 2 and part in error, (line, error)
+        assert error.count("config: ") == 0 and error.count("config.") <= 1, error
+        assert not slow, f"{line} imports jax"
