@@ -1,15 +1,23 @@
 """The command line: `python -m llm3 VERB --config=FILE --workdir=DIR [--config.field=value ...]`."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it, Ctrl-C ends the process without a traceback
+
 import argparse
 import importlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 from llm3.cli import checks
+from llm3.cli.output import ReaderGone, watched_output
 from llm3.config.load import load
+from llm3.distributed import interrupts
 from llm3.errors import UserError
 from llm3.files import local_path
 
@@ -149,8 +157,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; the exit status is one of `errors.Exit`, or 130 after Ctrl-C."""
+    """Run one verb; the exit status is one of `errors.Exit`, or 128 + the number of a signal that ended it."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    trains = arguments[:1] == ["run"]
+    try:
+        with watched_output(goes_on=trains):
+            if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
+                return call_verb(arguments)
+            with interrupts.Interrupts("stopped" + "; rerun the command to resume" * trains).watching() as watched:
+                try:
+                    return call_verb(arguments)
+                except KeyboardInterrupt:
+                    return watched.end()
+    except ReaderGone:
+        return 128 + signal.SIGPIPE
+
+
+def call_verb(arguments: list[str]) -> int:
+    """Parse the command line and run its verb; a UserError is printed. Returns the exit status."""
     overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
     try:
         options = vars(parser().parse_args([each for each in arguments if not each.startswith("--config.")]))
@@ -166,8 +190,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"llm3: {error}", file=sys.stderr)
         return error.exit
-    except KeyboardInterrupt:
-        return 130
 
 
 @contextmanager

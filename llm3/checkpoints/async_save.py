@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import jax
 
+from llm3.distributed.interrupts import unfinished_saves
+
 POLL_SECONDS = 2.0
 
 
@@ -64,8 +66,16 @@ class AsyncSave:
         self.response: Response | None = None
         _failures.last = None
 
-    def wait(self) -> Any:
+    def wait(self) -> None:
         """Return when the save is finished. Raises any error of Orbax, and Deadlock from its cause."""
+        try:
+            self._result()
+        except Exception:
+            unfinished_saves.discard(self)
+            raise
+        unfinished_saves.discard(self)  # not after Ctrl-C: the save goes on
+
+    def _result(self) -> Any:
         assert self.response is not None, "the save has begun"
         failed = None
         while jax.process_count() > 1:

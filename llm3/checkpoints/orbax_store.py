@@ -34,6 +34,7 @@ from llm3.checkpoints.metadata import (
     saved_shapes,
     with_digests,
 )
+from llm3.distributed.interrupts import unfinished_saves
 from llm3.errors import NotWritten, UserError, listed, nearest, os_reason, root_cause, writing
 from llm3.tree import flatten, unflatten
 
@@ -97,6 +98,7 @@ class Store:
                 metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
             )
         self._save_in_progress = started
+        unfinished_saves.add(started)
         if _register_at_exit is None:
             self.wait()
 

@@ -1,20 +1,19 @@
-"""Ctrl-C and the SIGTERM of a scheduler: a run saves at the next step boundary and ends."""
+"""Ctrl-C and the SIGTERM of a scheduler while a stage trains: it saves at the next step boundary and ends."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from llm3.errors import Exit
+from llm3.distributed import interrupts
 
 
 @dataclass
 class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; the loop then saves at the next step boundary and ends.
+    """Set by the first Ctrl-C or SIGTERM in a training loop, which then saves at the next step boundary and ends.
 
     With several processes, the preemption service of jax forwards the signal of one process to all, and chooses a step
     that none of them has reached yet.
@@ -30,33 +29,41 @@ class StopRequest:
             self.signal = signal.SIGTERM
         return self.signal is not None
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this context lasts, the first signal sets `signal`. Elsewhere it ends the run at once."""
+        watched = interrupts.current()
+        if watched is None:
+            yield
+            return
+        watched.stop = self._stop
+        try:
+            yield
+        finally:
+            watched.stop = None
+
+    def _stop(self, number: int) -> None:
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)  # jax handles SIGTERM
+        else:
+            self.signal = number
+
     @property
     def exit(self) -> int:
         """The exit status of a run that was stopped."""
         assert self.signal is not None, "the run was stopped"
-        return Exit.PREEMPTED if self.signal == signal.SIGTERM else 128 + self.signal
+        return interrupts.exit_status(self.signal)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a StopRequest; a second signal ends the process at once."""
-    request = StopRequest()
-    asked: list[int] = []
-    several = jax.process_count() > 1  # then jax handles SIGTERM
-
-    def handle(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        if several:
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            request.signal = number
-
-    handled = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in handled}
+    """A StopRequest for the signals of this run. SIGTERM is handled like Ctrl-C while this context lasts."""
+    watched = interrupts.current()
+    if watched is None or jax.process_count() > 1:  # then jax handles SIGTERM
+        yield StopRequest()
+        return
+    before = signal.signal(signal.SIGTERM, watched.handle)
     try:
-        yield request
+        yield StopRequest()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)

@@ -229,13 +229,14 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         if count() == 1:
             raise
         with suppress(OSError):  # stderr may be closed, e.g. after a lost connection
-            if not isinstance(error, UserError):
+            if not isinstance(error, UserError | KeyboardInterrupt):
                 print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
                 traceback.print_exc()
-            elif not isinstance(error, RemoteError):
+            elif not isinstance(error, RemoteError | KeyboardInterrupt):
                 print(f"llm3: process {index()}: {error}", file=sys.stderr)
-        with suppress(Exception):  # let the others read the error, which the first process stores
-            _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
+        if not isinstance(error, KeyboardInterrupt):
+            with suppress(Exception):  # let the others read the error, which the first process stores
+                _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

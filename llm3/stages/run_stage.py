@@ -199,7 +199,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
         checkpoints.wait()
-        if done < config.steps:
+        if request.signal or done < config.steps:
             return False
         params = run.full_params(phase, state)
     write_row(session, stage, params, row_facts(run, phase))

@@ -49,7 +49,7 @@ def train(
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
     meter.since = time.perf_counter()
-    with closing(batches), watchdog.watching():
+    with closing(batches), watchdog.watching(), hooks.request.listening():
         for done in range(start + 1, stop + 1):
             watchdog.at(done, "reading data")
             before = time.perf_counter()

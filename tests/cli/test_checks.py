@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from llm3.cli.output import ReaderGone, watched_output
 from tests.helpers import tiny_run as tiny
 
 REFUSED = {
@@ -55,3 +58,21 @@ def test_every_refusal_comes_before_jax_and_says_its_place_once(tmp_path):
         assert status == 2 and part in error, (line, error)
         assert error.count("config: ") == 0 and error.count("config.") <= 1, error
         assert not slow, f"{line} imports jax"
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_output_without_a_reader_ends_a_command_quietly_unless_it_trains(capfd, monkeypatch, goes_on):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        written = []
+        try:
+            with watched_output(goes_on):
+                for line in range(3):
+                    print(line, flush=True)
+                    written.append(line)
+        except ReaderGone:
+            assert not goes_on
+        assert written == ([0, 1, 2] if goes_on else [])
+    assert capfd.readouterr().err == ""

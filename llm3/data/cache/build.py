@@ -109,7 +109,8 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int
     arguments = (job, config_folder.current())
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=arguments)
     try:
-        futures = [pool.submit(_build_in_worker, number, part) for number, part in parts.items()]
+        with _without_ctrl_c():
+            futures = [pool.submit(_build_in_worker, number, part) for number, part in parts.items()]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
@@ -117,8 +118,22 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int
             f"source {job.records.name}: a process that encodes it was killed, perhaps for lack of memory; "
             "finished shards are kept; rerun the command to resume"
         ) from None
+    except (KeyboardInterrupt, GeneratorExit):
+        for process in multiprocessing.active_children():  # do not wait for their parts
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Start processes that never get Ctrl-C, which would print a traceback in each: this process ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _job: Job  # the job of this worker process; sent once, since it may hold a long list of parts
@@ -129,7 +144,6 @@ def _init_worker(job: Job, folder: str) -> None:
     _job = job
     config_folder.enter(folder)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the worker without a traceback
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 

@@ -1,0 +1,182 @@
+"""Ctrl-C in every part of a run, from the first second on.
+
+Python delivers a signal as an exception in the main thread, between two of its instructions. That is not enough:
+native code (a compilation, the training of a tokenizer) does not look for signals until it ends; an exception in a
+callback of the garbage collector, such as jax has, is printed and ignored; and libraries turn it into other errors, or
+crash. So the exception is raised in the code of llm3 only. A thread watches as well: it answers at once, and ends the
+process if the main thread has not done so within `GRACE_SECONDS`. While training steps run, the first signal only asks
+for a stop; see `preemption`.
+"""
+
+import gc
+import os
+import signal
+import sys
+import sysconfig
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from llm3.errors import Exit
+
+GRACE_SECONDS = 1.5  # time for the main thread to end by itself after a signal
+REPEAT_SECONDS = 0.2  # signals closer than this are one: `timeout` and some launchers send each twice
+RETRY_SECONDS = 0.05
+
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+OWN = str(Path(__file__).parents[1])
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Save(Protocol):
+    """A checkpoint that is being written in the background."""
+
+    def wait(self) -> Any: ...
+
+
+unfinished_saves: set[Save] = set()  # awaited before the process ends after a first signal
+
+
+def exit_status(number: int) -> int:
+    """The exit status of a process that a signal stopped."""
+    return Exit.PREEMPTED if number == signal.SIGTERM else 128 + number
+
+
+class Interrupts:
+    """The signals of a process, and what the first one does.
+
+    first: its number; None: there was none. stop: takes the number and asks for a stop after the step under way; None:
+    no steps are under way, so the main thread gets a KeyboardInterrupt.
+    """
+
+    def __init__(self, farewell: str = "stopped") -> None:
+        self.first: int | None = None
+        self._farewell = farewell
+        self._outermost: FrameType | None = None
+        self.stop: Callable[[int], None] | None = None
+        self._resent = 0
+        self._last = 0.0
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        self._ended = threading.Event()
+        self._answered = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="interrupts", daemon=True)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """The handler of a signal, called in the main thread."""
+        stop, self.first = self.stop, self.first or number
+        if stop is not None:
+            stop(number)
+        elif not _may_raise(frame, self._outermost):
+            threading.Timer(RETRY_SECONDS, self._resend, (number,)).start()
+        else:
+            raise KeyboardInterrupt
+
+    def _resend(self, number: int) -> None:
+        if not self._ended.is_set():
+            self._resent += 1
+            signal.raise_signal(number)
+
+    def _watch(self) -> None:
+        """Answer each signal that arrives; the kernel reports it through a pipe, whatever the main thread does."""
+        while number := os.read(self._pipe[0], 1)[0]:
+            if self._resent:
+                self._resent -= 1
+                continue
+            before, self._last = self._last, time.monotonic()
+            if self._last - before < REPEAT_SECONDS:
+                continue
+            name = NAMES.get(signal.Signals(number), f"signal {number}")
+            if before:
+                _end(number)
+            if self.stop is not None:
+                _say(f"{name}: saving after the step under way, then ending; a second one ends at once")
+            else:
+                _say(f"{name}: ending; a second one ends at once")
+            self._answered.set()
+            threading.Thread(target=self._end_soon, args=(number,), daemon=True).start()
+
+    def _end_soon(self, number: int) -> None:
+        """End the process once the main thread has had `GRACE_SECONDS` outside of training steps."""
+        outside = 0.0
+        while outside < GRACE_SECONDS:
+            if self._ended.wait(RETRY_SECONDS):
+                return
+            outside = outside + RETRY_SECONDS if self.stop is None else 0.0
+            for save in list(unfinished_saves):
+                with suppress(Exception):  # the main thread raises it too
+                    save.wait()
+                unfinished_saves.discard(save)
+                outside = 0.0
+        _say(self._farewell)
+        _end(number)
+
+    def end(self) -> int:
+        """The exit status of the command, which a KeyboardInterrupt has ended."""
+        self._ended.set()
+        self._answered.wait(GRACE_SECONDS)  # so that the lines come in this order
+        _say(self._farewell)
+        exec("")  # else Python ends as if SIGINT had killed it, if a KeyboardInterrupt has once left an exec
+        return exit_status(self.first or signal.SIGINT)
+
+    @contextmanager
+    def watching(self) -> Iterator["Interrupts"]:
+        """Handle SIGINT while this context lasts. Call it in the main thread."""
+        global _current
+        self._outermost = sys._getframe(2)  # below this context manager and contextlib
+        before = signal.signal(signal.SIGINT, self.handle)
+        wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        outer, _current = _current, self
+        self._watcher.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            _current = outer
+            signal.set_wakeup_fd(wakeup)
+            signal.signal(signal.SIGINT, before)
+            os.write(self._pipe[1], b"\0")
+            self._watcher.join()
+            for end in self._pipe:
+                os.close(end)
+
+
+_current: Interrupts | None = None
+
+
+def current() -> Interrupts | None:
+    """The signals of this process while a command runs; None in a library call."""
+    return _current
+
+
+def _may_raise(frame: FrameType | None, outermost: FrameType | None) -> bool:
+    """Whether an exception in `frame` reaches the command: no callback of Python and no library is in between."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame is not outermost:
+        code = frame.f_code
+        if code in callbacks or code.co_name == "__del__" or code.co_filename == weakref.__file__:
+            return False
+        if code.co_filename.startswith(LIBRARIES) and not code.co_filename.startswith(OWN):
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _say(text: str) -> None:
+    with suppress(Exception):  # stderr may be closed
+        sys.stderr.write(f"llm3: {text}\n")  # in one piece: two threads may write at once
+        sys.stderr.flush()
+
+
+def _end(number: int) -> None:
+    """End the process. Files are written atomically and the kernel frees locks, so nothing has to be cleaned up."""
+    for output in (1, 2):
+        with suppress(OSError):  # not through sys.stdout: the main thread may hold its lock
+            if os.isatty(output):
+                os.write(output, b"\x1b[?25h")  # a progress bar hides the cursor
+    os._exit(exit_status(number))

@@ -1,0 +1,115 @@
+"""Ctrl-C is answered at once and ends a command within three seconds, wherever the main thread is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llm3.distributed import interrupts
+
+START = """
+import gc, hashlib, sys, time
+from llm3.distributed.interrupts import Interrupts, unfinished_saves
+
+def command(watched):
+    print("ready", flush=True)
+    {body}
+
+def main():
+    with Interrupts("stopped").watching() as watched:
+        try:
+            command(watched)
+        except KeyboardInterrupt:
+            return watched.end()
+    return 0
+
+sys.exit(main())
+"""
+NATIVE = 'hashlib.pbkdf2_hmac("sha256", b"x", b"y", 10**9)'  # never looks for signals
+CALLBACK = """
+    gc.callbacks.append(lambda *_: time.sleep(0.01))  # Python ignores exceptions here
+    while True: gc.collect()"""
+LIBRARY = """
+    namespace = dict(time=time)
+    code = "def swallow():\\n while True:\\n  try:\\n   time.sleep(0.01)\\n  except BaseException: pass"
+    from llm3.distributed import interrupts
+    exec(compile(code, interrupts.LIBRARIES[0] + "/library.py", "exec"), namespace)
+    namespace["swallow"]()"""
+STEPS = """
+    asked = []
+    watched.stop = asked.append
+    while not asked: time.sleep(0.01)
+    time.sleep(2.5)  # the rest of the step, and its save
+    print(f"saved {asked}", flush=True)
+    sys.exit(7)"""
+SAVE = """
+    class Save:
+        def wait(self): time.sleep(max(0, end - time.monotonic())); print("saved", flush=True)
+    end = time.monotonic() + 3
+    unfinished_saves.add(Save())
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 10**9)"""
+
+
+def started(body):
+    process = subprocess.Popen(
+        [sys.executable, "-c", START.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    return process
+
+
+def ended(process):
+    began = time.monotonic()
+    output = process.communicate(timeout=60)[0].splitlines()
+    return output, process.returncode, time.monotonic() - began
+
+
+ANSWER = "llm3: Ctrl-C: ending; a second one ends at once"
+
+
+@pytest.mark.parametrize("body", ["time.sleep(60)", NATIVE, CALLBACK, LIBRARY], ids=["code", "native", "gc", "library"])
+def test_the_first_one_ends_a_command_wherever_it_is(body):
+    process = started(body)
+    process.send_signal(signal.SIGINT)
+    output, status, seconds = ended(process)
+    assert (output, status) == ([ANSWER, "llm3: stopped"], 130)
+    assert seconds < 3
+
+
+def test_while_steps_run_the_first_one_waits_for_their_save():
+    process = started(STEPS)
+    process.send_signal(signal.SIGINT)
+    output, status, _ = ended(process)
+    answer = "llm3: Ctrl-C: saving after the step under way, then ending; a second one ends at once"
+    assert (output, status) == ([answer, "saved [2]"], 7)
+
+
+def test_a_save_in_the_background_is_finished_before_the_end():
+    process = started(SAVE)
+    process.send_signal(signal.SIGINT)
+    assert ended(process)[:2] == ([ANSWER, "saved", "llm3: stopped"], 130)
+
+
+@pytest.mark.parametrize("body", [SAVE, STEPS], ids=["save", "steps"])
+def test_the_second_one_ends_at_once_and_two_within_a_moment_are_one(body):
+    process = started(body)
+    for pause in (0.05, 0.5, 0):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    output, status, seconds = ended(process)
+    assert len(output) == 1 and status == 130 and seconds < 1
+
+
+def test_a_signal_in_this_process_ends_the_command_and_leaves_its_handlers_as_they_were():
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts.Interrupts().watching() as watched:
+        assert interrupts.current() is watched
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        assert watched.end() == 130
+    assert signal.getsignal(signal.SIGINT) is before and interrupts.current() is None
