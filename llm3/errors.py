@@ -80,6 +80,11 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """The end of an error message: the nearest of `options` to `name`, and all of them."""
     names = sorted(str(option) for option in options)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm3.errors import UserError
+from llm3.errors import UserError, counted
 from llm3.segments import canonical_path, locate
 
 
@@ -26,7 +26,7 @@ def check_slices(where: str, slices: Mapping[str, Any], base: Mapping[str, tuple
         if layers is not None:
             shape = (len(layers), *shape[1:])
         if layers is not None and not 0 <= layers.start < layers.stop <= base[canonical][0][0]:
-            wrong.append(f"{path}: the base has {base[canonical][0][0]} layers")
+            wrong.append(f"{path}: the base has {counted(base[canonical][0][0], 'layer')}")
         elif (tuple(leaf.shape), np.dtype(leaf.dtype)) != (shape, dtype):
             wrong.append(f"{path}: {leaf.dtype} {tuple(leaf.shape)}, the base expects {dtype} {shape}")
     if wrong:

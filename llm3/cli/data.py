@@ -14,6 +14,7 @@ from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.errors import counted
 from llm3.report.units import count, percent
 from llm3.stages import rules
 from llm3.stages.experiment import Experiment, prepare, read_library
@@ -35,14 +36,14 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
     experiment = prepare(config, workdir, order)
     for stage in experiment.stages.values():
         own = stage.config
-        shape = f"{own.batch_size} x {own.sequence_length} tokens per step, {own.steps} steps"
+        shape = f"{own.batch_size} x {own.sequence_length} tokens per step, {counted(own.steps, 'step')}"
         console.print(f"\n{stage.name}: {own.objective_name}, {shape}")
         console.print(source_table(stage))
         for first, weights in stage.data.schedule[1:]:
             console.print(f"  from step {first}: " + ", ".join(f"{s} {percent(w)}" for s, w in shares(weights).items()))
         for source, tokens in stage.data.caches.items():
             for reason, rows in tokens.bad.items():
-                console.print(f"  {source}: {rows:,} rows set aside: {reason}")
+                console.print(f"  {source}: {counted(rows, 'row')} set aside: {reason}")
         console.print(f"  ten rows of the first batches, with targets {marked('marked', sys.stdout.isatty())}:")
         for row in first_rows(stage):
             console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)

@@ -17,7 +17,7 @@ from llm3.config.schema import MeshConfig, RunConfig
 from llm3.distributed import machines
 from llm3.distributed.machines import Topology
 from llm3.distributed.mesh_axes import mesh_shape
-from llm3.errors import UserError
+from llm3.errors import UserError, counted
 from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes
 from llm3.optim.optimizer import state_bytes
@@ -245,7 +245,7 @@ def summary(stage: Stage, phase: Phase, mesh: Mesh) -> list[str]:
         f"  MiB: parameters {mebibytes('param_bytes')}, gradients {mebibytes('gradient_bytes')}, "
         f"moments {mebibytes('moment_bytes')}",
         f"  FLOPs per token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's",
-        f"  {count(tokens)} tokens per step, {steps} steps, {count(phase.flops_per_step * steps)}FLOP",
+        f"  {count(tokens)} tokens per step, {counted(steps, 'step')}, {count(phase.flops_per_step * steps)}FLOP",
     ]
 
 

@@ -43,7 +43,8 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
     if not to_train and processes.broadcast_from_first(lambda: is_reported(workdir, [INIT, *order])):
-        console.print(f"Nothing left to do: {', '.join(order)} are finished. See {workdir / REPORT}")
+        finished = "is finished" if len(order) == 1 else "are finished"
+        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir / REPORT}")
         return 0
     with ExitStack() as held:
         held.enter_context(naming_intact_checkpoint(workdir, order))

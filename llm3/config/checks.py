@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")  # the names of llm3.optim.update_rules
 SCHEDULES = ("constant", "linear", "cosine", "wsd")  # the names of llm3.optim.learning_rates
@@ -40,7 +40,8 @@ def check_warmup(own: Mapping[str, Any], steps: int, where: str) -> None:
     if own["warmup_steps"] + decay > steps:
         after = f" and a decay of {decay}" if decay else ""
         raise UserError(
-            f"{where}.warmup_steps={own['warmup_steps']}{after}: expected at most the {steps} steps of the stage"
+            f"{where}.warmup_steps={own['warmup_steps']}{after}: expected at most the {counted(steps, 'step')} of the "
+            "stage"
         )
 
 
@@ -53,7 +54,8 @@ def check_phases(data_schedule: Sequence[Any], steps: int, where: str) -> list[t
         step, weights = entry
         if type(step) is not int or not before < step < steps:
             raise UserError(
-                f"{where}: step {step!r}: expected ascending steps after 0 and before the stage's {steps} steps"
+                f"{where}: step {step!r}: expected ascending steps after 0 and before the stage's "
+                f"{counted(steps, 'step')}"
             )
         phases.append((step, weights))
         before = step

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from llm3.distributed.mesh_axes import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
@@ -193,6 +191,8 @@ def _this_cpu() -> Chip:
     memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     if memory is None:
         raise UserError("--topology='cpu': /proc/meminfo does not state the memory of this machine")
+    import numpy as np  # slow to import, and only needed here
+
     size = 1024
     x = np.ones((size, size), np.float32)
     flops = 2 * size**3 / _fastest(lambda: x @ x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm3.errors import UserError, at_least, nearest
+from llm3.errors import UserError, at_least, counted, nearest
 from llm3.optim.partition import matcher, rule_names
 from llm3.segments import locate
 from llm3.tree import flatten
@@ -62,7 +62,7 @@ def make_schedule(
     if warmup_steps + decay_steps > steps:
         decay = f" and a decay of {decay_steps}" if decay_steps else ""
         raise UserError(
-            f"optimizer.warmup_steps={warmup_steps}{decay}: expected at most the {steps} steps of the stage"
+            f"optimizer.warmup_steps={warmup_steps}{decay}: expected at most the {counted(steps, 'step')} of the stage"
         )
     at_peak = max(warmup_steps - 1, steps - 1 - decay_steps if name == "wsd" else 0, 0)
     falling = max(steps - 1 - at_peak, 0)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 from llm3.segments import Segments, canonical, in_stack, runs, segment_path, segmented
 from llm3.tree import flatten, unflatten
 
@@ -140,7 +140,7 @@ def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
     if top := re.fullmatch(r"top\(\s*(\d+)\s*\)", bare):
         count = int(top[1])
         if not 1 <= count <= layers:
-            raise UserError(f"train rule {rule!r}: the model has {layers} layers")
+            raise UserError(f"train rule {rule!r}: the model has {counted(layers, 'layer')}")
         patterns = (f"layers[{layers - count}:]/.*", "final_norm/.*", "lm_head/.*", "head/.*")
     elif chosen := re.fullmatch(r"layers\(([-\d,\s]+)\)", bare):
         patterns = (f"layers[{chosen[1]}]/.*",)

@@ -7,7 +7,7 @@ from typing import Any
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig, StageConfig
 from llm3.distributed.mesh_axes import check_across_hosts, table
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 from llm3.files import INIT
 from llm3.handoff.start import read_start
 from llm3.registry import declared, plugin_names, read_options
@@ -172,7 +172,8 @@ def check_rules(stage: StageConfig, where: str) -> None:
             raise UserError(f"{where}.unfreeze: {pair!r}: expected a pair [step, rule or list of rules]")
         if not steps[-1] < pair[0] < stage.steps:
             raise UserError(
-                f"{where}.unfreeze: step {pair[0]}: expected ascending steps after 0 and before the {stage.steps} steps"
+                f"{where}.unfreeze: step {pair[0]}: expected ascending steps after 0 and before the "
+                f"{counted(stage.steps, 'step')}"
             )
         steps.append(pair[0])
 

@@ -18,7 +18,7 @@ from llm3.distributed import memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.distributed.watchdog import Watchdog
-from llm3.errors import Diverged, UserError
+from llm3.errors import Diverged, UserError, counted
 from llm3.files import CHECKPOINTS, RECORD, write_json
 from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
@@ -166,7 +166,7 @@ class StageRun:
                 progress.log(done, line)
                 if skipped := line["skipped_steps"]:
                     why = "no labels, or non-finite or spiking loss or gradient"
-                    console.print(f"{self.stage.name}: skipped {skipped} steps ({why})")
+                    console.print(f"{self.stage.name}: skipped {counted(skipped, 'step')} ({why})")
 
             watchdog = Watchdog(self.session.config.hang_seconds)
             try:
@@ -227,7 +227,7 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     run.temp_bytes = analysis.temp_size_in_bytes
     bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     left = phase.flops_per_step * (phase.stop - done)
-    steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else f"{stage.config.steps} steps"
+    steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else counted(stage.config.steps, "step")
     session.console.print(
         f"{stage.name}: {count(size(phase.abstract_state.trainable))} of {count(size(phase.abstract_params))} "
         f"parameters trainable, {count(stage.step_tokens)} tokens per step, {steps}; "

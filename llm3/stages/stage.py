@@ -22,7 +22,7 @@ from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
 from llm3.distributed.sharding import named
-from llm3.errors import UserError
+from llm3.errors import UserError, counted
 from llm3.files import INIT, RECORD, local_path, read_json
 from llm3.handoff.start import Start, read_start
 from llm3.objectives import Task
@@ -52,9 +52,9 @@ class StageData(NamedTuple):
             tokens = self.caches[source]
             lost = [f"{table.truncated:,} of them truncated to a window"] if table.truncated else []
             lost += [f"{table.dropped:,} dropped: no target fits into a window"] if table.dropped else []
-            lost += [f"{sum(tokens.bad.values()):,} bad rows set aside"] if tokens.bad else []
-            facts[source] = [", ".join([f"{tokens.documents:,} documents", *lost])]
-            facts[source] += [f"{len(table):,} windows", f"{100 * table.waste:.1f} % padding"]
+            lost += [f"{counted(sum(tokens.bad.values()), 'bad row')} set aside"] if tokens.bad else []
+            facts[source] = [", ".join([counted(tokens.documents, "document"), *lost])]
+            facts[source] += [counted(len(table), "window"), f"{100 * table.waste:.1f} % padding"]
             facts[source].append(f"{epochs[source]:.2g} epochs")
         return facts
 

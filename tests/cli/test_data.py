@@ -61,7 +61,7 @@ def test_targets_are_marked(capsys, base):
 def test_exactly_the_answers_and_their_ends_are_marked_and_bad_rows_are_counted(capsys, base):
     out = shown(capsys, base, "data", "--stages=posttrain", extra=INSTRUCT)
     assert "from step 5: domain 80.0 %, general 20.0 %" in out
-    assert "pairs: 1 rows set aside: a is null" in out
+    assert "pairs: 1 row set aside: a is null" in out
     rows = "".join(line for line in out.splitlines() if line.startswith("  | ") and "colour" in line)
     assert "<|bos|>Which colour has the sky?⏎«blue<|eos|>»" in rows
 

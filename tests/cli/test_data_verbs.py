@@ -55,7 +55,7 @@ def test_a_run_with_too_many_bad_rows_ends_before_it_trains_and_says_where_they_
         assert [json.loads(line)["row"] for line in bad] == [3, 4, 5]
     assert not list((base / "run").glob("*/metrics.jsonl"))
     assert call(base, "data", "--stages=posttrain", "--config.sources.domain.bad_rows=0.5") == 0
-    assert "domain: 1 rows set aside: not JSON" in capsys.readouterr().out
+    assert "domain: 1 row set aside: not JSON" in capsys.readouterr().out
 
 
 def test_truncated_padded_and_dropped_documents_have_columns(base, capsys):

@@ -17,7 +17,7 @@ from llm3.data.cache import shards
 from llm3.data.cache.build import LABELS, MANIFEST
 from llm3.data.cache.reader import ShardReader
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 
 FORMAT = 3  # part of the key; raise it when the files or their meaning change
 MAX_VERIFIED_BYTES = 2**30  # of larger caches, only the sizes of files are verified, not the digests
@@ -259,7 +259,7 @@ def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_
     if bad:
         file = directory / shards.BAD_ROWS
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in manifest["bad"].items())
-        counts = f"source {source}: {bad:,} of {read:,} rows ({bad / read:.2%}) cannot be used ({reasons})"
+        counts = f"source {source}: {bad:,} of {counted(read, 'row')} ({bad / read:.2%}) cannot be used ({reasons})"
         if bad > max_bad_share * read:
             with open(file, encoding="ascii") as lines:
                 first = json.loads(next(lines))
