@@ -67,7 +67,8 @@ class EvalContext:
             graph = abstract(self.model).graph
 
             def on_every_host(params: dict, *arrays: Any) -> Any:
-                result = function(nnx.merge(graph, params), *arrays)
+                with jax.default_matmul_precision("float32"):  # for products of the plugin; the kernels set their own
+                    result = function(nnx.merge(graph, params), *arrays)
                 return jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), result)
 
             self.compiled[key] = jax.jit(on_every_host)

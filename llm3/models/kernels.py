@@ -1,37 +1,101 @@
-"""Linear layers and attention, the costliest operations of a transformer, with hand-written backward passes.
+"""Linear layers, the embedding and attention, with hand-written backward passes.
 
 The backward passes that XLA derives on CPU make transposed copies of activations. On two cores, the weight gradient
 below is 2.5 times as fast as the derived one, and attention (forward and backward) 1.3 times.
+
+Sums over tokens, among them the gradients of all parameters, are float32 in any compute dtype, and so are logits. Only
+products over features leave their sum in the compute dtype: it is rounded once, and where `tensor` shards the features,
+the all-reduce of activations moves half the bytes. Float32 operands are multiplied as float32 on accelerators too,
+which by default round them to TF32 or bfloat16.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-@jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel in x's dtype. x: [B, T, inputs], kernel: [inputs, outputs], result [B, T, outputs]."""
-    return _linear_forward(x, kernel)[0]
+from llm3.distributed.sharding import constrain
 
 
-def _linear_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+def dot(a: jax.Array, b: jax.Array, axes: tuple, dtype: Any = None) -> jax.Array:
+    """The product of two arrays of one dtype, contracted over `axes` = (axes of a, axes of b).
+
+    dtype: of the sums and the result; None: the dtype of the operands.
+    """
+    kind = dtype or a.dtype
+    return jax.lax.dot_general(a, b, (axes, ((), ())), precision=_precision(a), preferred_element_type=kind)
+
+
+def _precision(operand: jax.Array) -> jax.lax.Precision:
+    return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
+    """x @ kernel. x: [B, T, inputs], kernel: [inputs, outputs], result [B, T, outputs] in `dtype` (None: that of x)."""
+    return _linear_forward(x, kernel, dtype)[0]
+
+
+def _linear_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple[jax.Array, tuple]:
     # does not call `linear`: a remat policy for dots does not look inside a custom_vjp
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((2,), (0,)), ((), ()))), (x, kernel)
+    return dot(x, kernel.astype(x.dtype), ((2,), (0,)), dtype), (x, kernel)
 
 
-def _linear_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((2,), (1,)), ((), ())))
-    # x on the left and both token axes contracted: no transposed copy
-    dkernel = jax.lax.dot_general(
-        x, dy, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
-    )
+    dy = dy.astype(x.dtype)
+    dx = dot(dy, kernel.astype(x.dtype), ((2,), (1,)))
+    dkernel = dot(x, dy, ((0, 1), (0, 1)), jnp.float32)  # x on the left: no transposed copy
     return dx, dkernel.astype(kernel.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def embed(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """The rows of the table [V, D] for the tokens, int32 [B, T]: [B, T, D] in `dtype`, with a float32 gradient."""
+    return _gathered(table, dtype)[tokens]
+
+
+def _gathered(table: jax.Array, dtype: Any) -> jax.Array:
+    """The table in the compute dtype, gathered over fsdp, whose sharding of rows does not match the batch."""
+    return constrain(table.astype(dtype), "vocab", None)
+
+
+def _embed_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, tuple]:
+    return _gathered(table, dtype)[tokens], (table, tokens)
+
+
+def _embed_backward(dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+    dtable = jnp.zeros(table.shape, jnp.float32).at[tokens].add(dy.astype(jnp.float32))
+    return constrain(dtable, "vocab", None).astype(table.dtype), None
+
+
+embed.defvjp(_embed_forward, _embed_backward)
+
+
+@jax.custom_vjp
+def unembed(x: jax.Array, table: jax.Array) -> jax.Array:
+    """The logits x @ table^T, float32 [B, T, V]. x: [B, T, D], table: [V, D]; the product is in x's dtype."""
+    return _unembed_forward(x, table)[0]
+
+
+def _unembed_forward(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple]:
+    gathered = _gathered(table, x.dtype)
+    return dot(x, gathered, ((2,), (1,)), jnp.float32), (x, gathered, table)
+
+
+def _unembed_backward(saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, gathered, table = saved
+    dy = dy.astype(x.dtype)
+    dtable = dot(dy, x, ((0, 1), (0, 1)), jnp.float32)
+    return dot(dy, gathered, ((2,), (0,))), constrain(dtable, "vocab", None).astype(table.dtype)
+
+
+unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 BLOCKS = 4  # blocks of queries without a gradient; more blocks skip more keys, but make smaller products
@@ -76,20 +140,26 @@ def _ungrouped(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[-2:]).swapaxes(1, 2)
 
 
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The float32 result of an einsum of two arrays of one dtype."""
+    return jnp.einsum(spec, a, b, precision=_precision(a), preferred_element_type=jnp.float32)
+
+
 def _attend_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    query = _grouped(query * query.shape[-1] ** -0.5, key.shape[2])
+    scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    query = _grouped(scaled, key.shape[2])
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     g = "g" * (query.ndim - 4)
     # a bias, not a select: one array serves all layers, and XLA fuses the addition into the product
     bias = jnp.where(mask, 0.0, -1e30)
     bias = bias[:, :, None] if g else bias
-    scores = jnp.einsum(f"bk{g}td,bksd->bk{g}ts", query, key, preferred_element_type=jnp.float32) + bias
+    scores = _einsum(f"bk{g}td,bksd->bk{g}ts", query, key) + bias
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
-    y = jnp.einsum(f"bk{g}ts,bksd->bk{g}td", weights, value, preferred_element_type=jnp.float32) / total
+    y = _einsum(f"bk{g}ts,bksd->bk{g}td", weights, value) / total
     y = y.astype(value.dtype)
     return _ungrouped(y), (query, key, value, weights, total, y)
 
@@ -98,14 +168,15 @@ def _attend_backward(
     causal: bool, saved: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     query, key, value, weights, total, y = saved
-    g = "g" * (query.ndim - 4)
-    dy = (_grouped(dy, key.shape[1]) / total).astype(dy.dtype)  # the gradient before the division by `total`
-    dvalue = jnp.einsum(f"bk{g}ts,bk{g}td->bksd", weights, dy)
-    dweights = jnp.einsum(f"bk{g}td,bksd->bk{g}ts", dy, value, preferred_element_type=jnp.float32)
-    correction = jnp.sum((dy * y).astype(jnp.float32), axis=-1, keepdims=True)
-    dscores = (weights * (dweights - correction)).astype(key.dtype)
-    dquery = jnp.einsum(f"bk{g}ts,bksd->bk{g}td", dscores, key) * query.shape[-1] ** -0.5
-    dkey = jnp.einsum(f"bk{g}ts,bk{g}td->bksd", dscores, query)
+    g, dtype = "g" * (query.ndim - 4), value.dtype
+    dy = (_grouped(dy, key.shape[1]) / total).astype(dtype)  # the gradient before the division by `total`
+    dvalue = _einsum(f"bk{g}ts,bk{g}td->bksd", weights, dy)
+    dweights = _einsum(f"bk{g}td,bksd->bk{g}ts", dy, value)
+    correction = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+    dscores = (weights * (dweights - correction)).astype(dtype)
+    dquery = _einsum(f"bk{g}ts,bksd->bk{g}td", dscores, key) * query.shape[-1] ** -0.5
+    dkey = _einsum(f"bk{g}ts,bk{g}td->bksd", dscores, query)
+    dquery, dkey, dvalue = (each.astype(dtype) for each in (dquery, dkey, dvalue))
     return _ungrouped(dquery), dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), None
 
 

@@ -6,6 +6,7 @@ axes as metadata; `llm3.distributed.sharding` maps them to axes of the mesh.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,19 +54,23 @@ class Projection(nnx.Module):
         lora = {name: LoRA(inputs, outputs, config, rngs) for name, config in adapters}
         self.lora = nnx.Dict(lora) if lora else None
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """x: [B, T, *inputs], result [B, T, *outputs], both in the compute dtype. key: for dropout of the adapters."""
+    def __call__(self, x: jax.Array, key: jax.Array | None = None, dtype: Any = None) -> jax.Array:
+        """x: [B, T, *inputs], result [B, T, *outputs] in `dtype` (None: that of x). key: for dropout of the adapters.
+
+        Gains and biases are applied in float32, so that their gradients, sums over tokens, are float32 too.
+        """
         kernel, outputs = self.kernel.get_value(), math.prod(self.outputs)
         flat = x.reshape(*x.shape[:2], -1)
         quantized = isinstance(kernel, Quantized)
-        y = quantized_linear(flat, kernel, outputs) if quantized else linear(flat, kernel.reshape(-1, outputs))
+        y = quantized_linear(flat, kernel, outputs) if quantized else linear(flat, kernel.reshape(-1, outputs), dtype)
         for index, adapter in enumerate(self._active()):
             y = y + adapter(flat, None if key is None else jax.random.fold_in(key, index))
             if adapter.magnitude is not None:
                 dense = kernel.dequantized() if quantized else kernel
-                y = y * adapter.gain(dense.astype(jnp.float32).reshape(-1, outputs)).astype(y.dtype)
+                gain = adapter.gain(dense.astype(jnp.float32).reshape(-1, outputs))
+                y = (y.astype(jnp.float32) * gain).astype(y.dtype)
         y = y.reshape(*x.shape[:2], *self.outputs)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else (y.astype(jnp.float32) + self.bias[...]).astype(y.dtype)
 
     def _active(self) -> list[LoRA]:
         return [each for each in (self.lora or {}).values() if each.config.active]
@@ -98,11 +103,11 @@ class Norm(nnx.Module):
 
 
 def at_positions(x: jax.Array, positions: jax.Array | None, axis: int) -> jax.Array:
-    """x [B, ...] at `positions` [B, N] of an axis; None: all positions."""
+    """x [B, ...] at `positions` [B, N] of an axis, distinct in each row; None: all positions."""
     if positions is None:
         return x
-    shape = [positions.shape[0], *(positions.shape[1] if each == axis else 1 for each in range(1, x.ndim))]
-    return jnp.take_along_axis(x, positions.reshape(shape), axis)
+    before = (slice(None),) * (axis - 1)
+    return jax.vmap(lambda row, at: row.at[(*before, at)].get(unique_indices=True))(x, positions)
 
 
 class MLP(nnx.Module):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.errors import UserError
+from llm3.models.kernels import dot
 
 BLOCK = 64  # max inputs that share a scale: Dettmers et al. 2023, QLoRA, section 3
 
@@ -86,12 +87,12 @@ def quantized_linear(x: jax.Array, kernel: Quantized, outputs: int) -> jax.Array
 def _forward(x: jax.Array, kernel: Quantized, outputs: int) -> tuple[jax.Array, Quantized]:
     # does not call `quantized_linear`: a remat policy for dots does not look inside a custom_vjp
     dense = kernel.dequantized().astype(x.dtype).reshape(-1, outputs)
-    return jax.lax.dot_general(x, dense, (((2,), (0,)), ((), ()))), kernel
+    return dot(x, dense, ((2,), (0,))), kernel
 
 
 def _backward(outputs: int, kernel: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
     dense = kernel.dequantized().astype(dy.dtype).reshape(-1, outputs)
-    return jax.lax.dot_general(dy, dense, (((2,), (1,)), ((), ()))), None
+    return dot(dy, dense, ((2,), (1,))), None
 
 
 quantized_linear.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
 from llm3.models.attention import Angles, Attention, attention_mask, rotation
+from llm3.models.kernels import embed, unembed
 from llm3.models.layers import MLP, Norm, Projection, at_positions, small_init
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
@@ -98,7 +99,7 @@ class Transformer(nnx.Module):
         mask = constrain(mask, "batch", None, "length", "keys")
         in_order = self.config.causal and cache is None and prefix is None and not is_cut("length")
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x = constrain(self._table()[tokens], "batch", "length", None)
+        x = constrain(embed(self.embed["embedding"][...], tokens, self.config.compute_dtype), "batch", "length", None)
         stored = []
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
@@ -116,10 +117,6 @@ class Transformer(nnx.Module):
                 "index": cache["index"] + tokens.shape[1],
             }
         return self.final_norm(x), cache
-
-    def _table(self) -> jax.Array:
-        """The embedding in the compute dtype, gathered over fsdp, whose sharding of rows does not match the batch."""
-        return constrain(self.embed["embedding"][...].astype(self.config.compute_dtype), "vocab", None)
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -165,10 +162,10 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 [B, T, V]; with `logit_softcap`, soft-capped as in Gemma 2 (2024, section 2)."""
         if self.lm_head is None:
-            y = jnp.einsum("btd,vd->btv", hidden, self._table().astype(hidden.dtype))
+            y = unembed(hidden, self.embed["embedding"][...])
         else:
-            y = self.lm_head(hidden)
-        y, cap = y.astype(jnp.float32), self.config.logit_softcap
+            y = self.lm_head(hidden, dtype=jnp.float32)
+        cap = self.config.logit_softcap
         return cap * jnp.tanh(y / cap) if cap else y
 
     def score(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -209,7 +206,8 @@ class Transformer(nnx.Module):
         logits = self.head(hidden.astype(jnp.float32))
         if self.config.pool == "mean":  # the head is linear, so the mean of the logits is the same
             same = (segments[:, :, None] == segments[:, None, :]).astype(logits.dtype)
-            logits = jnp.einsum("bts,bsc->btc", same / same.sum(axis=-1, keepdims=True), logits)
+            share = same / same.sum(axis=-1, keepdims=True)
+            logits = jnp.einsum("bts,bsc->btc", share, logits, precision="highest")
         return logits
 
 

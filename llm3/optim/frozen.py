@@ -1,7 +1,7 @@
 """How frozen parameters are stored during training: in float32, in the compute dtype, or in 8 or 4 bits.
 
 Only leaves that the model casts to the compute dtype anyway are stored in lower precision, so "compute" changes no
-result. Leaves that norms, task heads and DoRA's column norms read stay in float32.
+result. Leaves that norms, task heads and DoRA's column norms read, and biases, stay in float32.
 """
 
 import math
@@ -69,11 +69,11 @@ def _values(quantised: dict[str, Quantized]) -> dict[str, jax.Array]:
 
 
 def computed_low(path: str) -> bool:
-    """Whether the model casts a leaf to the compute dtype before use. Norms and task heads stay float32."""
+    """Whether the model casts a leaf to the compute dtype before use. Norms, task heads and biases stay float32."""
     *parents, name = path.split("/")
     if parents[0] == "head" or parents[-1].endswith("norm"):
         return False
-    return name in ("kernel", "embedding", "bias", "a", "b")
+    return name in ("kernel", "embedding", "a", "b")
 
 
 def _blocked_axis(path: str, rank: int) -> int:

@@ -114,7 +114,7 @@ def _of_leaf(
     low = np.dtype(model.compute_dtype).itemsize
     size = elements * (low if computed_low(path) and leaf.dtype == np.float32 else leaf.dtype.itemsize)
     used, reduced = _uses(path, stage, model, first)
-    gradient = elements * (low if path == "embed/embedding" else 4)
+    gradient = elements * 4.0
     found = []
     for axis in over:
         if axis in along:

@@ -16,6 +16,7 @@ from llm3.distributed import processes
 from llm3.distributed.machines import peak_flops
 from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
+from llm3.models.kernels import dot
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
@@ -88,7 +89,7 @@ class Session:
 
     @cached_property
     def _matmul_rate(self) -> float:
-        size, matmul = 1024, jax.jit(jnp.dot)
+        size, matmul = 1024, jax.jit(lambda x, y: dot(x, y, ((1,), (0,))))
         x = jnp.ones((size, size), self.experiment.compute_dtype)
         matmul(x, x).block_until_ready()
         started = time.perf_counter()

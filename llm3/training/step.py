@@ -70,7 +70,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        gradients, total = accumulate(state, batch, key)
+        with jax.default_matmul_precision("float32"):  # for products of the objective; the kernels set their own
+            gradients, total = accumulate(state, batch, key)
         scale = 1 / jnp.where(total.weight > 0, total.weight, 1)
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         norm, mean = optax.tree.norm(gradients), total.loss * scale

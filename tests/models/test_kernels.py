@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm3.models.kernels import attend, linear
+from llm3.models.kernels import attend, embed, linear, unembed
 from tests.helpers.tiny import jit
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 0.05}
@@ -51,6 +51,32 @@ def test_linear_computes_in_the_dtype_of_x_and_gives_a_float32_kernel_a_float32_
     # summed in float32, not rounded to 8 bits on the way
     exact = np.einsum("bti,bto->io", np.asarray(x, np.float64), np.asarray(dy, np.float64))
     np.testing.assert_allclose(dkernel, exact, atol=1e-4)
+
+
+def test_a_token_that_occurs_often_has_the_float32_gradient_of_its_embedding():
+    """In bfloat16, a sum of ones stops at 256: there 256 + 1 is 256."""
+    table, tokens = jnp.zeros((3, 2)), jnp.ones((4, 1000), jnp.int32)
+    y, backward = jax.vjp(lambda table: embed(table, tokens, jnp.bfloat16), table)
+    (gradient,) = backward(jnp.ones_like(y))
+    assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(gradient, [[0, 0], [4000, 4000], [0, 0]])
+
+
+@DTYPES
+def test_unembed_agrees_with_autodiff_and_returns_float32(dtype):
+    x, table, dy = arrays((3, 5, 8), (12, 8), (3, 5, 12), dtype=dtype)
+    plain = lambda x, table: jnp.einsum("btd,vd->btv", x, table)  # noqa: E731
+    y, _, dtable = assert_agree(unembed, plain, dy, (x, table.astype(jnp.float32)), dtype)
+    assert (y.dtype, dtable.dtype) == (jnp.float32, jnp.float32)
+    exact = np.einsum("btd,vd->btv", np.asarray(x, np.float64), np.asarray(table, np.float64))
+    np.testing.assert_allclose(y, exact, atol=1e-5)  # not rounded to 8 bits
+
+
+def test_linear_can_return_float32():
+    x, kernel = arrays((3, 5, 8), (8, 12), dtype=jnp.bfloat16)
+    y = linear(x, kernel, jnp.float32)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64), atol=1e-5)
 
 
 def plain_attention(mask):

@@ -114,9 +114,9 @@ def test_the_compute_dtype_changes_no_bit_of_a_step():
     for path, gradient in flatten(gradients).items():
         np.testing.assert_array_equal(gradient, flatten(reference)[path], err_msg=path)
     dtypes = {path.split("/")[-1]: leaf.dtype.name for path, leaf in flatten(stored).items() if "norm" not in path}
-    assert dtypes == {"kernel": "bfloat16", "bias": "bfloat16", "embedding": "bfloat16"}
+    assert dtypes == {"kernel": "bfloat16", "bias": "float32", "embedding": "bfloat16"}
     assert all(leaf.dtype == jnp.float32 for path, leaf in flatten(stored).items() if "norm" in path)
-    assert state_bytes(stored) < 0.52 * state_bytes(rest)
+    assert state_bytes(stored) < 0.53 * state_bytes(rest)
 
 
 def test_what_dora_takes_the_norm_of_stays_as_it_is():
