@@ -23,19 +23,20 @@ def next_token(
     """Sample a token for each row of logits: float32 [B, V] to int32 [B].
 
     temperature 0: the most likely token. top_k > 0 keeps the k most likely (Fan et al. 2018); top_p < 1 keeps the
-    smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2020).
+    smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2020). Of equally
+    likely tokens, both prefer those with smaller numbers, as temperature 0 does.
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
-    if top_k:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(ordered), axis=-1) - jax.nn.softmax(ordered)
-        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+    # 0 for the most likely token, which stays finite; float32 has no temperature below its least normal number
+    below = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = below / max(temperature, float(jnp.finfo(jnp.float32).tiny))
+    if top_k or top_p < 1:
+        ordered, order = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
+        share = jax.nn.softmax(ordered)
+        kept = (jnp.cumsum(share, axis=-1) - share < top_p) | (top_p >= 1)
+        allowed = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, kept, axis=-1, inplace=False)
+        logits = jnp.where(allowed, logits, -jnp.inf)
     return jax.random.categorical(key, logits)
 
 

@@ -101,6 +101,20 @@ def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np
     return probabilities
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.4}, {"top_k": 3, "top_p": 0.6}], ids=str)
+def test_of_equally_likely_tokens_the_filters_keep_those_with_smaller_numbers(filters):
+    logits = jnp.tile(jnp.array([0.0, 1.0, 1.0, 1.0, 1.0, -1.0]), (500, 1))
+    drawn = next_token(logits, jax.random.key(0), **filters)
+    assert set(drawn.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+def test_a_tiny_temperature_is_greedy(temperature, filters):
+    logits = jnp.tile(jnp.array([0.0, 3.0, 2.999, -jnp.inf]), (100, 1))
+    assert set(next_token(logits, jax.random.key(0), temperature=temperature, **filters).tolist()) == {1}
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), list(itertools.product((0.7, 1.5), (0, 3, 100), (1.0, 0.6)))
 )
