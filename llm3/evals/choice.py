@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from llm3.data.chat_templates import Pieces
 from llm3.data.formats.choice import encode_choice
@@ -100,8 +99,7 @@ def nats(
     def one(part: tuple) -> jax.Array:
         tokens, targets, weights = part
         hidden, _ = model(tokens, positions, jnp.ones_like(tokens), kv)
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets)
-        return jnp.sum(losses * weights, axis=1)
+        return jnp.sum(model.score(hidden, targets)[0] * weights, axis=1)
 
     parts = [each.reshape(-1, choices, size).swapaxes(0, 1) for each in (tokens, targets, weights)]
     return {"nats": constrain(jax.lax.map(one, tuple(parts)).T, None, None)}

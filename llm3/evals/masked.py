@@ -38,9 +38,7 @@ class Options:
 def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
     """The loss of the hidden tokens in nats, and the number of them that are guessed right."""
     hidden, _ = model(batch.tokens, batch.positions, batch.segments)
-    logits = model.logits(hidden)
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
-    correct = jnp.argmax(logits, axis=-1) == batch.targets
+    nats, correct = model.score(hidden, batch.targets)
     return {"nats": jnp.sum(nats * batch.weights), "correct": jnp.sum(correct * batch.weights)}
 
 

@@ -5,7 +5,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
@@ -34,8 +33,7 @@ def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, max_segme
         tokens = jnp.where(hidden, Tokenizer.mask_id, batch.tokens)
         weights, output_positions = jax.lax.top_k(hidden.astype(jnp.float32), max_segments)
         states, _ = model(tokens, batch.positions, batch.segments, output_positions=output_positions)
-        targets = at_positions(batch.tokens, output_positions, 1)
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(states), targets)
+        losses, _ = model.score(states, at_positions(batch.tokens, output_positions, 1))
         return nats + jnp.sum(losses * weights)
 
     nats = jax.lax.fori_loop(0, jnp.max(batch.positions) + 1, hide, jnp.zeros(()))

@@ -1,0 +1,36 @@
+"""With `logit_chunk`, no evaluation of the LM head ever holds the logits of all positions."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm3.evals import choice, masked, perplexity, pseudo_perplexity
+from llm3.models.transformer import abstract
+from tests.helpers.tiny import LENGTH, VOCAB, make_batch, model_config
+from tests.helpers.tiny_jaxpr import largest_with_axis
+
+ROWS, CHUNK, CHOICES = 4, 4, 3
+BATCH, BYTES = make_batch(ROWS), np.ones(VOCAB, np.int32)
+TAILS = [np.zeros((ROWS, CHOICES * LENGTH), dtype) for dtype in (np.int32, np.int32, np.float32)]
+PROMPTS = np.zeros((ROWS, LENGTH), np.int32), np.full((ROWS, 1), LENGTH, np.int32)
+FUNCTIONS = {
+    "choice": lambda model: choice.nats(model, *PROMPTS, *TAILS, choices=CHOICES),
+    "masked": lambda model: masked.sums(model, BATCH),
+    "perplexity": lambda model: perplexity.sums(model, BATCH, BYTES),
+    "pseudo_perplexity": lambda model: pseudo_perplexity.sums(model, BATCH, BYTES, max_segments=LENGTH),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_logits_are_held_for_a_chunk_of_positions_at_a_time(name):
+    config = model_config(logit_chunk=CHUNK, causal=name in ("choice", "perplexity"), pool="mean")
+    model = abstract(config)
+    program = jax.make_jaxpr(functools.partial(_run, model.graph, FUNCTIONS[name]))(model.shapes)
+    assert largest_with_axis(program.jaxpr, VOCAB) <= max(ROWS * CHUNK, config.d_model) * VOCAB
+
+
+def _run(graph, function, params):
+    return function(nnx.merge(graph, params))
