@@ -14,6 +14,8 @@ from llm3.distributed.mesh_axes import LOGICAL_AXES, MESH_AXES, Rules, check_acr
 from llm3.errors import UserError
 from llm3.tree import map_with_path
 
+# axes that stay whole on a mesh that does not divide them: few heads of keys and values serve many devices
+WHOLE_IF_UNEVEN = ("kv_heads",)
 _rules: Rules = LOGICAL_AXES  # the active table; like the active mesh of jax, but shared by all threads
 
 
@@ -94,6 +96,20 @@ def axis_size(mesh: Any, axis: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _rules[axis])
 
 
+def shards(mesh: Any, axis: str, size: int) -> int:
+    """The number of shards of a logical axis of this size: 1 if it stays whole because the mesh does not divide it."""
+    count = axis_size(mesh, axis)
+    return 1 if axis in WHOLE_IF_UNEVEN and size % count else count
+
+
+def whole_axis_note(mesh: Any, axis: str, size: int) -> list[str]:
+    """A note that a logical axis of this size stays whole, if it does."""
+    count = axis_size(mesh, axis)
+    if shards(mesh, axis, size) == count:
+        return []
+    return [f"every device holds all {size} {axis}: mesh {' x '.join(_rules[axis])}={count} does not divide them"]
+
+
 def is_cut(axis: str) -> bool:
     """Whether the active mesh shards a logical axis."""
     return axis_size(jax.sharding.get_abstract_mesh(), axis) > 1
@@ -102,16 +118,22 @@ def is_cut(axis: str) -> bool:
 def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
     """The sharding of every leaf of a parameter tree, given the logical axes of each leaf.
 
-    Raises UserError for a leaf that the mesh does not divide, or that the table shards twice along one mesh axis.
+    Axes in `WHOLE_IF_UNEVEN` stay whole if the mesh does not divide them. Raises UserError for a leaf with another axis
+    that it does not divide, or that the table shards twice along one mesh axis.
     """
 
     def one(path: str, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
         for size, name in zip(leaf.shape, names, strict=True):
-            if name and size % axis_size(mesh, name):
+            if name and size % shards(mesh, name, size):
                 raise UserError(
                     f"{path}: its axis '{name}' of size {size} cannot be cut into {axis_size(mesh, name)} "
-                    f"(mesh {dict(mesh.shape)}): choose a size that the mesh divides, or another mesh"
+                    f"(mesh {dict(mesh.shape)}): choose a size that the mesh divides, another mesh, or "
+                    f"config.mesh.rules.{name}=None, which leaves it whole"
                 )
+        names = tuple(
+            name if name and shards(mesh, name, size) == axis_size(mesh, name) else None
+            for size, name in zip(leaf.shape, names, strict=True)
+        )
         used = [axis for name in names if name for axis in _rules[name]]
         if twice := {axis for axis in used if used.count(axis) > 1}:
             raise UserError(f"{path}: config.mesh.rules shards it twice along {', '.join(sorted(twice))}: axes {names}")

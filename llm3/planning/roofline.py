@@ -12,7 +12,7 @@ import numpy as np
 
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.machines import Link, Topology
-from llm3.distributed.sharding import axis_size, spec
+from llm3.distributed.sharding import axis_size, shards, spec
 from llm3.optim.frozen import computed_low
 from llm3.segments import in_stack, locate
 from llm3.stages.stage import Stage
@@ -146,7 +146,8 @@ def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: 
     differentiated = model.layers - lowest_layer(phase)
     recomputed = differentiated * (model.remat != "none")
     activations = rows * stage.sequence_length / axis_size(mesh, "length") * model.d_model * low
-    keys = rows * stage.sequence_length * model.kv_heads / axis_size(mesh, "kv_heads") * model.head_dim * low
+    kv_heads = model.kv_heads / shards(mesh, "kv_heads", model.kv_heads)
+    keys = rows * stage.sequence_length * kv_heads * model.head_dim * low
     found = []
     for axis in (axis for axis in _axes("heads") if mesh.shape[axis] > 1):
         sums = 2 * model.layers + 2 * differentiated + 2  # + 2: the lookup and the gradient of the final norm

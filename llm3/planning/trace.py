@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.mesh_axes import MESH_AXES
-from llm3.distributed.sharding import axis_size
+from llm3.distributed.sharding import axis_size, shards
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
 from llm3.planning import liveness
@@ -98,7 +98,7 @@ def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
 def device_model(model: ModelConfig, mesh: Any) -> ModelConfig:
     """The transformer on one device: its share of heads, hidden layers and vocabulary."""
     heads = model.heads // axis_size(mesh, "heads")
-    kv_heads = math.gcd(heads, max(1, model.kv_heads // axis_size(mesh, "kv_heads")))
+    kv_heads = math.gcd(heads, model.kv_heads // shards(mesh, "kv_heads", model.kv_heads))
     return replace(
         model,
         heads=heads,

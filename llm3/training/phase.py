@@ -13,7 +13,7 @@ from jax.stages import Wrapped
 
 from llm3 import objectives
 from llm3.config.schema import ModelConfig, StageConfig
-from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, with_sharding
+from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
 from llm3.models.flops import step_flops
 from llm3.models.transformer import abstract, abstract_params
@@ -45,7 +45,7 @@ class Phase(NamedTuple):
     abstract_params: dict  # shapes and shardings of the canonical parameters
     abstract_state: TrainState
     flops: tuple[float, float]  # FLOPs of the forward and of the backward pass of a step
-    notes: list[str]  # notes for the user about the trainable parameters
+    notes: list[str]  # notes for the user about the parameters
 
     @property
     def flops_per_step(self) -> float:
@@ -210,7 +210,7 @@ def _phase(
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
         flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
-        notes=tied_head_notes(model, partition, head),
+        notes=tied_head_notes(model, partition, head) + whole_axis_note(mesh, "kv_heads", model.kv_heads),
     )
 
 

@@ -19,10 +19,11 @@ from llm3.distributed.sharding import (
     tree_shardings,
 )
 from llm3.errors import UserError
-from llm3.models.transformer import abstract
+from llm3.models.transformer import abstract, abstract_params
 from llm3.segments import canonical
 from llm3.training.phase import build
 from llm3.tree import flatten
+from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import TASK, VOCAB, make_batch, make_params, model_config
 
 
@@ -112,6 +113,19 @@ def test_a_leaf_that_the_mesh_does_not_divide_is_named(eight_devices):
     whole = abstract(model_config())
     with pytest.raises(UserError, match=rf"^embed/embedding: its axis 'vocab' of size {VOCAB} cannot be cut into 2"):
         tree_shardings(eight_devices, canonical(whole.shapes), canonical(whole.axes))
+
+
+def test_heads_of_keys_and_values_that_the_mesh_does_not_divide_stay_whole_and_the_phase_says_so():
+    mesh, stage = mesh_of(8, data=2, tensor=4), StageConfig("posttrain", {"a": 1.0}, 10, 8, 16, start="x")
+    config = model_config(vocab_size=64, heads=4, kv_heads=2)
+    with jax.set_mesh(mesh):
+        phase = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
+    specs = {path: leaf.sharding.spec for path, leaf in flatten(phase.abstract_params).items()}
+    assert specs["layers/attention/key/kernel"] == PartitionSpec(None, "fsdp", None, None)
+    assert specs["layers/attention/query/kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert phase.notes == ["every device holds all 2 kv_heads: mesh tensor=4 does not divide them"]
+    with pytest.raises(UserError, match=r"'heads' of size 6 cannot be cut into 4.* config\.mesh\.rules\.heads=None"):
+        abstract_params(model_config(vocab_size=64, heads=6, kv_heads=2), mesh)
 
 
 def test_leaves_are_cut_where_the_table_says(eight_devices):
