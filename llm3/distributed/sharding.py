@@ -1,7 +1,7 @@
 """The mesh, the table from logical axes to mesh axes, and the placement of arrays on the mesh."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,9 +69,14 @@ def arranged(shape: Mapping[str, int], outer: str, islands: Sequence[list]) -> n
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: Any = None) -> PartitionSpec:
-    """The partition of an array with these logical axes. Given a shape, axes that do not divide stay whole."""
+    """The partition of an array with these logical axes.
+
+    Given a shape, axes that do not divide stay whole, and mesh axes along which a `shard_map` has cut the array already
+    are left out.
+    """
     cuts = [_rules[axis] if axis else () for axis in axes]
     if shape is not None:
+        cuts = [tuple(each for each in cut if each not in mesh.manual_axes) for cut in cuts]
         pieces = [math.prod(mesh.shape[each] for each in cut) for cut in cuts]
         cuts = [cut if size % count == 0 else () for cut, size, count in zip(cuts, shape, pieces, strict=True)]
     return PartitionSpec(*(cut[0] if len(cut) == 1 else cut or None for cut in cuts))
@@ -89,6 +94,36 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     """
     mesh = jax.sharding.get_abstract_mesh()
     return array if mesh.empty else jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
+
+
+def sum_over_data(function: Callable[..., Any], whole: tuple, key: jax.Array, batch: Any) -> Any:
+    """function(*whole, key, batch), a tree of sums over rows, with one all-reduce along the mesh axis `data`.
+
+    Otherwise, every sum inside is reduced where it is made, once per micro-batch. Each shard of `data` computes on its
+    own rows, with a random key of its own. whole: trees that `data` does not shard. batch: arrays whose first axis is
+    the rows. On a mesh of which `sums_over_data_once` is false, this is function(*whole, key, batch).
+    """
+    if not sums_over_data_once(jax.sharding.get_abstract_mesh()):
+        return function(*whole, key, batch)
+
+    def local(whole: tuple, key: jax.Array, batch: Any) -> Any:
+        own_key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+        return jax.lax.psum(function(*whole, own_key, batch), "data")
+
+    specs = PartitionSpec(), PartitionSpec(), PartitionSpec("data")
+    # with check_vma, jax would reduce the gradient of what `data` does not shard where it is made
+    sums = jax.shard_map(local, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+    return sums(whole, key, batch)
+
+
+def sums_over_data_once(mesh: Any) -> bool:
+    """Whether `sum_over_data` reduces once: on a mesh of `data`, with or without `fsdp`.
+
+    If the vocabulary or windows are sharded too, XLA's partitioner (jaxlib 0.10) aborts on gathers in a `shard_map`.
+    """
+    if mesh.empty or mesh.shape["data"] == 1 or "data" not in _rules["batch"] or "data" in _rules["embed"]:
+        return False
+    return all(axis_size(mesh, axis) == 1 for axis in _rules if axis not in ("batch", "embed"))
 
 
 def axis_size(mesh: Any, axis: str) -> int:

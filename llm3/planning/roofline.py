@@ -12,7 +12,7 @@ import numpy as np
 
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.machines import Link, Topology
-from llm3.distributed.sharding import axis_size, shards, spec
+from llm3.distributed.sharding import axis_size, shards, spec, sums_over_data_once
 from llm3.optim.frozen import computed_low
 from llm3.segments import in_stack, locate
 from llm3.stages.stage import Stage
@@ -71,7 +71,8 @@ def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
     gradients reduce-scattered. Along the other batch axes, gradients are all-reduced. Sharded heads and hidden layers
     all-reduce activations twice per layer and pass (Shoeybi et al. 2019, Megatron-LM, section 3), and once each for the
     embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of it, and each
-    chunk of logits gathers its kernel and reduces its gradient.
+    chunk of logits gathers its kernel and reduces its gradient; but along `data`, micro-batches are reduced once a step
+    where `sum_over_data` can.
     """
     config, model = stage.config, stage.model
     found: list[Collective] = []
@@ -121,7 +122,9 @@ def _of_leaf(
             found.append(Collective(axis, path, "all-gather", size, used * stage.micro_batches))
     for axis in sorted(over, key=lambda axis: axis not in along):
         kind = "reduce-scatter" if axis in along else "all-reduce"
-        found.append(Collective(axis, path, kind, gradient, trainable * reduced * stage.micro_batches))
+        once = axis == "data" and stage.micro_batches > 1 and sums_over_data_once(mesh)
+        reductions = 1 if once else reduced * stage.micro_batches
+        found.append(Collective(axis, path, kind, gradient, trainable * reductions))
         gradient /= mesh.shape[axis] if axis in along else 1
     return found
 

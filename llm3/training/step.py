@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from llm3.data.batch import Batch
+from llm3.distributed.sharding import sum_over_data
 from llm3.objectives import Sums
 from llm3.training.guard import Guard, judge
 
@@ -53,25 +54,28 @@ def make_train_step(
 
     gradient = jax.grad(sums, has_aux=True)
 
-    def accumulate(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
-        if micro_batches == 1:
-            return gradient(state.trainable, state.frozen, batch, key)
+    def accumulate(trainable: dict, frozen: dict, key: jax.Array, batch: Batch) -> tuple[dict, Sums]:
         # strided, so that each device keeps its own rows
         cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def body(total: tuple[dict, Sums], micro: tuple[Batch, jax.Array]) -> tuple[tuple[dict, Sums], None]:
-            part = gradient(state.trainable, state.frozen, micro[0], micro[1])
+            part = gradient(trainable, frozen, micro[0], micro[1])
             return jax.tree.map(jnp.add, total, part), None
 
         keys = jax.random.split(key, micro_batches)
-        shapes = jax.eval_shape(gradient, state.trainable, state.frozen, jax.tree.map(lambda x: x[0], cut), key)
+        shapes = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], cut), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(body, zeros, (cut, keys))[0]
+
+    def summed(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
+        if micro_batches == 1:
+            return gradient(state.trainable, state.frozen, batch, key)
+        return sum_over_data(accumulate, (state.trainable, state.frozen), key, batch)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         with jax.default_matmul_precision("float32"):  # for products of the objective; the kernels set their own
-            gradients, total = accumulate(state, batch, key)
+            gradients, total = summed(state, batch, key)
         scale = 1 / jnp.where(total.weight > 0, total.weight, 1)
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         norm, mean = optax.tree.norm(gradients), total.loss * scale

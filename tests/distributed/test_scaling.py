@@ -22,9 +22,10 @@ LAYERS, D, HEADS, FF, VOCAB, LENGTH = 2, 64, 8, 128, 256, 64
 MODEL = ModelConfig(LAYERS, D, HEADS, FF, vocab_size=VOCAB, compute_dtype="float32")
 
 
-def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh, rows: int) -> jax.stages.Compiled:
+def compiled_step(model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, micro_batches=1) -> jax.stages.Compiled:
     """A step of pretraining on rows of LENGTH tokens."""
-    stage, task = StageConfig("pretrain", {"a": 1.0}, 10, rows, LENGTH), Task(None, None, LENGTH)
+    stage = StageConfig("pretrain", {"a": 1.0}, 10, rows, LENGTH, micro_batches=micro_batches)
+    task = Task(None, None, LENGTH)
     with jax.set_mesh(mesh):
         phase = build(stage, model, mesh, task=task, fresh=lambda path: True, seed=0, where="stage")[0]
         kinds = [np.float32 if name == "weights" else np.int32 for name in Batch._fields]
@@ -79,6 +80,13 @@ def test_the_bytes_of_collectives_on_a_device_are_those_of_the_formula(sizes):
     assert found.keys() <= expected.keys(), "no all-to-all or permute"
     for kind, size in expected.items():
         assert found.get(kind, 0) == pytest.approx(size, rel=0.02, abs=4 * 1024), kind
+
+
+@pytest.mark.slow
+def test_gradients_of_micro_batches_are_reduced_over_data_once_a_step():
+    text = compiled_step(MODEL, mesh_of(8, data=8), 32, micro_batches=4).as_text()
+    gradients = 4 * (LAYERS * (4 * D * D + 3 * D * FF) + VOCAB * D)  # both uses of the embedding together
+    assert collective_bytes(text) == {"all-reduce": pytest.approx(gradients, rel=0.02)}
 
 
 def test_one_device_is_sent_nothing():

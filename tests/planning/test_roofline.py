@@ -246,6 +246,7 @@ def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
     layer, head = ("layers/0:4/mlp/up/kernel", "all-gather"), ("lm_head/kernel", "reduce-scatter")
     assert (sent[0][layer], sent[1][layer]) == (2, 4)
     assert (sent[0][head], sent[1][head]) == (1, 2 * T / 16)
+    assert {each.times for each in collectives(stage_of(cut), _on(cut, {"data": 8}), abstract_mesh(data=8))} == {1}
 
 
 def test_seconds_are_work_over_rates_and_an_all_reduce_takes_a_gather_and_a_scatter():

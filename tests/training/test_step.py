@@ -77,7 +77,8 @@ def make_run(rules=("all",), optimizer="gradient", devices=1, micro_batches=1, *
         optimizer=OPTIMIZERS[optimizer],
         micro_batches=micro_batches,
     )
-    mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
+    sizes = {1: {}, 8: {"data": 2, "fsdp": 2, "tensor": 2}, "data and fsdp": {"data": 4, "fsdp": 2}}[devices]
+    mesh = mesh_of(8 if sizes else 1, **sizes)
     with jax.set_mesh(mesh):
         phase = build(stage, config, mesh, task=TASK, fresh=lambda path: False, seed=0, where="stage")[0]
         lowered = phase.train_step.lower(phase.abstract_state, place_batch(mesh, make_batch(ROWS)))
@@ -161,7 +162,7 @@ def test_an_update_of_some_leaves_is_the_same_on_eight_devices():
     assert_update_is_the_masked_one(make_run(RULE, "clipped", devices=8, micro_batches=2))
 
 
-@pytest.mark.parametrize(("micro_batches", "devices"), [(1, 1), (4, 1), (16, 1), (1, 8)])
+@pytest.mark.parametrize(("micro_batches", "devices"), [(1, 1), (4, 1), (16, 1), (1, 8), (2, "data and fsdp")])
 def test_gradients_do_not_depend_on_micro_batches_or_devices(micro_batches, devices):
     batch = make_batch(ROWS)
     counts = batch.weights.sum(axis=1)
