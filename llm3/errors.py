@@ -15,7 +15,7 @@ class Exit(enum.IntEnum):
 
     DONE = 0
     BAD_INPUT = 2
-    DIVERGED = 3  # the guard skipped too many steps in a row
+    DIVERGED = 3  # too many steps in a row had a non-finite loss or gradient
     HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
     NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
     PREEMPTED = 75  # SIGTERM: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
@@ -28,9 +28,13 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The guard skipped too many steps in a row."""
+    """Too many steps in a row had a non-finite loss or gradient; `first` is the first of them, counted from 1."""
 
     exit = Exit.DIVERGED
+
+    def __init__(self, message: str, first: int = 1):
+        super().__init__(message)
+        self.first = first
 
 
 class NotWritten(UserError):

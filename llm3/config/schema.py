@@ -137,16 +137,22 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When to skip a step besides a non-finite loss or gradient, and when to end the run."""
+    """When to skip a step besides a non-finite loss or gradient, and when to end the run.
+
+    The window starts anew with each phase of `unfreeze` and each mixture of `data_schedule`.
+    """
 
     # skip updates whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: off
     deviations: float = 0.0
     window: int = 128  # number of recent steps that the mean and standard deviation are taken over
-    stop_after: int = 10  # end the run with an error after this many skipped steps in a row
+    # this many spikes in a row are a new level: the last one is accepted, and the window starts anew
+    accept_after: int = 8
+    stop_after: int = 10  # end the run with an error after this many non-finite steps in a row
 
     def __post_init__(self) -> None:
         at_least("guard.*.deviations", self.deviations, 0)
         at_least("guard.*.window", self.window, 2)
+        at_least("guard.*.accept_after", self.accept_after, 1)
         at_least("guard.*.stop_after", self.stop_after, 1)
 
 

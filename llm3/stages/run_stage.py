@@ -167,12 +167,30 @@ class StageRun:
                 if skipped := line["skipped_steps"]:
                     why = "no labels, or non-finite or spiking loss or gradient"
                     console.print(f"{self.stage.name}: skipped {counted(skipped, 'step')} ({why})")
+                if line["new_levels"]:
+                    spikes = f"{config.guard.accept_after} spikes in a row"
+                    console.print(f"{self.stage.name}: the guard accepts a new level after {spikes}")
 
             watchdog = Watchdog(self.session.config.hang_seconds)
             try:
                 yield Hooks(config.log_every, config.save_every, on_log, partial(self.save, phase), request, watchdog)
             except Diverged as error:
-                raise Diverged(f"{self.stage.name}: {error}") from None
+                raise Diverged(f"{self.stage.name}: {error}. {self.advice(error.first)}") from None
+
+    def advice(self, first: int) -> str:
+        """What a user can do about a stage that diverged at step `first`, and whose config must not change."""
+        name, kind = self.stage.name, self.stage.config.kind
+        kind = "posttrain" if kind == "pretrain" else kind  # a pretrain stage has no start
+        self.checkpoints.wait()
+        # the last update before the first bad step may be what went wrong
+        step = max((step for step in self.checkpoints.steps() if step < first - 1), default=None)
+        if step is None:
+            return f"No checkpoint is from before: move {self.directory} away to train with a lower learning_rate"
+        return (
+            f"Checkpoint {step} is intact. Rerun with a higher guard.stop_after to skip more such steps. Or change the "
+            f"learning rate or the data from there: add a stage with kind={kind!r}, "
+            f"start=dict(stage={name!r}, step={step}) and otherwise the fields of this one; name it in --stages"
+        )
 
 
 def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:

@@ -10,6 +10,7 @@ from llm3.files import RECORD, read_json
 
 # Fields that may change when a run resumes: they affect logs and checkpoints, not results.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
+FREE_GUARD_FIELDS = frozenset({"stop_after"})
 
 
 def stage_record(config: RunConfig, name: str) -> dict:
@@ -20,6 +21,8 @@ def stage_record(config: RunConfig, name: str) -> dict:
     used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values()}
     shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | _drawn(stage, record["stages"]))}
     own = {key: value for key, value in stage.items() if key not in FREE_FIELDS}
+    if own:
+        own["guard"] = {key: value for key, value in own["guard"].items() if key not in FREE_GUARD_FIELDS}
     return json.loads(json.dumps(shared | ({"stage": own} if own else {})))
 
 

@@ -44,7 +44,7 @@ def train(
     """Train for `steps` = (start, stop); returns the state and the step reached, before `stop` after a stop request.
 
     `make_batch(step)` returns the batch on the devices. Raises Diverged, before the next save, once the guard has
-    skipped `stop_after` steps in a row.
+    skipped `stop_after` non-finite steps since the last accepted step.
     """
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
@@ -75,10 +75,10 @@ def train(
 
 
 def check_guard(meter: Meter, done: int, stop_after: int) -> None:
-    """Raise Diverged if too many steps in a row were skipped."""
-    if meter.skipped_in_a_row >= stop_after:
+    """Raise Diverged after too many non-finite steps without an accepted one between them."""
+    if meter.non_finite_in_a_row >= stop_after:
         raise Diverged(
-            f"step {done}: skipped {meter.skipped_in_a_row} updates in a row (non-finite or spiking loss or gradient; "
-            f"guard.stop_after={stop_after}). Nothing was saved since the first of them: lower the learning rate or "
-            "check the data, then rerun from the last checkpoint"
+            f"step {done}: the loss or gradient of {meter.non_finite_in_a_row} steps in a row was not finite "
+            f"(guard.stop_after={stop_after})",
+            first=done - meter.non_finite_in_a_row + 1,
         )

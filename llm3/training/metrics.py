@@ -26,7 +26,7 @@ class Meter:
     flops_per_step: float
     peak_flops: float | None  # peak FLOP/s of all devices together; None: unknown
     pending: list[dict[str, jax.Array]] = field(default_factory=list)
-    skipped_in_a_row: int = 0  # number of steps skipped in a row, as of the last log line
+    non_finite_in_a_row: int = 0  # non-finite steps since the last accepted one, as of the last log line
     since: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
 
@@ -45,7 +45,8 @@ class Meter:
         self.cost.seconds += seconds
         self.cost.flops += steps * self.flops_per_step
         kept = rows.pop("skipped") == 0
-        self.skipped_in_a_row = int(rows.pop("skipped_in_a_row")[-1])
+        self.non_finite_in_a_row = int(rows.pop("non_finite_in_a_row")[-1])
+        new_levels = int(np.sum(rows.pop("new_level")))
         self.cost.skipped_steps += int(np.sum(~kept))
         weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
         rate = steps * self.flops_per_step / seconds
@@ -53,6 +54,7 @@ class Meter:
         line = {name: mean(values) for name, values in rows.items()} | {
             "gradient_norm": float(norm[-1]) if any(kept) else None,
             "skipped_steps": int(np.sum(~kept)),
+            "new_levels": new_levels,
             "tokens_per_second": float(tokens / seconds),
             "flops_per_second": rate,
             "mfu": rate / self.peak_flops if self.peak_flops else None,

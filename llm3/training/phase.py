@@ -1,5 +1,6 @@
 """A phase of a stage: its partition, optimizer and jitted step, built without allocating arrays."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +46,7 @@ class Phase(NamedTuple):
     abstract_params: dict  # shapes and shardings of the canonical parameters
     abstract_state: TrainState
     flops: tuple[float, float]  # FLOPs of the forward and of the backward pass of a step
-    notes: list[str]  # notes for the user about the parameters
+    notes: list[str]  # notes for the user about the parameters and the guard
 
     @property
     def flops_per_step(self) -> float:
@@ -150,6 +151,24 @@ def build(
     ]
 
 
+def guard_restarts(stage: StageConfig) -> tuple[int, ...]:
+    """The steps from which losses and gradients cannot be compared with those before, in order.
+
+    Each phase of `unfreeze` and each mixture of `data_schedule` begins at one.
+    """
+    return tuple(sorted({step for step, _ in [*stage.unfreeze, *stage.data_schedule]}))
+
+
+def guard_notes(stage: StageConfig, steps: tuple[int, int]) -> list[str]:
+    """A note if the guard's window is never full between these steps, so that it cannot detect a spike."""
+    first, stop = steps
+    cuts = [first, *(step for step in guard_restarts(stage) if first < step < stop), stop]
+    longest = max(later - earlier for earlier, later in itertools.pairwise(cuts))
+    if not stage.guard.deviations or longest > stage.guard.window:
+        return []
+    return [f"the guard sees no spikes here: guard.window={stage.guard.window} is never full in {longest} steps"]
+
+
 def _phase(
     stage: StageConfig,
     model: ModelConfig,
@@ -194,6 +213,8 @@ def _phase(
         seed=seed,
         micro_batches=stage.micro_batches,
         deviations=stage.guard.deviations,
+        accept_after=stage.guard.accept_after,
+        restarts=guard_restarts(stage),
     )
     head = "task" if objective.HEAD else "lm"
     size = (stage.batch_size, stage.sequence_length, head)
@@ -210,7 +231,11 @@ def _phase(
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
         flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
-        notes=tied_head_notes(model, partition, head) + whole_axis_note(mesh, "kv_heads", model.kv_heads),
+        notes=[
+            *tied_head_notes(model, partition, head),
+            *whole_axis_note(mesh, "kv_heads", model.kv_heads),
+            *guard_notes(stage, steps),
+        ],
     )
 
 

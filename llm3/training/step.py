@@ -37,15 +37,18 @@ def make_train_step(
     seed: int,
     micro_batches: int = 1,
     deviations: float = 0.0,
+    accept_after: int = 8,
+    restarts: tuple[int, ...] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """train_step(state, batch) -> (state, metrics); jit it with the state donated.
 
     Only the trainable tree gets gradients, summed over `micro_batches` and divided once by the global sum of weights.
     The random key is folded from (seed, step), so a resumed run draws the same keys. A skipped step (see `judge`, also
-    for `deviations`) changes neither parameters nor moments nor the schedule.
+    for `deviations` and `accept_after`) changes neither parameters nor moments nor the schedule. restarts: the steps
+    before which the guard's window starts anew.
 
-    metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, skipped_in_a_row, and the
-    metrics of the objective.
+    metrics: float32 scalars loss (nats per unit weight), grad_norm, weight, tokens, skipped, new_level (of the guard),
+    non_finite_in_a_row, and the metrics of the objective.
     """
 
     def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
@@ -80,16 +83,20 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * scale, gradients)
         norm, mean = optax.tree.norm(gradients), total.loss * scale
         updates, opt = transform.update(gradients, state.opt, state.trainable)
-        accept, guard = judge(state.guard, mean, norm, total.weight, deviations)
-        keep = lambda new, old: jnp.where(accept, new, old)  # noqa: E731
+        restart = jnp.isin(state.step, jnp.asarray(restarts, jnp.int32))
+        verdict, guard = judge(
+            *(state.guard, mean, norm, total.weight), deviations=deviations, accept_after=accept_after, restart=restart
+        )
+        keep = lambda new, old: jnp.where(verdict.accept, new, old)  # noqa: E731
         trainable = jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable)
         metrics = {name: value * scale for name, value in total.metrics.items()} | {
             "loss": mean,
             "grad_norm": norm,
             "weight": total.weight,
             "tokens": jnp.sum(batch.segments > 0).astype(jnp.float32),
-            "skipped": 1.0 - accept,
-            "skipped_in_a_row": guard.in_a_row.astype(jnp.float32),
+            "skipped": 1.0 - verdict.accept,
+            "new_level": verdict.new_level.astype(jnp.float32),
+            "non_finite_in_a_row": guard.in_a_row.astype(jnp.float32),
         }
         return TrainState(state.step + 1, trainable, state.frozen, jax.tree.map(keep, opt, state.opt), guard), metrics
 

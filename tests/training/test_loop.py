@@ -14,7 +14,7 @@ from llm3.training.metrics import Cost, Meter
 
 def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
     named = {"loss": loss, "weight": weight, "skipped": skipped, "tokens": tokens, "grad_norm": loss / 2}
-    return named | {"skipped_in_a_row": in_a_row}
+    return named | {"non_finite_in_a_row": in_a_row, "new_level": 0.0}
 
 
 def test_a_log_line_weights_steps_by_their_targets_and_ignores_skipped_steps():
@@ -70,8 +70,8 @@ def test_a_requested_stop_saves_after_the_step_in_flight():
     assert run(ask_at=6) == ([3, 4, 6], [4, 6], list(range(6)), 6)
 
 
-def test_a_loop_that_skips_too_many_steps_in_a_row_ends_without_another_save():
-    with pytest.raises(Diverged, match=r"^step 8: skipped 3 updates in a row \(.*; guard\.stop_after=3\)"):
+def test_a_loop_with_too_many_non_finite_steps_in_a_row_ends_without_another_save():
+    with pytest.raises(Diverged, match=r"^step 8: .* of 3 steps in a row was not finite \(guard\.stop_after=3\)"):
         run(bad_from=5)
     assert run.seen == ([3, 4, 6, 8], [4])
 

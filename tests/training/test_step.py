@@ -217,7 +217,7 @@ def test_a_step_without_a_label_is_skipped_and_reports_zero():
     batch = make_batch(ROWS)
     after, metrics = run.step(state, batch._replace(weights=np.zeros_like(batch.weights)))
     assert (metrics["skipped"], metrics["loss"], metrics["grad_norm"], metrics["weight"]) == (1, 0, 0, 0)
-    assert metrics["skipped_in_a_row"] == 0, "a step without labels does not count"
+    assert metrics["non_finite_in_a_row"] == 0, "a step without labels does not count"
     assert_nothing_but_the_step_changed(state, after)
 
 
@@ -229,7 +229,7 @@ def test_a_non_finite_step_changes_neither_parameters_nor_moments_nor_the_schedu
     state = state._replace(frozen={**state.frozen, "embed": {"embedding": embedding}})
     after, metrics = run.step(state, make_batch(ROWS))
     assert metrics["skipped"] == 1
-    assert not np.isfinite(metrics["loss"]) and metrics["skipped_in_a_row"] == 1
+    assert not np.isfinite(metrics["loss"]) and metrics["non_finite_in_a_row"] == 1
     assert_nothing_but_the_step_changed(state, after)
     counts = [int(leaf) for leaf in jax.tree.leaves(after.opt) if np.ndim(leaf) == 0]
     assert counts == [1, 1], "the schedule has seen one update"
