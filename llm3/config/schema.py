@@ -128,7 +128,9 @@ class OptimizerConfig:
     # pairs [rule, factor of the learning rate]; the first match wins
     learning_rates: list[Any] = dataclasses.field(default_factory=list)
     l2_sp: float = 0.0  # strength of the pull toward the parent's weights; 0: none
-    ema: float = 0.0  # decay of an average of the weights that becomes the stage's result; 0: none
+    # decay of an average of the weights that becomes the stage's result, at most (1 + t) / (10 + t) after t updates,
+    # so that a short stage forgets its start; 0: no average
+    ema: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the optax function
 
     def __post_init__(self) -> None:

@@ -98,7 +98,7 @@ def make_optimizer(
         optax.add_decayed_weights(-weight_decay, mask=decayed),
         *([scale_by_leaf(factors)] if any((factor != 1).any() for factor in factors.values()) else []),
         optax.scale_by_learning_rate(rate, flip_sign=False),
-        *([running_mean(ema)] if ema else []),
+        *([running_mean(ema, groups)] if ema else []),
     )
     return Optimizer(transform, rate)
 
@@ -148,25 +148,40 @@ def pull_to_start(strength: float, fresh: frozenset[str]) -> optax.GradientTrans
 
 
 class EmaState(NamedTuple):
-    """average: the running mean of the trainable tree, float32."""
+    """average: the running mean of the trainable tree, float32. counts: {str(phase): int32, updates of its leaves}."""
 
     average: dict
+    counts: dict[str, jax.Array]
 
 
-def running_mean(decay: float) -> optax.GradientTransformation:
-    """Keep average = decay * average + (1 - decay) * new weights after each update. It starts at the weights of `init`.
+def running_mean(decay: float, groups: Mapping[str, int] | None = None) -> optax.GradientTransformation:
+    """Keep average = d * average + (1 - d) * new weights after each update, from the weights of `init` on.
+
+    d = min(decay, (1 + t) / (10 + t)) after t updates of a leaf, as in TensorFlow's ExponentialMovingAverage: the
+    average forgets its start, however few updates follow. groups: as in `make_optimizer`; the leaves of each phase
+    count their own updates.
 
     Averaging of the iterates (Polyak and Juditsky 1992) with exponential weights (Tarvainen and Valpola 2017, "Mean
     teachers", section 2). It is the last of the chain, so it gets the update that is applied.
     """
 
+    def phase(path: str) -> str:
+        return str(groups[path]) if groups else "0"
+
     def init(params: dict) -> EmaState:
-        return EmaState(jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params))
+        counts = {phase(path): jnp.zeros((), jnp.int32) for path in flatten(params)}
+        return EmaState(jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params), counts)
 
     def update(updates: dict, state: EmaState, params: dict) -> tuple[dict, EmaState]:
-        new = optax.apply_updates(params, updates)
-        mean = lambda old, leaf: decay * old + (1 - decay) * leaf.astype(jnp.float32)  # noqa: E731
-        return updates, EmaState(jax.tree.map(mean, state.average, new))
+        new = flatten(optax.apply_updates(params, updates))
+        decays = {each: jnp.minimum(decay, (1 + t) / (10 + t)) for each, t in state.counts.items()}
+
+        def mean(path: str, old: jax.Array) -> jax.Array:
+            d = decays[phase(path)]
+            return d * old + (1 - d) * new[path].astype(jnp.float32)
+
+        counts = {each: t + 1 for each, t in state.counts.items()}
+        return updates, EmaState(map_with_path(mean, state.average), counts)
 
     return optax.GradientTransformation(init, update)
 
