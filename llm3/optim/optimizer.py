@@ -96,7 +96,7 @@ def make_optimizer(
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         build(params_example) if groups is None else by_phase(build, params_example, groups),
         optax.add_decayed_weights(-weight_decay, mask=decayed),
-        *([scale_by_leaf(factors)] if any((factor != 1).any() for factor in factors.values()) else []),
+        *([scale_by_leaf(factors)] if layer_decay != 1 or any(factor != 1 for _, factor in learning_rates) else []),
         optax.scale_by_learning_rate(rate, flip_sign=False),
         *([running_mean(ema, groups)] if ema else []),
     )

@@ -280,7 +280,10 @@ def test_a_step_may_donate_weights_and_a_state_that_was_made_outside_jit():
 def test_a_rule_may_be_about_leaves_that_join_later():
     head = of(tree(0), "head")
     later = {"groups": {"head/bias": 0, "head/kernel": 0, "layers/0:3/mlp/up/kernel": 5}}
-    make(head, learning_rates=[["layers[2]/mlp/.*", 0.5]], **later)
+    rates = {"learning_rates": [["layers[2]/mlp/.*", 0.5]], **later}
+    joined = head | of(tree(0), "layers/0:3/mlp")
+    old, new = (make(params, **rates).transform.init(params) for params in (head, joined))
+    carry_state(old, new)  # the chain is the same before and after they join
     with pytest.raises(UserError, match="matches nothing trainable"):
         make(head, learning_rates=[["layers[2]/attention/.*", 0.5]], **later)
 
