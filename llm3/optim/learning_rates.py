@@ -10,6 +10,7 @@ import optax
 
 from llm3.errors import UserError, at_least, counted, nearest
 from llm3.optim.partition import matcher, rule_names
+from llm3.optim.precedence import deciding_rules, shadowed
 from llm3.segments import locate
 from llm3.tree import flatten
 
@@ -90,7 +91,7 @@ def rate_factors(
       layer, else 1.
 
     later: segmented paths of leaves that become trainable later, which rules may match as well. Raises UserError for a
-    layer_decay outside (0, 1], for malformed pairs and rules, and for a rule that matches no trainable parameter.
+    layer_decay outside (0, 1], for malformed pairs and rules, and for a rule that decides about no trainable parameter.
     """
     if not 0 < layer_decay <= 1:
         raise UserError(f"optimizer.layer_decay={layer_decay!r}: expected a number above 0, at most 1")
@@ -109,7 +110,7 @@ def rate_factors(
 
 
 def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Callable, float]]:
-    """(matcher, factor) of each pair. Each rule must match some of the segmented `paths`."""
+    """(matcher, factor) of each pair. Each rule must decide about some of the segmented `paths`."""
     where = "optimizer.learning_rates"
     if not isinstance(learning_rates, list | tuple):
         raise UserError(f"{where}={learning_rates!r}: expected a list of [rule, factor] pairs")
@@ -126,8 +127,13 @@ def _rules(learning_rates: Any, layers: int, paths: set[str]) -> list[tuple[Call
             match = matcher(rule, layers)
         except UserError as error:
             raise UserError(f"{where}[{i}]: {error}") from None
-        if not any(match(name, layer) for name, within in leaves for layer in within or [None]):
+        rules.append((match, float(factor)))
+    each_layer = [(name, layer) for name, within in leaves for layer in within or [None]]
+    deciding = deciding_rules([match for match, _ in rules], each_layer)
+    for i, (rule, _) in enumerate(learning_rates):
+        if not deciding.matched[i]:
             valid = rule_names(sorted({name for name, _ in leaves}))
             raise UserError(f"{where}[{i}]: rule {rule!r} matches nothing trainable; {nearest(rule, valid)}")
-        rules.append((match, float(factor)))
+        if hidden := deciding.hidden_by(i):
+            raise UserError(f"{where}[{i}]: {shadowed(rule, [learning_rates[each][0] for each in hidden])}")
     return rules

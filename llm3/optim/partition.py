@@ -1,7 +1,8 @@
 """From rules to a partition: the trainable tree, the frozen tree, and the segments of the layer stack.
 
 A rule is a string. In a list of rules, the first that matches a leaf decides: the leaf is trainable, or frozen if the
-rule is "not RULE". A leaf that no rule matches is frozen. Rules match complete path components, never substrings:
+rule is "not RULE". A leaf that no rule matches is frozen. A rule that decides about no leaf is an error. Rules match
+complete path components, never substrings:
 
     all                          everything
     top(2)                       the last two layers, the final norm and the heads
@@ -14,10 +15,11 @@ rule is "not RULE". A leaf that no rule matches is frozen. Rules match complete 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from llm3.errors import UserError, counted, nearest
+from llm3.optim.precedence import deciding_rules, shadowed
 from llm3.segments import Segments, canonical, in_stack, runs, segment_path, segmented
 from llm3.tree import flatten, unflatten
 
@@ -61,7 +63,7 @@ def merge(trainable: dict, frozen: dict) -> dict:
 def make_partition(shapes: dict, rules: str | list[str], layers: int) -> Partition:
     """The partition of a canonical tree (of arrays or of shapes) by `rules`.
 
-    Raises UserError for a malformed rule, for a rule that matches nothing, and if no leaf is trainable.
+    Raises UserError for a malformed rule, for a rule that decides about no leaf, and if no leaf is trainable.
     """
     return make_partitions(shapes, rules, [], layers)[0]
 
@@ -77,7 +79,8 @@ def make_partitions(
     paths = list(flatten(shapes))
     chosen = {0: _selected(paths, rules, layers)}
     for step, more in unfreeze:
-        before, added = list(chosen.values())[-1], _selected(paths, more, layers)
+        before = list(chosen.values())[-1]
+        added = _selected(paths, more, layers, f"unfreeze at step {step}: ", before)
         if added <= before:
             raise UserError(f"unfreeze at step {step}: {more!r} adds nothing to the trainable parameters")
         chosen[step] = before | added
@@ -88,22 +91,30 @@ def make_partitions(
     }
 
 
-def _selected(paths: list[str], rules: str | list[str], layers: int) -> set[tuple[str, int | None]]:
-    """The trainable (canonical path, layer or None) by `rules`. Raises UserError."""
+def _selected(
+    paths: list[str],
+    rules: str | list[str],
+    layers: int,
+    where: str = "",
+    before: Collection[tuple[str, int | None]] = (),
+) -> set[tuple[str, int | None]]:
+    """The trainable (canonical path, layer or None) by `rules`.
+
+    where: the beginning of messages. before: leaves that train already, about which no rule decides. Raises UserError.
+    """
     rules = [rules] if isinstance(rules, str) else list(rules)
-    matchers = [matcher(rule, layers) for rule in rules]
-    matched: list[set] = [set() for _ in rules]
-    chosen = set()
-    for leaf in ((path, layer) for path in paths for layer in _layers_of(path, layers)):
-        hits = [i for i, match in enumerate(matchers) if match(*leaf)]
-        for i in hits:
-            matched[i].add(leaf)
-        if hits and not rules[hits[0]].strip().startswith("not "):
-            chosen.add(leaf)
-    for rule, leaves in zip(rules, matched, strict=True):
-        if not leaves:
+    leaves = [(path, layer) for path in paths for layer in _layers_of(path, layers)]
+    deciding = deciding_rules([matcher(rule, layers) for rule in rules], leaves)
+    chosen = {leaf for leaf, i in deciding.first.items() if not rules[i].strip().startswith("not ")}
+    for i, rule in enumerate(rules):
+        if not deciding.matched[i]:
             tied = " (this model's LM head is tied to embed/embedding)" if _bare(rule).startswith("lm_head") else ""
-            raise UserError(f"train rule {rule!r} matches nothing{tied}; {nearest(_bare(rule), rule_names(paths))}")
+            valid = nearest(_bare(rule), rule_names(paths))
+            raise UserError(f"{where}train rule {rule!r} matches nothing{tied}; {valid}")
+        if hidden := deciding.hidden_by(i):
+            raise UserError(f"{where}train {shadowed(rule, [rules[each] for each in hidden])}")
+        if len(rules) > 1 and all(leaf in before for leaf, first in deciding.first.items() if first == i):
+            raise UserError(f"{where}rule {rule!r} changes nothing: all that it decides about trains already")
     if not chosen:
         first = _bare(rules[0]) if rules else ""
         raise UserError(f"train rules {rules} leave nothing to train; {nearest(first, rule_names(paths))}")

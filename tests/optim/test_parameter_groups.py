@@ -293,3 +293,8 @@ def test_a_rule_about_frozen_leaves_is_an_error():
     top = tree(0, segment="2:3/", layers=slice(2, 3))
     with pytest.raises(UserError, match=r"rule 'layers\[0\]/\.\*' matches nothing trainable"):
         make(top, learning_rates=[["layers[0]/.*", 0.5]])
+
+
+def test_a_rate_that_an_earlier_one_hides_is_an_error():
+    with pytest.raises(UserError, match=r"learning_rates\[1\]: rule 'head/\.\*' decides nothing: 'all' before it"):
+        make(of(tree(0), "head", "embed"), learning_rates=[["all", 0.5], ["head/.*", 10.0]])

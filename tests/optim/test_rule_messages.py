@@ -47,7 +47,7 @@ def test_training_a_tied_head_says_that_the_embedding_trains_too(rules, head, ti
 
 
 @pytest.mark.parametrize(
-    ("rules", "nearest"), [("not all", "did you mean 'all'"), (["not head/kernel", "head/kernel"], "'head/kernel'")]
+    ("rules", "nearest"), [("not all", "did you mean 'all'"), (["not head/kernel", "not head/bias"], "'head/kernel'")]
 )
 def test_nothing_to_train_names_the_nearest_and_all_that_a_rule_may_say(rules, nearest):
     with pytest.raises(
