@@ -26,6 +26,7 @@ WARM_UP, TIMED = 2, 10
 COMPARED = (
     "step_seconds",
     "flops_per_step",
+    "hardware_flops_per_step",
     "compiler_flops",
     "temp_bytes",
     "opt_bytes",
@@ -54,6 +55,7 @@ def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, a
 def measure(session: Session, stage: Stage, alone: bool = False) -> dict:
     """The metrics of a stage's step: `step_seconds` is the median wall time, bytes are per device.
 
+    `flops_*` and `mfu` are about model FLOPs, `hardware_flops_*` and `hfu` about hardware FLOPs (see `models.flops`).
     In a comparison, `full` has the metrics of full training, and `ratios` has stage / full for the keys in `COMPARED`.
     """
     phases = [session.phases(stage)[0]]
@@ -106,9 +108,11 @@ class _Step:
             "step_seconds_max": max(timed),
             "tokens_per_second": self._stage.step_tokens / median,
             "flops_per_step": phase.flops_per_step,
+            "hardware_flops_per_step": phase.hardware_flops_per_step,
             "compiler_flops": self._compiler_flops(),
             "flops_per_second": phase.flops_per_step / median,
             "mfu": phase.flops_per_step / median / peak if peak else None,
+            "hfu": phase.hardware_flops_per_step / median / peak if peak else None,
             "compile_seconds": self._compile_seconds,
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,

@@ -136,7 +136,8 @@ def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
     row("total", lambda policy: amount(each.total(policy)))
     fits = f"fits into {USABLE:.0%} of {amount(machine.chip.memory)}"
     row(fits, lambda policy: "yes" if each.fits(policy, machine) else "[red]no[/red]")
-    row("FLOPs per device", lambda policy: count(each.steps[policy].flops))
+    row("hardware FLOPs per device", lambda policy: count(each.steps[policy].flops))
+    row("model FLOPs per device", lambda policy: count(each.phase.flops_per_step / machine.devices))
     row("bytes of memory traffic", lambda policy: count(each.steps[policy].moved))
     row("seconds of matmuls", lambda policy: f"{each.times[policy].compute:.3g}")
     row("seconds of memory traffic", lambda policy: f"{each.times[policy].memory:.3g}")
@@ -145,7 +146,7 @@ def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
         row(f"seconds of collectives, {axis}", seconds.__getitem__)
     row("step seconds: sequential to overlapped", range_of(lambda seconds: f"{seconds:.3g}"))
     row("tokens per second", range_of(lambda seconds: count(tokens / seconds)))
-    row("MFU", range_of(lambda seconds: percent(each.model_flops / seconds / peak)))
+    row("MFU", range_of(lambda seconds: percent(each.phase.flops_per_step / seconds / peak)))
     return grid
 
 
@@ -185,7 +186,7 @@ def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
         *(f"  {axis}: {link.words}" for axis, link in links.items() if link.size > 1),
         f"  memory: from a trace of the step, in program order; {1 - USABLE:.0%} is left to the runtime"
         + ("" if machine.is_tpu or chip.name == "cpu" else " (jax cost 75 % of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION)"),
-        "  MFU: FLOPs without recomputation, over the peak of all devices",
+        "  MFU: model FLOPs over the peak of all devices; hardware FLOPs also count what remat computes again",
     ]
 
 
@@ -240,11 +241,13 @@ def summary(stage: Stage, phase: Phase, mesh: Mesh) -> list[str]:
 
     forward, backward = cost["forward_flops_per_token"], cost["backward_flops_per_token"]
     of_full = percent((forward + backward) / cost["full_flops_per_token"])
+    more = phase.hardware_flops_per_step > phase.flops_per_step
+    again = f"; {count(phase.hardware_flops_per_step / tokens)} with what is computed again" if more else ""
     return [
         f"  parameters {count(total)}, trainable {count(trainable)} ({percent(trainable / total)})",
         f"  MiB: parameters {mebibytes('param_bytes')}, gradients {mebibytes('gradient_bytes')}, "
         f"moments {mebibytes('moment_bytes')}",
-        f"  FLOPs per token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's",
+        f"  FLOPs per token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's{again}",
         f"  {count(tokens)} tokens per step, {counted(steps, 'step')}, {count(phase.flops_per_step * steps)}FLOP",
     ]
 

@@ -1,9 +1,10 @@
-"""FLOPs of the model as it is executed, by formula.
+"""FLOPs of the model by formula: model FLOPs, and hardware FLOPs, which also count what is computed again.
 
 A multiply-add counts as two. Element-wise work (norms, softmax, rotations, the optimizer) is not counted, as is usual
 for model FLOPs (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from llm3.config.schema import ModelConfig
@@ -39,6 +40,23 @@ def forward_flops(config: ModelConfig, batch: int, length: int, head: str) -> fl
     return config.layers * layer + _pool(config, shape) + _head(config, shape)
 
 
+def model_flops(
+    config: ModelConfig,
+    batch: int,
+    length: int,
+    head: str,
+    segments: Segments | None = None,
+    trainable: frozenset[str] | None = None,
+) -> tuple[float, float]:
+    """Model FLOPs of one train step, as (forward, backward); the arguments are those of `step_flops`.
+
+    They count nothing twice, and so do not depend on remat, on the chunks of the logits or on the mesh. Over time and
+    peak they are the model FLOPs utilization (MFU: Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    once = dataclasses.replace(config, remat="none", logit_chunk=0)
+    return step_flops(once, batch, length, head, segments, trainable)
+
+
 def step_flops(
     config: ModelConfig,
     batch: int,
@@ -48,7 +66,7 @@ def step_flops(
     trainable: frozenset[str] | None = None,
     context: int = 1,
 ) -> tuple[float, float]:
-    """FLOPs of one train step over [batch, length] tokens (all micro-batches together) as (forward, backward).
+    """Hardware FLOPs of one train step over [batch, length] tokens (all micro-batches), as (forward, backward).
 
     segments, trainable: the fields of a `Partition`; None: every parameter is trainable. The rules of the count:
     - A matrix product costs once forward, once backward for the gradient of its input if any parameter below it is

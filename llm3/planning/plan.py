@@ -14,7 +14,6 @@ from llm3.distributed.machines import Link, Topology
 from llm3.distributed.mesh_axes import mesh_shape, table
 from llm3.distributed.sharding import rules_in_force
 from llm3.errors import UserError
-from llm3.models.flops import step_flops
 from llm3.planning import trace
 from llm3.planning.roofline import USABLE, Collective, Times, collectives, times
 from llm3.planning.trace import POLICIES, Step, Stored
@@ -24,10 +23,7 @@ from llm3.training.phase import Phase
 
 
 class PhasePlan(NamedTuple):
-    """The plan of a phase on a machine. steps, times: by remat policy. sent: the collectives under the config's policy.
-
-    model_flops: FLOPs of a step without recomputation.
-    """
+    """The plan of a phase on a machine. steps, times: by remat policy. sent: collectives under the config's policy."""
 
     model: ModelConfig
     phase: Phase
@@ -35,7 +31,6 @@ class PhasePlan(NamedTuple):
     steps: dict[str, Step]
     times: dict[str, Times]
     sent: list[Collective]
-    model_flops: float
 
     def total(self, policy: str) -> float:
         """Peak bytes on one device."""
@@ -107,8 +102,5 @@ def _plan_phase(
         seconds[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
         if policy == model.remat:
             phase, own_sent = each, sent
-    plain = replace(model, remat="none", logit_chunk=0)
-    shape = (stage.config.batch_size, stage.config.sequence_length, stage.head)
-    model_flops = sum(step_flops(plain, *shape, phase.partition.segments, phase.partition.trainable))
     stored = trace.stored(phase, stage, mesh)
-    return PhasePlan(model, phase, stored, steps, seconds, own_sent, model_flops)
+    return PhasePlan(model, phase, stored, steps, seconds, own_sent)

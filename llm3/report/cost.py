@@ -5,7 +5,8 @@ from llm3.report.units import NOT_APPLICABLE, count, mebibytes, milliseconds
 LEGEND = (
     "In brackets: the share of the cost of full fine-tuning, for the same model and optimizer. Parameters, gradients "
     "and moments are bytes in memory during a step; temporary is the additional memory that the compiler reports. "
-    "FLOPs are computed by formula, forward + backward. Step time is measured, without compilation; its share is known "
+    "FLOPs are model FLOPs by formula, forward + backward, without what remat computes again. Step time is measured, "
+    "without compilation; its share is known "
     "if a stage of this run trains all parameters on batches of the same shape. For a stage that unfreezes parameters, "
     "the numbers are those of its last phase."
 )

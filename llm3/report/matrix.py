@@ -5,8 +5,8 @@ depend on the evaluations of a run. `<evaluation>_majority_accuracy` (or `majori
 the accuracy of always predicting the most frequent class. `<evaluation>_items` is the number of examples.
 
 The cost of a step: `param_bytes`, `gradient_bytes` and `moment_bytes` of the training state, `temp_bytes` as reported
-by the compiler, FLOPs per token by formula, `step_seconds` as measured. `full_*` are the same for full fine-tuning of
-the same model with the same optimizer and batch shape. Rows with equal `recipe` differ only in `seed`.
+by the compiler, model FLOPs per token by formula, `step_seconds` as measured. `full_*` are the same for full
+fine-tuning of the same model with the same optimizer and batch shape. Rows with equal `recipe` differ only in `seed`.
 """
 
 import json

@@ -212,7 +212,8 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 if each.first and done == each.first:
                     state = each.following(phase, state, run.base())
                 phase = each
-                step, meter = compile_step(run, phase, done), Meter(run.cost, phase.flops_per_step, session.peak_flops)
+                step = compile_step(run, phase, done)
+                meter = Meter(run.cost, phase.flops_per_step, phase.hardware_flops_per_step, session.peak_flops)
                 with run.hooks(phase, done, writer, request) as hooks:
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
@@ -244,7 +245,7 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes
     bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    left = phase.flops_per_step * (phase.stop - done)
+    left = phase.hardware_flops_per_step * (phase.stop - done)
     steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else counted(stage.config.steps, "step")
     session.console.print(
         f"{stage.name}: {count(size(phase.abstract_state.trainable))} of {count(size(phase.abstract_params))} "

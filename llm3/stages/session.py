@@ -84,7 +84,7 @@ class Session:
             self.console.print(f"{name:<14}{fact}")
 
     def flops_per_second(self) -> float:
-        """Expected FLOP/s: 40 % of a known chip's peak, else half of the measured rate of a matmul."""
+        """Expected hardware FLOP/s: 40 % of a known chip's peak, else half of the measured rate of a matmul."""
         return 0.4 * self.peak_flops if self.peak_flops else 0.5 * self._matmul_rate
 
     @cached_property

@@ -12,7 +12,7 @@ class Cost:
     """The cost of a stage since its step 0; saved in its checkpoints."""
 
     tokens: int = 0
-    flops: float = 0.0
+    flops: float = 0.0  # model FLOPs
     seconds: float = 0.0
     skipped_steps: int = 0
     peak_bytes: int = 0
@@ -23,7 +23,8 @@ class Meter:
     """Metrics of the steps since the last log line."""
 
     cost: Cost
-    flops_per_step: float
+    flops_per_step: float  # model FLOPs
+    hardware_flops_per_step: float  # with what is computed again
     peak_flops: float | None  # peak FLOP/s of all devices together; None: unknown
     pending: list[dict[str, jax.Array]] = field(default_factory=list)
     non_finite_in_a_row: int = 0  # non-finite steps since the last accepted one, as of the last log line
@@ -34,7 +35,7 @@ class Meter:
         """Wait for the pending steps, add them to the cost, and return their means and rates.
 
         The loss and the objective's metrics are means over the accepted steps, weighted by the steps' weights. Seconds
-        are wall time.
+        are wall time. mfu and hfu are the model and the hardware FLOP/s over the peak.
         """
         steps_metrics = jax.device_get(self.pending)
         rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
@@ -49,7 +50,7 @@ class Meter:
         new_levels = int(np.sum(rows.pop("new_level")))
         self.cost.skipped_steps += int(np.sum(~kept))
         weight, norm = rows.pop("weight")[kept], rows.pop("grad_norm")[kept]
-        rate = steps * self.flops_per_step / seconds
+        rate, hardware = (steps * each / seconds for each in (self.flops_per_step, self.hardware_flops_per_step))
         mean = (lambda values: float(np.sum(values[kept] * weight) / weight.sum())) if any(kept) else lambda _: None
         line = {name: mean(values) for name, values in rows.items()} | {
             "gradient_norm": float(norm[-1]) if any(kept) else None,
@@ -57,7 +58,9 @@ class Meter:
             "new_levels": new_levels,
             "tokens_per_second": float(tokens / seconds),
             "flops_per_second": rate,
+            "hardware_flops_per_second": hardware,
             "mfu": rate / self.peak_flops if self.peak_flops else None,
+            "hfu": hardware / self.peak_flops if self.peak_flops else None,
             "data_wait": self.waited / seconds,
             "step_seconds": seconds / steps,
             "tokens": self.cost.tokens,

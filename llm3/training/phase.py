@@ -16,7 +16,7 @@ from llm3 import objectives
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
-from llm3.models.flops import step_flops
+from llm3.models.flops import model_flops, step_flops
 from llm3.models.transformer import abstract, abstract_params
 from llm3.optim.frozen import Storage, dequantized, make_storage, rounded
 from llm3.optim.optimizer import Optimizer, averaged, carry_state, make_optimizer, state_shardings
@@ -45,11 +45,13 @@ class Phase(NamedTuple):
     storage: Storage  # how frozen parameters are stored
     abstract_params: dict  # shapes and shardings of the canonical parameters
     abstract_state: TrainState
-    flops: tuple[float, float]  # FLOPs of the forward and of the backward pass of a step
+    flops: tuple[float, float]  # model FLOPs of the forward and of the backward pass of a step
+    hardware_flops_per_step: float  # also counts what the backward pass computes again
     notes: list[str]  # notes for the user about the parameters and the guard
 
     @property
     def flops_per_step(self) -> float:
+        """Model FLOPs of a step."""
         return sum(self.flops)
 
     def state(self, params: dict, saved: Any = None, step: int = 0) -> TrainState:
@@ -217,7 +219,7 @@ def _phase(
         restarts=guard_restarts(stage),
     )
     head = "task" if objective.HEAD else "lm"
-    size = (stage.batch_size, stage.sequence_length, head)
+    cost = (model, stage.batch_size, stage.sequence_length, head, partition.segments, partition.trainable)
     return Phase(
         first=steps[0],
         stop=steps[1],
@@ -230,7 +232,8 @@ def _phase(
         storage=storage,
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
-        flops=step_flops(model, *size, partition.segments, partition.trainable, context=axis_size(mesh, "length")),
+        flops=model_flops(*cost),
+        hardware_flops_per_step=sum(step_flops(*cost, context=axis_size(mesh, "length"))),
         notes=[
             *tied_head_notes(model, partition, head),
             *whole_axis_note(mesh, "kv_heads", model.kv_heads),

@@ -13,7 +13,7 @@ from llm3 import objectives
 from llm3.config.schema import AdapterConfig
 from llm3.data.batch import Batch
 from llm3.distributed.machines import PEAK_FLOPS, peak_flops
-from llm3.models.flops import forward_flops, step_flops
+from llm3.models.flops import forward_flops, model_flops, step_flops
 from llm3.models.transformer import abstract
 from llm3.optim.partition import make_partition
 from llm3.registry import load_plugin
@@ -101,6 +101,17 @@ def test_the_formula_counts_the_products_that_the_compiler_kept(rules, head, cha
     assert sum(step_flops(config, BATCH, LENGTH, head, found.segments, found.trainable)) == counted
     # the compiler's own figure has the element-wise work as well, which is a small part even at this size
     assert counted < step.cost_analysis()["flops"] < 1.5 * counted
+
+
+@pytest.mark.parametrize("rules", ["all", "top(1)"])
+def test_model_flops_do_not_count_what_is_computed_again(rules):
+    config = model_config()
+    found = make_partition(canonical(abstract(config).shapes), rules, config.layers)
+    args = (BATCH, LENGTH, "lm", found.segments, found.trainable)
+    once = step_flops(config, *args)
+    for again in ({"remat": "full"}, {"remat": "dots"}, {"logit_chunk": 5}):
+        changed = dataclasses.replace(config, **again)
+        assert model_flops(changed, *args) == once and sum(step_flops(changed, *args)) > sum(once)
 
 
 def test_without_a_partition_everything_trains():

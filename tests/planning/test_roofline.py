@@ -11,6 +11,7 @@ from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig
 from llm3.distributed.machines import links, parse
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.planning import trace
+from llm3.planning.plan import plan_phases
 from llm3.planning.roofline import Collective, Times, collectives, lowest_layer, times
 from llm3.stages.stage import Stage, plan_stage
 from llm3.tree import size
@@ -153,7 +154,7 @@ def test_logits_in_chunks_are_not_held_at_once():
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
 def test_the_traced_flops_of_a_device_are_its_share_of_the_formula(stage, model, sizes):
     config, mesh = config_of(stage, **model), abstract_mesh(**sizes)
-    expected = phase_of(config, mesh).flops_per_step / mesh.size
+    expected = phase_of(config, mesh).hardware_flops_per_step / mesh.size
     assert step_of(config, mesh).flops == pytest.approx(expected, rel=1e-9)
 
 
@@ -171,8 +172,18 @@ def test_loops_and_work_that_tensor_does_not_shard_cost_a_little_more_than_the_f
     """The trace adds the gradient of the lowest layer's input, the narrow side of an adapter, and the classes."""
     config = config_of(stage, **model)
     for mesh in (abstract_mesh(), abstract_mesh(tensor=2)):
-        share = step_of(config, mesh).flops / (phase_of(config, mesh).flops_per_step / mesh.size)
+        share = step_of(config, mesh).flops / (phase_of(config, mesh).hardware_flops_per_step / mesh.size)
         assert 1 <= share < 1.1
+
+
+def test_run_bench_and_plan_divide_the_same_model_flops_by_time_and_peak():
+    """Whatever is computed again, and however windows are cut."""
+    plain, again = (config_of({"train": "top(2)"}, **model) for model in ({}, {"remat": "full", "logit_chunk": 16}))
+    once = phase_of(plain, abstract_mesh()).flops_per_step
+    planned = plan_phases(stage_of(again), MeshConfig(data=1, context=2), parse("h100x2"), ("full",))[0]
+    phases = [phase_of(again, abstract_mesh()), phase_of(plain, abstract_mesh(context=2)), planned.phase]
+    assert [each.flops_per_step for each in phases] == [once] * 3
+    assert all(each.hardware_flops_per_step > once for each in phases)
 
 
 def test_a_device_has_its_share_of_batch_heads_and_length():

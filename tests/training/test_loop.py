@@ -17,8 +17,17 @@ def metrics(loss, weight, skipped=0.0, tokens=8.0, in_a_row=0.0):
     return named | {"non_finite_in_a_row": in_a_row, "new_level": 0.0}
 
 
+def test_mfu_counts_model_flops_and_hfu_what_is_computed_again_as_well():
+    meter = Meter(Cost(), flops_per_step=30.0, hardware_flops_per_step=40.0, peak_flops=1000.0)
+    meter.pending = [metrics(2.0, 3.0)]
+    line = meter.log_line()
+    assert line["mfu"] == pytest.approx(30 / line["step_seconds"] / 1000) and meter.cost.flops == 30
+    assert line["hfu"] == pytest.approx(line["mfu"] * 4 / 3)
+    assert line["flops_per_second"] == pytest.approx(line["hardware_flops_per_second"] * 3 / 4)
+
+
 def test_a_log_line_weights_steps_by_their_targets_and_ignores_skipped_steps():
-    meter = Meter(Cost(), flops_per_step=10.0, peak_flops=None)
+    meter = Meter(Cost(), flops_per_step=10.0, hardware_flops_per_step=10.0, peak_flops=None)
     meter.pending = [metrics(2.0, 3.0), metrics(math.nan, 5.0, skipped=1.0), metrics(4.0, 1.0)]
     line = meter.log_line()
     assert line["loss"] == pytest.approx((3 * 2.0 + 1 * 4.0) / 4)
@@ -27,7 +36,7 @@ def test_a_log_line_weights_steps_by_their_targets_and_ignores_skipped_steps():
 
 
 def test_a_log_line_of_skipped_steps_only_has_no_loss():
-    meter = Meter(Cost(), flops_per_step=10.0, peak_flops=None)
+    meter = Meter(Cost(), flops_per_step=10.0, hardware_flops_per_step=10.0, peak_flops=None)
     meter.pending = [metrics(math.nan, 0.0, skipped=1.0)]
     line = meter.log_line()
     assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_steps"] == 1
@@ -53,7 +62,7 @@ def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
         request=request,
         watchdog=Watchdog(0),
     )
-    _, end = train(step, 0, lambda i: i, Meter(Cost(), 1.0, None), (start, stop), hooks, stop_after=3)
+    _, end = train(step, 0, lambda i: i, Meter(Cost(), 1.0, 1.0, None), (start, stop), hooks, stop_after=3)
     return logged, saved, batches, end
 
 
