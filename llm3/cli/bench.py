@@ -46,8 +46,11 @@ def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, a
     if stage not in order:
         raise UserError(f"--stage={stage}: no such stage; {nearest(stage, order)}")
     session = Session(prepare(config, workdir, [stage]), Console(stderr=True, highlight=False))
-    with session.on_mesh():
-        metrics = measure(session, session.experiment.stages[stage], alone)
+    chosen = session.experiment.stages[stage]
+    with session.on_mesh(), memory.explained(chosen.where, session.memory_fields(chosen)):
+        metrics = measure(session, chosen, alone)
+    if session.unknown_peak:
+        session.console.print(session.unknown_peak)
     print(json.dumps(metrics) if as_json else table(metrics))
     return 0
 

@@ -10,28 +10,55 @@ from typing import NamedTuple
 from llm3.distributed.mesh_axes import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
-# Dense bfloat16 peak of one jax device in FLOP/s, by prefix of `device_kind`.
+# Dense bfloat16 peak of one jax device in FLOP/s, by exact `device_kind`: a part of a GPU (MIG) has a name of its own.
+# NVIDIA states rates with sparsity, which are twice these. A jax device of a TPU v3 or TPU7x is half a chip.
 PEAK_FLOPS: dict[str, float] = {
-    "NVIDIA A100": 312e12,  # NVIDIA A100 datasheet, 2021
-    "NVIDIA H100 PCIe": 756e12,  # NVIDIA H100 datasheet, 2023, without sparsity
-    "NVIDIA H100": 989e12,  # the same, SXM
-    "NVIDIA H200": 989e12,  # NVIDIA H200 datasheet, 2024, without sparsity
-    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200 datasheet, 2024, without sparsity
-    "NVIDIA L4": 121e12,  # NVIDIA L4 datasheet, 2023, without sparsity
-    "TPU v3": 61.5e12,  # Google Cloud documentation: 123 TFLOP/s a chip of two cores
-    "TPU v4": 275e12,  # Google Cloud documentation
-    "TPU v5 lite": 197e12,  # Google Cloud documentation, v5e
+    # NVIDIA A100 datasheet, 2021: PCIe and SXM alike
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A10": 125e12,  # NVIDIA A10 datasheet, 2021
+    "NVIDIA A30": 165e12,  # NVIDIA A30 datasheet, 2021
+    "NVIDIA A40": 149.7e12,  # NVIDIA A40 datasheet, 2021
+    "NVIDIA L4": 121e12,  # NVIDIA L4 datasheet, 2023
+    "NVIDIA L40": 181.05e12,  # NVIDIA L40 datasheet, 2023
+    "NVIDIA L40S": 362.05e12,  # NVIDIA L40S datasheet, 2023
+    # NVIDIA H100 datasheet, 2024: SXM, PCIe (2023) and NVL
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    # NVIDIA GH200 datasheet, 2023: the GPU is an H100 with 96 GB, or one with 144 GB
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA GH200 144G HBM3e": 989e12,
+    # NVIDIA H200 datasheet, 2024: SXM and NVL
+    "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,  # NVIDIA HGX B200 datasheet, 2024
+    "NVIDIA GB200": 2500e12,  # NVIDIA GB200 NVL72 datasheet, 2024: half a superchip of two GPUs
+    # Google Cloud documentation, the page of each version; jax has two names for some of them
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # Google Cloud documentation, v5p
-    "TPU v6 lite": 918e12,  # Google Cloud documentation, v6e
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,  # Ironwood
 }
 
 
 def peak_flops(device_kind: str) -> float | None:
     """The dense bfloat16 peak of one device in FLOP/s; None if unknown."""
-    matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    return PEAK_FLOPS.get(device_kind)
+
+
+def unknown_peak(device_kind: str) -> str | None:
+    """A sentence on a device whose peak is unknown; None for a known one, and for a CPU, which has no stated peak."""
+    if device_kind in PEAK_FLOPS or device_kind.lower() == "cpu":
+        return None
+    return f"no MFU: the peak rate of {device_kind!r} is unknown (add it to PEAK_FLOPS in llm3/distributed/machines.py)"
 
 
 class Chip(NamedTuple):
@@ -56,8 +83,8 @@ GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("a100", PEAK_FLOPS["NVIDIA A100"], 80 * GIB, 2.039e12, 300e9, 25e9, 8),
-        Chip("h100", PEAK_FLOPS["NVIDIA H100"], 80 * GIB, 3.35e12, 450e9, 50e9, 8),
+        Chip("a100", PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80 * GIB, 2.039e12, 300e9, 25e9, 8),
+        Chip("h100", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80 * GIB, 3.35e12, 450e9, 50e9, 8),
         Chip("h200", PEAK_FLOPS["NVIDIA H200"], 141 * GIB, 4.8e12, 450e9, 50e9, 8),
         Chip("b200", PEAK_FLOPS["NVIDIA B200"], 180 * GIB, 8e12, 900e9, 50e9, 8),
         Chip("v4", PEAK_FLOPS["TPU v4"], 32 * GIB, 1.2e12, 50e9, 0, 4, 3, 4),

@@ -13,7 +13,7 @@ from rich.console import Console
 from llm3 import __version__, evals
 from llm3.data.contamination import contamination_sentence
 from llm3.distributed import processes
-from llm3.distributed.machines import peak_flops
+from llm3.distributed.machines import peak_flops, unknown_peak
 from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
 from llm3.models.kernels import dot
@@ -33,8 +33,10 @@ class Session:
         self.mesh = make_mesh(vars(mesh), across_hosts=mesh.across_hosts, islands=processes.islands())
         with self.on_mesh():
             self._check_batches()
-        peak = peak_flops(jax.devices()[0].device_kind)
+        kind = jax.devices()[0].device_kind
+        peak = peak_flops(kind)
         self.peak_flops = peak and peak * jax.device_count()
+        self.unknown_peak = unknown_peak(kind)
         self.compiled_evaluations: evals.Compiled = {}
         self._phases: dict[str, list[Phase]] = {}
 
@@ -70,7 +72,8 @@ class Session:
         return {
             "devices": f"{len(devices)} x {devices[0].device_kind}"
             + (f" of {hosts} processes" if hosts > 1 else "")
-            + f", mesh {dict(self.mesh.shape)}",
+            + f", mesh {dict(self.mesh.shape)}"
+            + (f"; {self.unknown_peak}" if self.unknown_peak else ""),
             "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,

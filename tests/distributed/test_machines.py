@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from llm3.distributed.machines import CHIPS, EXAMPLES, Link, links, parse, peak_flops
+from llm3.distributed.machines import CHIPS, EXAMPLES, Link, links, parse, peak_flops, unknown_peak
 from llm3.errors import UserError
 
 
@@ -66,6 +66,37 @@ def test_the_peaks_are_those_of_the_one_table():
         "v6e": "TPU v6e",
     }.items():
         assert CHIPS[name].peak == peak_flops(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),  # TFLOP/s in bfloat16 without sparsity, as the vendors state them
+    [
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181.05),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU7x", 2307 / 2),
+    ],
+)
+def test_the_peak_rate_is_that_of_the_exact_device(kind, peak):
+    assert peak_flops(kind) == peak * 1e12 and unknown_peak(kind) is None
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A10G", "NVIDIA H20", "TPU v9", "NVIDIA"])
+def test_a_device_of_another_name_is_unknown_and_says_so(kind):
+    assert peak_flops(kind) is None
+    assert repr(kind) in unknown_peak(kind) and "no MFU" in unknown_peak(kind)
+    assert peak_flops("cpu") is None and unknown_peak("cpu") is None
 
 
 def test_gpus_are_linked_inside_of_a_host_and_over_the_network_between_hosts():

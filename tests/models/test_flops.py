@@ -12,7 +12,6 @@ from flax import nnx
 from llm3 import objectives
 from llm3.config.schema import AdapterConfig
 from llm3.data.batch import Batch
-from llm3.distributed.machines import PEAK_FLOPS, peak_flops
 from llm3.models.flops import forward_flops, model_flops, step_flops
 from llm3.models.transformer import abstract
 from llm3.optim.partition import make_partition
@@ -178,21 +177,3 @@ def test_layers_that_are_frozen_above_the_lowest_that_trains_save_their_weight_g
     assert rule_flops(config, top, "task") - rule_flops(config, some, "task") == saved
     counted = [product_flops(compiled_step(config, rules, "task")[0].as_text()) for rules in (top, some)]
     assert counted[0] - counted[1] == saved
-
-
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
-        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
-        ("NVIDIA H200", "NVIDIA H200"),
-        ("TPU v5 lite", "TPU v5 lite"),
-        ("TPU v5p", "TPU v5"),
-    ],
-)
-def test_the_longest_name_that_fits_gives_the_peak_rate(kind, name):
-    assert peak_flops(kind) == PEAK_FLOPS[name]
-
-
-def test_the_peak_rate_of_an_unknown_chip_is_unknown():
-    assert peak_flops("cpu") is None
