@@ -188,8 +188,20 @@ def call_verb(arguments: list[str]) -> int:
         with joined(*cluster) if cluster else nullcontext():
             return function_of(verb)(**options)
     except UserError as error:
-        print(f"llm3: {error}", file=sys.stderr)
-        return error.exit
+        return failed(error)
+    except (RuntimeError, MemoryError) as error:  # jax raises RuntimeErrors
+        from llm3.distributed import memory
+
+        if not memory.is_exhausted(error):
+            raise
+        fields = ("a smaller batch_size", "a smaller sequence_length", "config.mesh.fsdp (more devices)")
+        return failed(memory.exhausted(name, memory.asked_bytes(error), memory.device_bytes(), fields))
+
+
+def failed(error: UserError) -> int:
+    """Print an error on one line; returns the exit status."""
+    print(f"llm3: {error}", file=sys.stderr)
+    return error.exit
 
 
 @contextmanager

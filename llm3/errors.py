@@ -22,7 +22,7 @@ class Exit(enum.IntEnum):
 
 
 class UserError(Exception):
-    """Bad input, found before any device work. The command line prints it without a traceback and exits with 2."""
+    """Bad input, found before any device work if possible. The command line prints it without a traceback; exit 2."""
 
     exit: int = Exit.BAD_INPUT
 
@@ -41,6 +41,10 @@ class NotWritten(UserError):
     """A file could not be written, e.g. because a disk is full."""
 
     exit = Exit.NOT_WRITTEN
+
+
+class OutOfMemory(UserError):
+    """A step or an evaluation needs more memory than a device has."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full disk, quota exceeded, read-only: only a write raises these

@@ -10,6 +10,7 @@ import jax
 from rich.console import Console
 
 from llm3.config.schema import RunConfig
+from llm3.distributed import memory
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import init

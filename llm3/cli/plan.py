@@ -93,7 +93,7 @@ def plan_on(config: RunConfig, workdir: Path, stages: list[str] | None, topology
             for line in [*_remarks(each, machine), *notes]:
                 console.print(f"  {line}")
             if compiled:
-                with on_abstract_mesh(config.mesh, machine):
+                with on_abstract_mesh(config.mesh, machine.devices):
                     found = compiler.compile_step(stage, config.mesh, machine, index)
                 console.print(_comparison(each, found))
     for line in assumptions(config.mesh, machine):

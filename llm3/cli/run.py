@@ -17,6 +17,7 @@ from llm3.distributed.lock import lock
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import CHECKPOINTS, DETAILS, INIT, MATRIX, RECORD, REPORT, ROW, TOKENIZER, read_json, write_json
+from llm3.planning.fit import check_fits
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
 from llm3.stages import rules
@@ -46,6 +47,9 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
         finished = "is finished" if len(order) == 1 else "are finished"
         console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir / REPORT}")
         return 0
+    check_fits(
+        config, [name for name in to_train if not Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps()]
+    )
     with ExitStack() as held:
         held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))

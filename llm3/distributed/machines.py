@@ -4,9 +4,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
+from llm3.distributed.memory import machine_bytes
 from llm3.distributed.mesh_axes import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
@@ -214,8 +214,8 @@ def _dimensions(free: list[int], size: int) -> list[int]:
 
 
 def _this_cpu() -> Chip:
-    """All cores as one device: memory from /proc/meminfo, rates measured by a matmul and a copy."""
-    memory = re.search(r"MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    """All cores as one device: memory as the system states it, rates measured by a matmul and a copy."""
+    memory = machine_bytes()
     if memory is None:
         raise UserError("--topology='cpu': /proc/meminfo does not state the memory of this machine")
     import numpy as np  # slow to import, and only needed here
@@ -226,7 +226,7 @@ def _this_cpu() -> Chip:
     large = np.ones(2**24, np.float32)  # 64 MiB, larger than most caches
     other = np.empty_like(large)
     copied = 2 * large.nbytes / _fastest(lambda: np.copyto(other, large))
-    return Chip("cpu", flops, int(memory[1]) * 1024, copied, copied, copied, 1)
+    return Chip("cpu", flops, memory, copied, copied, copied, 1)
 
 
 def _fastest(work: Callable[[], object]) -> float:

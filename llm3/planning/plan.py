@@ -47,9 +47,9 @@ class PhasePlan(NamedTuple):
 
 
 @contextmanager
-def on_abstract_mesh(config: MeshConfig, machine: Topology) -> Iterator[Mesh]:
-    """The mesh of a config on a machine, without devices, with its sharding rules active. Raises UserError."""
-    shape = mesh_shape(vars(config), machine.devices)
+def on_abstract_mesh(config: MeshConfig, devices: int) -> Iterator[Mesh]:
+    """The mesh of a config over so many devices, which need not exist, with its rules active. Raises UserError."""
+    shape = mesh_shape(vars(config), devices)
     with rules_in_force(table(config.rules)):
         yield cast(Mesh, AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)))
 
@@ -80,7 +80,7 @@ def plan_phases(
     Raises UserError if the mesh does not fit the machine's number of devices.
     """
     links = machines.links(machine, vars(config), config.across_hosts)
-    with on_abstract_mesh(config, machine) as mesh:
+    with on_abstract_mesh(config, machine.devices) as mesh:
         phases = range(len(stage.phases(mesh)))
         return [_plan_phase(stage, mesh, machine, links, index, policies) for index in phases]
 

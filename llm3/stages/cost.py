@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from llm3.config.schema import ModelConfig
+from llm3.distributed.sharding import axis_size
 from llm3.optim.optimizer import state_bytes
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
@@ -47,6 +49,35 @@ def step_cost(
         "full_moment_bytes": full_bytes["moment_bytes"],
         "full_flops_per_token": full.flops_per_step / tokens,
     }
+
+
+def memory_fields(stage: Stage, state: TrainState, mesh: Mesh, limit: float | None) -> list[str]:
+    """Three fields of a config that lower the memory of a step, the most helpful first.
+
+    That depends on what fills a device of `limit` bytes: parameters, gradients and moments of `state`, the attention
+    scores of a single window, or all activations together.
+    """
+    if limit is not None and sum(byte_report(state).values()) / mesh.size > 0.8 * limit:
+        smaller = "config.model (a smaller one)"
+        return ["config.mesh.fsdp (more devices)", f"{stage.where}.train (fewer parameters)", smaller]
+    own, model, rows = stage.config, stage.model, stage.config.batch_size // axis_size(mesh, "batch")
+    length = f"{stage.where}.sequence_length (now {own.sequence_length})"
+    if limit is not None and scores_bytes(model, 1, own.sequence_length, mesh) > limit:
+        return [length, "config.mesh.context (more devices)", "config.mesh.tensor (more devices)"]
+    fields = [f"{stage.where}.micro_batches (now {own.micro_batches}, up to {rows})"] * (own.micro_batches < rows)
+    fields += ["config.model.remat='full'"] * (model.remat != "full")
+    fields += ["config.model.logit_chunk=256"] * (
+        not model.logit_chunk and stage.head == "lm" and own.sequence_length > 256
+    )
+    return [*fields, length, "config.mesh.fsdp (more devices)", "config.model (a smaller one)"][:3]
+
+
+def scores_bytes(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> float:
+    """Less bytes than any pass over [rows, length] tokens needs on a device: a quarter of one layer's attention scores.
+
+    Queries without a gradient are computed in up to four blocks.
+    """
+    return 2.0 * rows * model.heads * length**2 / 4 / (axis_size(mesh, "heads") * axis_size(mesh, "length"))
 
 
 def recipe(stage: Stage) -> str:

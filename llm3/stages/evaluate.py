@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from llm3.checkpoints.metadata import digests_of
-from llm3.distributed import processes
+from llm3.distributed import memory, processes
 from llm3.errors import UserError, nearest
 from llm3.files import DETAILS, INIT, ROW, read_json, write_json
 from llm3.models.transformer import init
@@ -31,7 +31,9 @@ def measure(
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(stage):
             continue
-        for metric, value in evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled).items():
+        with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
+            measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled)
+        for metric, value in measured.items():
             key = f"{evaluation.name}_{metric}"
             if isinstance(value, dict | list):
                 details[key] = value
@@ -40,6 +42,12 @@ def measure(
                 session.console.print(f"{name}: {key} is {value}", style="bold red")
             metrics[key] = value if math.isfinite(value) else None
     return metrics, details
+
+
+def evaluation_fields(name: str) -> list[str]:
+    """Three fields that lower the memory of an evaluation, the most helpful first."""
+    where = f"config.evaluations.{name}"
+    return [f"{where}.batch_size", f"{where}.sequence_length", "config.mesh.fsdp (more devices)"]
 
 
 def evaluate_stage(session: Session, stage: Stage | None, params: dict) -> tuple[dict, dict]:

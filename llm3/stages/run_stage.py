@@ -194,7 +194,12 @@ class StageRun:
 
 
 def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
-    """Train and evaluate a stage; False if a signal stopped it, with its state saved."""
+    """Train and evaluate a stage; False if a signal stopped it, with its state saved. Raises UserError."""
+    with memory.explained(stage.where, session.memory_fields(stage)):
+        return _run_stage(stage, session, request)
+
+
+def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     config, directory = stage.config, session.workdir / stage.name
     check_ancestry(session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
@@ -244,7 +249,9 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     analysis = compiled.memory_analysis()
     assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes
-    bytes_ = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    bytes_, limit = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes, memory.device_bytes()
+    if session.config.check_memory and limit is not None and bytes_ > limit:
+        raise memory.exhausted(stage.where, bytes_, limit, session.memory_fields(stage))
     left = phase.hardware_flops_per_step * (phase.stop - done)
     steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else counted(stage.config.steps, "step")
     session.console.print(

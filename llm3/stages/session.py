@@ -12,11 +12,12 @@ from rich.console import Console
 
 from llm3 import __version__, evals
 from llm3.data.contamination import contamination_sentence
-from llm3.distributed import processes
+from llm3.distributed import memory, processes
 from llm3.distributed.machines import peak_flops, unknown_peak
 from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
 from llm3.models.kernels import dot
+from llm3.stages.cost import memory_fields
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
@@ -59,6 +60,10 @@ class Session:
         if stage.name not in self._phases:
             self._phases[stage.name] = stage.phases(self.mesh)
         return self._phases[stage.name]
+
+    def memory_fields(self, stage: Stage) -> list[str]:
+        """Three fields that lower the memory of a stage's step, the most helpful first."""
+        return memory_fields(stage, self.phases(stage)[-1].abstract_state, self.mesh, memory.device_bytes())
 
     def facts(self) -> dict[str, Any]:
         """Devices, dtype, versions and data of this run, for the header and the report."""

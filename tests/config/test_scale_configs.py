@@ -39,7 +39,7 @@ def test_a_variant_is_lawful_and_its_mesh_divides_every_batch(name, machine):
     order = rules.check(config)
     # training 70B does not fit on 8 GPUs
     assert order == ["pretrain", "posttrain", "finetune"][(name, machine) == ("llama3_70b", "h100x8") :]
-    with on_abstract_mesh(config.mesh, parse(TOPOLOGIES[machine])) as mesh:
+    with on_abstract_mesh(config.mesh, parse(TOPOLOGIES[machine]).devices) as mesh:
         for stage in config.stages.values():
             check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, "stage")
         for evaluation in config.evaluations.values():
