@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from llm3.distributed.memory import machine_bytes
 from llm3.distributed.mesh_axes import MESH_AXES, check_across_hosts, mesh_shape
 from llm3.errors import UserError, nearest
 
@@ -215,11 +214,13 @@ def _dimensions(free: list[int], size: int) -> list[int]:
 
 def _this_cpu() -> Chip:
     """All cores as one device: memory as the system states it, rates measured by a matmul and a copy."""
+    import numpy as np  # both are slow to import, and only needed here
+
+    from llm3.distributed.memory import machine_bytes
+
     memory = machine_bytes()
     if memory is None:
         raise UserError("--topology='cpu': /proc/meminfo does not state the memory of this machine")
-    import numpy as np  # slow to import, and only needed here
-
     size = 1024
     x = np.ones((size, size), np.float32)
     flops = 2 * size**3 / _fastest(lambda: x @ x)
