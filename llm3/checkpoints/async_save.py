@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -59,10 +60,13 @@ class Response(Protocol):
 
 
 class AsyncSave:
-    """One save of `step`, created before it begins; `response` is the response of Orbax once it has begun."""
+    """One save of `step`, created before it begins; `response` is the response of Orbax once it has begun.
 
-    def __init__(self, step: int):
-        self.step = step
+    arrays: the names of its parts that hold arrays.
+    """
+
+    def __init__(self, step: int, arrays: Sequence[str]):
+        self.step, self.arrays = step, arrays
         self.response: Response | None = None
         _failures.last = None
 

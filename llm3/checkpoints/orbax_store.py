@@ -2,8 +2,8 @@
 
 A checkpoint is a directory DIR/<step> with three parts: `params` (a nested dict), `opt` (the leaves of an optax state
 by path) and `meta` (JSON). `meta` holds a SHA-256 of every leaf and of itself, because Orbax loads a data file with
-overwritten bytes without an error. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and then renames it, so DIR/<step>
-is always a finished save.
+overwritten bytes without an error. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and then renames it to DIR/<step>.
+Orbax may also rename a save without all of its files, so a save counts only after a look at them.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import functools
 import logging
 import math
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
+from llm3.checkpoints.layout import LiteralPath, missing_files, orbax_context
 from llm3.checkpoints.metadata import (
     array_mismatches,
     as_arrays,
@@ -48,6 +48,9 @@ class DamagedCheckpoint(UserError):
 class Store:
     """The checkpoints in `directory`, each of them self-contained.
 
+    Saves are asynchronous in a `with` block, which waits for the last one at its end, however it ends. Elsewhere a save
+    is finished when `save` returns: Python offers no public hook that could finish it at exit.
+
     keep: the number of latest steps to keep. best: the name of a metric; the step where it is lowest is kept too.
     read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
     """
@@ -59,16 +62,19 @@ class Store:
         self._keep, self._best, self._read_only = keep, best, read_only
         self._writer: ocp.training.Checkpointer | None = None
         self._save_in_progress: AsyncSave | None = None
+        self._entered = 0  # the number of `with` blocks
         self.damaged: set[int] = set()  # the steps that the next save renames
 
     def __enter__(self) -> "Store":
+        self._entered += 1
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._entered -= 1
         self.close()
 
     def save(self, step: int, params: dict, opt: Any, meta: dict, metrics: Mapping[str, float] | None = None) -> None:
-        """Save in the background; the caller may donate or change its arrays as soon as this returns.
+        """Save, in a `with` block in the background; the caller may donate or change its arrays once this returns.
 
         params: nested dict of arrays. opt: any pytree of arrays. meta: JSON-able; gains `digests`, `params_digest`,
         `opt_digests`, `shapes`, `meta_digest`. metrics: {name: value}, to choose the best step.
@@ -89,26 +95,37 @@ class Store:
             if wrong := not_finite(leaves):
                 raise UserError(f"step {step} is not saved: {name} has non-finite values in {listed(wrong)}")
         meta = with_digests(meta, parts)
-        started = AsyncSave(step)
+        arrays = [name for name, leaves in parts.items() if leaves]  # Orbax refuses an empty tree
+        started = AsyncSave(step, arrays)
         with self._saving(step):
             started.response = self._open().save_checkpointables_async(
                 step,
-                # Orbax refuses an empty tree
-                {name: unflatten(leaves) for name, leaves in parts.items() if leaves} | {"meta": meta},
+                {name: unflatten(parts[name]) for name in arrays} | {"meta": meta},
                 metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
             )
         self._save_in_progress = started
         unfinished_saves.add(started)
-        if _register_at_exit is None:
+        if not self._entered:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the last save is finished. Raises NotWritten if the disk refused it, else RuntimeError."""
+        """Return when the last save is finished and all its files are there.
+
+        Raises NotWritten if the disk refused it or a file is missing, else RuntimeError.
+        """
         if self._save_in_progress is None:
             return
         started, self._save_in_progress = self._save_in_progress, None
         with self._saving(started.step):
             started.wait()
+        self._check_complete(started)
+
+    def _check_complete(self, save: AsyncSave) -> None:
+        path = self.directory / str(save.step)
+        if jax.process_index() == 0 and (missing := missing_files(path, save.arrays)):
+            kept = f"; it is kept as {self._rename(save.step).name}" if path.exists() else ""
+            where = f"{self.directory}: the checkpoint of step {save.step} was not written"
+            raise NotWritten(f"{where}: it lacks {listed(missing)}{kept}")
 
     def close(self) -> None:
         """Wait for the last save and close the Orbax checkpointer. Raises as `wait` does."""
@@ -197,31 +214,33 @@ class Store:
                     policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
                 )
             self._writer = ocp.training.Checkpointer(
-                self.directory,
-                context=_context(),
+                LiteralPath(self.directory),
+                context=orbax_context(),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
             )
-            if _register_at_exit is not None:
-                _register_at_exit(_finish_at_exit, self)
         return self._writer
 
     def _rename_damaged(self) -> None:
         """Rename the damaged steps: they will be saved again, and must not count towards `keep`."""
         for step in sorted(self.damaged):
             path = self.directory / str(step)
-            if not path.exists():  # removed by someone else meanwhile
-                continue
-            names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
-            target = next(name for name in names if not name.exists())
-            if jax.process_index() == 0:
-                with writing(target):
-                    path.rename(target)
-            logger.warning("the damaged checkpoint %s is kept as %s", path, target.name)
+            if path.exists():  # else someone removed it meanwhile
+                logger.warning("the damaged checkpoint %s is kept as %s", path, self._rename(step).name)
         if self.damaged:
             self._changed("damaged checkpoints are renamed")
         self.damaged.clear()
+
+    def _rename(self, step: int) -> Path:
+        """Rename a step to the returned path, which is no checkpoint; only the first process does it."""
+        path = self.directory / str(step)
+        names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
+        target = next(name for name in names if not name.exists())
+        if jax.process_index() == 0:
+            with writing(target):
+                path.rename(target)
+        return target
 
     def _changed(self, what: str) -> None:
         """Let all processes and Orbax see the changed directory. what: the name of the change, for the barrier."""
@@ -232,9 +251,9 @@ class Store:
 
     def _read(self, step: int, part: str, target: Any, saved: dict[str, tuple] | None = None) -> Any:
         """A part as Orbax reads it. saved: the required shapes and dtypes, checked since Orbax would silently cast."""
-        path = self.directory / str(step)
+        path = LiteralPath(self.directory / str(step))
         try:
-            with _context():
+            with orbax_context():
                 if saved is not None:
                     arrays = ocp.checkpointables_metadata(path).metadata.get(part)  # None if Orbax does not know
                     if arrays is not None and (wrong := array_mismatches(flatten(arrays), saved)):
@@ -263,27 +282,6 @@ class Store:
         if abstract is None:
             return loaded
         return {path: loaded[path].astype(leaf.dtype, copy=False) for path, leaf in abstract.items()}
-
-
-# The public `atexit` runs after concurrent.futures has shut down, when Orbax can no longer finish a save. If Python has
-# no earlier hook, every save is awaited at once.
-_register_at_exit = getattr(threading, "_register_atexit", None)
-
-
-def _finish_at_exit(store: Store) -> None:
-    try:
-        store.close()
-    except Exception as error:
-        logger.error("the last checkpoint was lost: %s", error, exc_info=not isinstance(error, NotWritten))
-
-
-def _context() -> ocp.Context:
-    context = ocp.Context()
-    context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
-    context.checkpointables.registry = ocp.handlers.local_registry().add(
-        ocp.handlers.JsonHandler, checkpointable_name="meta"
-    )
-    return context
 
 
 def _rank(name: str, metrics: Mapping[str, float]) -> float:

@@ -40,6 +40,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one stage in `directory`, next to the directory of its base.
 
+    Saves are asynchronous in a `with` block only, as in `Store`.
+
     keep: the number of latest steps to keep. best: the name of a metric; the step where it is lowest is kept too.
     read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
     """
@@ -51,10 +53,15 @@ class Checkpoints:
         self._base_digest: str | None = None  # set by `save_base`
 
     def __enter__(self) -> "Checkpoints":
+        self._base.__enter__()
+        self._steps.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        try:
+            self._base.__exit__()
+        finally:
+            self._steps.__exit__()
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, ascending."""

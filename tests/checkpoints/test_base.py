@@ -136,23 +136,23 @@ def test_a_stage_rejects_a_base_that_would_change_frozen_parameters(stage):
 
 
 def test_no_delta_checkpoint_is_saved_if_its_base_was_not_written(tmp_path, monkeypatch):
-    checkpoints, rename = Checkpoints(tmp_path / "checkpoints"), os.rename
+    rename = os.rename
 
     def fail(source, target, **options):
         if "base" in str(source):
             raise OSError("no space left on this device")
         return rename(source, target, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", fail)
-        patch.setattr(os, "replace", fail)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", fail)
+            patch.setattr(os, "replace", fail)
+            checkpoints.save_base(START, {})
+            with pytest.raises(NotWritten, match=r"base: .* step 0 was not written: .*no space left"):
+                save(checkpoints, 10)
+        assert checkpoints.steps() == []
         checkpoints.save_base(START, {})
-        with pytest.raises(NotWritten, match=r"base: .* step 0 was not written: .*no space left"):
-            save(checkpoints, 10)
-    assert checkpoints.steps() == []
-    checkpoints.save_base(START, {})
-    save(checkpoints, 10)
-    checkpoints.close()
+        save(checkpoints, 10)
     assert same(checkpoints.load_params(10, abstract(START)), AT[10])
 
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from llm3.checkpoints import layout
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Wanted
 from llm3.errors import NotWritten, UserError
@@ -137,9 +139,6 @@ def test_a_leaf_that_is_not_finite_is_never_committed(tmp_path):
 
 
 def test_a_save_that_failed_surfaces_at_the_next_one_and_deletes_nothing(tmp_path, monkeypatch):
-    checkpoints = Checkpoints(tmp_path / "all", keep=1)
-    checkpoints.save(1, PARAMS, OPT, {})
-    checkpoints.wait()
     rename = os.rename
 
     def fail(source, target, **options):
@@ -147,16 +146,40 @@ def test_a_save_that_failed_surfaces_at_the_next_one_and_deletes_nothing(tmp_pat
             raise OSError("no space left on this device")
         return rename(source, target, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", fail)
-        patch.setattr(os, "replace", fail)
+    with Checkpoints(tmp_path / "all", keep=1) as checkpoints:
+        checkpoints.save(1, PARAMS, OPT, {})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", fail)
+            patch.setattr(os, "replace", fail)
+            checkpoints.save(2, PARAMS, OPT, {})
+            with pytest.raises(NotWritten, match=r"step 2 was not written: .*no space left"):
+                checkpoints.save(3, PARAMS, OPT, {})
+        assert newest(Checkpoints(tmp_path / "all")).step == 1
         checkpoints.save(2, PARAMS, OPT, {})
-        with pytest.raises(NotWritten, match=r"step 2 was not written: .*no space left"):
-            checkpoints.save(3, PARAMS, OPT, {})
-    assert newest(Checkpoints(tmp_path / "all")).step == 1
-    checkpoints.save(2, PARAMS, OPT, {})
-    checkpoints.close()
     assert checkpoints.steps() == [2]
+
+
+def test_wildcards_in_a_path_are_read_literally(tmp_path):
+    (tmp_path / "lr1").mkdir()
+    save_two_steps(tmp_path / "lr[1e-3] *?{a,b}%20#x" / "checkpoints")
+    restored = newest(Checkpoints(tmp_path / "lr[1e-3] *?{a,b}%20#x" / "checkpoints", read_only=True))
+    assert restored.step == 20 and not restored.skipped
+    assert same(restored.params, jax.tree.map(lambda x: 2 * x, PARAMS)) and same(restored.opt, OPT)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_lacks_a_file_is_not_announced_and_does_not_count(tmp_path, monkeypatch, background):
+    """As where Orbax merges the files of no process, logs a line and returns."""
+    Checkpoints(tmp_path).save(1, PARAMS, OPT, {})
+    checkpoints = Checkpoints(tmp_path)
+    with checkpoints if background else nullcontext(), monkeypatch.context() as patch:
+        patch.setattr(layout.LiteralPath, "glob", lambda *_: iter(()))
+        with pytest.raises(NotWritten, match=r"step 2 .* lacks params/manifest.ocdbt.* kept as 2\.damaged"):
+            checkpoints.save(2, PARAMS, OPT, {})
+            checkpoints.wait()
+    assert Checkpoints(tmp_path, read_only=True).steps() == [1]
+    assert newest(Checkpoints(tmp_path, read_only=True)).skipped == []
 
 
 def test_the_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
@@ -181,14 +204,21 @@ def test_a_host_array_may_be_changed_as_soon_as_save_returns(tmp_path):
     assert same(checkpoints.load_params(1), expected)
 
 
-@pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "raise ValueError('a bug')"])
-def test_a_save_is_not_lost_when_the_process_ends_without_waiting(tmp_path, ending):
+@pytest.mark.parametrize(
+    "program",
+    [
+        "checkpoints.save(*SAVE)",
+        "with checkpoints: checkpoints.save(*SAVE); raise SystemExit(3)",
+        "with checkpoints: checkpoints.save(*SAVE); raise ValueError('a bug')",
+    ],
+)
+def test_a_save_is_not_lost_however_the_process_ends(tmp_path, program):
     program = f"""
         import pathlib, jax.numpy as jnp
         from llm3.checkpoints.stage_checkpoints import Checkpoints
-        params = {{"a": {{"kernel": jnp.arange(2_000_000, dtype=jnp.float32)}}}}
-        Checkpoints(pathlib.Path({str(tmp_path)!r})).save(7, params, {{"count": jnp.int32(1)}}, {{}})
-        {ending}
+        SAVE = (7, {{"a": {{"kernel": jnp.arange(2_000_000, dtype=jnp.float32)}}}}, {{"count": jnp.int32(1)}}, {{}})
+        checkpoints = Checkpoints(pathlib.Path({str(tmp_path)!r}))
+        {program}
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

@@ -144,16 +144,16 @@ def test_what_the_disk_refuses_is_told_from_a_mistake_in_the_program(tmp_path, m
 
         monkeypatch.setattr(os, "rename", rename)
 
-    checkpoints = Checkpoints(tmp_path)
-    refuse(OSError(number, os.strerror(number)))
-    checkpoints.save(1, PARAMS, OPT, {})
-    with pytest.raises(NotWritten, match=os.strerror(number)) as refused:
-        checkpoints.wait()
-    assert refused.value.exit == Exit.NOT_WRITTEN
-    refuse(TypeError("a mistake"))
-    checkpoints.save(1, PARAMS, OPT, {})
-    with pytest.raises(RuntimeError, match="step 1 was not written: TypeError: a mistake"):
-        checkpoints.wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        refuse(OSError(number, os.strerror(number)))
+        checkpoints.save(1, PARAMS, OPT, {})
+        with pytest.raises(NotWritten, match=os.strerror(number)) as refused:
+            checkpoints.wait()
+        assert refused.value.exit == Exit.NOT_WRITTEN
+        refuse(TypeError("a mistake"))
+        checkpoints.save(1, PARAMS, OPT, {})
+        with pytest.raises(RuntimeError, match="step 1 was not written: TypeError: a mistake"):
+            checkpoints.wait()
 
 
 def test_a_json_file_stays_as_it_was(disk):

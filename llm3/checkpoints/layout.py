@@ -1,0 +1,42 @@
+"""How Orbax is used: its context, paths that it reads literally, and the files that a finished save must have."""
+
+import glob
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+# Orbax merges the files of each process into these; without them a part cannot be read.
+OF_ARRAYS = ("manifest.ocdbt", "_METADATA")
+OF_JSON = ("data.json",)
+OF_STEP = "_CHECKPOINT_METADATA"
+
+
+class LiteralPath(type(epath.Path())):  # type: ignore[misc]  # the class of local paths
+    """A local path whose `glob` matches the pattern only.
+
+    Orbax finds the files of each process by a glob, which would read "[", "*" and "?" in the path as wildcards.
+    """
+
+    def glob(self, pattern: str) -> Iterator[Any]:
+        """The files that match the pattern in this folder."""
+        return (self / name for name in glob.glob(pattern, root_dir=str(self)))
+
+
+def missing_files(step: Path, arrays: Iterable[str]) -> list[str]:
+    """The files that a finished step lacks, or that are empty. arrays: the names of its parts that hold arrays."""
+    parts = {part: OF_ARRAYS for part in arrays} | {"meta": OF_JSON}
+    expected = [OF_STEP, *(f"{part}/{name}" for part, names in parts.items() for name in names)]
+    return [name for name in expected if not ((step / name).is_file() and (step / name).stat().st_size)]
+
+
+def orbax_context() -> ocp.Context:
+    """The options of all reads and writes."""
+    context = ocp.Context()
+    context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
+    context.checkpointables.registry = ocp.handlers.local_registry().add(
+        ocp.handlers.JsonHandler, checkpointable_name="meta"
+    )
+    return context
