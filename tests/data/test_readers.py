@@ -188,6 +188,30 @@ def test_folders_globs_and_splits_by_file_name_are_read():
     assert texts(data_dir="data", data_files={"train": "test.jsonl"}) == TEXTS[20:25]
 
 
+@pytest.mark.parametrize("file", ["rows[0-1]*?.jsonl", "rows[0-1]*?.json", "rows[0-1]*?.csv", "rows[0-1]*?.parquet"])
+def test_the_name_of_an_existing_file_is_no_pattern(folder, monkeypatch, file):
+    """Nor is the folder that it is in, the current one, or that of the cache."""
+    place = folder / "lr[1e-3]"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    Path("data[1]").mkdir()
+    for name, text in ((file, "literal"), (file.replace("[0-1]*?", "0ab"), "pattern")):
+        table, path = datasets.Dataset.from_dict({"text": [text]}), Path("data[1]", name)
+        {".csv": table.to_csv, ".parquet": table.to_parquet}.get(path.suffix, lambda _: None)(path)
+        if path.suffix.startswith(".json"):
+            path.write_text(json.dumps({"text": text} if path.suffix == ".jsonl" else [{"text": text}]))
+    kind = {"jsonl": "json"}.get(file.rpartition(".")[2], file.rpartition(".")[2])
+    names = (f"data[1]/{file}", str(place / "data[1]" / file), [f"data[1]/{file}"], {"train": f"data[1]/{file}"})
+    for data_files in names:
+        assert texts(path=kind, data_files=data_files) == ["literal"], data_files
+    assert texts(path=kind, data_dir="data[1]", data_files=file) == ["literal"]
+    assert texts(path="data[1]", data_files=file) == ["literal"]
+    assert texts(path=kind, data_dir="data[1]", data_files=file.replace("[0-1]*?", "[0]a?")) == ["pattern"]
+    for fields in (dict(path="data[1]"), dict(path=kind, data_dir="data[1]")):
+        with pytest.raises(UserError, match=r"reads \*, \? and \[ in the folder .*data\[1\] as wildcards: rename it"):
+            texts(**fields)
+
+
 def test_local_lines_need_no_copy_on_disk_whether_they_stream_or_not():
     Path("rows.jsonl").write_bytes(as_json(TEXTS))
     assert texts(data_files="rows.jsonl", streaming=True) == texts(data_files="rows.jsonl") == TEXTS

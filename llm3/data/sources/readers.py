@@ -47,7 +47,8 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
     if source.path in FILE_LOADERS:  # otherwise opening a local file contacts the hub
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     root = _writable(cache_dir) / "datasets"
-    options: dict[str, Any] = {"data_files": source.data_files, "data_dir": source.data_dir, "cache_dir": str(root)}
+    files_of = _literal_files(source)
+    options: dict[str, Any] = {"data_files": files_of, "data_dir": source.data_dir, "cache_dir": str(root)}
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, **options)
         files = _line_files(builder, source, split)
@@ -149,10 +150,44 @@ def _local_files(source: SourceConfig) -> Iterator[Path]:
         if "://" in pattern or source.path not in FILE_LOADERS:
             continue
         path = Path(source.data_dir or "", pattern)
-        found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern) else [str(path)]
+        if path.exists() or not glob.has_magic(pattern):
+            yield path
+            continue
+        found = sorted(glob.glob(os.path.join(glob.escape(source.data_dir or ""), pattern), recursive=True))
         if not found:
             raise UserError(f"source {source.path}: no file matches {path}")
-        yield from (Path(each) for each in found if each == str(path) or os.path.isfile(each))
+        yield from (Path(each) for each in found if os.path.isfile(each))
+
+
+def _literal_files(source: SourceConfig) -> Any:
+    """`data_files` for `datasets`, which reads all paths as patterns: those of existing files and folders are escaped.
+
+    Raises UserError for a folder of files that it would read as a pattern.
+    """
+    local = source.path in FILE_LOADERS
+    if not local and not Path(source.path).is_dir():
+        return source.data_files
+    folder = Path("" if local else source.path, source.data_dir or "").absolute()
+    if not source.data_files:
+        if glob.has_magic(str(folder)):
+            raise UserError(
+                f"source {source_name(source)}: the datasets library reads *, ? and [ in the folder {folder} as "
+                "wildcards: rename it, or name its files, as in path='json', data_files=[...]"
+            )
+        return source.data_files
+
+    def escaped(pattern: str) -> str:
+        path = folder / pattern
+        if "://" in pattern or not glob.has_magic(str(path)):
+            return pattern
+        return glob.escape(str(path)) if path.exists() else os.path.join(glob.escape(str(folder)), pattern)
+
+    def each_of(files: Any) -> Any:
+        if isinstance(files, dict):
+            return {split: each_of(each) for split, each in files.items()}
+        return escaped(files) if isinstance(files, str) else [escaped(each) for each in files]
+
+    return each_of(source.data_files)
 
 
 def _flat(data_files: Any) -> Iterable[str]:
