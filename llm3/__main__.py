@@ -73,6 +73,7 @@ VERBS = {
             WORKDIR,
             flag("--stage", help="one stage (default: every stage)"),
             flag("--prompt", required=True),
+            flag("--raw", action="store_true", help="continue the prompt: do not write it with the chat template"),
             flag("--max_tokens", type=int, default=64),
             flag("--temperature", type=float, default=0.8, help="0: always the most likely token"),
             flag("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all"),
@@ -95,6 +96,7 @@ VERBS = {
             ),
             flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
             flag("--base", help="the base model that the adapters name, for --format=adapters"),
+            flag("--dtype", default="float32", help="float32 (default) or bfloat16"),
         ),
     ),
     "bench": Verb(

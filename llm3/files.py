@@ -12,6 +12,7 @@ from llm3.errors import UserError, writing
 
 # In the run directory
 TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # the template of conversations, if the run has one
 REPORT = "report.md"
 MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence marks a complete report
 INIT = "init"  # the folder of the untrained model, and its name as a parent

@@ -11,6 +11,7 @@ from llm3.stages import rules
 from llm3.stages.workdir import check_record
 
 EXPORT_FORMATS = ("merged", "base", "adapters")
+EXPORT_DTYPES = ("float32", "bfloat16")
 
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
@@ -64,8 +65,9 @@ def check_sampling(options: Mapping[str, Any]) -> None:
 def check_export(options: Mapping[str, Any]) -> None:
     """Raise UserError for flags of `export` that do not fit together."""
     form, base, step = options["form"], options["base"], options["step"]
-    if form not in EXPORT_FORMATS:
-        raise UserError(f"--format={form}: {nearest(form, EXPORT_FORMATS)}")
+    for flag, value, valid in (("format", form, EXPORT_FORMATS), ("dtype", options["dtype"], EXPORT_DTYPES)):
+        if value not in valid:
+            raise UserError(f"--{flag}={value}: {nearest(value, valid)}")
     if base is not None and form != "adapters":
         raise UserError(f"--base={base}: only --format=adapters names a base model; {form} writes a full model")
     if step != "latest" and not step.isdecimal():

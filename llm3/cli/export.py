@@ -2,28 +2,31 @@
 
 The layouts are transformers' Llama (Touvron et al. 2023) and Qwen3 (2025; Llama with QK-norm), and PEFT's LoRA
 adapters. Linear weights are [out, in]; rotary positions are half-split, as in llm3.
+
+The head of a classifier that reads the last token is `score`, as in LlamaForSequenceClassification. That class has no
+bias: it is exact for a head whose bias is zero, and leaves out any other.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from llm3 import __version__
 from llm3.checkpoints.load import load_stage
 from llm3.cli.checks import check_export
+from llm3.cli.export_head import reads_last_token, score, write_head
+from llm3.cli.export_tensors import Save, contiguous, safetensors_writer
+from llm3.cli.export_text import token_ids, write_generation, write_tokenizer
 from llm3.config.schema import AdapterConfig, ModelConfig
-from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.data.chat_templates import trained_template
+from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER, check_name, ordinary_permissions, write_json
 from llm3.models.lora import merged
-from llm3.tree import flatten, size
+from llm3.tree import flatten
 
 KERNELS = {
     "attention/query": "self_attn.q_proj",
@@ -47,20 +50,21 @@ OUTSIDE = {
 }
 
 
-def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None) -> int:
+def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None, dtype: str = "float32") -> int:
     """Write a checkpoint of a stage into the new directory `to` and print a summary.
 
-    form: one of EXPORT_FORMATS. step: a number or "latest". base: the base model that the adapters name. Before it
-    writes anything, raises UserError for a model that the formats cannot express, a directory with files or a missing
-    library.
+    form: one of EXPORT_FORMATS. step: a number or "latest". base: the base model that the adapters name. dtype: one of
+    EXPORT_DTYPES, that of the tensors; adapters are merged in float32. Before it writes anything, raises UserError for
+    a model that the formats cannot express, a directory with files or a missing library.
     """
-    save = safetensors_writer()
-    check_export({"form": form, "base": base, "step": step})
+    check_export({"form": form, "base": base, "step": step, "dtype": dtype})
+    save = safetensors_writer(dtype)
     params, config, meta = load_stage(workdir, stage, step)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / stage}")
     check_family(config)
+    template = trained_template(workdir, stage, meta.get("chat_template"))
     for name, _ in config.adapters:
         check_name(name, f"{workdir / stage}: adapters")  # the name becomes a folder
     if form == "adapters" and not config.adapters:
@@ -69,24 +73,14 @@ def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str 
         if form == "adapters":
             lines = write_adapters(directory, params, config, base, save)
         else:
-            lines = write_model(directory, params, config, meta, form, save)
-            write_tokenizer(directory, workdir / TOKENIZER)
-            lines.append(
-                f"tokenizer.json: {tokenizer.vocab_size} tokens; it prepends {SPECIALS[Tokenizer.bos_id]} to each text"
-            )
-        if config.classes:
+            described = model_json(config, meta, dtype) | token_ids(template, tokenizer)
+            lines = write_model(directory, params, config, described, form, save)
+            lines += write_tokenizer(directory, workdir / TOKENIZER, template, reads_last_token(config, meta))
+            lines += write_generation(directory, template, tokenizer)
+        if config.classes and (form == "adapters" or not reads_last_token(config, meta)):
             lines.append(write_head(directory, params, config, meta, save))
     print(f"{workdir / stage} step {meta['step']} -> {to}", *lines, sep="\n  ", flush=True)
     return 0
-
-
-def safetensors_writer() -> Callable:
-    """safetensors' `save_file(tensors, path, metadata)` for numpy arrays. Raises UserError without the library."""
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise UserError("export needs the library safetensors: pip install 'llm3[hf]'") from error
-    return save_file
 
 
 @contextmanager
@@ -125,14 +119,19 @@ def check_family(config: ModelConfig) -> None:
         )
 
 
-def write_model(directory: Path, params: dict, config: ModelConfig, meta: dict, form: str, save: Callable) -> list[str]:
-    """Write config.json and model.safetensors; returns lines of a summary."""
+def write_model(
+    directory: Path, params: dict, config: ModelConfig, described: dict, form: str, save: Save
+) -> list[str]:
+    """Write config.json, which is `described`, and model.safetensors; returns lines of a summary."""
     tensors = model_tensors(merged(params, config.adapters) if form == "merged" else params)
-    save(tensors, directory / "model.safetensors", metadata={"format": "pt", "llm3": __version__})
-    described = model_json(config, meta)
+    lines: list[str] = []
+    if "id2label" in described:
+        head, lines = score(params)
+        tensors |= head
+    written = save(directory / "model.safetensors", tensors, {"format": "pt", "llm3": __version__})
     write_json(directory / "config.json", described)
     family = described["architectures"][0]
-    lines = [f"model.safetensors: {family}, {amount(tensors)}" + ", tied lm_head" * config.tie_embeddings]
+    lines = [f"model.safetensors: {family}, {written}" + ", tied lm_head" * config.tie_embeddings, *lines]
     for name, adapter in config.adapters:
         omitted = "omitted, --format=base" if form == "base" else "" if adapter.active else "omitted, it is inactive"
         lines.append(f"adapter {name} of rank {adapter.rank}: {omitted or 'merged into the kernels'}")
@@ -169,17 +168,19 @@ def matrix(kernel: np.ndarray, module_path: str) -> np.ndarray:
     )
 
 
-def contiguous(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
+def model_json(config: ModelConfig, meta: dict, dtype: str) -> dict:
+    """transformers' config.json without the token ids: Qwen3 with QK-norm, else Llama.
 
-
-def model_json(config: ModelConfig, meta: dict) -> dict:
-    """transformers' config.json: Qwen3 with QK-norm, else Llama; includes the labels of a task head."""
-    qwen = config.qk_norm
+    It has labels only if the task head is where transformers reads it; otherwise transformers would fill in a random
+    head for them.
+    """
+    qwen, classifier = config.qk_norm, reads_last_token(config, meta)
     described = {
-        "architectures": ["Qwen3ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "architectures": [
+            ("Qwen3" if qwen else "Llama") + ("ForSequenceClassification" if classifier else "ForCausalLM")
+        ],
         "model_type": "qwen3" if qwen else "llama",
-        "dtype": "float32",
+        "dtype": dtype,
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "intermediate_size": config.d_ff,
@@ -193,43 +194,25 @@ def model_json(config: ModelConfig, meta: dict) -> dict:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": meta["config"]["stage"]["sequence_length"],  # the longest window in training
-        "bos_token_id": Tokenizer.bos_id,
-        "eos_token_id": Tokenizer.eos_id,
-        "pad_token_id": Tokenizer.pad_id,
     }
-    if config.classes:
+    if classifier:
         described["id2label"] = {str(i): label for i, label in enumerate(meta["labels"])}
         described["label2id"] = {label: i for i, label in enumerate(meta["labels"])}
+        if meta.get("label_sets"):
+            described["problem_type"] = "multi_label_classification"
     return described
 
 
-def write_tokenizer(directory: Path, source: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, from which transformers gets the token ids of llm3.
-
-    Each text begins with BOS (unless add_special_tokens=False), and no text encodes to a special token.
-    """
-    backend = tokenizers.Tokenizer.from_file(str(source))
-    bos = SPECIALS[Tokenizer.bos_id]
-    # set in tokenizer.json, because transformers then ignores add_bos_token
-    backend.post_processor = TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, Tokenizer.bos_id)]
-    )
-    backend.save(str(directory / TOKENIZER))
-    described: dict[str, Any] = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIALS, strict=True))
-    described |= {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
-    write_json(directory / "tokenizer_config.json", described | {"clean_up_tokenization_spaces": False})
-
-
-def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str | None, save: Callable) -> list[str]:
+def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str | None, save: Save) -> list[str]:
     """Write adapter_config.json and adapter_model.safetensors in a folder per adapter; returns lines of a summary."""
     lines = []
     for name, adapter in config.adapters:
         tensors = adapter_tensors(params, name)
         folder = directory / name
         folder.mkdir()
-        save(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt", "llm3": __version__})
+        written = save(folder / "adapter_model.safetensors", tensors, {"format": "pt", "llm3": __version__})
         write_json(folder / "adapter_config.json", adapter_json(adapter, base))
-        lines.append(f"{name}/adapter_model.safetensors: {amount(tensors)}, on {', '.join(adapter.targets)}")
+        lines.append(f"{name}/adapter_model.safetensors: {written}, on {', '.join(adapter.targets)}")
     return [*lines, f"base model: {base or 'not named (--base); this stage with --format=base writes it'}"]
 
 
@@ -267,20 +250,3 @@ def adapter_json(adapter: AdapterConfig, base: str | None) -> dict:
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def write_head(directory: Path, params: dict, config: ModelConfig, meta: dict, save: Callable) -> str:
-    """Write head.safetensors: weight [C, D], bias [C]; returns a line on how to use it."""
-    head = {"weight": contiguous(params["head"]["kernel"].T), "bias": contiguous(params["head"]["bias"])}
-    about = {"pool": config.pool, "labels": json.dumps(meta["labels"], ensure_ascii=False), "llm3": __version__}
-    save(head, directory / "head.safetensors", metadata=about)
-    hidden = f"at the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "averaged over all tokens"
-    return (
-        f"head.safetensors: the task head of {config.classes} classes, with a bias, which transformers' heads lack: "
-        f"logits = weight @ h + bias, where h is the last hidden state {hidden}"
-    )
-
-
-def amount(tensors: dict[str, np.ndarray]) -> str:
-    count = size(tensors)
-    return f"{len(tensors)} tensors, {count:,} parameters, {4 * count:,} bytes, float32"

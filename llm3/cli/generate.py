@@ -10,6 +10,16 @@ from rich.console import Console
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.cli.checks import check_sampling
 from llm3.config.schema import RunConfig
+from llm3.data.chat_templates import (
+    Answer,
+    encode_pieces,
+    end_of_turn,
+    is_written,
+    question,
+    text_of,
+    trained_template,
+    without_lead,
+)
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER
@@ -18,9 +28,17 @@ from llm3.stages.workdir import check_record
 
 
 def generate(
-    workdir: Path, prompt: str, stage: str | None = None, config: RunConfig | None = None, **options: Any
+    workdir: Path,
+    prompt: str,
+    stage: str | None = None,
+    config: RunConfig | None = None,
+    raw: bool = False,
+    **options: Any,
 ) -> int:
     """Print a continuation of the prompt from one stage (default: from each stage of the run).
+
+    A stage that was trained with a chat template takes the prompt for the user's turn and answers it, up to the end of
+    its own turn. It only continues a prompt that is written with the template already, or with `raw`.
 
     The run holds all that is needed; a given config must match it. options: the sampling options of `sample`. Raises
     UserError.
@@ -32,13 +50,18 @@ def generate(
         for name in names:
             check_record(workdir, config, name)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     for name in names:
-        params, model, _ = load_stage(workdir, name)
+        params, model, meta = load_stage(workdir, name)
         if not model.causal:
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
+        template = trained_template(workdir, name, meta.get("chat_template"))
         if not stage:
             console.rule(name, align="left")
-        continuation = sample(jax.tree.map(jnp.asarray, params), model, tokens, stop=tokenizer.eos_id, **options)
-        print(prompt + tokenizer.decode(continuation), flush=True)
+        stops = [[tokenizer.eos_id], encode_pieces(end_of_turn(template), tokenizer)]
+        asked = Answer([tokenizer.bos_id, prompt], [], "", [])
+        if chats := bool(template) and not raw and not is_written(prompt, template):
+            asked = question(prompt, template)
+        tokens = encode_pieces(asked.before, tokenizer)
+        made = tokenizer.decode(sample(jax.tree.map(jnp.asarray, params), model, tokens, stops=stops, **options))
+        print(without_lead(text_of(asked.lead), made) if chats else prompt + made, flush=True)
     return 0

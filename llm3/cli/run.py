@@ -16,7 +16,20 @@ from llm3.distributed import processes
 from llm3.distributed.lock import lock
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
-from llm3.files import CHECKPOINTS, DETAILS, INIT, MATRIX, RECORD, REPORT, ROW, TOKENIZER, read_json, write_json
+from llm3.files import (
+    CHAT_TEMPLATE,
+    CHECKPOINTS,
+    DETAILS,
+    INIT,
+    MATRIX,
+    RECORD,
+    REPORT,
+    ROW,
+    TOKENIZER,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from llm3.planning.fit import check_fits
 from llm3.report import page, table
 from llm3.report.logs import read_metrics
@@ -99,6 +112,9 @@ def begin(session: Session, to_train: list[str]) -> None:
         write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
+        if template := session.experiment.library.template:
+            with writing(session.workdir / CHAT_TEMPLATE):
+                write_atomic(session.workdir / CHAT_TEMPLATE, template)
         session.print_header()
     evaluate_init(session)
 

@@ -19,7 +19,8 @@ class TokenizerConfig:
     path: str = ""  # an existing tokenizer.json; "": train one
     train_bytes: int = 40_000_000  # train on at most this many bytes, sampled by hash from larger sources
     add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary at `path`
-    chat_template: str = ""  # jinja source, or a file with it; "": contents unchanged, each answer ends with <eos>
+    # jinja source, or a file with it, which the run keeps; "": contents unchanged, each answer ends with <eos>
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         at_least("tokenizer.vocab_size", self.vocab_size, MIN_VOCAB_SIZE)
@@ -75,6 +76,11 @@ class SourceConfig:
         if self.choices:
             return "choice"
         return "dialogue" if self.answer or self.messages else "text"
+
+    @property
+    def is_conversation(self) -> bool:
+        """Whether a chat template renders the rows."""
+        return self.row_format in ("dialogue", "choice")
 
     def __post_init__(self) -> None:
         files = self.data_files

@@ -6,6 +6,7 @@ available, so that a row is the same text on any day.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm3.data.tokenizer import SPECIALS, Tokenizer
 from llm3.errors import UserError
-from llm3.files import local_path
+from llm3.files import CHAT_TEMPLATE, local_path
 
 Turns = Sequence[tuple[str, str]]  # (role, content)
 Pieces = list[str | int]  # texts, and special tokens by id
@@ -53,7 +54,7 @@ def load_template(text_or_path: str) -> str:
     its line), and a template that `split_answers` cannot use for a question and its answer.
     """
     where, source = "tokenizer.chat_template", text_or_path
-    if text_or_path and not re.search(r"\{[{%]", text_or_path):
+    if text_or_path and not _is_source(text_or_path):
         where = f"{where}={text_or_path!r}"
         try:
             source = local_path(text_or_path, "tokenizer.chat_template").read_text(encoding="utf-8")
@@ -71,6 +72,92 @@ def load_template(text_or_path: str) -> str:
     except TemplateError as error:
         raise UserError(f"{where}: with a question and its answer: {error}") from None
     return source
+
+
+def _is_source(text_or_path: str) -> bool:
+    return re.search(r"\{[{%]", text_or_path) is not None
+
+
+def read_template(text_or_path: str, workdir: Path) -> str:
+    """The template of a run: the one kept in its workdir, else that of the config; "": none.
+
+    Raises UserError as `load_template`, and if the config names another template than the workdir keeps.
+    """
+    kept = kept_template(workdir)
+    if kept and text_or_path and not _is_source(text_or_path) and not Path(text_or_path).exists():
+        return kept
+    configured = load_template(text_or_path) if text_or_path else ""
+    if kept and configured != kept:
+        raise UserError(
+            f"tokenizer.chat_template={text_or_path[:80]!r} is not the chat template that this run began with: restore "
+            f"it from {workdir / CHAT_TEMPLATE}, or use another --workdir"
+        )
+    return configured
+
+
+def kept_template(workdir: Path) -> str:
+    """The template that is kept in the directory of a run; "" if there is none."""
+    try:
+        return (workdir / CHAT_TEMPLATE).read_bytes().decode()
+    except FileNotFoundError:
+        return ""
+
+
+def trained_template(workdir: Path, stage: str, expected: str | None) -> str:
+    """The template that a stage was trained with. expected: its `template_hash`; None or "": the stage had none.
+
+    Raises UserError if the workdir does not hold it.
+    """
+    if not expected:
+        return ""
+    kept = kept_template(workdir)
+    if template_hash(kept) != expected:
+        wrong = "is not the chat template" if kept else "is missing: restore the chat template"
+        raise UserError(f"{workdir / CHAT_TEMPLATE} {wrong} that {stage} was trained with (sha256 {expected[:12]})")
+    return kept
+
+
+def template_hash(template: str) -> str:
+    """The sha256 of a template; "" for none."""
+    return hashlib.sha256(template.encode()).hexdigest() if template else ""
+
+
+def question(prompt: str, template: str) -> Answer:
+    """The prompt of the first turn as training has it, with what leads and what ends its answer.
+
+    Raises UserError if the template cannot render it.
+    """
+    try:
+        return split_answers([("user", prompt), EXAMPLE[1]], template)[0]
+    except TemplateError as error:
+        raise UserError(f"the prompt cannot be written with the chat template: {error}") from None
+
+
+def end_of_turn(template: str) -> Pieces:
+    """What ends an answer: the template's end of turn, or <eos>."""
+    return split_answers(EXAMPLE, template)[0].end if template else [Tokenizer.eos_id]
+
+
+def is_written(prompt: str, template: str) -> bool:
+    """Whether a prompt is written with the template already: it ends as the template ends a prompt."""
+    end = _render(template, [("user", ANSWER)], add_generation_prompt=True)
+    end = SENTINELS.split(end.partition(ANSWER)[2])[-1].strip()
+    return bool(end) and prompt.rstrip().endswith(end)
+
+
+def with_bos(template: str) -> str:
+    """A template that writes the <bos> with which every document of llm3 begins."""
+    return template if _render(template, EXAMPLE).startswith(BOS) else "{{ bos_token }}" + template
+
+
+def text_of(pieces: Pieces) -> str:
+    """The text of pieces, without special tokens and outer white space."""
+    return "".join(piece for piece in pieces if isinstance(piece, str)).strip()
+
+
+def without_lead(lead: str, answer: str) -> str:
+    """An answer without the text that the template puts at its start."""
+    return answer.lstrip().removeprefix(lead) if lead else answer
 
 
 def split_answers(turns: Turns, template: str) -> list[Answer]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from llm3.data.chat_templates import without_lead
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext
@@ -95,7 +96,7 @@ def read_question(context: EvalContext, index: int, width: int) -> Question:
     before = np.flatnonzero(~labelled[:stop])
     start = int(before[-1]) + 1
     end, lead = note.get("end", [Tokenizer.eos_id]), note.get("lead", "")
-    answer = _without(lead, context.tokenizer.decode(tokens[start : stop - len(end)]))
+    answer = without_lead(lead, context.tokenizer.decode(tokens[start : stop - len(end)]))
     prompt = tokens[:start] if start <= width else [tokens[0], *tokens[start - width + 1 : start]]
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
@@ -106,15 +107,15 @@ def generate_answers(context: EvalContext, questions: list[Question], width: int
     texts, rows = [""] * len(questions), context.config.batch_size
     for padded, numbers in width_groups([len(each.prompt) for each in questions], width, rows):
         chosen = [questions[number] for number in numbers]
-        stops = np.full((rows, 1), Tokenizer.eos_id, np.int32)
+        stops = np.full((rows, 2), Tokenizer.eos_id, np.int32)
         for row, each in enumerate(chosen):
             if len(each.end) == 1:  # an end of several tokens is cut off below
-                stops[row] = each.end
+                stops[row, 1] = each.end[0]
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
         decoded = jax.device_get(run(*context.place((*prompts, stops))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             answer = decoded["tokens"][row, : decoded["count"][row, 0]].tolist()
-            texts[number] = _without(each.lead, context.tokenizer.decode(_cut(answer, each.end)))
+            texts[number] = without_lead(each.lead, context.tokenizer.decode(_cut(answer, each.end)))
     return texts
 
 
@@ -122,10 +123,6 @@ def _cut(tokens: list[int], end: list[int]) -> list[int]:
     """The tokens before the first occurrence of `end`."""
     found = (start for start in range(len(tokens)) if tokens[start : start + len(end)] == end)
     return tokens[: next(found, len(tokens))]
-
-
-def _without(lead: str, text: str) -> str:
-    return text.lstrip().removeprefix(lead) if lead else text
 
 
 def score(text: str, references: list[str]) -> dict[str, float]:

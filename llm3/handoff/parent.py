@@ -179,3 +179,4 @@ def lineage(parent: Parent | None) -> list[dict]:
     )
     own = parent.describe() | {key: parent.meta.get(key) for key in keys}
     return [*parent.meta["lineage"], own]
+        "chat_template",

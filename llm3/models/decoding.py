@@ -63,12 +63,12 @@ def sample(
     *,
     max_tokens: int,
     seed: int = 0,
-    stop: int | None = None,
+    stops: Sequence[Sequence[int]] = (),
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[int]:
-    """Up to `max_tokens` tokens after the prompt, without the `stop` token. params: canonical."""
+    """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical."""
     advance = make_advance(config, temperature, top_k, top_p)
     params = segmented(params, ((0, config.layers),))
     # leaves of a new cache may share a buffer, and a buffer can be donated only once
@@ -76,9 +76,9 @@ def sample(
     tokens, keys, result = jnp.array([prompt], jnp.int32), jax.random.key(seed), []
     for i in range(max_tokens):
         kv, token = advance(params, kv, tokens, jax.random.fold_in(keys, i))
-        if int(token[0]) == stop:
-            break
         result.append(int(token[0]))
+        if ends := [len(stop) for stop in stops if stop and result[-len(stop) :] == list(stop)]:
+            return result[: -max(ends)]
         tokens = token[:, None].astype(jnp.int32)
     return result
 
@@ -120,7 +120,7 @@ def greedy(
 ) -> dict[str, jax.Array]:
     """Decode greedily after each prompt, all rows at a time.
 
-    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. stops: int32 [B, 1], the token that ends the
+    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. stops: int32 [B, S], the tokens that end an
     answer. Returns tokens, int32 [B, max_tokens], and count, int32 [B, 1], the number of tokens of the answer without
     the stop token; later tokens are undefined. The answer of a row does not depend on other rows.
     """
@@ -132,7 +132,7 @@ def greedy(
 
     def body(state: tuple) -> tuple:
         step, kv, token, answer, count = state
-        count += (count == step) & (token != stops)
+        count += (count == step) & (token != stops).all(axis=-1, keepdims=True)
         answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
         hidden, kv = model(token, lengths + step, real, kv)
         return step + 1, kv, best(hidden), answer, count

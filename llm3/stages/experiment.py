@@ -8,7 +8,7 @@ import jax
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import ModelConfig, RunConfig
 from llm3.data import tokenizer as tokenizers
-from llm3.data.chat_templates import load_template
+from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
 from llm3.data.sources.split import use_local_copy
@@ -86,7 +86,7 @@ def read_library(config: RunConfig, workdir: Path) -> Library:
     """The sources of a run with its tokenizer; does not tokenize documents yet. Raises UserError."""
     cache_dir = local_path(config.cache_dir, "config.cache_dir") if config.cache_dir else workdir / "cache"
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
-    template = load_template(config.tokenizer.chat_template) if config.tokenizer.chat_template else ""
+    template = read_template(config.tokenizer.chat_template, workdir)
     return Library(local, load_tokenizer(config, local, workdir, cache_dir), cache_dir, template)
 
 

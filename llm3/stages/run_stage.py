@@ -96,7 +96,7 @@ class StageRun:
             return self.resume(own)
         phase = self.phases[0]
         params, provenance = first_params(self.session, self.stage, parent, phase)
-        self.meta = base_meta(self.stage, parent) | provenance
+        self.meta = base_meta(self.session.experiment, self.stage, parent) | provenance
         if self.saves_deltas:
             self.checkpoints.save_base(params, self.meta)
         return phase.state(params), 0

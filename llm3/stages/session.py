@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from llm3 import __version__, evals
+from llm3.data.chat_templates import template_hash
 from llm3.data.contamination import contamination_sentence
 from llm3.distributed import memory, processes
 from llm3.distributed.machines import peak_flops, unknown_peak
@@ -73,6 +74,7 @@ class Session:
         overlaps = [
             contamination_sentence(name, each) for name, each in self.experiment.overlaps().items() if each.near
         ]
+        template = self.experiment.library.template
         none = "no evaluation document shares half or more of its 13-grams with the training data"
         return {
             "devices": f"{len(devices)} x {devices[0].device_kind}"
@@ -83,7 +85,8 @@ class Session:
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,
             "overlap": "; ".join(overlaps) or none,
-            "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]})",
+            "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]}"
+            + (f", chat template {template_hash(template)[:12]})" if template else ")"),
         }
 
     def print_header(self) -> None:

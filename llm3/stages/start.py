@@ -8,6 +8,7 @@ from llm3 import __version__
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
+from llm3.data.chat_templates import template_hash
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, ROW, read_json
 from llm3.handoff import parent as handoff
@@ -131,13 +132,25 @@ def first_params(session: Session, stage: Stage, parent: Parent | None, phase: P
             f"{stage.name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, "
             f"{account.describe()}"
         )
+        theirs, ours = parent.meta.get("chat_template"), session.experiment.library.template
+        if theirs and theirs != template_hash(ours):
+            now = "this run has another one" if ours else "this run has none"
+            session.console.print(f"{stage.name}: the parent was trained with a chat template, and {now}")
     if (kind := stage.config.frozen) in CODEBOOKS:
         session.console.print(f"{stage.name}: frozen kernels are rounded to their {kind} values")
         params, provenance = phase.rounded(params), provenance | {"rounded": kind}
     return with_magnitudes(params, fresh), provenance  # magnitudes of the rounded kernels
 
 
-def base_meta(stage: Stage, parent: Parent | None) -> dict:
+def conversed(experiment: Experiment, stage: Stage, parent: Parent | None) -> str:
+    """The hash of the run's chat template, if the stage or its parent was trained on conversations; else ""."""
+    own = template_hash(experiment.library.template)
+    sources = [experiment.config.sources[name] for name in stage.data.caches]
+    before = parent.meta.get("chat_template") if parent else ""
+    return own if own == before or any(source.is_conversation for source in sources) else ""
+
+
+def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> dict:
     """The part of the metadata that all checkpoints of a stage share."""
     return {
         "stage": stage.name,
@@ -148,8 +161,10 @@ def base_meta(stage: Stage, parent: Parent | None) -> dict:
         "lineage": handoff.lineage(parent),
         "reset": ["step", "optimizer", "schedule", "data"],
         "tokenizer_hash": stage.task.tokenizer.hash,
+        "chat_template": conversed(experiment, stage, parent),
         "data": stage.data.fingerprints,
         "labels": stage.labels,
+        "label_sets": stage.task.label_sets is not None,
         "model": as_dict(stage.model),
         "config": stage.record,
         "version": __version__,

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +16,18 @@ from llm3.data.tokenizer import SPECIALS, train
 from llm3.errors import UserError
 from llm3.tree import map_with_path
 from tests.helpers.tiny import model_config
-from tests.helpers.tiny_export import ADAPTERS, STAGE, TEXTS, model, tensors, write_run, written
+from tests.helpers.tiny_export import (
+    ADAPTERS,
+    ADDED,
+    SPELLED,
+    STAGE,
+    TEXTS,
+    model,
+    tensors,
+    tokenizer,
+    write_run,
+    written,
+)
 
 
 def files(directory) -> dict[str, bytes]:
@@ -62,11 +74,92 @@ def test_the_head_comes_with_adapters_as_well(tmp_path, capsys):
     assert "task head of 3 classes" in capsys.readouterr().out
 
 
+def described(to) -> dict:
+    return json.loads((to / "config.json").read_text())
+
+
+def test_a_head_at_the_last_token_lies_where_transformers_reads_it(tmp_path, capsys):
+    to = written(tmp_path, labels=("a", "b", "c"), classes=3, run={"label_sets": True})
+    found, (_, params) = tensors(to / "model.safetensors"), model(classes=3)
+    np.testing.assert_array_equal(found["score.weight"], params["head"]["kernel"].T)
+    np.testing.assert_array_equal(found["score.bias"], params["head"]["bias"])
+    assert described(to)["architectures"] == ["LlamaForSequenceClassification"]
+    assert described(to)["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert described(to)["problem_type"] == "multi_label_classification"
+    assert not (to / "head.safetensors").exists()
+    printed = capsys.readouterr().out
+    assert (
+        "score.bias: up to " in printed and "train=['not head/bias', ...]" in printed and "appends <|eos|>" in printed
+    )
+
+
+def test_a_head_without_a_bias_is_complete_in_transformers(tmp_path, capsys):
+    config, params = model(classes=3)
+    params = params | {"head": params["head"] | {"bias": np.zeros(3, np.float32)}}
+    write_run(tmp_path / "run", config, params, ("a", "b", "c"))
+    assert "score.bias" not in tensors(written(tmp_path) / "model.safetensors")
+    assert "score.bias" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "objective", "hidden"),
+    [({"pool": "mean"}, "classify", "averaged over all tokens"), ({"classes": 2}, {"name": "span"}, "of each token")],
+)
+def test_a_head_that_transformers_has_no_place_for_has_no_labels_there(tmp_path, capsys, changes, objective, hidden):
+    to = written(tmp_path, labels=("a", "b", "c"), run={"objective": objective}, **{"classes": 3, **changes})
+    assert "id2label" not in described(to) and described(to)["architectures"] == ["LlamaForCausalLM"]
+    assert not any(name.startswith("score") for name in tensors(to / "model.safetensors"))
+    assert (to / "head.safetensors").is_file()
+    assert hidden in capsys.readouterr().out
+
+
+def test_a_chat_template_is_exported_with_every_token_that_ends_a_turn(tmp_path):
+    to, end = written(tmp_path, run={"template": ADDED}), tokenizer().encode("数学")
+    assert len(end) == 1
+    assert (to / "chat_template.jinja").read_text() == "{{ bos_token }}" + ADDED
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((to / name).read_text())
+        assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (1, [2, *end], 0)
+    assert json.loads((to / "tokenizer_config.json").read_text())["split_special_tokens"] is False
+    added = json.loads((to / "tokenizer.json").read_text())["added_tokens"]
+    assert {each["id"] for each in added if each["special"]} == {0, 1, 2, 3, *end}
+
+
+def test_an_end_of_turn_of_several_tokens_is_named(tmp_path, capsys):
+    to = written(tmp_path, run={"template": SPELLED})
+    assert json.loads((to / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert "stop_strings=['<|im_end|>']" in capsys.readouterr().out
+
+
+def test_a_lost_or_changed_chat_template_is_named(tmp_path):
+    written(tmp_path, run={"template": ADDED})
+    kept = tmp_path / "run" / "chat_template.jinja"
+    kept.write_text(SPELLED)
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not the chat template that adapt was trained with"):
+        written(tmp_path, name="changed")
+    kept.unlink()
+    with pytest.raises(UserError, match=r"chat_template\.jinja is missing"):
+        written(tmp_path, name="lost")
+
+
+def test_tensors_are_rounded_to_the_dtype_once(tmp_path, capsys):
+    whole, half = written(tmp_path, name="whole"), written(tmp_path, name="half", dtype="bfloat16")
+    found, expected = tensors(half / "model.safetensors"), tensors(whole / "model.safetensors")
+    for name, value in expected.items():
+        assert found[name].dtype.name == "bfloat16"
+        np.testing.assert_array_equal(found[name], value.astype(jnp.bfloat16), err_msg=name)
+    assert described(half)["dtype"] == "bfloat16" and described(whole)["dtype"] == "float32"
+    count = sum(value.size for value in expected.values())
+    assert f"{2 * count:,} bytes, bfloat16" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--dtype=bfloat: did you mean 'bfloat16'"):
+        written(tmp_path, name="none", dtype="bfloat")
+
+
 def test_the_command_line_writes_a_stage_and_says_what(tmp_path, capsys):
     write_run(tmp_path / "run", *model())
     to = tmp_path / "new" / "out"
     assert main(["export", f"--workdir={tmp_path / 'run'}", f"--stage={STAGE}", f"--to={to}"]) == 0
-    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert files(to).keys() == names
     umask = os.umask(0o022)
     os.umask(umask)
@@ -166,9 +259,10 @@ def test_nothing_that_exists_is_overwritten(run, tmp_path):
 
 
 def test_what_came_to_be_meanwhile_is_not_overwritten(run, monkeypatch, tmp_path):
-    def interfere(directory, source):
+    def interfere(*_):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "config.json").write_text("kept")
+        return []
 
     monkeypatch.setattr(module, "write_tokenizer", interfere)
     with pytest.raises(UserError, match="cannot be written"):

@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 from llm3.config.schema import ModelConfig
+from llm3.data.chat_templates import encode_pieces, question
 from llm3.data.tokenizer import Tokenizer
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers.tiny import LENGTH, jit
-from tests.helpers.tiny_export import ADAPTERS, TEXTS, model, tensors, tokenizer, written
+from tests.helpers.tiny_export import ADAPTERS, ADDED, SPELLED, TEXTS, model, tensors, tokenizer, written
 
 pytestmark = pytest.mark.slow
 
@@ -140,18 +141,59 @@ def test_peft_saves_what_it_loaded(hf, peft, tmp_path):
     assert ours["base_model_name_or_path"] == str(tmp_path / "base")
 
 
-def test_the_task_head_reads_transformers_hidden_states(hf, tmp_path):
+def test_a_head_over_all_tokens_reads_transformers_hidden_states(hf, tmp_path):
     import torch
 
-    changes = QWEN3 | {"classes": 3}
+    changes = QWEN3 | {"classes": 3, "pool": "mean"}
     to = written(tmp_path, labels=("a", "b", "ß"), **changes)
     body = hf.AutoModel.from_pretrained(to)
-    assert body.config.id2label == {0: "a", 1: "b", 2: "ß"}
-    assert body.config.label2id == {"a": 0, "b": 1, "ß": 2}
     with torch.no_grad():
-        hidden = body(torch.from_numpy(some_tokens())).last_hidden_state.numpy()
+        hidden = body(torch.from_numpy(some_tokens())).last_hidden_state.numpy().mean(axis=1)
     head = tensors(to / "head.safetensors")
-    assert_equal_logits(hidden @ head["weight"].T + head["bias"], apply(*model(**changes), head=True))
+    assert_equal_logits(hidden @ head["weight"].T + head["bias"], apply(*model(**changes), head=True)[:, -1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_classifies_as_llm3_does(hf, family, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    changes = FAMILIES[family] | {"classes": 3}
+    to = written(tmp_path, labels=("a", "b", "ß"), **changes)
+    found = hf.AutoModelForSequenceClassification.from_pretrained(to).eval()
+    assert type(found).__name__ == family.replace("CausalLM", "SequenceClassification")
+    assert found.config.id2label == {0: "a", 1: "b", 2: "ß"} and found.config.label2id == {"a": 0, "b": 1, "ß": 2}
+    expected, (_, params) = apply(*model(**changes), head=True)[:, -1], model(**changes)
+    assert_equal_logits(torch_logits(found) + params["head"]["bias"], expected)
+    found.score.bias = torch.nn.Parameter(load_file(to / "model.safetensors")["score.bias"])  # as `export` says
+    assert_equal_logits(torch_logits(found), expected)
+    encode = hf.AutoTokenizer.from_pretrained(to)
+    ids = [tokenizer().encode(text) for text in TEXTS]
+    assert encode(TEXTS).input_ids == [[1, *each, 2] for each in ids]
+    assert encode(TEXTS[0], TEXTS[1]).input_ids == [1, *ids[0], 2, *ids[1], 2]
+
+
+@pytest.mark.parametrize(
+    "template", [ADDED, SPELLED, "{{ bos_token }}" + ADDED, SPELLED.replace("<|im_end|>", "<|eos|>")]
+)
+def test_transformers_writes_a_prompt_as_llm3_does(hf, template, tmp_path):
+    to = written(tmp_path, run={"template": template})
+    found = hf.AutoTokenizer.from_pretrained(to)
+    messages = [{"role": "user", "content": "The quick brown fox."}]
+    ids = found.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    asked = question("The quick brown fox.", template)
+    assert ids == encode_pieces(asked.before, tokenizer())
+    answered = found.apply_chat_template([*messages, {"role": "assistant", "content": "jumps"}], return_dict=False)
+    answer = [*tokenizer().encode("jumps"), *encode_pieces(asked.end, tokenizer())]
+    assert answered[: len(ids) + len(answer)] == [*ids, *answer]
+    if template is ADDED:
+        assert found.decode(answer, skip_special_tokens=True) == "jumps"
+
+
+def test_bfloat16_is_loaded_as_that(hf, tmp_path):
+    found = hf.AutoModelForCausalLM.from_pretrained(written(tmp_path, dtype="bfloat16"), dtype="auto")
+    assert {each.dtype.itemsize for each in found.parameters()} == {2}
+    np.testing.assert_allclose(torch_logits(found.float()), apply(*model()), atol=0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

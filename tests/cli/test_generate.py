@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llm3.__main__ import main
 from llm3.config.schema import ModelConfig
 from llm3.models.decoding import next_token, sample
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import map_with_path
+from tests.helpers import tiny_export
+from tests.helpers.tiny_answers import TALK, encoded
+from tests.helpers.tiny_export import tokenizer
 
+MESSAGES = [{"role": "user", "content": "hi 7"}, {"role": "assistant", "content": "hello"}]
 VOCAB = 23
 PROMPT = [1, 5, 9, 5, 2]
 TOKENS = 12
@@ -82,11 +87,34 @@ def test_the_narrowest_filters_are_greedy(model):
     assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=1.3, top_p=1e-6) == greedy
 
 
-def test_a_sample_ends_before_the_stop_token(model):
+def test_a_sample_ends_before_the_first_stop(model):
     config, params = model
     greedy = sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0)
-    stop = greedy[-1]
-    assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0, stop=stop) == greedy[: greedy.index(stop)]
+    for stops in ([greedy[-1:]], [[VOCAB], greedy[4:7], []], [greedy[5:7], greedy[4:7]]):
+        ends = (at for at in range(TOKENS) for stop in stops if stop and greedy[at : at + len(stop)] == list(stop))
+        assert sample(params, config, PROMPT, max_tokens=TOKENS, temperature=0, stops=stops) == greedy[: next(ends)]
+
+
+def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def answer(params, config, prompt, *, stops, **_):
+        asked.append((prompt, stops))
+        return tokenizer().encode("hello")
+
+    monkeypatch.setattr("llm3.cli.generate.sample", answer)
+    tiny_export.write_run(tmp_path, *tiny_export.model(), template=tiny_export.SPELLED)
+    command = ["generate", f"--workdir={tmp_path}", f"--stage={tiny_export.STAGE}", "--prompt=hi 7"]
+    by_hand = "<user>hi 7<|im_end|>\n<assistant>"
+    assert main(command) == 0 and main([*command, f"--prompt={by_hand}"]) == 0 and main([*command, "--raw"]) == 0
+    assert capsys.readouterr().out == f"hello\n{by_hand}hello\nhi 7hello\n"
+    document = encoded({"messages": MESSAGES}, TALK, tokenizer(), tiny_export.SPELLED)
+    (prompt, stops), again, (raw, _) = asked
+    start = int(document.answer_mask.argmax())
+    assert prompt == document.tokens[:start].tolist() and raw == [1, *tokenizer().encode("hi 7")]
+    end = tokenizer().encode("<|im_end|>")
+    assert again == (prompt, stops) and asked[2][1] == stops
+    assert stops == [[2], end] and document.tokens[document.answer_mask].tolist() == tokenizer().encode("hello") + end
 
 
 def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
-from llm3.data.chat_templates import BOS, load_template
+from llm3.data.chat_templates import BOS, EXAMPLE, _render, load_template, read_template, with_bos
 from llm3.data.formats import BadRow, Document, choice, dialogue
 from llm3.data.tokenizer import SPECIALS
 from llm3.data.windows.dialogue import WindowTable
@@ -167,6 +167,27 @@ def test_a_template_is_given_as_source_as_a_file_or_in_a_tokenizer_config(tmp_pa
     assert load_template("") == "" and load_template(ZEPHYR) == ZEPHYR
     for name in ("chat.jinja", "tokenizer_config.json"):
         assert load_template(str(tmp_path / name)) == ZEPHYR
+
+
+def test_a_run_keeps_its_template_and_refuses_another(tmp_path):
+    workdir, file = tmp_path / "run", tmp_path / "chat.jinja"
+    workdir.mkdir()
+    file.write_text(ZEPHYR)
+    assert read_template("", workdir) == "" and read_template(str(file), workdir) == ZEPHYR
+    (workdir / "chat_template.jinja").write_text(ZEPHYR)
+    assert read_template(str(file), workdir) == ZEPHYR
+    file.write_text(CHATML)
+    for other in (str(file), PLAIN, ""):
+        with pytest.raises(UserError, match="is not the chat template that this run began with: restore it from"):
+            read_template(other, workdir)
+    file.unlink()
+    assert read_template(str(file), workdir) == ZEPHYR
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_an_exported_template_begins_with_bos_once(template):
+    (rendered,) = {_render(with_bos(each), EXAMPLE) for each in (template, with_bos(template))}
+    assert rendered.startswith(BOS) and rendered.count(BOS) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -46,7 +47,8 @@ def written(cache, **options) -> list[str]:
 def one_by_one() -> list[str]:
     prompts = [[BYTES.bos_id, *BYTES.encode(question)] for question, _ in PAIRS]
     made = [
-        sample(PARAMS, CONFIG, prompt, max_tokens=MAX_TOKENS, stop=BYTES.eos_id, temperature=0) for prompt in prompts
+        sample(PARAMS, CONFIG, prompt, max_tokens=MAX_TOKENS, stops=[[BYTES.eos_id]], temperature=0)
+        for prompt in prompts
     ]
     return [BYTES.decode(each) for each in made]
 
@@ -67,7 +69,7 @@ def test_answers_do_not_depend_on_the_number_of_devices():
         assert written(questions(PAIRS[:3], BYTES), place=lambda tree: place_batch(mesh, tree)) == one_by_one()[:3]
 
 
-def test_an_answer_ends_at_the_first_end_token():
+def test_an_answer_ends_at_the_first_end_token_or_eos(monkeypatch):
     made = sample(PARAMS, CONFIG, [BYTES.bos_id, *BYTES.encode("a")], max_tokens=MAX_TOKENS, temperature=0)
     for end in ([made[4]], [made[5], made[6]]):  # as a template may write them instead of <eos>
         tokens = np.array([BYTES.bos_id, *BYTES.encode("a"), 9, *end], np.int32)
@@ -75,6 +77,8 @@ def test_an_answer_ends_at_the_first_end_token():
         cache = AnswerCache([Document(tokens, labelled, 3, note={"end": end})])
         first = next(place for place in range(len(made)) if made[place : place + len(end)] == end)
         assert written(cache) == [BYTES.decode(made[:first])]
+    monkeypatch.setattr(generation, "Tokenizer", types.SimpleNamespace(eos_id=made[2]))
+    assert written(cache) == [BYTES.decode(made[: made.index(made[2])])]
 
 
 def test_a_conversation_is_asked_for_its_last_answer():

@@ -8,6 +8,7 @@ import pytest
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.export import export
 from llm3.config.schema import AdapterConfig, ModelConfig, as_dict
+from llm3.data.chat_templates import template_hash
 from llm3.data.tokenizer import Tokenizer, train
 from llm3.tree import map_with_path
 from tests.helpers.tiny import LENGTH, make_params, model_config
@@ -22,6 +23,10 @@ ADAPTERS = {
     "dora": AdapterConfig(rank=2, alpha=6, dora=True),
     "some targets": AdapterConfig(rank=2, alpha=4, dora=True, targets=("query", "out", "down")),
 }
+# turns end with a token that was added to the vocabulary, or with a text of several tokens
+CHAT = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + 'END' + '\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+ADDED, SPELLED = CHAT.replace("END", "数学"), CHAT.replace("END", "<|im_end|>")
 
 
 @functools.cache
@@ -37,21 +42,29 @@ def model(**changes) -> tuple[ModelConfig, dict]:
     return config, map_with_path(lambda path, x: resize.get(path.split("/")[-1], np.asarray)(x), make_params(config))
 
 
-def write_run(workdir, config: ModelConfig, params: dict, labels: tuple[str, ...] = (), step: int = 7) -> None:
-    """A run of one stage with a checkpoint, as far as `export` reads it."""
+def write_run(
+    workdir, config: ModelConfig, params: dict, labels: tuple[str, ...] = (), step: int = 7, template: str = "", **meta
+) -> None:
+    """A run of one stage with a checkpoint, as far as `export` and `generate` read it."""
     tokenizer().save(workdir / "tokenizer.json")
-    meta = {"model": as_dict(config), "labels": list(labels), "tokenizer_hash": tokenizer().hash}
-    meta["config"] = {"stage": {"sequence_length": LENGTH}}
+    if template:
+        (workdir / "chat_template.jinja").write_text(template)
+    meta |= {"model": as_dict(config), "labels": list(labels), "tokenizer_hash": tokenizer().hash}
+    objective = meta.pop("objective", "classify" if config.classes else "causal")
+    meta |= {"chat_template": template_hash(template)}
+    meta["config"] = {"stage": {"sequence_length": LENGTH, "objective": objective}}
     with Checkpoints(workdir / STAGE / "checkpoints", keep=9) as checkpoints:
         checkpoints.save(step, params, {}, meta)
 
 
-def written(directory, form="merged", *, labels=(), name="out", step="latest", base=None, **changes):
-    """The directory that a model with `changes` is exported to."""
+def written(
+    directory, form="merged", *, labels=(), name="out", step="latest", base=None, dtype="float32", run=None, **changes
+):
+    """The directory that a model with `changes` is exported to. run: other arguments of `write_run`."""
     workdir, to = directory / "run", directory / name
     if not workdir.exists():
-        write_run(workdir, *model(**changes), labels)
-    assert export(workdir, STAGE, to, form, step, base) == 0
+        write_run(workdir, *model(**changes), labels, **(run or {}))
+    assert export(workdir, STAGE, to, form, step, base, dtype) == 0
     return to
 
 

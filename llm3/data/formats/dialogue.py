@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from llm3.config.data_schema import SourceConfig
+from llm3.data import chat_templates
 from llm3.data.chat_templates import Answer, TemplateError, Turns, encode_pieces, merge_texts, split_answers
 from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
 from llm3.data.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
     note: dict[str, Any] = {"references": record["references"]} if len(record["references"]) > 1 else {}
     if parts[-1].end != [tokenizer.eos_id]:
         note["end"] = runs[-1][0]
-    if lead := "".join(piece for piece in parts[-1].lead if isinstance(piece, str)).strip():
+    if lead := chat_templates.text_of(parts[-1].lead):
         note["lead"] = lead
     tokens, labelled = concatenate_runs(runs)
     return Document(tokens, labelled, bytes_of(texts(record)), note=note or None)
