@@ -142,7 +142,20 @@ VERBS = {
             ),
         ),
     ),
-    "lineage": Verb("cli.plan:lineage", "show the parents of the stages of a run", (WORKDIR,)),
+    "lineage": Verb(
+        "cli.lineage:lineage",
+        "show the parents of the stages of a run",
+        (
+            WORKDIR,
+            flag(
+                "--runs",
+                type=lambda names: [Path(each) for each in names.split(",")],
+                default=(),
+                metavar="DIR,...",
+                help="folders in which to look for parents that were moved",
+            ),
+        ),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The verbs `plan`, which shows what each stage trains and costs, and `lineage`, which shows a run's parents."""
+"""The verb `plan`: what each stage trains and costs."""
 
 import sys
 from collections import Counter
@@ -11,15 +11,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from llm3.checkpoints.load import trained_stages
-from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import MeshConfig, RunConfig
 from llm3.distributed import machines
 from llm3.distributed.machines import Topology
 from llm3.distributed.mesh_axes import mesh_shape
 from llm3.errors import UserError, counted
-from llm3.files import CHECKPOINTS
-from llm3.handoff.account import changes
 from llm3.optim.optimizer import state_bytes
 from llm3.planning import aot as compiler
 from llm3.planning.plan import PhasePlan, on_abstract_mesh, plan_phases, stage_on
@@ -250,23 +246,3 @@ def summary(stage: Stage, phase: Phase, mesh: Mesh) -> list[str]:
         f"  FLOPs per token: forward {count(forward)}, backward {count(backward)}; {of_full} of full training's{again}",
         f"  {count(tokens)} tokens per step, {counted(steps, 'step')}, {count(phase.flops_per_step * steps)}FLOP",
     ]
-
-
-def lineage(workdir: Path) -> int:
-    """Print the parents of each stage of a run, from the metadata of its newest checkpoint."""
-    console = Console(highlight=False, soft_wrap=True)
-    for name in trained_stages(workdir):
-        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-        step = checkpoints.latest()
-        assert step is not None, f"{name}: no checkpoint"
-        meta = checkpoints.meta(step)
-        own = {"run": str(workdir.resolve()), "stage": name, **meta}
-        console.print(f"\n{name}")
-        for depth, link in enumerate([*meta["lineage"], own]):
-            cost = link["cost"]
-            differs = "".join(f", {line}" for line in changes(link)) if depth else ""
-            console.print(
-                f"  {'  ' * depth}{link['run']}/{link['stage']} step {link['step']} ({link['kind']}, "
-                f"{count(cost['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs})"
-            )
-    return 0

@@ -5,7 +5,8 @@ declared dropped. Otherwise the stage does not start.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llm3.checkpoints.metadata import best_step, not_finite
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, TOKENIZER
@@ -37,9 +39,10 @@ class Parent(NamedTuple):
         """{path: shape} of the parameters."""
         return {path: shape for path, (shape, _) in self.leaves.items()}
 
-    def describe(self) -> dict:
-        """Its location and digest, for the metadata of the child."""
-        run, digest = str(self.start.run.resolve()), self.meta["params_digest"]
+    def describe(self, workdir: Path) -> dict:
+        """Its location and digest, for the metadata of a child in `workdir`; "." is that run, wherever it is moved."""
+        found, digest = self.start.run.resolve(), self.meta["params_digest"]
+        run = "." if found == workdir.resolve() else str(found)
         return {"run": run, "stage": self.start.stage, "step": self.step, "params_digest": digest}
 
     def check_dtypes(self, where: str) -> None:
@@ -160,8 +163,20 @@ def load(parent: Parent, abstract_params: dict, where: str) -> tuple[dict, Accou
     return unflatten(params), account._replace(cast=cast)
 
 
-def lineage(parent: Parent | None) -> list[dict]:
-    """The chain of ancestors, oldest first, from the metadata of the parent alone."""
+def holds(run: Path, described: dict) -> bool:
+    """Whether a run holds the checkpoint that `Parent.describe` describes, by its digest."""
+    checkpoints = Checkpoints(run / described["stage"] / CHECKPOINTS, read_only=True)
+    with suppress(DamagedCheckpoint):
+        step = described["step"]
+        return step in checkpoints.steps() and checkpoints.meta(step)["params_digest"] == described["params_digest"]
+    return False
+
+
+def lineage(parent: Parent | None, workdir: Path) -> list[dict]:
+    """The chain of ancestors of a stage in `workdir`, oldest first, from the metadata of the parent alone.
+
+    A relative run is relative to the workdir.
+    """
     if parent is None:
         return []
     keys = (
@@ -173,10 +188,15 @@ def lineage(parent: Parent | None) -> list[dict]:
         "rounded",
         "reset",
         "tokenizer_hash",
+        "chat_template",
         "data",
         "cost",
         "version",
     )
-    own = parent.describe() | {key: parent.meta.get(key) for key in keys}
-    return [*parent.meta["lineage"], own]
-        "chat_template",
+    own = parent.describe(workdir) | {key: parent.meta.get(key) for key in keys}
+    here, theirs = workdir.resolve(), parent.start.run.resolve()
+    runs = [(theirs / link["run"]).resolve() for link in parent.meta["lineage"]]
+    before = [
+        link | {"run": "." if run == here else str(run)} for link, run in zip(parent.meta["lineage"], runs, strict=True)
+    ]
+    return [*before, own]

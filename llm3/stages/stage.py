@@ -266,8 +266,13 @@ def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str,
     if not (isinstance(stage.start, dict) and stage.start.get("run")):
         return None
     run = local_path(stage.start["run"], f"config.stages.{name}.start.run")
-    record = read_json(run / stage.start["stage"] / RECORD)
-    return record and record["stage"]["data"]
+    path = run / stage.start["stage"] / RECORD
+    if (record := read_json(path)) is None:
+        raise UserError(
+            f"config.stages.{name}.replay: {path}, which names the data to replay, does not exist: if that run was "
+            f"moved, set start.run to its new place"
+        )
+    return record["stage"]["data"]
 
 
 def _sources(config: RunConfig, name: str, library: Library) -> list[str]:

@@ -38,7 +38,7 @@ def locate_parent(
     resumes = bool(Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps())
     if resumes or start is None or start.stage == INIT:
         return None, None
-    if start.run != workdir or start.stage not in in_this_run:
+    if start.run.resolve() != workdir.resolve() or start.stage not in in_this_run:
         return start, handoff.find_checkpoint(start, where)
     if start.step == "best" and not config.stages[start.stage].best:
         raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the metric that chooses the step")
@@ -62,7 +62,7 @@ def check_ancestry(workdir: Path, names: list[str]) -> None:
                 metas.append(checkpoints.meta(step))
         for parent in (meta["parent"] for meta in metas if meta["parent"]):
             row = read_json(workdir / parent["stage"] / ROW)
-            own = Path(parent["run"]) == workdir.resolve()
+            own = (workdir / parent["run"]).resolve() == workdir.resolve()
             if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
                 raise UserError(
                     f"{workdir / name} was trained from other parameters of {parent['stage']!r} than its current ones "
@@ -157,8 +157,8 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
         "kind": stage.config.kind,
         "steps": stage.config.steps,
         "seed": stage.given_seed,
-        "parent": parent and parent.describe(),
-        "lineage": handoff.lineage(parent),
+        "parent": parent and parent.describe(experiment.workdir),
+        "lineage": handoff.lineage(parent, experiment.workdir),
         "reset": ["step", "optimizer", "schedule", "data"],
         "tokenizer_hash": stage.task.tokenizer.hash,
         "chat_template": conversed(experiment, stage, parent),

@@ -1,12 +1,16 @@
 """Each stage's folder records the config that the stage was computed from."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import RunConfig, as_dict
 from llm3.errors import UserError
-from llm3.files import RECORD, read_json
+from llm3.files import CHECKPOINTS, RECORD, read_json
+from llm3.handoff.parent import holds
 
 # Fields that may change when a run resumes: they affect logs and checkpoints, not results.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
@@ -57,12 +61,27 @@ def differences(saved: Any, now: Any, where: str = "") -> list[str]:
     return [] if saved == now else [f"  {where}: saved {saved!r}, now {now!r}"]
 
 
+def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> dict:
+    """`saved` with the parent's run of `now`, if that run holds the parent that the stage started from."""
+    start, moved = (record.get("stage", {}).get("start") for record in (saved, now))
+    if not (isinstance(start, dict) and isinstance(moved, dict) and start.get("run") and moved.get("run")):
+        return saved
+    if start["run"] == moved["run"]:
+        return saved
+    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+    with suppress(DamagedCheckpoint):
+        if (step := checkpoints.latest()) is not None and holds(Path(moved["run"]), checkpoints.meta(step)["parent"]):
+            return saved | {"stage": saved["stage"] | {"start": start | {"run": moved["run"]}}}
+    return saved
+
+
 def check_record(workdir: Path, config: RunConfig, name: str) -> None:
     """Raise UserError if the workdir holds this stage with another config."""
     saved = read_json(workdir / name / RECORD)
     if saved is None:
         return
-    if lines := differences(saved, stage_record(config, name)):
+    now = stage_record(config, name)
+    if lines := differences(without_moved_parent(workdir, name, saved, now), now):
         raise UserError(
             f"{workdir} holds {name!r} with another config:\n" + "\n".join(lines) + "\n"
             "Nothing was changed. Use another --workdir, or restore the saved values."

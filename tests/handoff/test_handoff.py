@@ -234,8 +234,10 @@ def test_the_provenance_of_a_parent_is_part_of_the_lineage_of_its_children(tmp_p
     }
     grandparent = {"run": "gone", "stage": "pretrain", "step": 3, "params_digest": "0"}
     write_parent(tmp_path, lineage=[grandparent], **provenance)
-    first, second = handoff.lineage(find(tmp_path))
-    assert first == grandparent and second["stage"] == "parent" and second["step"] == 10
+    first, second = handoff.lineage(find(tmp_path), tmp_path)
+    assert (
+        first == grandparent | {"run": str(tmp_path / "gone")} and second["stage"] == "parent" and second["step"] == 10
+    )
     assert {key: second[key] for key in provenance} == provenance
     assert changes(second) == [
         "1 leaf cast from bfloat16",
@@ -243,6 +245,16 @@ def test_the_provenance_of_a_parent_is_part_of_the_lineage_of_its_children(tmp_p
         "fresh: head/bias",
     ]
     assert changes(first) == []
+
+
+def test_ancestors_of_the_same_run_have_no_place_and_others_an_absolute_one(tmp_path):
+    run, child = tmp_path / "run", tmp_path / "child"
+    known = {"stage": "pretrain", "step": 3, "params_digest": "0"}
+    write_parent(run, lineage=[known | {"run": "."}, known | {"run": str(child)}, known | {"run": "/elsewhere"}])
+    parent = find(run)
+    assert parent.describe(run)["run"] == "." and parent.describe(child)["run"] == str(run)
+    assert [link["run"] for link in handoff.lineage(parent, run)] == [".", str(child), "/elsewhere", "."]
+    assert [link["run"] for link in handoff.lineage(parent, child)] == [str(run), ".", "/elsewhere", str(run)]
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)

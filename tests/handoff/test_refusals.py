@@ -20,6 +20,7 @@ from llm3.config import load as configfile
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.stages import start as parents
+from llm3.stages.workdir import check_record
 from tests.helpers import tiny_run as tiny
 from tests.helpers.tiny_damage import edited, flip, in_file, only_half_written, rewritten, truncate
 
@@ -244,9 +245,13 @@ def meta_of(stage: Path) -> dict:
     return checkpoints.meta(checkpoints.latest())
 
 
+def quickly(stage: str) -> tuple[str, ...]:
+    return (f"stages.{stage}.steps=2", "evaluations={}", "mesh={'data': 2, 'fsdp': 2, 'tensor': 2}")
+
+
 def run_quickly(parent, workdir: Path, stage: str, *overrides: str) -> str:
     """What a run of one stage, of two steps, on eight devices, says. The parent was trained on one."""
-    short = (f"stages.{stage}.steps=2", "evaluations={}", "mesh={'data': 2, 'fsdp': 2, 'tensor': 2}")
+    short = quickly(stage)
     command = ["run", f"--config={parent.config}", f"--workdir={workdir}", f"--stages={stage}"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr("llm3.cli.run.report", lambda *_: None)
@@ -265,6 +270,11 @@ def test_a_head_for_other_classes_replaces_the_parents(tmp_path, parent):
     assert [link["stage"] for link in meta["lineage"]] == ["pretrain", "posttrain", "finetune"]
 
 
+def best_of(run) -> str:
+    """An override of posttrain's parent."""
+    return f"stages.posttrain.start={ {'run': str(run), 'stage': 'pretrain', 'step': 'best'} }"
+
+
 @pytest.fixture(scope="module")
 def child(parent):
     """A run that goes on from the best step of the parent's pretrain stage, with words of the domain as new tokens."""
@@ -272,13 +282,14 @@ def child(parent):
     shutil.copytree(parent.run, run)
     text = (parent.base / "texts" / "domain-train.jsonl").read_text()
     words = [word for word, _ in collections.Counter(re.findall(r"\b[a-z]{8,}\b", text)).most_common(2)]
-    begin = {"run": str(run), "stage": "pretrain", "step": "best"}
-    options = [f"stages.posttrain.start={begin}", f"tokenizer.path={run}/tokenizer.json", f"tokenizer.add={words}"]
-    out = run_quickly(parent, workdir, "posttrain", *options)
+    options = [f"tokenizer.path={run}/tokenizer.json", f"tokenizer.add={words}"]
+    out = run_quickly(parent, workdir, "posttrain", best_of(run), *options)
     checkpoints = Checkpoints(run / "pretrain" / "checkpoints", read_only=True)
     figures = {checkpoints.meta(step)["scored"]["value"]: step for step in checkpoints.steps()}
     shutil.rmtree(run)
-    return types.SimpleNamespace(run=run, workdir=workdir, words=words, out=out, best=figures[min(figures)])
+    return types.SimpleNamespace(
+        run=run, workdir=workdir, words=words, out=out, best=figures[min(figures)], options=options
+    )
 
 
 def test_new_tokens_and_the_best_step_are_handed_on(parent, child):
@@ -289,9 +300,29 @@ def test_new_tokens_and_the_best_step_are_handed_on(parent, child):
     assert meta["tokenizer_hash"] == saved.hash == old.extended(child.words).hash
 
 
-def test_lineage_shows_what_was_extended_also_when_the_parent_is_gone(capsys, child):
+def test_lineage_shows_what_was_extended_and_finds_a_moved_parent_by_its_digest(capsys, child, parent, tmp_path):
+    """The run that the child started from is gone; the one it was copied from is beside the child."""
     assert main(["lineage", f"--workdir={child.workdir}"]) == 0
     first, second = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
-    assert f"{child.run}/pretrain step {child.best} (pretrain" in first and "extended" not in first
+    assert f"{parent.run}/pretrain step {child.best} (pretrain" in first and "extended" not in first
+    assert first.endswith(f"; it was at {child.run}")
+    moved = shutil.copytree(child.workdir, tmp_path / "moved" / "child")
+    assert main(["lineage", f"--workdir={moved}"]) == 0
+    first = capsys.readouterr().out.splitlines()[2]
+    assert f"{child.run}/pretrain step" in first and "no longer there: --runs=DIR" in first
+    assert main(["lineage", f"--workdir={moved}", f"--runs={parent.base}"]) == 0
+    first, second = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
+    assert f"{parent.run}/pretrain step" in first and f"{moved}/posttrain step 2" in second
+    assert main(["lineage", f"--workdir={moved}", "--runs=/gone"]) == 2
+    assert "--runs=/gone: no such folder" in capsys.readouterr().err
+    main(["lineage", f"--workdir={child.workdir}"])
+    second = capsys.readouterr().out.splitlines()[3]
     assert f"{child.workdir}/posttrain step 2" in second
     assert "extended by the mean of the old tokens: embed/embedding" in second
+
+
+def test_the_parent_of_a_stage_may_be_moved_but_not_replaced(child, parent):
+    for run, fits in ((child.run, True), (parent.run, True), (child.workdir, False)):
+        config = configfile.load(parent.config, [best_of(run), *child.options, *quickly("posttrain")])
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"stage\.start\.run: saved"):
+            check_record(child.workdir, config, "posttrain")
