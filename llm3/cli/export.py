@@ -71,7 +71,7 @@ def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str 
         raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
     with new_directory(to) as directory:
         if form == "adapters":
-            lines = write_adapters(directory, params, config, base, save)
+            lines = write_adapters(directory, params, config, base, save, reads_last_token(config, meta))
         else:
             described = model_json(config, meta, dtype) | token_ids(template, tokenizer)
             lines = write_model(directory, params, config, described, form, save)
@@ -203,15 +203,22 @@ def model_json(config: ModelConfig, meta: dict, dtype: str) -> dict:
     return described
 
 
-def write_adapters(directory: Path, params: dict, config: ModelConfig, base: str | None, save: Save) -> list[str]:
-    """Write adapter_config.json and adapter_model.safetensors in a folder per adapter; returns lines of a summary."""
+def write_adapters(
+    directory: Path, params: dict, config: ModelConfig, base: str | None, save: Save, classifier: bool
+) -> list[str]:
+    """Write adapter_config.json and adapter_model.safetensors in a folder per adapter; returns lines of a summary.
+
+    classifier: each of them has the weight of the task head as well, which PEFT puts into transformers' classifier.
+    """
     lines = []
     for name, adapter in config.adapters:
         tensors = adapter_tensors(params, name)
+        if classifier:
+            tensors["base_model.model.score.weight"] = contiguous(params["head"]["kernel"].T)
         folder = directory / name
         folder.mkdir()
         written = save(folder / "adapter_model.safetensors", tensors, {"format": "pt", "llm3": __version__})
-        write_json(folder / "adapter_config.json", adapter_json(adapter, base))
+        write_json(folder / "adapter_config.json", adapter_json(adapter, base, classifier))
         lines.append(f"{name}/adapter_model.safetensors: {written}, on {', '.join(adapter.targets)}")
     return [*lines, f"base model: {base or 'not named (--base); this stage with --format=base writes it'}"]
 
@@ -234,12 +241,13 @@ def adapter_tensors(params: dict, name: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def adapter_json(adapter: AdapterConfig, base: str | None) -> dict:
+def adapter_json(adapter: AdapterConfig, base: str | None, classifier: bool) -> dict:
     """PEFT's adapter_config.json."""
     modules = {module_path.rpartition("/")[2]: module.rpartition(".")[2] for module_path, module in KERNELS.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if classifier else "CAUSAL_LM",
+        "modules_to_save": ["score"] if classifier else None,
         "base_model_name_or_path": base,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,

@@ -47,7 +47,8 @@ def write_head(directory: Path, params: dict, config: ModelConfig, meta: dict, s
     hidden = "of each token"
     if load_plugin(objectives, objective_name(meta)).HEAD == "labels":
         hidden = f"at the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "averaged over all tokens"
+    place = "whose bias transformers leaves out" if reads_last_token(config, meta) else "with no place in transformers"
     return (
-        f"head.safetensors: the task head of {config.classes} classes, for which transformers has no place: "
+        f"head.safetensors: the task head of {config.classes} classes, {place}: "
         f"logits = weight @ h + bias, where h is the last hidden state {hidden}"
     )

@@ -70,7 +70,12 @@ def test_only_active_adapters_are_merged_and_the_others_are_named(tmp_path, caps
 def test_the_head_comes_with_adapters_as_well(tmp_path, capsys):
     adapters = (("medical", ADAPTERS["lora"]),)
     to = written(tmp_path, "adapters", labels=("a", "b", "c"), classes=3, adapters=adapters)
-    assert tensors(to / "head.safetensors")["weight"].shape == (3, 16)
+    weight = tensors(to / "head.safetensors")["weight"]
+    assert weight.shape == (3, 16)
+    found = tensors(to / "medical" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    np.testing.assert_array_equal(found, weight)
+    config = json.loads((to / "medical" / "adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
     assert "task head of 3 classes" in capsys.readouterr().out
 
 

@@ -13,8 +13,9 @@ from llm3.data.chat_templates import encode_pieces, question
 from llm3.data.tokenizer import Tokenizer
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
+from llm3.tree import flatten, unflatten
 from tests.helpers.tiny import LENGTH, jit
-from tests.helpers.tiny_export import ADAPTERS, ADDED, SPELLED, TEXTS, model, tensors, tokenizer, written
+from tests.helpers.tiny_export import ADAPTERS, ADDED, SPELLED, TEXTS, model, tensors, tokenizer, write_run, written
 
 pytestmark = pytest.mark.slow
 
@@ -171,6 +172,19 @@ def test_transformers_classifies_as_llm3_does(hf, family, tmp_path):
     ids = [tokenizer().encode(text) for text in TEXTS]
     assert encode(TEXTS).input_ids == [[1, *each, 2] for each in ids]
     assert encode(TEXTS[0], TEXTS[1]).input_ids == [1, *ids[0], 2, *ids[1], 2]
+
+
+def test_peft_puts_adapters_and_head_on_a_base_without_a_head(hf, peft, tmp_path):
+    """As to transformers, the base could be any model."""
+    changes = LLAMA | {"adapters": (("medical", ADAPTERS["lora"]),), "classes": 3}
+    adapters = written(tmp_path, "adapters", labels=("a", "b", "ß"), name="adapters", **changes)
+    (_, params), (config, plain) = model(**changes), model(**LLAMA)
+    write_run(tmp_path / "plain" / "run", config, unflatten({path: flatten(params)[path] for path in flatten(plain)}))
+    base = hf.AutoModelForSequenceClassification.from_pretrained(written(tmp_path / "plain"), num_labels=3)
+    found = peft.PeftModel.from_pretrained(base, adapters / "medical").eval()
+    assert type(found).__name__ == "PeftModelForSequenceClassification"
+    expected = apply(*model(**changes), head=True)[:, -1]
+    assert_equal_logits(torch_logits(found) + params["head"]["bias"], expected)
 
 
 @pytest.mark.parametrize(
