@@ -17,6 +17,8 @@ import pytest
 from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config import load as configfile
+from llm3.config.data_schema import SourceConfig
+from llm3.data.chat_templates import template_hash
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.stages import start as parents
@@ -282,13 +284,20 @@ def child(parent):
     shutil.copytree(parent.run, run)
     text = (parent.base / "texts" / "domain-train.jsonl").read_text()
     words = [word for word, _ in collections.Counter(re.findall(r"\b[a-z]{8,}\b", text)).most_common(2)]
-    options = [f"tokenizer.path={run}/tokenizer.json", f"tokenizer.add={words}"]
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    options = [f"tokenizer.path={run}/tokenizer.json", f"tokenizer.add={words}", f"tokenizer.chat_template={template}"]
     out = run_quickly(parent, workdir, "posttrain", best_of(run), *options)
     checkpoints = Checkpoints(run / "pretrain" / "checkpoints", read_only=True)
     figures = {checkpoints.meta(step)["scored"]["value"]: step for step in checkpoints.steps()}
     shutil.rmtree(run)
     return types.SimpleNamespace(
-        run=run, workdir=workdir, words=words, out=out, best=figures[min(figures)], options=options
+        run=run,
+        workdir=workdir,
+        words=words,
+        out=out,
+        best=figures[min(figures)],
+        options=options,
+        template=template,
     )
 
 
@@ -298,6 +307,22 @@ def test_new_tokens_and_the_best_step_are_handed_on(parent, child):
     assert meta["extended"] == ["embed/embedding"] and meta["model"]["vocab_size"] == old.vocab_size + 2
     saved = Tokenizer.load(child.workdir / "tokenizer.json")
     assert meta["tokenizer_hash"] == saved.hash == old.extended(child.words).hash
+
+
+def test_a_run_keeps_its_chat_template_which_a_stage_on_text_alone_does_not_use(child):
+    assert (child.workdir / "chat_template.jinja").read_text() == child.template
+    assert meta_of(child.workdir / "posttrain")["chat_template"] == ""
+    talk, text = SourceConfig("x", messages="messages"), SourceConfig("x")
+    library = types.SimpleNamespace(template=child.template)
+    sources = types.SimpleNamespace(sources={"talk": talk, "text": text})
+    experiment, own = types.SimpleNamespace(library=library, config=sources), template_hash(child.template)
+
+    def used(source, theirs):
+        stage = types.SimpleNamespace(data=types.SimpleNamespace(caches={source: None}))
+        return parents.conversed(experiment, stage, types.SimpleNamespace(meta={"chat_template": theirs}))
+
+    assert used("talk", "") == used("talk", "another") == used("text", own) == own
+    assert used("text", "") == used("text", "another") == ""
 
 
 def test_lineage_shows_what_was_extended_and_finds_a_moved_parent_by_its_digest(capsys, child, parent, tmp_path):
