@@ -103,19 +103,20 @@ def read_question(context: EvalContext, index: int, width: int) -> Question:
 
 def generate_answers(context: EvalContext, questions: list[Question], width: int) -> list[str]:
     """The model's answer to each question. width: max tokens of a prompt."""
-    run = context.jit(functools.partial(greedy, max_tokens=context.options.max_tokens))
+    run = context.jit(functools.partial(greedy, eos=Tokenizer.eos_id, max_tokens=context.options.max_tokens))
     texts, rows = [""] * len(questions), context.config.batch_size
+    longest = max(len(each.end) for each in questions)
     for padded, numbers in width_groups([len(each.prompt) for each in questions], width, rows):
         chosen = [questions[number] for number in numbers]
-        stops = np.full((rows, 2), Tokenizer.eos_id, np.int32)
+        ends = np.full((rows, longest), Tokenizer.eos_id, np.int32)
         for row, each in enumerate(chosen):
-            if len(each.end) == 1:  # an end of several tokens is cut off below
-                stops[row, 1] = each.end[0]
+            ends[row] = [-1] * (longest - len(each.end)) + each.end
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
-        decoded = jax.device_get(run(*context.place((*prompts, stops))))
+        decoded = jax.device_get(run(*context.place((*prompts, ends))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
-            answer = decoded["tokens"][row, : decoded["count"][row, 0]].tolist()
-            texts[number] = without_lead(each.lead, context.tokenizer.decode(_cut(answer, each.end)))
+            answer = decoded["tokens"][row, : decoded["count"][row, 0] + 1].tolist()
+            answer = _cut(_cut(answer, [Tokenizer.eos_id]), each.end)
+            texts[number] = without_lead(each.lead, context.tokenizer.decode(answer))
     return texts
 
 

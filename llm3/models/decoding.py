@@ -116,32 +116,36 @@ def prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, max_toke
 
 
 def greedy(
-    model: Transformer, prompts: jax.Array, lengths: jax.Array, stops: jax.Array, *, max_tokens: int
+    model: Transformer, prompts: jax.Array, lengths: jax.Array, ends: jax.Array, *, eos: int, max_tokens: int
 ) -> dict[str, jax.Array]:
     """Decode greedily after each prompt, all rows at a time.
 
-    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. stops: int32 [B, S], the tokens that end an
-    answer. Returns tokens, int32 [B, max_tokens], and count, int32 [B, 1], the number of tokens of the answer without
-    the stop token; later tokens are undefined. The answer of a row does not depend on other rows.
+    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. ends: int32 [B, L], up to L tokens that end the
+    answer, right-aligned after -1; the token `eos` ends it as well. Returns tokens, int32 [B, max_tokens], and count,
+    int32 [B, 1], the number of tokens of the answer without the last one of its end; later tokens are undefined. The
+    answer of a row does not depend on other rows.
     """
     real = (lengths > 0).astype(jnp.int32)
 
     def unfinished(state: tuple) -> jax.Array:
-        step, _, _, _, count = state
+        step, *_, count = state
         return (step < max_tokens) & jnp.any(count == step)  # an unfinished row has one token a step
 
     def body(state: tuple) -> tuple:
-        step, kv, token, answer, count = state
-        count += (count == step) & (token != stops).all(axis=-1, keepdims=True)
+        step, kv, token, recent, answer, count = state
+        recent = jnp.concatenate([recent[:, 1:], token], axis=1)
+        ended = ((recent == ends) | (ends < 0)).all(axis=-1, keepdims=True) | (token == eos)
+        count += (count == step) & ~ended
         answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
         hidden, kv = model(token, lengths + step, real, kv)
-        return step + 1, kv, best(hidden), answer, count
+        return step + 1, kv, best(hidden), recent, answer, count
 
     def best(hidden: jax.Array) -> jax.Array:
         return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
 
     hidden, kv = prefill(model, prompts, lengths, max_tokens)
     answer = jnp.zeros((len(prompts), max_tokens), jnp.int32)
-    state = (jnp.int32(0), kv, best(hidden), answer, real - 1)  # a padding row is finished from the start
+    recent = jnp.full_like(ends, -1)  # the last tokens of each answer
+    state = (jnp.int32(0), kv, best(hidden), recent, answer, real - 1)  # a padding row is finished from the start
     *_, answer, count = jax.lax.while_loop(unfinished, body, state)
     return {"tokens": constrain(answer, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}
