@@ -3,8 +3,10 @@
 import difflib
 import enum
 import errno
+import functools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +82,12 @@ def os_reason(error: BaseException) -> str | None:
         if number := re.search(r"os_error_code='(\d+)'", str(each)):  # the wording of TensorStore
             return os.strerror(int(number[1]))
     return None
+
+
+@functools.cache
+def say(message: str) -> None:
+    """Print a message to stderr, once."""
+    print(message, file=sys.stderr)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from typing import Any
 
-from llm3.errors import UserError, at_least
+from llm3.errors import UserError, at_least, one_of
 from llm3.files import local_path
 
 MIN_VOCAB_SIZE = 260  # 256 bytes and 4 special tokens
@@ -45,14 +45,19 @@ class SourceConfig:
     name: str | None = None  # name of the dataset's configuration
     data_files: Any = None  # str, list of str, or {split: str or list of str}
     data_dir: str | None = None  # folder of the files
+    delimiter: str | None = None  # between the cells of CSV files; None: comma, semicolon, tab or bar, as found
+    quote: str | None = None  # around cells of CSV files; None: '"'; "": cells are never quoted
+    # a row of plain text: "line", "paragraph" or "document" (a file); None: document in a folder, else line
+    sample_by: str | None = None
     text: str = "text"  # field with the text, or with the context that holds the answers
     pair: str = ""  # field with the second text of a pair
     label: str = ""  # field with a class name, or with a list of class names (multi-label)
     tag: str = ""  # field with the name of a domain; bits per byte are reported per domain
     prompt: str = ""  # field with the question or instruction
-    answer: str = ""  # field with the answer to the prompt; with `choices`, the correct choice or its index
-    messages: str = ""  # column with turns [{role, content}, ...], instead of prompt and answer
-    choices: Any = ""  # column with a list of choices, or a fixed list of choices
+    answer: str = ""  # field with the answer to the prompt; with `choices`, the correct one, its letter or number
+    messages: str = ""  # column with turns [{role, content}, ...] or [{from, value}, ...], not with prompt and answer
+    choices: Any = ""  # column with a list of choices, or a fixed list of choices or of templates over columns
+    answer_base: int | None = None  # number of the first choice if answers are numbers, 0 or 1; None: found in the rows
     answers: str = ""  # column {text: [...], answer_start: [...]}: character spans of `text` that answer the prompt
     filters: list[str] = dataclasses.field(
         default_factory=list
@@ -62,7 +67,7 @@ class SourceConfig:
     train: str = "train"  # name of the dataset's split for training
     validation: str = "validation"  # name of the validation split; "": hold out `validation_share` of train
     test: str = "test"  # name of the test split
-    validation_share: float = 0.0  # share of train that is held out, if there is no validation split
+    validation_share: float = 0.0  # share of train that is held out, of each class, if there is no validation split
     max_documents: int = 0  # size of a fixed random sample of the train split; 0: all rows
     streaming: bool = False  # stream from the hub, without a copy on disk
     bad_rows: float = 0.01  # max share of unusable rows; they are set aside and counted by reason
@@ -93,6 +98,15 @@ class SourceConfig:
                 )
         if self.path in ("arrow", "csv", "json", "parquet", "text") and not (files or self.data_dir):
             raise UserError(f"config: sources.*.data_files={files!r}: path={self.path!r} needs data_files or data_dir")
+        if self.delimiter is not None and (not self.delimiter or {*self.delimiter} & {'"', "\r", "\n"}):
+            raise UserError(
+                f"config: sources.*.delimiter={self.delimiter!r}: expected characters such as ',' or '\\t', "
+                "no quotes and no line ends"
+            )
+        if self.quote is not None and len(self.quote) > 1:
+            raise UserError(f"config: sources.*.quote={self.quote!r}: expected one character, or '' for none")
+        one_of("sources.*.sample_by", self.sample_by, (None, "line", "paragraph", "document"))
+        one_of("sources.*.answer_base", self.answer_base, (None, 0, 1))
         if not 0 <= self.validation_share < 1:
             raise UserError(
                 f"config: sources.*.validation_share={self.validation_share!r}: expected a share, 0 <= share < 1"
@@ -109,6 +123,9 @@ class SourceConfig:
             raise UserError(
                 f"config: sources.*.text={self.text!r}: answers are spans of a column; expected no template"
             )
+        fixed = () if isinstance(self.choices, str) else self.choices
+        if not all(isinstance(each, str) for each in fixed):
+            raise UserError(f"config: sources.*.choices={self.choices!r}: expected texts, or a column with a list")
         if self.choices and not (self.prompt and self.answer):
             raise UserError("config: sources.*.choices: needs prompt and answer (the correct choice or its index)")
         for field in ("filters", "transforms"):

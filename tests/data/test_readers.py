@@ -176,6 +176,31 @@ def test_json_arrays_data_documents_and_lines_give_the_same_rows():
         assert texts(data_files=name) == TEXTS, name
 
 
+@pytest.mark.parametrize("size", [1, 100, 1 << 20])
+def test_a_json_array_is_cut_between_rows_whose_columns_need_no_common_type(size, monkeypatch):
+    monkeypatch.setattr(lines, "PART_BYTES", size)
+    kinds = [2**70, 1.5, "x", None, [1], {"a": 2**70}, True, "\ud800"]
+    rows = [{"text": f"é {i}", "n": kinds[i % 8]} if i % 9 else [i] for i in range(40)]
+    content = json.dumps(rows, ensure_ascii=False, indent=1).encode(errors="surrogatepass")
+    Path("rows.json").write_bytes(lines.BOM + content.replace("é 3".encode(), b"\xff 3", 1))
+    Path("more.json").write_text(json.dumps({"data": [{"text": "last", "n": -(2**70)}], "n": 1}))
+    opened = open_split(data_files=["rows.json", "more.json"])
+    parts = opened.parts()
+    assert (len(parts) > 30) == (size == 1)
+    found = [(n, str(row)) for part in reversed(parts) for n, row in opened.read_part(part)]
+    good = {n: str({"text": row["text"]}) for n, row in enumerate(rows) if isinstance(row, dict)}
+    bad = {n: "not a JSON object" for n in range(0, 40, 9)} | {3: "text is not valid Unicode"}
+    assert sorted(found) == sorted((good | bad | {40: str({"text": "last"})}).items())
+    assert texts(data_files="rows.json", train="train[1:3]") == ["é 1", "é 2"]
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": b}]', '[{"text": "a"}, {"text": "b"}', "[" * 100_000])
+def test_an_array_that_is_not_json_is_named(content):
+    Path("rows.json").write_text(content)
+    with pytest.raises(UserError, match=r"rows\.json (is not JSON at|ends before its array does)"):
+        open_split(data_files="rows.json").parts()
+
+
 def test_folders_globs_and_splits_by_file_name_are_read():
     Path("data/more").mkdir(parents=True)
     Path("data/train-1.jsonl").write_bytes(as_json(TEXTS[:10]))

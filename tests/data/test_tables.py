@@ -6,6 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from llm3.data.formats import BadRow
@@ -44,7 +46,7 @@ def test_invalid_utf8_in_a_csv_file_costs_only_its_row(streaming):
     assert [number for number, _ in rows] == list(range(5))
     found = [str(row) if isinstance(row, BadRow) else row["text"] for _, row in rows]
     assert found == ["café 中", "of 🙂\ntwo lines", "not UTF-8", "last", "not UTF-8"]
-    assert rows[2][1].start.startswith('{"')
+    assert rows[2][1].start == "caf\ufffd,3"
 
 
 def test_class_numbers_become_names_also_in_lists_and_a_row_without_a_class_is_unusable():
@@ -77,6 +79,18 @@ def test_tables_and_streams_come_in_parts_by_rows(monkeypatch):
         in_turn = itertools.zip_longest(*pieces)  # all of them at the same time
         rows = sorted((row for each in in_turn for row in each if row), key=lambda row: row[0])
         assert rows == [(number, {"text": text}) for number, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_file_without_rows_is_passed_over_and_alone_is_an_error_that_says_so(streaming):
+    schema = pa.schema([("text", pa.string())])
+    with pa.parquet.ParquetWriter("none.parquet", schema) as file:
+        file.write_table(schema.empty_table())
+    datasets.Dataset.from_dict({"text": TEXTS[:5]}).to_parquet("rows.parquet")
+    both = ["none.parquet", "rows.parquet"]
+    assert texts(path="parquet", data_files=both, streaming=streaming) == TEXTS[:5]
+    with pytest.raises(UserError, match=r"source parquet none\.parquet: .*split .*has no rows"):
+        open_split(path="parquet", data_files="none.parquet", streaming=streaming)
 
 
 def test_an_unknown_split_of_a_stream_is_an_error_with_the_nearest_name():

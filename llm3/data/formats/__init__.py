@@ -5,11 +5,14 @@ A plugin has
     read_row(row, source) -> record                      the content of a row, in plain JSON values
     encode(record, tokenizer, template) -> Document      its tokens; template: a chat template, or ""
     texts(record) -> list of str                         the texts that a tokenizer is trained on
+    resolve(rows, source, where) -> source (optional)    the source with what only all rows together tell
 
 `read_row` and `encode` raise BadRow for an unusable row. They depend on their arguments only, so that a row becomes the
 same bytes in any process.
 """
 
+import contextlib
+import json
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -64,6 +67,15 @@ def value(row: Mapping[str, Any], name: str) -> Any:
     if row[name] is None:
         raise BadRow(f"{name} is null")
     return row[name]
+
+
+def structure(row: Mapping[str, Any], name: str) -> Any:
+    """A column that holds a list or an object, which may be written as JSON in a text, as in a cell of CSV."""
+    found = value(row, name)
+    if isinstance(found, str) and found.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(found)
+    return found
 
 
 def text_of(row: Mapping[str, Any], spec: str) -> str:

@@ -9,12 +9,13 @@ import dataclasses
 import gzip
 import json
 import lzma
-import re
 import sys
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import fsspec
 
 from llm3.data.formats import START_CHARACTERS, BadRow
 from llm3.errors import UserError
@@ -25,7 +26,11 @@ SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
 # By the first bytes of a file: how it is opened, and archives, which the datasets library reads.
-OPENERS: dict[bytes, Callable[[str, str], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+OPENERS: dict[bytes, Callable[[BinaryIO, str], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 ARCHIVES = (b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"Rar!", b"7z\xbc\xaf")
 
 
@@ -75,11 +80,11 @@ class Lines:
     def _row(self, line: bytes) -> dict[str, Any] | BadRow | None:
         """The row of a line; None for a blank line."""
         if len(line) > self.longest:
-            return _bad(f"longer than {self.longest:,} bytes", line)
+            return bad_line(f"longer than {self.longest:,} bytes", line)
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            return _bad("not UTF-8", line)
+            return bad_line("not UTF-8", line)
         if not text.strip():
             return None
         if not self.objects:
@@ -87,35 +92,23 @@ class Lines:
         try:
             row = json.loads(text)
         except (ValueError, RecursionError):
-            return _bad("not JSON", line)
-        return row if isinstance(row, dict) else _bad("not a JSON object", line)
+            return bad_line("not JSON", line)
+        return row if isinstance(row, dict) else bad_line("not a JSON object", line)
 
 
-def _bad(reason: str, line: bytes) -> BadRow:
+def bad_line(reason: str, line: bytes) -> BadRow:
+    """An unusable row and its beginning."""
     return BadRow(reason, line[: 4 * START_CHARACTERS].decode(errors="replace"))
 
 
-def is_line_file(file: str) -> bool:
-    """Whether a local file, perhaps compressed, consists of lines: neither an archive nor a single JSON document."""
-    head = _head(file)
-    archive = head.startswith(ARCHIVES) or head[257:262] == b"ustar"
-    return not (archive or _is_array(file, head) or is_data_document(file))
+def is_archive(file: str) -> bool:
+    """Whether a file holds other files, or is compressed in a way that only `datasets` reads."""
+    head = head_of(file)
+    return head.startswith(ARCHIVES) or head[257:262] == b"ustar"
 
 
-def is_data_document(file: str) -> bool:
-    """Whether a .json file is one object {"data": [...]} with a list of rows."""
-    return _is_json(file) and re.match(rb'\s*\{\s*"data"\s*:\s*\[', _head(file).removeprefix(BOM)) is not None
-
-
-def _is_array(file: str, head: bytes) -> bool:
-    return _is_json(file) and head.removeprefix(BOM).lstrip().startswith(b"[")
-
-
-def _is_json(file: str) -> bool:
-    return ".json" in Path(file).suffixes
-
-
-def _head(file: str) -> bytes:
+def head_of(file: str) -> bytes:
+    """The first bytes of a file, decompressed."""
     with open_decompressed(file) as content:
         return content.read(1024)
 
@@ -124,17 +117,55 @@ def _head(file: str) -> bytes:
 def open_decompressed(name: str) -> Iterator[BinaryIO]:
     """Open a file, decompressed if necessary. Raises UserError for damaged content."""
     opener = _opener(name)
-    with (opener or open)(name, "rb") as file:
+    with _open(name) as content, opener(content, "rb") if opener else content as file:
         try:
             yield file
         except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             raise UserError(f"{name} cannot be {'decompressed' if opener else 'read'}: {error}") from error
 
 
-def _opener(name: str) -> Callable[[str, str], Any] | None:
-    with open(name, "rb") as file:
+def is_compressed(name: str) -> bool:
+    """Whether a file is read through a decompressor; it can then be read from its start only."""
+    return _opener(name) is not None
+
+
+def _open(name: str) -> BinaryIO:
+    """A local file, or one behind an address like "hf://datasets/..."."""
+    return fsspec.open(name, "rb").open() if "://" in name else open(name, "rb")
+
+
+def _opener(name: str) -> Callable[[BinaryIO, str], Any] | None:
+    with _open(name) as file:
         start = file.read(6)
     return next((opener for magic, opener in OPENERS.items() if start.startswith(magic)), None)
+
+
+def sized_lines(file: BinaryIO, size: int, longest: int) -> Iterator[tuple[bytes, int]]:
+    """Yield (line with its end, its size in bytes) of the next `size` bytes. A line over `longest` bytes is cut."""
+    while size > 0 and (line := file.readline(longest + 3)):  # room for a line end, and for one byte too many
+        length, rest = len(line), line
+        while not rest.endswith(b"\n") and (rest := file.readline(BLOCK)):
+            length += len(rest)
+        size -= length
+        yield line, length
+
+
+def cut_at(
+    ends: Iterable[tuple[int, int]], name: str, start: int, size: int, first: int
+) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
+    """Cut a file into pieces of at least `size` bytes, from the byte `start`, where the row `first` begins.
+
+    ends: (byte, number of the row that begins there), each place where the file may be cut, the end of the file last.
+    Yields as `Lines.pieces`; returns the number of the first row of the next file.
+    """
+    stop, number = start, first
+    for stop, number in ends:
+        if stop - start >= size:
+            yield first, (name, start, stop)
+            start, first = stop, number
+    if stop > start:
+        yield first, (name, start, stop)
+    return number
 
 
 def _cuts(file: BinaryIO, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:

@@ -1,4 +1,4 @@
-"""Opening a split: a built-in corpus, local files of lines, or any dataset that `datasets.load_dataset` reads.
+"""Opening a split: a built-in corpus, files that llm3 reads itself, or any dataset that `datasets.load_dataset` reads.
 
 A reader can be pickled for other processes, and has
 
@@ -10,7 +10,6 @@ A reader can be pickled for other processes, and has
 
 import atexit
 import codecs
-import difflib
 import functools
 import glob
 import os
@@ -18,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,27 @@ import datasets
 from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
 from llm3.data.sources.digests import content_digest
-from llm3.data.sources.lines import Lines, is_data_document, is_line_file
+from llm3.data.sources.files import FileReader, check_file, flat, open_files, source_name, unknown_split
 from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError
 
 BUILTIN = "builtin:"
+Reader = FileReader | DatasetTable | DatasetStream
 FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # builders of `datasets` for local files
+TABLE_OPTIONS: dict[str, dict[str, Any]] = {
+    # invalid UTF-8 costs only its row, and nothing is null but an empty cell
+    "csv": {"encoding": LATIN1, "keep_default_na": False, "na_values": [""], "index_col": False},
+    "parquet": {"batch_size": 4096},  # else an empty first row group is an error
+}
 
 
-def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | DatasetTable | DatasetStream:
+def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Reader:
     """The reader of a split; split: its name in the dataset. Raises UserError if it cannot be opened."""
     if source.path.startswith(BUILTIN):
         table = corpus.load_corpus(source.path.removeprefix(BUILTIN), split, cache_dir)
         return DatasetTable(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
     for path in _local_files(source):
-        _check_file(path, source)
+        check_file(path, source, may_be_empty=glob.has_magic(str(path)) or source.sample_by == "document")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if source.path in FILE_LOADERS:  # otherwise opening a local file contacts the hub
@@ -51,31 +56,35 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Lines | Da
     options: dict[str, Any] = {"data_files": files_of, "data_dir": source.data_dir, "cache_dir": str(root)}
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, **options)
-        files = _line_files(builder, source, split)
-        if files and all(map(is_line_file, files)):
-            digest = content_digest(files, cache_dir)
-            return Lines(tuple(files), builder.info.builder_name == "json", source.max_row_bytes, digest)
-        if files and is_data_document(files[0]):
-            options["field"] = "data"
-        latin1 = builder.info.builder_name == "csv"  # so that invalid UTF-8 costs only its row
-        if latin1:
-            options["encoding"] = LATIN1
-        local, kind = _local_splits(builder), [builder.info.builder_name, repr(builder.info.features)]
-        if local:  # `datasets` knows a file by its modification time only
-            every = [file for each in local.values() for file in each]
-            options["cache_dir"] = str(root / content_digest(every, cache_dir)[:16])
-        builder = datasets.load_dataset_builder(source.path, source.name, **options)
-        key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
-        if local:
-            names = [name.partition("[")[0].strip() for name in split.split("+")]
-            used = [file for name in (names if set(names) <= set(local) else local) for file in local[name]]
-            key = ["files", *kind, content_digest(used, cache_dir), split, source.streaming]
-        if source.streaming:
-            return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
-        builder.download_and_prepare()
-        return DatasetTable(builder.as_dataset(split=split), key, latin1)
+        own = open_files(builder, source, split, root, cache_dir)
+        return own or _open_table(builder, source, split, options, cache_dir)
     except READ_ERRORS as error:
         raise UserError(_explained(error, source, split)) from error
+
+
+def _open_table(
+    builder: datasets.DatasetBuilder, source: SourceConfig, split: str, options: dict[str, Any], cache_dir: Path
+) -> DatasetTable | DatasetStream:
+    """A split that the datasets library reads."""
+    name, root = builder.info.builder_name, options["cache_dir"]
+    own = TABLE_OPTIONS.get(name, {})
+    if name == "text" and source.sample_by:
+        own = {"sample_by": source.sample_by}
+    local, kind = _local_splits(builder), [name, repr(builder.info.features)]
+    if local:  # `datasets` knows a file by its modification time only
+        every = [file for each in local.values() for file in each]
+        own = own | {"cache_dir": f"{root}/{content_digest(every, cache_dir)[:16]}"}
+    builder = datasets.load_dataset_builder(source.path, source.name, **options | own)
+    key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
+    if local:
+        names = [name.partition("[")[0].strip() for name in split.split("+")]
+        used = [file for name in (names if set(names) <= set(local) else local) for file in local[name]]
+        key = ["files", *kind, content_digest(used, cache_dir), split, source.streaming]
+    latin1 = name == "csv"
+    if source.streaming:
+        return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
+    builder.download_and_prepare()
+    return DatasetTable(builder.as_dataset(split=split), key, latin1)
 
 
 def _local_splits(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
@@ -95,40 +104,11 @@ def _writable(cache_dir: Path) -> Path:
     return temporary
 
 
-def source_name(source: SourceConfig) -> str:
-    """The name of a source in messages."""
-    return " ".join(str(part) for part in (source.path, source.name, source.data_dir, source.data_files) if part)
-
-
-def _line_files(builder: datasets.DatasetBuilder, source: SourceConfig, split: str) -> list[str]:
-    """The files of a split if they are local files of lines; [] if `datasets` has to read them.
-
-    `datasets` reads parts of splits ("train[:90%]"), and folders with a README, which may describe the files.
-    """
-    described = builder.info.features is not None or Path(source.path, "README.md").exists()
-    if builder.info.builder_name not in ("json", "text") or described:
-        return []
-    splits = {str(name): list(files) for name, files in builder.config.data_files.items()}
-    if split not in splits:
-        if re.search(r"[\[+]", split) or split == "all":
-            return []
-        raise UserError(_unknown_split(source, split, split, list(splits)))
-    files = splits[split] if all(map(os.path.isfile, splits[split])) else []
-    for file in files:
-        _check_file(Path(file), source)
-    return files
-
-
-def _unknown_split(source: SourceConfig, split: str, unknown: str, valid: list[str]) -> str:
-    hint = " (or validation='' and validation_share=0.05)" if split == source.validation else ""
-    return f"source {source_name(source)}: unknown split {unknown!r}: {nearest(unknown, valid)}{hint}"
-
-
 def _explained(error: Exception, source: SourceConfig, split: str) -> str:
     known = re.search(r"(?:Unknown|Bad) split:? \"?(?P<split>[^\"]+?)\"?\. [^\[]*\[(?P<valid>.*)\]", str(error))
     if known:
         valid = [name.strip("' ") for name in known["valid"].split(",")]
-        return _unknown_split(source, split, known["split"], valid)
+        return unknown_split(source, split, known["split"], valid)
     if "corresponds to no data" in str(error):
         return f"source {source_name(source)}: split {split!r} has no rows"
     cause = error.__cause__ or error
@@ -146,7 +126,7 @@ def _explained(error: Exception, source: SourceConfig, split: str) -> str:
 
 def _local_files(source: SourceConfig) -> Iterator[Path]:
     """The local files of `data_files`, relative to the working directory, with wildcards expanded."""
-    for pattern in _flat(source.data_files):
+    for pattern in flat(source.data_files):
         if "://" in pattern or source.path not in FILE_LOADERS:
             continue
         path = Path(source.data_dir or "", pattern)
@@ -188,29 +168,6 @@ def _literal_files(source: SourceConfig) -> Any:
         return escaped(files) if isinstance(files, str) else [escaped(each) for each in files]
 
     return each_of(source.data_files)
-
-
-def _flat(data_files: Any) -> Iterable[str]:
-    if isinstance(data_files, dict):
-        return [file for files in data_files.values() for file in _flat(files)]
-    return [data_files] if isinstance(data_files, str) else list(data_files or ())
-
-
-def _check_file(path: Path, source: SourceConfig) -> None:
-    if not path.is_file():
-        if not path.parent.is_dir():
-            raise UserError(
-                f"source {source.path}: {path} does not exist, nor does its folder {path.parent.absolute()}"
-            )
-        raise UserError(f"source {source.path}: {path} does not exist: {nearest_beside(path)}")
-    if not path.stat().st_size:
-        raise UserError(f"source {source.path}: {path} is empty")
-
-
-def nearest_beside(path: Path) -> str:
-    """The end of an error message: names in the folder of a missing path, the nearest first."""
-    names = sorted(entry.name for entry in path.parent.iterdir())
-    return nearest(path.name, difflib.get_close_matches(path.name, names, n=5, cutoff=0.3) or names[:5])
 
 
 def _check_utf8(path: Path) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -13,14 +13,46 @@ ROWS_AT_A_TIME = 1 << 16  # rows whose hashes are compared at once
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """One side of a split by hash: `share` of the texts are for validation. Equal texts are on the same side."""
+    """One side of a split by hash: `share` of the texts are for validation. Equal texts are on the same side.
+
+    by_class: each class that has two or more texts is on both sides, see `moved`.
+    """
 
     share: float
     validation: bool
+    by_class: bool = False
 
-    def takes(self, digest: int) -> bool:
-        """Whether a text with this hash is on this side."""
-        return (float(digest) < self.share * 2.0**64) == self.validation
+    def takes(self, digest: int, moved: Collection[int] = ()) -> bool:
+        """Whether a text with this hash is on this side. moved: hashes of the texts that change sides."""
+        return (self._below(digest) != (digest in moved)) == self.validation
+
+    def moved(self, texts: Iterable[tuple[int, Iterable[str]]]) -> frozenset[int]:
+        """Hashes of the texts that change sides, so that each class is on both. texts: (hash, classes), all of them.
+
+        A class whose texts are all for validation gives the greatest hash to training, also if it has only one text. A
+        class whose texts are all for training gives the smallest to validation, unless it has only one text, or that
+        is the only training text of another class.
+        """
+        least: dict[str, tuple[int, frozenset[str]]] = {}
+        greatest: dict[str, list[int]] = {}  # the greatest hash and the one before it
+        for digest, classes in texts:
+            for name in (names := frozenset(classes)):
+                least[name] = min(least.get(name, (digest, names)), (digest, names), key=lambda each: each[0])
+                greatest[name] = sorted({*greatest.get(name, ()), digest}, reverse=True)[:2]
+        moved = set()
+        for name, (digest, names) in least.items():
+            if self._below(greatest[name][0]):
+                moved.add(greatest[name][0])
+            elif not self._below(digest) and not any(self._needs(digest, greatest[each]) for each in names):
+                moved.add(digest)
+        return frozenset(moved)
+
+    def _needs(self, digest: int, greatest: list[int]) -> bool:
+        """Whether a class with these greatest hashes has no other text for training."""
+        return greatest[0] == digest and (len(greatest) == 1 or self._below(greatest[1]))
+
+    def _below(self, digest: int) -> bool:
+        return float(digest) < self.share * 2.0**64
 
 
 def hash_of(text: str) -> int:

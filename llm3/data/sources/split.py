@@ -1,4 +1,4 @@
-"""The records of one split of a source: rows are read in fixed parts, transformed, filtered and selected.
+"""Opening one split of a source.
 
 Bad input is a UserError that names the file, field, split or row, before any device work. An unusable row is a BadRow
 and costs only that row.
@@ -6,26 +6,22 @@ and costs only that row.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import corpus, hooks, selection
-from llm3.data.sources.lines import Lines
-from llm3.data.sources.readers import nearest_beside, open_reader, source_name
-from llm3.data.sources.tables import DatasetStream, DatasetTable
+from llm3.data.sources.files import nearest_beside, source_name
+from llm3.data.sources.readers import Reader, open_reader
+from llm3.data.sources.records import Records
 from llm3.errors import UserError, nearest, one_of
 from llm3.files import local_path
-from llm3.registry import load_plugin
 
 PROBED_ROWS = 1000  # rows that are searched for the fields
 NOT_IN_KEY = {  # fields that do not change records, or that enter the key in another way
@@ -34,7 +30,7 @@ NOT_IN_KEY = {  # fields that do not change records, or that enter the key in an
 }
 
 
-def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records":
+def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
     """The records of one split ("train", "validation" or "test").
 
     Without a validation split, `validation_share` of the train split is held out by a hash of the text, so that equal
@@ -48,7 +44,7 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
     wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
     held_out = None
     if from_train and source.validation_share:
-        held_out = selection.HeldOut(source.validation_share, split == "validation")
+        held_out = selection.HeldOut(source.validation_share, split == "validation", by_class=bool(source.label))
     elif from_train and split == "validation":
         raise UserError(
             f"{where}: validation_share=0: without a validation split, expected a share between 0 and 1 of the train "
@@ -65,13 +61,19 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> "Records
     settings = {field: value for field, value in dataclasses.asdict(source).items() if field not in NOT_IN_KEY}
     side = dataclasses.asdict(held_out) if held_out else None
     key = json.dumps([reader.key, settings, functions, side, sample], sort_keys=True)
+    train = None
+    if source.row_format == "choice" and source.answer_base is None and not from_train:
+        with contextlib.suppress(UserError):  # many evaluation sets have no train split
+            train = open_reader(source, source.train, Path(cache_dir))
     return Records(
         source,
         _split_name(source, source.train if from_train else wanted),
+        split,
         hashlib.sha256(key.encode()).hexdigest(),
         reader,
         held_out,
         sample,
+        train,
     )
 
 
@@ -136,105 +138,12 @@ def _nearest_existing(path: Path) -> str:
     return f"{missing.parent.absolute()} holds no {missing.name!r}; {nearest_beside(missing)}"
 
 
-class Part(NamedTuple):
-    """A piece of a split: the number of its first row, and its place for the reader.
-
-    last: the greatest (hash, row number) in the sample of `max_documents`; None if the sample holds all rows.
-    """
-
-    first: int
-    place: tuple
-    last: tuple[int, int] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """One split of a source. It can be pickled for other processes."""
-
-    source: SourceConfig
-    name: str  # for messages
-    key: str  # digest of the files, the split and all settings that change records
-    reader: Lines | DatasetTable | DatasetStream
-    held_out: selection.HeldOut | None
-    sample: int  # the most records; 0: all
-
-    def parts(self) -> list[Part]:
-        """The pieces of about 32 MiB in which the rows are read; the cut depends on the data only."""
-        return self._parts
-
-    @functools.cached_property
-    def _parts(self) -> list[Part]:
-        pieces = [Part(first, place, None) for first, place in self.reader.pieces()]
-        if not self.sample:
-            return pieces
-        rows = (row for part in pieces for row in self._candidates(part))
-        usable = ((digest, number) for number, digest, record in rows if not isinstance(record, BadRow))
-        last = selection.sample_threshold(usable, self.sample)
-        return [part._replace(last=last) for part in pieces]
-
-    def read_part(self, part: Part) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        """Yield (number of the row in the source, record or BadRow) of a part.
-
-        Rows that are filtered out, held out or not in the sample are skipped; unusable rows are held out and sampled
-        like others. Raises UserError if a transform or filter fails.
-        """
-        for number, digest, record in self._candidates(part):
-            if part.last is None or (digest, number) <= part.last:
-                yield number, record
-
-    def texts(self) -> Iterator[str]:
-        """The texts of all records, to train a tokenizer on."""
-        row_format = load_plugin(formats, self.source.row_format)
-        for part in self.parts():
-            for _, record in self.read_part(part):
-                if not isinstance(record, BadRow):
-                    yield from row_format.texts(record)
-
-    def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
-        """Yield (number, hash, record) of the rows on this side of the split."""
-        hashed = self.held_out is not None or self.sample
-        row_format = load_plugin(formats, self.source.row_format)
-        for number, row in self.reader.rows(part.first, part.place):
-            record = self._record(number, row, row_format)
-            if record is None:
-                continue
-            digest = 0
-            if hashed:
-                content = f"{number} {record}" if isinstance(record, BadRow) else "\n".join(row_format.texts(record))
-                digest = selection.hash_of(content)
-                if self.held_out is not None and not self.held_out.takes(digest):
-                    continue
-            yield number, digest, record
-
-    def _record(
-        self, number: int, row: dict[str, Any] | BadRow, row_format: ModuleType
-    ) -> dict[str, Any] | BadRow | None:
-        """The record of a row, or BadRow; None for a row that a filter removes."""
-        if isinstance(row, BadRow):
-            return row
-        where = f"source {self.name}: row {number}"
-        try:
-            row = hooks.apply_transforms(row, self.source.transforms, where)
-            if not hooks.passes_filters(row, self.source.filters, where):
-                return None
-            record = row_format.read_row(row, self.source)
-            if _exceeds(row_format.texts(record), self.source.max_row_bytes):
-                raise BadRow(f"longer than {self.source.max_row_bytes:,} bytes")
-        except BadRow as reason:
-            return BadRow(str(reason), json.dumps(row, ensure_ascii=False, default=str))
-        return record
-
-
-def _exceeds(texts: list[str], most: int) -> bool:
-    """Whether the texts together have more than `most` UTF-8 bytes."""
-    return 4 * sum(map(len, texts)) > most and sum(len(text.encode()) for text in texts) > most
-
-
-def _check_fields(reader: Lines | DatasetTable | DatasetStream, source: SourceConfig, split: str) -> None:
+def _check_fields(reader: Reader, source: SourceConfig, split: str) -> None:
     """Raise a UserError if there are no rows, or if a field of the config is in none of the first rows."""
     specs = [source.pair, source.label, source.tag, source.prompt, source.answer, source.messages, source.answers]
     specs += [source.text] if source.row_format in ("text", "span") else []
-    specs += [source.choices] if isinstance(source.choices, str) else []
+    choices = [source.choices] if isinstance(source.choices, str) else source.choices
+    specs += [each for each in choices if isinstance(source.choices, str) or "{" in each]
     wanted = [name for spec in specs if spec for name in _columns(spec)]
     seen: dict[str, None] = {}
     number = None
