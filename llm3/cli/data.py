@@ -2,6 +2,8 @@
 
 import itertools
 import sys
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,13 @@ from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.tokenizer import SPECIALS, Tokenizer
-from llm3.errors import counted
+from llm3.errors import counted, listed
 from llm3.report.units import count, percent
 from llm3.stages import rules
 from llm3.stages.experiment import Experiment, prepare, read_library
 from llm3.stages.stage import Stage
 
-SHOWN_ROWS, SHOWN_TOKENS = 10, 96
+SHOWN_ROWS, SHOWN_TOKENS, SHOWN_CLASSES = 10, 96, 20
 
 
 def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shard: str | None = None) -> int:
@@ -44,6 +46,9 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
         for source, tokens in stage.data.caches.items():
             for reason, rows in tokens.bad.items():
                 console.print(f"  {source}: {counted(rows, 'row')} set aside: {reason}")
+            if stage.objective.HEAD == "labels":
+                for line in class_lines(tokens.class_counts()):
+                    console.print(Text(f"  {source}: {line}"), soft_wrap=True)
         console.print(f"  ten rows of the first batches, with targets {marked('marked', sys.stdout.isatty())}:")
         for row in first_rows(stage):
             console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)
@@ -107,6 +112,19 @@ def source_table(stage: Stage) -> Table:
             f"{epochs[source]:.2g}",
         )
     return table
+
+
+def class_lines(counts: dict[str, int]) -> Iterator[str]:
+    """Phrases on the classes of a source. counts: {class: documents}, the most frequent first."""
+    shown = [f"{name!r} {documents:,}" for name, documents in counts.items()]
+    yield f"{len(counts):,} classes: {listed(shown, SHOWN_CLASSES)}"
+    alike: dict[str, list[str]] = {}
+    for name in counts:
+        alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            same = "differ in white space, letter case or Unicode form only"
+            yield f"suspicious classes: {', '.join(map(repr, names))} {same}"
 
 
 def first_rows(stage: Stage) -> list[Batch]:

@@ -9,7 +9,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer, windows
 from llm3.data.cache import cache
 from llm3.data.cache.cache import TokenCache
-from llm3.data.packing import Windows
+from llm3.data.packing import Windows, check_windows
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
@@ -58,16 +58,24 @@ class Library:
         return self.configs[name]
 
     def labels(self, name: str) -> list[str]:
-        """The class names of a labelled source. Raises UserError where it has no labels."""
+        """The class names of a labelled source. Raises UserError where it has no labels, or the same for each row."""
         if not self._source(name).label:
             raise UserError(f"source {name!r} has no labels: set sources.{name}.label to the field with the class")
-        return self.cache(name, "train").label_names
+        train = self.cache(name, "train")
+        if len(train.label_sets or train.label_names) < 2:
+            same = ", ".join(map(repr, train.label_names)) or "no class"
+            raise UserError(
+                f"source {name!r}: all of its {train.documents:,} rows have the label {same}: expected two classes or "
+                f"more in sources.{name}.label={self._source(name).label!r}"
+            )
+        return train.label_names
 
     def windows(self, kind: str, name: str, split: str, length: int) -> Windows:
         """The windows of a split; kind: a plugin of `llm3.data.windows`. length: positions of a window."""
         key = (kind, name, split, length)
         if key not in self._windows:
-            self._windows[key] = load_plugin(windows, kind).WindowTable(self.cache(name, split), length)
+            table = load_plugin(windows, kind).WindowTable(self.cache(name, split), length)
+            self._windows[key] = check_windows(table, f"source {name!r}: {split} split", length)
         return self._windows[key]
 
 

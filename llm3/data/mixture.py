@@ -62,7 +62,7 @@ class Mixture:
         names = sorted({name for _, weights in schedule for name in weights})
         for name in names:
             if not len(windows[name]):
-                raise UserError(f"data: {name} has no windows: its source is empty")
+                raise UserError(f"data: {name} has no windows")
         self._batch_size, self._corrupt = batch_size, corrupt
         self._key = int.from_bytes(hashlib.sha256(f"{seed}/corrupt".encode()).digest()[:16], "big")
         self._windows = {name: windows[name] for name in names}

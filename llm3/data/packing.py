@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from llm3.data.batch import Batch
+from llm3.errors import UserError
 
 PACKING_BLOCK = 16_384  # pieces per run of the packer; bounds its time and memory
 
@@ -75,6 +76,16 @@ class PackedWindows:
     def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
         """(document, (first, stop) of its tokens) of a piece."""
         return int(self._document[piece]), (int(self._first[piece]), int(self._stop[piece]))
+
+
+def check_windows(table: Windows, where: str, length: int) -> Windows:
+    """The table. Raises UserError, starting with `where`, if no document fits into a window of `length` tokens."""
+    if not len(table):
+        raise UserError(
+            f"{where}: none of its {max(table.dropped, table.documents):,} documents has a target within "
+            f"{length:,} tokens: expected a larger sequence_length"
+        )
+    return table
 
 
 def pack(sizes: np.ndarray, capacity: int, block: int = PACKING_BLOCK) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig
 from llm3.data import windows
 from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
+from llm3.data.packing import check_windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch
 from llm3.registry import load_plugin, read_options
@@ -66,5 +67,8 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens
     kind = plugin.WINDOWS[config.sources[own.source].row_format]
-    load_plugin(windows, kind).WindowTable(cache, own.sequence_length)  # raises UserError for documents that do not fit
+    table = load_plugin(windows, kind).WindowTable(
+        cache, own.sequence_length
+    )  # raises UserError for a length too small
+    check_windows(table, f"config.evaluations.{name}: source {own.source!r}", own.sequence_length)
     return Evaluation(name, own, plugin, options, kind, cache, labels)

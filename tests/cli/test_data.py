@@ -6,6 +6,7 @@ import re
 import pytest
 
 from llm3.__main__ import main
+from llm3.cli.data import class_lines
 from tests.helpers import tiny_run
 
 PAIRS = [("Which colour has the sky?", "blue"), ("Which colour has grass?", "green"), ("And what of snow?", "white")]
@@ -50,6 +51,17 @@ def test_each_stage_is_shown_with_its_mixed_and_packed_sources(capsys, base):
     lines = (base / "texts" / "domain-train.jsonl").read_text().splitlines()
     assert int(domain[0]) == len(lines) and 1 < float(domain[1]) < 6 and int(domain[2]) > 1
     assert out.count("\n  | ") == 2 * 10
+
+
+def test_classes_are_counted_and_those_that_look_alike_are_suspicious(capsys, base):
+    out = shown(capsys, base, "data", "--stages=finetune")
+    assert re.search(r"^  \w+: 2 classes: '\w+' \d+, '\w+' \d+$", out, re.MULTILINE) and "suspicious" not in out
+    lines = class_lines({"pos": 1200, " pos": 3, "neg": 2, "Neg": 1, "none": 1})
+    assert list(lines) == [
+        "5 classes: 'pos' 1,200, ' pos' 3, 'neg' 2, 'Neg' 1, 'none' 1",
+        "suspicious classes: 'pos', ' pos' differ in white space, letter case or Unicode form only",
+        "suspicious classes: 'neg', 'Neg' differ in white space, letter case or Unicode form only",
+    ]
 
 
 def test_targets_are_marked(capsys, base):

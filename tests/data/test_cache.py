@@ -1,6 +1,7 @@
 """A token cache holds every document once, in an order by content, and is never read when it is damaged."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,11 +23,14 @@ from llm3.errors import UserError
 from tests.helpers.tiny_records import TEXTS, ListRecords, contents, numbered, texts_in_parts, trained
 
 
+def labelled(texts, labels):
+    return tuple({"text": text, "labels": [label]} for text, label in zip(texts, labels, strict=True))
+
+
 def build(texts, directory, row_labels=None, **options):
     records = texts_in_parts(texts)
     if row_labels:
-        rows = ({"text": text, "labels": [label]} for text, label in zip(texts, row_labels, strict=True))
-        records = ListRecords((tuple(rows),))
+        records = ListRecords((labelled(texts, row_labels),))
     return cache.build_cache(records, "text", trained, directory, **options)
 
 
@@ -116,9 +120,24 @@ def test_labels_follow_their_texts_and_classes_are_sorted_or_as_given(tmp_path):
     assert len(list(tmp_path.glob("tokens-*"))) == 1  # encoding does not depend on class names
 
 
-def test_a_label_that_is_not_a_class_is_an_error_with_the_nearest_name(tmp_path):
-    with pytest.raises(UserError, match=r"unknown label 'catt'.*did you mean 'cat'"):
-        build(["x", "y"], tmp_path, ["cat", "catt"], labels=["cat", "dog"])
+def test_documents_of_an_unknown_class_are_unusable_rows_and_the_first_is_named(tmp_path, capsys):
+    labels = ["cat", "catt", "dog", *["cat"] * 57]
+    message = (
+        r"source fake: 1 of 60 rows of its validation split have a class that its train split does not have, the "
+        r"first: row 1 \(counted from 0\), class 'catt': did you mean 'cat'\? valid: cat, dog"
+    )
+    records = ListRecords((labelled(TEXTS, labels),), split="validation")
+    build_labelled = functools.partial(cache.build_cache, records, "text", trained, tmp_path, labels=["dog", "cat"])
+    with pytest.raises(UserError, match=message + "; more unusable rows than bad_rows=0.01"):
+        build_labelled()
+    built = build_labelled(max_bad_share=0.02)
+    assert re.search(message, capsys.readouterr().err)
+    assert built.bad == {"class is not in the train split": 1} and built.rows_read == 60
+    assert sorted(contents(built)) == sorted([TEXTS[0], *TEXTS[2:]])
+    assert built.class_counts() == {"cat": 58, "dog": 1}
+    several = ListRecords((tuple(row | {"several": True} for row in records.batches[0]),), split="validation")
+    built = cache.build_cache(several, "text", trained, tmp_path, labels=["dog", "cat"], max_bad_share=0.02)
+    assert built.documents == 59 and built.label_sets == [[0], [1]]
 
 
 NONE_OR_ONE = [("none", []), ("one", ["b"]), ("other", ["a"])]

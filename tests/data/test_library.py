@@ -50,6 +50,30 @@ def test_a_share_is_built_alone_and_the_last_share_completes_the_cache(library):
     assert whole.documents == 3 and whole.fingerprint == library.cache("news", "train").fingerprint
 
 
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("x", "all of its 3 rows have the label 'x': expected two classes"),
+        (["x", "y"], "label 'x', 'y'"),
+        ([], "no class"),
+    ],
+)
+def test_rows_that_all_have_the_same_label_are_refused(label, message, tmp_path):
+    rows = "".join(json.dumps({"text": text, "label": label}) + "\n" for text in "abc")
+    (tmp_path / "train.jsonl").write_text(rows)
+    source = SourceConfig("json", data_files=str(tmp_path / "train.jsonl"), label="label")
+    with pytest.raises(UserError, match=message):
+        Library({"t": source}, trained, tmp_path / "cache").labels("t")
+
+
+def test_documents_that_are_all_too_long_are_not_taken_for_an_empty_source(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"q": "why " * 20, "a": "so"}) + "\n")
+    source = SourceConfig("json", data_files=str(tmp_path / "train.jsonl"), prompt="q", answer="a")
+    library = Library({"t": source}, trained, tmp_path / "cache")
+    with pytest.raises(UserError, match=r"train split: none of its 1 documents has a target within 9 tokens: .*length"):
+        library.windows("dialogue", "t", "train", 9)
+
+
 def test_class_numbers_are_those_of_the_train_split(tmp_path):
     rows = {"train": [("a", "x"), ("b", "y"), ("c", "z")], "validation": [("d", "z")]}
     for split, pairs in rows.items():

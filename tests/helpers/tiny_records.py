@@ -22,6 +22,7 @@ class ListRecords:
 
     batches: tuple[tuple[Any, ...], ...]
     name: str = "fake"
+    split: str = "train"
     slow: int = -1
     gate: str = ""
 
@@ -29,6 +30,9 @@ class ListRecords:
     def key(self) -> str:
         content = [[str(r) if isinstance(r, BadRow) else r for r in batch] for batch in self.batches]
         return hashlib.sha256(repr(content).encode()).hexdigest()
+
+    def why_empty(self) -> str:
+        return "it has no rows"
 
     def parts(self) -> list[int]:
         return list(range(len(self.batches)))

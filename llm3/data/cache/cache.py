@@ -14,10 +14,11 @@ import numpy as np
 
 from llm3.data.cache import build as cache_build
 from llm3.data.cache import shards
-from llm3.data.cache.build import LABELS, MANIFEST
+from llm3.data.cache.build import MANIFEST
+from llm3.data.cache.labels import UNKNOWN, check_unknown, read_labels
 from llm3.data.cache.reader import ShardReader
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, counted, nearest
+from llm3.errors import UserError, counted
 
 FORMAT = 3  # part of the key; raise it when the files or their meaning change
 MAX_VERIFIED_BYTES = 2**30  # of larger caches, only the sizes of files are verified, not the digests
@@ -68,6 +69,15 @@ class TokenCache:
     def text_bytes(self) -> int:
         """The UTF-8 bytes of all documents."""
         return int(self.document_bytes.sum())
+
+    def class_counts(self) -> dict[str, int]:
+        """{class: number of its documents}, the most frequent first; {} without labels."""
+        if self.labels is None:
+            return {}
+        counts = np.zeros(len(self.label_names), np.int64)
+        for number, count in enumerate(np.bincount(self.labels, minlength=1)):
+            counts[self.label_sets[number] if self.label_sets is not None else number] += count
+        return {self.label_names[k]: int(counts[k]) for k in np.argsort(-counts, kind="stable")}
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of a document, [bos] and [eos] included: uint16 or uint32 [n], a read-only view."""
@@ -163,14 +173,15 @@ def build_cache(
 
     Each part becomes a shard, complete or not at all, so that a killed build resumes. Opening a cache verifies the
     digests of its files (of more than 1 GiB together, only the sizes); damaged files are rebuilt, with a warning on
-    stderr. Raises UserError for too many unusable rows, for no document, and for a label that is not in `labels`.
+    stderr. Documents with a class that is not in `labels` count as unusable rows. Raises UserError for too many
+    unusable rows, and for no document.
     """
     key = _key(records, row_format, tokenizer, template)
     target = Path(cache_dir) / f"tokens-{key[:16]}"
     for _ in range(ATTEMPTS):
         if (target / MANIFEST).exists():
             try:
-                return _open(target, key, records.name, labels, max_bad_share)
+                return _open(target, key, records, labels, max_bad_share)
             except cache_build.DAMAGE_ERRORS as error:
                 cache_build.warn_damaged(target, error)
         if not _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard):
@@ -224,22 +235,22 @@ def _build_missing(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(directory: Path, key: str, source: str, labels: list[str] | None, max_bad_share: float) -> TokenCache:
+def _open(directory: Path, key: str, records: Any, labels: list[str] | None, max_bad_share: float) -> TokenCache:
     """Open a complete cache. Raises `cache_build.DAMAGE_ERRORS` for missing or damaged files."""
     manifest = shards.read_with_digest(directory / MANIFEST)
     if manifest["key"] != key:
         raise ValueError(f"{MANIFEST} belongs to another cache")
     files = manifest["files"]
     shards.check_files(directory, files, digests=sum(size for _, size in files.values()) <= MAX_VERIFIED_BYTES)
-    _check_rows(directory, manifest, source, max_bad_share)
-    names, label_sets, numbers = _labels(directory, manifest, labels)
+    _check_rows(directory, manifest, records, max_bad_share)
+    names, label_sets, numbers = read_labels(directory, manifest, labels)
     contents = [each["content"] for each in manifest["shards"]]
     arrays = {
         field: np.asarray(np.load(directory / f"{field}.npy", mmap_mode="r"))
         for field in ("document_bytes", "rows", "keys")
     }
     reader = ShardReader(directory, manifest)
-    return TokenCache(
+    opened = TokenCache(
         reader=reader,
         offsets=reader.offsets,
         **arrays,
@@ -251,15 +262,21 @@ def _open(directory: Path, key: str, source: str, labels: list[str] | None, max_
         bad=manifest["bad"],
         bad_rows_file=directory / shards.BAD_ROWS if manifest["bad"] else None,
     )
+    if numbers is None or not (unknown := np.flatnonzero(numbers == UNKNOWN)).size:
+        return opened
+    reason = check_unknown(unknown, opened.rows, names, directory, manifest, records, max_bad_share)
+    known = opened.subset(np.flatnonzero(numbers != UNKNOWN))
+    return dataclasses.replace(known, bad=known.bad | {reason: len(unknown)})
 
 
-def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_share: float) -> None:
+def _check_rows(directory: Path, manifest: dict[str, Any], records: Any, max_bad_share: float) -> None:
     """Print how many rows are unusable. Raises UserError if there are too many, or if no document is left."""
     bad, read = sum(manifest["bad"].values()), manifest["rows_read"]
     if bad:
         file = directory / shards.BAD_ROWS
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in manifest["bad"].items())
-        counts = f"source {source}: {bad:,} of {counted(read, 'row')} ({bad / read:.2%}) cannot be used ({reasons})"
+        of = f"{bad:,} of {counted(read, 'row')} ({bad / read:.2%})"
+        counts = f"source {records.name}: {of} cannot be used ({reasons})"
         if bad > max_bad_share * read:
             with open(file, encoding="ascii") as lines:
                 first = json.loads(next(lines))
@@ -269,28 +286,5 @@ def _check_rows(directory: Path, manifest: dict[str, Any], source: str, max_bad_
             )
         print(f"tokens: {counts}: set aside in {file}", file=sys.stderr)
     if not manifest["documents"]:
-        raise UserError(
-            f"source {source}: it has no documents: " + ("all its rows are bad" if bad else "it has no rows")
-        )
-
-
-def _labels(
-    directory: Path, manifest: dict[str, Any], labels: list[str] | None
-) -> tuple[list[str], list[list[int]] | None, np.ndarray | None]:
-    """(class names, sets of classes or None if each document has one, class or set of each document: int32 [n])."""
-    found = sorted({name for names in manifest["label_sets"] for name in names})
-    if not (found or manifest["several"]):
-        return [], None, None
-    names = list(labels) if labels is not None else found
-    for name in found:
-        if name not in names:
-            raise UserError(f"data: unknown label {name!r}: {nearest(name, names)}")
-    number = {name: index for index, name in enumerate(names)}
-    sets = [sorted(number[name] for name in each) for each in manifest["label_sets"]]
-    ordered = sorted(sets) if manifest["several"] else [[index] for index in range(len(names))]
-    place = {tuple(each): index for index, each in enumerate(ordered)}
-    numbers = np.asarray(np.load(directory / LABELS, mmap_mode="r"))
-    changed = np.array([place[tuple(each)] for each in sets], np.int32)
-    if (changed != np.arange(len(changed))).any():
-        numbers = changed[numbers]
-    return names, ordered if manifest["several"] else None, numbers
+        why = f"all its rows are bad ({reasons})" if bad else records.why_empty()
+        raise UserError(f"source {records.name}: it has no documents: {why}")
