@@ -1,5 +1,6 @@
 """In a tokenized conversation, the answer mask covers exactly the answers and their ends; windows keep it intact."""
 
+import dataclasses
 import functools
 import json
 
@@ -14,7 +15,7 @@ from llm3.data.chat_templates import BOS, EXAMPLE, _render, load_template, read_
 from llm3.data.formats import BadRow, Document, choice, dialogue
 from llm3.data.tokenizer import SPECIALS
 from llm3.data.windows.dialogue import WindowTable
-from llm3.errors import UserError
+from llm3.errors import UserError, say
 from tests.helpers.tiny_answers import DIALOGUE, TALK, AnswerCache, encoded, questions, runs
 from tests.helpers.tiny_cache import BYTES
 
@@ -215,6 +216,12 @@ def test_an_unusable_template_is_refused_when_it_is_loaded(given_template, expec
         ([{"role": "user", "content": " "}], "a content of messages is empty"),
         ([{"role": "user", "content": "\ud800"}], "a content of messages is not valid Unicode"),
         ([{"role": "tool", "content": "x"}], "messages: a role is not one of system, user, assistant"),
+        ([{"from": "human", "value": 3}], "a content of messages is of type int, not a text"),
+        ([{"from": "observation", "value": "x"}], "messages: a role is not one of system, user, assistant"),
+        ([{"role": "user", "content": []}], "messages: a part of a content is not a text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages: a part of a content is not a text"),
+        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}], "messages: a turn calls a tool"),
+        ([{"role": "assistant", "content": "x", "function_call": {"name": "f"}}], "messages: a turn calls a tool"),
         ([], "messages: no turn is the assistant's"),
         (talk("a")["messages"], "messages: no turn is the assistant's"),
         (talk("a", "b", "c")["messages"], "messages: the last turn is not the assistant's"),
@@ -227,6 +234,23 @@ def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
     with pytest.raises(BadRow) as raised:
         dialogue.read_row({"messages": messages}, TALK)
     assert str(raised.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        [
+            {"role": "system", "content": [{"type": "text", "text": "s"}]},
+            {"role": "user", "content": ["a"], "tool_calls": None},
+            {"role": "assistant", "content": [{"type": "text", "text": "b"}], "tool_calls": []},
+        ],
+        json.dumps(talk("a", "b", system="s")["messages"]),
+    ],
+)
+def test_sharegpt_parts_of_contents_and_json_are_read_as_turns(messages):
+    turns = [["system", "s"], ["user", "a"], ["assistant", "b"]]
+    assert dialogue.read_row({"messages": messages}, TALK) == {"turns": turns, "references": ["b"]}
 
 
 def test_an_empty_system_prompt_is_dropped():
@@ -263,10 +287,28 @@ CHOICES = SourceConfig("x", prompt="q", choices="options", answer="answer")
         (["a", "b", "c"], 2, 2),
         (["a", "b", "c"], "2", 2),
         (["2", "1", "0"], "2", 0),
+        (["w", "x", "yes", "no"], "B", None),
+        (["up", "down", "left", "right"], "B", 1),
+        (["up", "down", "left", "right"], "(d).", None),
+        (["up", "down", "left", "right"], "(d)", 3),
+        (["up", "down"], "C", None),
+        (["A", "C", "B"], "B", 2),
+        ({"text": ["3", "1"], "label": ["1", "3"]}, "3", 1),
+        ({"text": ["up", "down"], "label": ["A", "B"]}, "B", 1),
+        ({"text": ["up", "down"], "label": [1, 2]}, 2, 1),
+        ([{"text": "up", "label": "A"}, {"text": "down", "label": "B"}], "B", 1),
+        ({"text": ["up", "down"], "label": ["A", "B"]}, "down", 1),
+        ({"text": ["up", "down"], "label": ["A", "B"]}, 1, None),
+        ('["up", "down"]', "down", 1),
     ],
 )
 def test_the_correct_choice_is_named_by_its_text_or_else_by_its_index(options, answer, correct):
-    assert choice.read_row({"q": "?", "options": options, "answer": answer}, CHOICES)["correct"] == correct
+    row = {"q": "?", "options": options, "answer": answer}
+    if correct is not None:
+        assert choice.read_row(row, CHOICES)["correct"] == correct
+    else:
+        with pytest.raises(BadRow, match="answer is none of the choices"):
+            choice.read_row(row, CHOICES)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +323,50 @@ def test_the_correct_choice_is_named_by_its_text_or_else_by_its_index(options, a
         (["a", None], 0, "one of options is null"),
         (["a", 1], 0, "one of options is of type int"),
         ("ab", 0, "options is of type str, not a list"),
+        ({"text": ["a", "b"], "label": ["A"]}, "A", "options has not one label for each text"),
+        ({"a": 1}, 0, "options is of type dict, not a list"),
     ],
 )
 def test_choices_that_cannot_be_asked_are_bad_rows_by_reason(options, answer, reason):
     with pytest.raises(BadRow, match=reason):
         choice.read_row({"q": "?", "options": options, "answer": answer}, CHOICES)
+
+
+def test_choices_may_be_templates_over_columns():
+    source = SourceConfig("x", prompt="q", choices=["{A}", "{B}", "none"], answer="answer")
+    row = {"q": "?", "A": "up", "B": "down", "answer": "B"}
+    assert choice.read_row(row, source) == {"prompt": "?", "choices": ["up", "down", "none"], "correct": 1}
+
+
+def numbered(*answers, choices=4):
+    return [{"q": "?", "options": [f"choice {i}" for i in range(choices)], "answer": each} for each in answers]
+
+
+@pytest.mark.parametrize(
+    ("rows", "base"),
+    [
+        (numbered(1, 3, 4, 2), 1),
+        (numbered("1", "4"), 1),
+        (numbered(3, 2, 0), 0),
+        (numbered(1, 2) + numbered(2, choices=2), 1),
+        (numbered("B", "choice 2", True, None), None),
+        (numbered(1, 2, 3), UserError),
+    ],
+)
+def test_numbers_of_choices_are_counted_from_0_or_1_as_their_rows_tell(rows, base, capsys):
+    if base is UserError:
+        with pytest.raises(UserError, match=r"source s: answer: numbers from 1 to 3, .*answer_base=0 or 1"):
+            choice.resolve(rows, CHOICES, "source s")
+        rows, base = rows[:1], 1
+        source = choice.resolve(rows, dataclasses.replace(CHOICES, answer_base=1), "source s")
+    else:
+        say.cache_clear()
+        source = choice.resolve(rows, CHOICES, "source s")
+        said = "" if base is None else f"source s: answer: choices are counted from {base}\n"
+        assert capsys.readouterr().err == said
+    assert source.answer_base == base
+    if base is not None:
+        assert [choice.read_row(row, source)["correct"] for row in rows] == [int(row["answer"]) - base for row in rows]
 
 
 YES_NO = SourceConfig("x", prompt="{q}\nAnswer: ", choices=["yes", "no"], answer="label")

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from llm3.config.data_schema import SourceConfig
+from llm3.data import tokenizer
+from llm3.data.cache import cache
 from llm3.data.formats import BadRow
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources
 from llm3.errors import UserError
 
+BYTES = tokenizer.train([], 260)
 FIXTURES = Path(__file__).parent / "fixtures"
 ROWS = [{"body": f"document {i % 40}", "kind": "ab"[i % 2], "year": 2000 + i % 3} for i in range(200)]
 
@@ -91,6 +94,70 @@ def test_a_held_out_share_is_disjoint_by_content_complete_and_always_the_same():
     assert texts("validation", **options) == [row for row in rows if reference_hash(row) < below]
     assert texts(**options) == [row for row in rows if reference_hash(row) >= below]
     assert len(texts("validation", **options)) / 2000 == pytest.approx(0.2, abs=0.04)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.97])
+def test_each_class_of_two_or_more_texts_is_on_both_sides_and_other_rows_stay_where_their_hash_puts_them(share):
+    rows = [{"body": f"document {i % 800}", "kind": f"{i % 800 % 3}"} for i in range(1000)]
+    rows += [{"body": f"pair {i}", "kind": f"rare {i // 2}"} for i in range(60)]
+    rows += [{"body": f"single {i}", "kind": f"lone {i}"} for i in range(30)]
+    rows += [{"body": "twice", "kind": "same text"}] * 2
+    write("classes.jsonl", rows)
+    options = dict(data_files="classes.jsonl", label="kind", validation="", validation_share=share)
+    train, validation = ([(r["text"], *r["labels"]) for r in load(side, **options)] for side in ("train", "validation"))
+    assert sorted(train + validation) == sorted((row["body"], row["kind"]) for row in rows)
+    assert not {text for text, _ in train} & {text for text, _ in validation}
+    both = {"0", "1", "2", *(f"rare {i}" for i in range(30))}
+    alone = {"same text", *(f"lone {i}" for i in range(30))}
+    assert ({kind for _, kind in train}, {kind for _, kind in validation}) == (both | alone, both)
+    below = (int(share * 2**64)).to_bytes(8, "big")
+    usual = [text for text, kind in validation if kind in ("0", "1", "2")]
+    assert usual == [row["body"] for row in rows[:1000] if reference_hash(row["body"]) < below]
+
+
+def test_each_class_of_documents_with_several_labels_is_on_both_sides():
+    rows = [{"body": f"document {i}", "kind": sorted({f"{i % 3}", f"{i % 7}", f"rare {i // 4}"})} for i in range(80)]
+    write("several.jsonl", rows)
+    options = dict(data_files="several.jsonl", label="kind", validation="", validation_share=0.1)
+    sides = [{each for row in load(side, **options) for each in row["labels"]} for side in ("train", "validation")]
+    assert sides[0] == sides[1] == {label for row in rows for label in row["kind"]}
+
+
+def nothing(row):
+    return False
+
+
+def test_a_side_without_rows_says_which_field_empties_it(tmp_path):
+    def build(split, **fields):
+        return cache.build_cache(open_split(split, **fields), "text", BYTES, tmp_path / "cache", max_bad_share=1.0)
+
+    write("five.jsonl", [{"body": f"document {i}"} for i in range(5)])
+    five = dict(data_files="five.jsonl", validation="")
+    with pytest.raises(
+        UserError, match=r"validation_share=0\.01 of its 5 rows leaves none for validation: set a larger"
+    ):
+        build("validation", validation_share=0.01, **five)
+    with pytest.raises(UserError, match=r"validation_share=0\.99 of its 5 rows leaves none for train: set a smaller"):
+        build("train", validation_share=0.99, **five)
+    with pytest.raises(UserError, match=r"filters=\['tests\.data\.test_sources:nothing'\] remove all of its 200 rows"):
+        build("train", filters=["tests.data.test_sources:nothing"])
+    with pytest.raises(UserError, match=r"it has no documents: all its rows are bad \(longer than 5 bytes: 200\)"):
+        build("train", max_row_bytes=5)
+
+
+def test_numbers_of_choices_in_a_small_split_are_counted_as_in_the_train_split(tmp_path):
+    options = [f"choice {i}" for i in range(4)]
+    for name, answers in (("train", (1, 2, 4)), ("test", (3, 1)), ("zero", (0, 1))):
+        write(f"{name}.jsonl", [{"q": "?", "options": options, "answer": each} for each in answers])
+
+    def correct(split="test", **files):
+        rows = load(split, data_files=files, prompt="q", choices="options", answer="answer")
+        return [record["correct"] for record in rows]
+
+    assert correct(train="train.jsonl", test="test.jsonl") == [2, 0]
+    assert correct(train="zero.jsonl", test="test.jsonl") == [3, 1]
+    with pytest.raises(UserError, match=r"source json test\.jsonl: answer: numbers from 1 to 3, none of them 0 or"):
+        correct(test="test.jsonl")
 
 
 def test_bad_rows_are_held_out_like_other_rows():

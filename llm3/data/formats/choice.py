@@ -1,44 +1,131 @@
 """Multiple choice: a prompt, several choices, and the correct one."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data.chat_templates import Pieces, encode_pieces, merge_texts
-from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
 from llm3.data.formats.dialogue import concatenate_runs, render_answers
 from llm3.data.tokenizer import Tokenizer
+from llm3.errors import UserError, say
+
+LETTER = re.compile(r"\(?([A-Za-z])[).:]?")  # as MMLU writes its answers
+
+
+def resolve(rows: Iterable[Mapping[str, Any]], source: SourceConfig, where: str) -> SourceConfig:
+    """The source with its `answer_base`, if answers are numbers: one of them is 0, or the number of its choices.
+
+    Says which. Raises UserError, starting with `where`, if neither is so.
+    """
+    if source.answer_base is not None:
+        return source
+    least = most = None
+    for row in rows:
+        try:
+            choices, answer = _choices(row, source), value(row, source.answer)
+        except BadRow:
+            continue
+        if (number := _number(answer, choices)) is None:
+            continue
+        if number in (0, len(choices.texts)):
+            base = int(number != 0)
+            say(f"{where}: {source.answer}: choices are counted from {base}")
+            return dataclasses.replace(source, answer_base=base)
+        least, most = min(number, least or number), max(number, most or number)
+    if least is not None:
+        raise UserError(
+            f"{where}: {source.answer}: numbers from {least} to {most}, none of them 0 or the number of choices: "
+            "expected sources.*.answer_base=0 or 1, the number of the first choice"
+        )
+    return source
+
+
+class _Choices(NamedTuple):
+    texts: list[str]
+    labels: list[str]  # what rows call their choices; []: nothing
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
-    """{"prompt", "choices": list of str, "correct": index of the correct choice}. Raises BadRow."""
-    fixed = not isinstance(source.choices, str)
-    name, one = ("choices", "a choice") if fixed else (source.choices, f"one of {source.choices}")
-    choices = source.choices if fixed else value(row, name)
-    if not isinstance(choices, list | tuple):
-        raise BadRow(f"{name} is of type {type(choices).__name__}, not a list")
-    choices = [text_of({one: each}, one) for each in choices]
-    if len(choices) < 2:
+    """{"prompt", "choices": list of str, "correct": index of the correct choice}. Raises BadRow.
+
+    The column of choices holds a list of texts, {"text": [...], "label": [...]} (ARC), or a list of {"text", "label"}.
+    """
+    choices = _choices(row, source)
+    correct = _correct(row, source, choices)
+    return {"prompt": text_of(row, source.prompt), "choices": choices.texts, "correct": correct}
+
+
+def _choices(row: Mapping[str, Any], source: SourceConfig) -> _Choices:
+    if isinstance(source.choices, str):
+        name, one = source.choices, f"one of {source.choices}"
+        texts, labels = _with_labels(structure(row, name), name)
+        texts = [text_of({one: each}, one) for each in texts]
+    else:
+        name, one, labels = "choices", "a choice", []
+        texts = [text_of(row, each) if "{" in each else text_of({one: each}, one) for each in source.choices]
+    if len(texts) < 2:
         raise BadRow(f"{name} has fewer than 2 choices")
-    if len(set(choices)) < len(choices):
+    if len(set(texts)) < len(texts):
         raise BadRow(f"{name} has the same choice twice")
-    return {"prompt": text_of(row, source.prompt), "choices": choices, "correct": _correct(row, source.answer, choices)}
+    return _Choices(texts, labels)
 
 
-def _correct(row: Mapping[str, Any], field: str, choices: list[str]) -> int:
-    """The index of the correct choice, from its text, an index, digits that are no choice, or a truth value."""
+def _with_labels(found: Any, name: str) -> tuple[list[Any], list[str]]:
+    """(texts, labels) of a column of choices. Raises BadRow."""
+    if isinstance(found, list | tuple) and found and all(isinstance(each, Mapping) for each in found):
+        found = {key: [each.get(key) for each in found] for key in ("text", "label")}
+    if isinstance(found, Mapping) and isinstance(found.get("text"), list | tuple):
+        texts, labels = found["text"], found.get("label")
+        if not isinstance(labels, list | tuple) or len(labels) != len(texts) or None in labels:
+            raise BadRow(f"{name} has not one label for each text")
+        return list(texts), [str(label) for label in labels]
+    if not isinstance(found, list | tuple):
+        raise BadRow(f"{name} is of type {type(found).__name__}, not a list")
+    return list(found), []
+
+
+def _correct(row: Mapping[str, Any], source: SourceConfig, choices: _Choices) -> int:
+    """The index of the correct choice, from its label, its text, its letter, its number, or a truth value."""
+    field = source.answer
     answer = value(row, field) if field in row else text_of(row, field)
-    if isinstance(answer, str):
-        if answer in choices:
-            return choices.index(answer)
-        if not (answer.isascii() and answer.isdecimal()):
-            raise BadRow(f"{field} is none of the choices")
-        answer = int(answer)
-    if not isinstance(answer, int):
+    if choices.labels and not isinstance(answer, bool) and str(answer).strip() in choices.labels:
+        return choices.labels.index(str(answer).strip())
+    if isinstance(answer, str) and answer in choices.texts:
+        return choices.texts.index(answer)
+    number = _number(answer, choices)
+    if number is not None:
+        number -= source.answer_base or 0
+    elif isinstance(answer, bool):
+        number = int(answer)
+    elif not isinstance(answer, str | int):
         raise BadRow(f"{field} is of type {type(answer).__name__}, not a choice or its index")
-    if not 0 <= answer < len(choices):
+    elif (number := _letter(str(answer), choices)) is None:
+        raise BadRow(f"{field} is none of the choices")
+    if not 0 <= number < len(choices.texts):
         raise BadRow(f"{field} is not the index of a choice")
-    return int(answer)
+    return number
+
+
+def _letter(answer: str, choices: _Choices) -> int | None:
+    """The index that a letter names; None if it names none, or if choices are letters themselves."""
+    letter = LETTER.fullmatch(answer.strip())
+    if letter is None or choices.labels or any(LETTER.fullmatch(each.strip()) for each in choices.texts):
+        return None
+    index = ord(letter[1].upper()) - ord("A")
+    return index if index < len(choices.texts) else None
+
+
+def _number(answer: Any, choices: _Choices) -> int | None:
+    """An answer that is the number of a choice, counted from 0 or 1; None for any other."""
+    if isinstance(answer, bool) or choices.labels or answer in choices.texts:
+        return None
+    if isinstance(answer, str):
+        digits = answer.strip()
+        return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 10 else None
+    return answer if isinstance(answer, int) else None
 
 
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:

@@ -8,16 +8,18 @@ import numpy as np
 from llm3.config.data_schema import SourceConfig
 from llm3.data import chat_templates
 from llm3.data.chat_templates import Answer, TemplateError, Turns, encode_pieces, merge_texts, split_answers
-from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+CALLS = ("tool_calls", "function_call")  # fields of a turn that a text does not hold
 
 
 def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"turns": [[role, content], ...], "references": correct answers to the last prompt}. Raises BadRow."""
     if source.messages:
-        turns = read_turns(value(row, source.messages), source.messages)
+        turns = read_turns(structure(row, source.messages), source.messages)
         return {"turns": turns, "references": [turns[-1][1]]}
     references = _references(row, source.answer)
     return {"turns": [["user", text_of(row, source.prompt)], ["assistant", references[0]]], "references": references}
@@ -33,14 +35,22 @@ def _references(row: Mapping[str, Any], field: str) -> list[str]:
 
 
 def read_turns(messages: Any, field: str) -> list[list[str]]:
-    """[[role, content], ...]: a system prompt or none, then user and assistant in turn. Raises BadRow."""
+    """[[role, content], ...]: a system prompt or none, then user and assistant in turn. Raises BadRow.
+
+    A message is {role, content}, or {from, value} as in ShareGPT.
+    """
     if not isinstance(messages, list | tuple) or not all(isinstance(each, Mapping) for each in messages):
         raise BadRow(f"{field} is not a list of {{role, content}}")
     turns, content_of = [], f"a content of {field}"
     for message in messages:
-        role, content = value(message, "role"), value(message, "content")
+        names = ("from", "value") if "role" not in message and "from" in message else ("role", "content")
+        role = value(message, names[0])
+        role = ALIASES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise BadRow(f"{field}: a role is not one of {', '.join(ROLES)}")
+        if any(message.get(name) for name in CALLS):
+            raise BadRow(f"{field}: a turn calls a tool")
+        content = _joined(value(message, names[1]), field)
         if role != "system" or content != "":  # many data sets have an empty system prompt for none
             turns.append([role, text_of({content_of: content}, content_of)])
     roles = [role for role, _ in turns]
@@ -54,6 +64,17 @@ def read_turns(messages: Any, field: str) -> list[list[str]]:
     if talk != ["user", "assistant"] * (len(talk) // 2):
         raise BadRow(f"{field}: user and assistant do not alternate")
     return turns
+
+
+def _joined(content: Any, field: str) -> Any:
+    """The text of a content that is a list of parts, as in the interface of OpenAI. Raises BadRow."""
+    if not isinstance(content, list | tuple):
+        return content
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    if not texts or len(texts) < len(parts):
+        raise BadRow(f"{field}: a part of a content is not a text")
+    return "".join(texts)
 
 
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of
 from llm3.data.tokenizer import Tokenizer
 
 
@@ -20,7 +20,7 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     BadRow, also for an answer that is not at its offset.
     """
     question, context = text_of(row, source.prompt), text_of(row, source.text)
-    answers = _pairs(value(row, source.answers), source.answers)
+    answers = _pairs(structure(row, source.answers), source.answers)
     for text, start in answers:
         if start < 0 or context[start : start + len(text)] != text:
             raise BadRow("answer is not at its offset")
