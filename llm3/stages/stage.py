@@ -220,10 +220,12 @@ def _read_labels(stage: Stage, library: Library) -> list[str]:
     if stage.objective.HEAD != "labels":
         return stage.labels
     labels = {source: library.labels(source) for source in stage.config.data}
-    first = next(iter(labels.values()))
-    if any(each != first for each in labels.values()):
-        raise UserError(f"{stage.where}.data: the sources {', '.join(labels)} have different labels")
-    return first
+    first, names = next(iter(labels.items()))
+    for source, each in labels.items():
+        if each != names:
+            only = ", ".join(f"{name!r} of {first if name in names else source}" for name in sorted({*names} ^ {*each}))
+            raise UserError(f"{stage.where}.data: the sources {first} and {source} have different labels: {only}")
+    return names
 
 
 def _label_sets(stage: Stage, labels: list[str], library: Library) -> np.ndarray | None:

@@ -38,6 +38,7 @@ def test_paragraphs_are_runs_of_lines_between_blank_lines_under_the_numbers_of_t
     "fields",
     [
         dict(path="stories"),
+        dict(path="stories", train="train[:100%]"),
         dict(path="text", data_dir="stories"),
         dict(path="text", data_files="stories/*.txt"),
         dict(path="text", data_files={"train": "stories/*.txt"}),
@@ -46,6 +47,7 @@ def test_paragraphs_are_runs_of_lines_between_blank_lines_under_the_numbers_of_t
 )
 def test_each_file_of_a_folder_is_a_document_with_its_line_breaks(fields, capsys):
     say.cache_clear()
+    Path("stories/README.md").write_text("# Words")
     assert read(**fields) == [(n, {"text": story.replace("\r\n", "\n")}) for n, story in enumerate(STORIES)]
     assert ("each file is a document" in capsys.readouterr().err) == ("sample_by" not in fields)
 

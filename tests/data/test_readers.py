@@ -192,6 +192,10 @@ def test_a_json_array_is_cut_between_rows_whose_columns_need_no_common_type(size
     bad = {n: "not a JSON object" for n in range(0, 40, 9)} | {3: "text is not valid Unicode"}
     assert sorted(found) == sorted((good | bad | {40: str({"text": "last"})}).items())
     assert texts(data_files="rows.json", train="train[1:3]") == ["é 1", "é 2"]
+    Path("folder").mkdir()
+    Path("rows.json").rename("folder/train.json")
+    Path("folder/README.md").write_text("# Words")
+    assert len(texts(path="folder", bad_rows=1.0)) == 34
 
 
 @pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": b}]', '[{"text": "a"}, {"text": "b"}', "[" * 100_000])

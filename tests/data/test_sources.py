@@ -127,7 +127,7 @@ def nothing(row):
     return False
 
 
-def test_a_side_without_rows_says_which_field_empties_it(tmp_path):
+def test_a_side_without_rows_says_which_field_empties_it(tmp_path, capsys):
     def build(split, **fields):
         return cache.build_cache(open_split(split, **fields), "text", BYTES, tmp_path / "cache", max_bad_share=1.0)
 
@@ -143,6 +143,7 @@ def test_a_side_without_rows_says_which_field_empties_it(tmp_path):
         build("train", filters=["tests.data.test_sources:nothing"])
     with pytest.raises(UserError, match=r"it has no documents: all its rows are bad \(longer than 5 bytes: 200\)"):
         build("train", max_row_bytes=5)
+    assert "(longer than 5 bytes: 200), see sources.*.max_row_bytes" in capsys.readouterr().err
 
 
 def test_numbers_of_choices_in_a_small_split_are_counted_as_in_the_train_split(tmp_path):

@@ -34,8 +34,11 @@ def test_csv_parquet_and_arrow_files_and_parts_of_splits_are_read():
     arrow = str(next(Path("saved").glob("*.arrow")))
     for path, file in (("csv", "rows.csv"), ("parquet", "rows.parquet"), ("arrow", arrow)):
         assert read(path=path, data_files=file) == [(number, {"text": text}) for number, text in enumerate(TEXTS)]
-    Path("rows.jsonl").write_bytes(as_json(TEXTS))
-    assert texts(data_files="rows.jsonl", train="train[10%:20%]") == TEXTS[50:100]
+    Path("rows.jsonl").write_bytes(as_json(TEXTS).replace(b"\n", b"\n\n", 30) + b'{"text": "last", "n": %d}\n' % 2**70)
+    for files in ("rows.jsonl", "rows.parquet"):
+        path = files.partition(".")[2].removesuffix("l")
+        assert texts(path=path, data_files=files, train="train[10%:20%]") == TEXTS[50:100]
+    assert texts(data_files="rows.jsonl", train="train[-1:]+train[:2]") == ["last", *TEXTS[:2]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

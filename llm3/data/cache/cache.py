@@ -277,6 +277,8 @@ def _check_rows(directory: Path, manifest: dict[str, Any], records: Any, max_bad
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in manifest["bad"].items())
         of = f"{bad:,} of {counted(read, 'row')} ({bad / read:.2%})"
         counts = f"source {records.name}: {of} cannot be used ({reasons})"
+        if any(reason.startswith("longer than") for reason in manifest["bad"]):
+            counts += ", see sources.*.max_row_bytes"
         if bad > max_bad_share * read:
             with open(file, encoding="ascii") as lines:
                 first = json.loads(next(lines))

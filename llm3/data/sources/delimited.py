@@ -158,16 +158,17 @@ class Delimited(Lines):
                 yield entry[0]
 
         line = first[0]
-        start = _without_end(line)
-        too_long = bad_line(f"longer than {self.longest:,} bytes", start)
+        too_long = f"longer than {self.longest:,} bytes"
         try:
             cells = _cells(line, more(), delimiter, quote)
         except _Unclosed:
             again.extendleft(reversed(taken[1:]))
-            return first[1], line, too_long if len(start) > self.longest else bad_line(UNCLOSED, start)
-        last = taken[-1][0]
-        size = sum(size for _, size in taken)
-        return size, line, too_long if size - len(last) + len(_without_end(last)) > self.longest else cells
+            start = _without_end(line)
+            return first[1], line, bad_line(too_long if len(start) > self.longest else UNCLOSED, start)
+        size, last = sum(size for _, size in taken), taken[-1][0]
+        if size - len(last) + len(_without_end(last)) > self.longest:
+            return size, line, bad_line(too_long, _without_end(line))
+        return size, line, cells
 
 
 def _cells(line: bytes, more: Iterator[bytes], delimiter: bytes, quote: bytes) -> list[bytes]:

@@ -47,7 +47,7 @@ def open_files(
                 f"source {source_name(source)}: {field}={getattr(source, field)!r}: its files are {kind}; "
                 f"expected {only} files with this field"
             )
-    if kind not in ("csv", "json", "text") or _is_described(builder, source):
+    if kind not in ("csv", "json", "text") or _is_described(builder):
         return None
     splits = {str(name): [str(file) for file in files] for name, files in builder.config.data_files.items()}
     if split in splits:
@@ -55,16 +55,14 @@ def open_files(
     if not re.search(r"[\[+]", split) and split != "all":
         raise UserError(unknown_split(source, split, split, list(splits)))
     readers = {name: _reader(builder, source, name, files, root, cache_dir) for name, files in splits.items()}
-    gapless = {name: reader for name, reader in readers.items() if isinstance(reader, Delimited | JsonArrays)}
-    return sliced(split, gapless) if len(gapless) == len(splits) else None
+    own = {name: reader for name, reader in readers.items() if reader is not None}
+    return sliced(split, own) if len(own) == len(splits) else None
 
 
-def _is_described(builder: datasets.DatasetBuilder, source: SourceConfig) -> bool:
-    """Whether the folder of the files says how to read them."""
+def _is_described(builder: datasets.DatasetBuilder) -> bool:
+    """Whether the README of the files says how to read them, and not only which files there are."""
     if builder.info.features is not None:
         return True
-    if builder.info.builder_name != "csv":
-        return Path(source.path, "README.md").exists()
     names = {field.name for field in dataclasses.fields(builder.config)} - FOUND_BY_DATASETS
     return any(getattr(builder.config, name) != getattr(type(builder.config)(), name) for name in names)
 
@@ -103,11 +101,16 @@ def _sample_by(source: SourceConfig, split: str) -> str:
     patterns = [Path(source.data_dir or "", each) for each in flat(files)]
     named = patterns and all(path.exists() or not glob.has_magic(str(path)) for path in patterns)
     each = "line" if named else "file"
+    say_sample_by(source, each)
+    return "line" if each == "line" else "document"
+
+
+def say_sample_by(source: SourceConfig, each: str) -> None:
+    """Say what a document of plain text is, where the config does not."""
     say(
         f"source {source_name(source)}: each {each} is a document; sample_by can be 'line', 'paragraph' or 'document' "
         "(a file)"
     )
-    return "line" if each == "line" else "document"
 
 
 def _unpacked(files: list[str], source: SourceConfig, root: Path) -> list[str]:

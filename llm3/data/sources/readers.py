@@ -26,7 +26,7 @@ import datasets
 from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
 from llm3.data.sources.digests import content_digest
-from llm3.data.sources.files import FileReader, check_file, flat, open_files, source_name, unknown_split
+from llm3.data.sources.files import FileReader, check_file, flat, open_files, say_sample_by, source_name, unknown_split
 from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
 from llm3.errors import UserError
 
@@ -70,6 +70,8 @@ def _open_table(
     own = TABLE_OPTIONS.get(name, {})
     if name == "text" and source.sample_by:
         own = {"sample_by": source.sample_by}
+    elif name == "text":
+        say_sample_by(source, builder.config.sample_by)
     local, kind = _local_splits(builder), [name, repr(builder.info.features)]
     if local:  # `datasets` knows a file by its modification time only
         every = [file for each in local.values() for file in each]
@@ -77,8 +79,8 @@ def _open_table(
     builder = datasets.load_dataset_builder(source.path, source.name, **options | own)
     key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
     if local:
-        names = [name.partition("[")[0].strip() for name in split.split("+")]
-        used = [file for name in (names if set(names) <= set(local) else local) for file in local[name]]
+        parts = [part.partition("[")[0].strip() for part in split.split("+")]
+        used = [file for part in (parts if set(parts) <= set(local) else local) for file in local[part]]
         key = ["files", *kind, content_digest(used, cache_dir), split, source.streaming]
     latin1 = name == "csv"
     if source.streaming:
