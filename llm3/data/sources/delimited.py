@@ -113,9 +113,9 @@ class Delimited(Lines):
         for delimiter in DELIMITERS:
             file.seek(0)
             records = self._records(file, sys.maxsize, delimiter.encode(), at_start=True)
-            found = [cells for _, _, cells in itertools.islice(records, PROBED_RECORDS) if cells != []]
-            if found and not isinstance(found[0], BadRow) and len(found[0]) > 1:
-                same = [not isinstance(cells, BadRow) and len(cells) == len(found[0]) for cells in found]
+            found = [(line, cells) for _, line, cells in itertools.islice(records, PROBED_RECORDS) if cells != []]
+            if found and len(columns := self._well_quoted(*found[0])) > 1:
+                same = [not isinstance(cells, BadRow) and len(cells) == len(columns) for _, cells in found]
                 regular[delimiter] = sum(same) / len(same)
         plausible = [each for each, share in regular.items() if share >= REGULAR] or list(regular)
         if len(plausible) > 1:
@@ -124,6 +124,14 @@ class Delimited(Lines):
                 "set sources.*.delimiter to one of them"
             )
         return plausible[0] if plausible else ","
+
+    def _well_quoted(self, line: bytes, cells: list[bytes] | BadRow) -> list[bytes]:
+        """The cells of a header; [] if one of them has a quote inside but none around it, as by a wrong delimiter."""
+        quote = self.quote.encode()
+        if isinstance(cells, BadRow):
+            return []
+        inside = [quote + cell.replace(quote, 2 * quote) + quote for cell in cells if quote and quote in cell]
+        return cells if all(cell in line for cell in inside) else []
 
     def _records(self, file: BinaryIO, size: int, delimiter: bytes, *, at_start: bool = False) -> Iterator[Record]:
         """The records in the next `size` bytes. After an unclosed quote, the next line begins a new record."""
