@@ -13,7 +13,7 @@ from llm3.data.packing import Windows, check_windows
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 from llm3.registry import load_plugin
 
 
@@ -65,8 +65,8 @@ class Library:
         if len(train.label_sets or train.label_names) < 2:
             same = ", ".join(map(repr, train.label_names)) or "no class"
             raise UserError(
-                f"source {name!r}: all of its {train.documents:,} rows have the label {same}: expected two classes or "
-                f"more in sources.{name}.label={self._source(name).label!r}"
+                f"source {name!r}: its {counted(train.documents, 'row')} all have the label {same}: expected two "
+                f"classes or more in sources.{name}.label={self._source(name).label!r}"
             )
         return train.label_names
 

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from llm3.data.batch import Batch
-from llm3.errors import UserError
+from llm3.errors import UserError, counted
 
 PACKING_BLOCK = 16_384  # pieces per run of the packer; bounds its time and memory
 
@@ -82,7 +82,7 @@ def check_windows(table: Windows, where: str, length: int) -> Windows:
     """The table. Raises UserError, starting with `where`, if no document fits into a window of `length` tokens."""
     if not len(table):
         raise UserError(
-            f"{where}: none of its {max(table.dropped, table.documents):,} documents has a target within "
+            f"{where}: none of its {counted(table.dropped or table.documents, 'document')} has a target within "
             f"{length:,} tokens: expected a larger sequence_length"
         )
     return table

@@ -53,7 +53,7 @@ def test_a_share_is_built_alone_and_the_last_share_completes_the_cache(library):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("x", "all of its 3 rows have the label 'x': expected two classes"),
+        ("x", "its 3 rows all have the label 'x': expected two classes"),
         (["x", "y"], "label 'x', 'y'"),
         ([], "no class"),
     ],
@@ -70,7 +70,7 @@ def test_documents_that_are_all_too_long_are_not_taken_for_an_empty_source(tmp_p
     (tmp_path / "train.jsonl").write_text(json.dumps({"q": "why " * 20, "a": "so"}) + "\n")
     source = SourceConfig("json", data_files=str(tmp_path / "train.jsonl"), prompt="q", answer="a")
     library = Library({"t": source}, trained, tmp_path / "cache")
-    with pytest.raises(UserError, match=r"train split: none of its 1 documents has a target within 9 tokens: .*length"):
+    with pytest.raises(UserError, match=r"train split: none of its 1 document has a target within 9 tokens: .*length"):
         library.windows("dialogue", "t", "train", 9)
 
 

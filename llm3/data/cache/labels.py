@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm3.data.cache.build import LABELS
-from llm3.errors import UserError, nearest
+from llm3.errors import UserError, counted, nearest
 
 UNKNOWN = -1  # number of a class that is not in the given list
 
@@ -54,8 +54,8 @@ def check_unknown(
     name = next(label for label in labels if label not in names)
     read = manifest["rows_read"]
     message = (
-        f"source {records.name}: {len(unknown):,} of {read:,} rows of its {records.split} split have a class that its "
-        f"train split does not have, the first: row {rows[first]} (counted from 0), class {name!r}: "
+        f"source {records.name}: {len(unknown):,} of {counted(read, 'row')} of its {records.split} split have a class "
+        f"that its train split does not have, the first: row {rows[first]} (counted from 0), class {name!r}: "
         f"{nearest(name, names)}"
     )
     if len(unknown) + sum(manifest["bad"].values()) > max_bad_share * read:

@@ -13,6 +13,7 @@ from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import hooks, selection
 from llm3.data.sources.readers import Reader
+from llm3.errors import counted
 from llm3.registry import load_plugin
 
 
@@ -103,10 +104,11 @@ class Records:
         rows = sum(1 for part in self._pieces for _ in self.reader.rows(part.first, part.place))
         kept = sum(1 for part in self._pieces for _ in self._rows(self.reader.rows(part.first, part.place)))
         if rows and not kept:
-            return f"filters={self.source.filters} remove all of its {rows:,} rows"
+            return f"filters={self.source.filters} remove all of its {counted(rows, 'row')}"
         if kept and self.held_out is not None:
-            share, rest = self.source.validation_share, "smaller" if self.split == "train" else "larger"
-            return f"validation_share={share:g} of its {kept:,} rows leaves none for {self.split}: set a {rest} share"
+            share = f"validation_share={self.source.validation_share:g} of its {counted(kept, 'row')}"
+            better = "smaller" if self.split == "train" else "larger"
+            return f"{share} leaves none for {self.split}: set a {better} share"
         return "it has no rows"
 
     def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
