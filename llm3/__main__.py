@@ -149,7 +149,7 @@ VERBS = {
             WORKDIR,
             flag(
                 "--runs",
-                type=lambda names: [Path(each) for each in names.split(",")],
+                type=lambda names: [local_path(each, "--runs") for each in names.split(",")],
                 default=(),
                 metavar="DIR,...",
                 help="folders in which to look for parents that were moved",
