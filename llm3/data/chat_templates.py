@@ -97,11 +97,13 @@ def read_template(text_or_path: str, workdir: Path) -> str:
 
 
 def kept_template(workdir: Path) -> str:
-    """The template that is kept in the directory of a run; "" if there is none."""
+    """The template that is kept in the directory of a run; "" if there is none. Raises UserError if it is damaged."""
     try:
         return (workdir / CHAT_TEMPLATE).read_bytes().decode()
     except FileNotFoundError:
         return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{workdir / CHAT_TEMPLATE} cannot be read ({error}); restore it") from None
 
 
 def trained_template(workdir: Path, stage: str, expected: str | None) -> str:

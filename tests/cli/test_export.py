@@ -142,6 +142,9 @@ def test_a_lost_or_changed_chat_template_is_named(tmp_path):
     kept.write_text(SPELLED)
     with pytest.raises(UserError, match=r"chat_template\.jinja is not the chat template that adapt was trained with"):
         written(tmp_path, name="changed")
+    kept.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja cannot be read"):
+        written(tmp_path, name="damaged")
     kept.unlink()
     with pytest.raises(UserError, match=r"chat_template\.jinja is missing"):
         written(tmp_path, name="lost")
