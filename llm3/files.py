@@ -24,9 +24,9 @@ METRICS = "metrics.jsonl"
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
 
-RESERVED = frozenset(
-    {INIT, "cache", "plots", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX}
-)  # in the run directory, so no stage's name
+PLOTS = ("loss.png", "matrix.png", "seeds.png")
+# In the run directory, so no stage's name
+RESERVED = frozenset({INIT, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, *PLOTS})
 
 
 def local_path(text: str | Path, where: str) -> Path:

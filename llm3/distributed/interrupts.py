@@ -25,6 +25,7 @@ from typing import Any, Protocol
 from llm3.errors import Exit
 
 GRACE_SECONDS = 1.5  # time for the main thread to end by itself after a signal
+CLOSING_SECONDS = 30.0  # the same after the save of a step: old checkpoints are deleted, files are closed
 REPEAT_SECONDS = 0.2  # signals closer than this are one: `timeout` and some launchers send each twice
 RETRY_SECONDS = 0.05
 
@@ -94,17 +95,16 @@ class Interrupts:
             name = NAMES.get(signal.Signals(number), f"signal {number}")
             if before:
                 _end(number)
-            if self.stop is not None:
-                _say(f"{name}: saving after the step under way, then ending; a second one ends at once")
-            else:
-                _say(f"{name}: ending; a second one ends at once")
+            trains = self.stop is not None
+            _say(f"{name}: {'saving after the step under way, then ' * trains}ending; a second one ends at once")
             self._answered.set()
-            threading.Thread(target=self._end_soon, args=(number,), daemon=True).start()
+            grace = CLOSING_SECONDS if trains else GRACE_SECONDS
+            threading.Thread(target=self._end_soon, args=(number, grace), daemon=True).start()
 
-    def _end_soon(self, number: int) -> None:
-        """End the process once the main thread has had `GRACE_SECONDS` outside of training steps."""
+    def _end_soon(self, number: int, grace: float) -> None:
+        """End the process once the main thread has had `grace` seconds outside of training steps and saves."""
         outside = 0.0
-        while outside < GRACE_SECONDS:
+        while outside < grace:
             if self._ended.wait(RETRY_SECONDS):
                 return
             outside = outside + RETRY_SECONDS if self.stop is None else 0.0
