@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import ModelConfig, RunConfig
@@ -12,10 +14,12 @@ from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
 from llm3.data.sources.split import use_local_copy
+from llm3.distributed.mesh_axes import MESH_AXES, table
+from llm3.distributed.sharding import rules_in_force
 from llm3.errors import UserError
 from llm3.files import INIT, TOKENIZER, local_path
 from llm3.stages.evaluation import Evaluation, read_evaluation
-from llm3.stages.stage import Stage, folded_seed, init_model, read_stage
+from llm3.stages.stage import Stage, folded_seed, init_model, plan_stage, read_stage
 from llm3.stages.workdir import tokenizer_sources
 
 
@@ -67,12 +71,22 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
 
     Writes only to the cache directory.
     """
+    check_without_data(config, workdir, order)
     library = read_library(config, workdir)
     stages = [read_stage(config, name, workdir, library) for name in order]
     evaluations = [read_evaluation(config, name, library) for name in config.evaluations]
     dtype = chosen_dtype(config)
     computed = {stage.name: stage.computed_in(dtype) for stage in stages}
     return Experiment(config, workdir, library, computed, evaluations, dtype)
+
+
+def check_without_data(config: RunConfig, workdir: Path, order: list[str]) -> None:
+    """Raise UserError, before hours of tokenizing, for rules and optimizers that do not fit the model."""
+    shape = dict.fromkeys(MESH_AXES, 1)
+    one = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    with rules_in_force(table(config.mesh.rules)):
+        for name in order:
+            plan_stage(config, name, workdir).computed_in("float32").phases(cast(Mesh, one))
 
 
 def chosen_dtype(config: RunConfig) -> str:

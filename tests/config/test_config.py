@@ -224,3 +224,12 @@ def test_a_model_that_sees_the_next_token_is_not_asked_to_predict_it(capsys, tmp
         encoder.append("--config.evaluations={}")
     error = refused(capsys, ["run", f"--config={file}", f"--workdir={tmp_path / 'run'}", *encoder])
     assert field in error and "bidirectional" in error
+
+
+@pytest.mark.parametrize("override", ["train=embeding", "optimizer.options={'b3': 1}", "unfreeze=[[5, 'top(9)']]"])
+def test_what_does_not_fit_the_model_is_refused_before_data_is_read(capsys, monkeypatch, tmp_path, file, override):
+    from llm3.stages import experiment
+
+    monkeypatch.setattr(experiment, "read_library", lambda *_: pytest.fail("data was read"))
+    command = ["run", f"--config={file}", f"--workdir={tmp_path / 'run'}"]
+    assert "config.stages.posttrain" in refused(capsys, [*command, f"--config.stages.posttrain.{override}"])
