@@ -5,12 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm3.checkpoints.orbax_store import DamagedCheckpoint
-from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import RunConfig, as_dict
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, RECORD, read_json
-from llm3.handoff.parent import holds
+from llm3.files import CHECKPOINTS, RECORD, local_path, read_json
 
 # Fields that may change when a run resumes: they affect logs and checkpoints, not results.
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
@@ -68,9 +65,15 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
         return saved
     if start["run"] == moved["run"]:
         return saved
+    # these import jax, which takes seconds: other differences are reported before
+    from llm3.checkpoints.orbax_store import DamagedCheckpoint
+    from llm3.checkpoints.stage_checkpoints import Checkpoints
+    from llm3.handoff.parent import holds
+
+    run = local_path(moved["run"], f"config.stages.{name}.start.run")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
     with suppress(DamagedCheckpoint):
-        if (step := checkpoints.latest()) is not None and holds(Path(moved["run"]), checkpoints.meta(step)["parent"]):
+        if (step := checkpoints.latest()) is not None and holds(run, checkpoints.meta(step)["parent"]):
             return saved | {"stage": saved["stage"] | {"start": start | {"run": moved["run"]}}}
     return saved
 

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from llm3.data.batch import Batch
+from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import (
     axis_size,
     check_batch,
     constrain,
     place_batch,
     rules_in_force,
-    table,
     tree_shardings,
 )
 from llm3.errors import UserError

@@ -18,7 +18,7 @@ from tests.helpers import tiny_run
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny_hlo import collective_bytes
 
-LAYERS, D, HEADS, FF, VOCAB, LENGTH = 2, 64, 8, 128, 256, 64
+LAYERS, D, HEADS, FF, VOCAB, LENGTH = 2, 64, 8, 128, 320, 64
 MODEL = ModelConfig(LAYERS, D, HEADS, FF, vocab_size=VOCAB, compute_dtype="float32")
 
 

@@ -19,7 +19,7 @@ from tests.distributed.test_scaling import expected_bytes
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny_hlo import collective_bytes
 
-LAYERS, D, HEADS, KV, FF, VOCAB, T = 4, 64, 8, 8, 128, 256, 64
+LAYERS, D, HEADS, KV, FF, VOCAB, T = 4, 64, 8, 8, 128, 320, 64
 LORA = {"train": "lora", "adapters": {"x": AdapterConfig(rank=4)}, "start": {"stage": "a", "fresh": [".*/lora/.*"]}}
 
 
