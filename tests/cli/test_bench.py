@@ -8,6 +8,8 @@ import pytest
 from llm3.cli.bench import COMPARED, table
 from tests.helpers import tiny_run as tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):

@@ -83,6 +83,7 @@ def test_a_machine_of_another_size_than_the_mesh_is_refused(capsys):
     assert "does not fit 8 devices" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_cpu_of_this_machine_is_a_topology_too(tmp_path, capsys):
     """The plan reads documents for the classes of a task, and reports if it cannot."""
     config = tiny_run.write_config(tmp_path / "config.py", tmp_path)

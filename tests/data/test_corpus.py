@@ -14,7 +14,7 @@ from llm3.data.sources.corpus import CLASSES, SPLITS
 from llm3.data.sources.docstrings import PACKAGES, Docstring, file_docstrings
 from llm3.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("corpus")  # extracted once, not once a worker
+pytestmark = pytest.mark.slow  # it reads all installed packages
 NAMES = ("python", "numerical", "numerical_task")
 QUALIFIED_NAME = re.compile(r"(?:^|\n\n)((?:flax|jax|numpy|optax|orbax|scipy)[\w.]*)\n\n")
 

@@ -262,6 +262,7 @@ def run_quickly(parent, workdir: Path, stage: str, *overrides: str) -> str:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_head_for_other_classes_replaces_the_parents(tmp_path, parent):
     begin = start("finetune", step=8).replace("RUN", str(parent.run))
     out = run_quickly(parent, tmp_path, "finetune", begin, "stages.finetune.data={'three': 1.0}")

@@ -160,6 +160,7 @@ def test_the_rest_of_a_new_model_is_the_same_with_and_without_adapters():
     assert not np.any(params["layers/attention/query/lora/x/b"]) and np.any(params["layers/attention/query/lora/x/a"])
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_step_and_does_not_depend_on_how_the_stack_is_cut():
     config = with_adapters(x=AdapterConfig(rank=3, dropout=0.5))
     params = trained(new_params(config))

@@ -50,7 +50,13 @@ REMAT = {"remat": "full", "qk_norm": True, "attention_bias": True}
 
 
 @pytest.mark.parametrize(
-    ("segments", "changes"), [(((0, 3),), {}), (((0, 2), (2, 3)), REMAT), (((0, 1), (1, 3)), {})], ids=str
+    ("segments", "changes"),
+    [
+        (((0, 3),), {}),
+        pytest.param(((0, 2), (2, 3)), REMAT, marks=pytest.mark.slow, id="remat"),
+        (((0, 1), (1, 3)), {}),
+    ],
+    ids=str,
 )
 def test_loss_and_gradients_are_those_of_all_positions(segments, changes):
     adapters = (("x", AdapterConfig(rank=2)),)
