@@ -38,7 +38,7 @@ c.stages = dict(
     ),
     nf4=dict(
         fit, start=start("pretrain", ".*/lora/x/.*"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"],
-        optimizer=dict(learning_rate=1.0, warmup_steps=8), best="general_bits_per_byte",
+        optimizer=dict(learning_rate=0.05, warmup_steps=8), best="general_bits_per_byte",
     ),
     again=dict(
         fit, start=dict(stage="nf4", step="best"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"], steps=3
@@ -301,10 +301,10 @@ def test_the_matrix_says_what_a_step_takes_beside_full_training(whole):
             continue
         trainable = row["trainable_params"]
         assert row["gradient_bytes"] == 4 * trainable and row["step_seconds"] > 0 and row["temp_bytes"] > 0
-        # two moments, and the counters of Adam and of the schedule; ema holds a copy, and l2_sp one of all but the head
+        # two moments, and the counters of Adam, of the schedule and of ema; ema holds a copy, and l2_sp one of all but the head
         moments = (lambda size: 4 * size - 4 * 34) if stage == "gradual" else lambda size: 2 * size
-        assert 0 <= row["moment_bytes"] - moments(row["gradient_bytes"]) <= 16
-        assert 0 <= row["full_moment_bytes"] - moments(row["full_gradient_bytes"]) <= 16
+        assert 0 <= row["moment_bytes"] - moments(row["gradient_bytes"]) <= 24
+        assert 0 <= row["full_moment_bytes"] - moments(row["full_gradient_bytes"]) <= 24
         assert row["forward_flops_per_token"] > 0
         share = (row["forward_flops_per_token"] + row["backward_flops_per_token"]) / row["full_flops_per_token"]
         assert share == 1 if stage == "pretrain" else share < 1
@@ -383,7 +383,7 @@ c.stages = dict(
 )"""
     config = tiny.write_config(tmp_path / "config.py", whole.base, extra)
     assert main(["run", f"--config={config}", f"--workdir={tmp_path / 'child'}"]) == 2
-    assert "config.stages.child: frozen='nf4' packs two inputs a byte" in capsys.readouterr().err
+    assert "config.stages.child.frozen='nf4' packs two inputs a byte" in capsys.readouterr().err
     assert not tiny.files(tmp_path / "child")
 
 
