@@ -1,6 +1,7 @@
 """One pure train step for every stage and objective."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,23 @@ class TrainState(NamedTuple):
     frozen: dict
     opt: Any
     guard: Guard
+
+
+def _over_micro_batches(
+    gradient: Callable, micro_batches: int, trainable: dict, frozen: dict, key: jax.Array, batch: Batch
+) -> tuple[dict, Sums]:
+    """The sums of `gradient` over a batch, one micro-batch after another."""
+    # strided, so that each device keeps its own rows
+    cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def body(total: tuple[dict, Sums], micro: tuple[Batch, jax.Array]) -> tuple[tuple[dict, Sums], None]:
+        part = gradient(trainable, frozen, micro[0], micro[1])
+        return jax.tree.map(jnp.add, total, part), None
+
+    keys = jax.random.split(key, micro_batches)
+    shapes = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], cut), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(body, zeros, (cut, keys))[0]
 
 
 def make_train_step(
@@ -56,24 +74,12 @@ def make_train_step(
         return result.loss, result
 
     gradient = jax.grad(sums, has_aux=True)
-
-    def accumulate(trainable: dict, frozen: dict, key: jax.Array, batch: Batch) -> tuple[dict, Sums]:
-        # strided, so that each device keeps its own rows
-        cut = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def body(total: tuple[dict, Sums], micro: tuple[Batch, jax.Array]) -> tuple[tuple[dict, Sums], None]:
-            part = gradient(trainable, frozen, micro[0], micro[1])
-            return jax.tree.map(jnp.add, total, part), None
-
-        keys = jax.random.split(key, micro_batches)
-        shapes = jax.eval_shape(gradient, trainable, frozen, jax.tree.map(lambda x: x[0], cut), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(body, zeros, (cut, keys))[0]
+    accumulated = partial(_over_micro_batches, gradient, micro_batches)
 
     def summed(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
         if micro_batches == 1:
             return gradient(state.trainable, state.frozen, batch, key)
-        return sum_over_data(accumulate, (state.trainable, state.frozen), key, batch)
+        return sum_over_data(accumulated, (state.trainable, state.frozen), key, batch)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -301,7 +301,7 @@ def test_the_matrix_says_what_a_step_takes_beside_full_training(whole):
             continue
         trainable = row["trainable_params"]
         assert row["gradient_bytes"] == 4 * trainable and row["step_seconds"] > 0 and row["temp_bytes"] > 0
-        # two moments, and the counters of Adam, of the schedule and of ema; ema holds a copy, and l2_sp one of all but the head
+        # two moments, and counters of Adam, schedule and ema; ema holds a copy, and l2_sp one of all but the head
         moments = (lambda size: 4 * size - 4 * 34) if stage == "gradual" else lambda size: 2 * size
         assert 0 <= row["moment_bytes"] - moments(row["gradient_bytes"]) <= 24
         assert 0 <= row["full_moment_bytes"] - moments(row["full_gradient_bytes"]) <= 24
