@@ -83,12 +83,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with jax.default_matmul_precision("float32"):  # for products of the objective; the kernels set their own
+        # for products of the objective and of the update rule, such as Muon's; the kernels set their own
+        with jax.default_matmul_precision("float32"):
             gradients, total = summed(state, batch, key)
-        scale = 1 / jnp.where(total.weight > 0, total.weight, 1)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
+            scale = 1 / jnp.where(total.weight > 0, total.weight, 1)
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+            updates, opt = transform.update(gradients, state.opt, state.trainable)
         norm, mean = optax.tree.norm(gradients), total.loss * scale
-        updates, opt = transform.update(gradients, state.opt, state.trainable)
         restart = jnp.isin(state.step, jnp.asarray(restarts, jnp.int32))
         verdict, guard = judge(
             *(state.guard, mean, norm, total.weight), deviations=deviations, accept_after=accept_after, restart=restart

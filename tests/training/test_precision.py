@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from llm3 import objectives
-from llm3.config.schema import AdapterConfig, ModelConfig, StageConfig
+from llm3.config.schema import AdapterConfig, ModelConfig, OptimizerConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.models.lora import with_magnitudes
 from llm3.models.transformer import abstract
@@ -35,13 +35,13 @@ OPTIONS = {
 }
 
 
-def traced_step(objective: str, dtype: str, **changes) -> jax.extend.core.Jaxpr:
+def traced_step(objective: str, dtype: str, optimizer: str = "adamw", **changes) -> jax.extend.core.Jaxpr:
     """The jaxpr of a step on micro-batches, in which all leaves are trainable."""
     plugin = load_plugin(objectives, objective)
     classes = len(plugin.HEAD) if isinstance(plugin.HEAD, tuple) else 5
     encoder = {"causal": False, "pool": "mean"} if plugin.CAUSAL is False else {}
     config = model_config(**SHAPE | encoder | changes, classes=classes, compute_dtype=dtype)
-    fields = {"start": "x", "objective": objective, "micro_batches": MICRO}
+    fields = {"start": "x", "objective": objective, "micro_batches": MICRO, "optimizer": OptimizerConfig(optimizer)}
     stage = StageConfig("posttrain", {"a": 1.0}, 10, ROWS, LENGTH, **fields)
     task, mesh = Task(None, None, LENGTH), mesh_of(1)
     phase = build(stage, config, mesh, task=task, fresh=lambda path: False, seed=0, where="stage")[0]
@@ -68,6 +68,10 @@ def test_every_sum_over_tokens_is_float32_and_every_float32_product_exact(object
 
 def test_every_product_of_a_float32_step_is_exact():
     assert inexact_products(traced_step("causal", "float32", **OPTIONS["adapters and biases"])) == []
+
+
+def test_muons_products_are_float32_whatever_the_compute_dtype():
+    assert inexact_products(traced_step("causal", "bfloat16", "muon")) == []
 
 
 def zipf_batch(rows: int, length: int, vocab: int) -> Batch:
