@@ -10,8 +10,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from llm3.config.data_schema import TokenizerConfig
 from llm3.errors import UserError
-from llm3.files import write_atomic
+from llm3.files import local_path, write_atomic
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # the id of a token is its index
 MIN_VOCAB_SIZE = len(SPECIALS) + 256
@@ -175,6 +176,18 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(iter(texts), trainer)
     return Tokenizer(_canonical(backend.to_str()))
+
+
+def planned_size(config: TokenizerConfig) -> int:
+    """The size of a run's vocabulary as far as the config tells: that of the file at `path`, if it exists already."""
+    if not config.path or not (path := local_path(config.path, "config.tokenizer.path")).is_file():
+        return config.vocab_size + len(config.add)
+    return _size_of(path, path.stat().st_mtime_ns) + len(config.add)
+
+
+@functools.lru_cache
+def _size_of(path: Path, modified: int) -> int:
+    return Tokenizer.load(path).vocab_size
 
 
 def _canonical(text: str) -> str:

@@ -21,6 +21,7 @@ from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
+from llm3.data.tokenizer import planned_size
 from llm3.distributed.sharding import named
 from llm3.errors import UserError, counted
 from llm3.files import INIT, RECORD, local_path, read_json
@@ -143,7 +144,8 @@ def folded_seed(given: int, name: str) -> int:
 def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     """The stage from the config alone, without reading data. Raises UserError.
 
-    Assumes a vocabulary of `tokenizer.vocab_size` tokens and, since only the data has labels, a single label.
+    Assumes the vocabulary of `tokenizer.path`, or of `tokenizer.vocab_size` tokens where there is no such file (yet),
+    and, since only the data has labels, a single label.
     """
     stage, where = config.stages[name], f"config.stages.{name}"
     objective = load_plugin(objectives, stage.objective_name)
@@ -152,7 +154,7 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     task = Task(options, None, stage.sequence_length)  # type: ignore[arg-type]  # only the data has a tokenizer
     own_seed = config.seed if stage.seed is None else stage.seed
     model = replace(
-        init_model(config, config.tokenizer.vocab_size + len(config.tokenizer.add)),
+        init_model(config, planned_size(config.tokenizer)),
         classes=len(labels),
         adapters=tuple(stage.adapters.items()),
         max_output_positions=_max_output_positions(config, objective, task, {}),

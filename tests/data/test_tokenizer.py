@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm3.config.data_schema import TokenizerConfig
 from llm3.data import tokenizer
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
@@ -207,3 +208,10 @@ def test_a_tokenizer_whose_added_tokens_also_match_spaces_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="also matches the spaces around it"):
         Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+def test_the_planned_vocabulary_is_that_of_the_file_as_soon_as_it_exists(tmp_path):
+    config = TokenizerConfig(vocab_size=4096, path=str(tmp_path / "tokenizer.json"), add=["acetaminophen"])
+    assert tokenizer.planned_size(config) == 4097
+    trained.save(tmp_path / "tokenizer.json")
+    assert tokenizer.planned_size(config) == trained.extended(config.add).vocab_size == trained.vocab_size + 1
