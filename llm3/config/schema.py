@@ -254,7 +254,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # sharding of the model and the batch
     seed: int = 0  # seed of all random choices
     hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
-    check_memory: bool = True  # reject a stage whose step is estimated to need more memory than a device has
+    check_memory: bool = True  # reject a stage whose step needs more memory than a device has
     cache_dir: str = ""  # directory of the token cache; empty: inside the workdir
     # directory of local copies of sources (see sources.*.local); empty: read each source from its path
     data_dir: str = ""

@@ -250,7 +250,9 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes
     bytes_, limit = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes, memory.device_bytes()
-    if session.config.check_memory and limit is not None and bytes_ > limit:
+    # the compiler of a TPU rejects what does not fit, and may count more temporary bytes than a step uses
+    checked = session.config.check_memory and jax.default_backend() != "tpu"
+    if checked and limit is not None and bytes_ > limit:
         raise memory.exhausted(stage.where, bytes_, limit, session.memory_fields(stage))
     left = phase.hardware_flops_per_step * (phase.stop - done)
     steps = f"steps {phase.first} to {phase.stop}" if len(run.phases) > 1 else counted(stage.config.steps, "step")

@@ -34,7 +34,8 @@ def linear(monkeypatch):
     ("limit", "fields"),
     [
         (16 * T, None),
-        (16 * T - 1, ["micro_batches=2", "model.remat='full'", "sequence_length=32"]),
+        (16 * T / fit.SLACK, None),
+        (16 * T / fit.SLACK - 1, ["micro_batches=2", "model.remat='full'", "sequence_length=32"]),
         (16 * T / 3, ["micro_batches=4", "sequence_length=16"]),
         (16 * T / 9, ["micro_batches=16"]),
         (1, ["config.mesh.fsdp (more devices)", "config.stages.s.train (fewer parameters)", "config.model (a smaller"]),
@@ -89,6 +90,17 @@ def test_an_evaluation_that_cannot_fit_is_rejected_too(linear):
     ):
         fit.check_fits(config, ["s"], 64 * GIB)
     fit.check_fits(config, [], 64 * GIB)  # nothing is left to train
+
+
+@pytest.mark.parametrize("kind", ["choice", "generation", "classification", "span"])
+def test_an_evaluation_that_computes_no_such_windows_is_not_rejected(linear, kind):
+    """Prompts are computed at their own length; a task head that no stage trains is not evaluated."""
+    evaluation = EvaluationConfig(kind, "a", sequence_length=10**6)
+    fit.check_fits(dataclasses.replace(config_of(), evaluations={"e": evaluation}), ["s"], 64 * GIB)
+    if kind in ("classification", "span"):
+        config = config_of({"kind": "finetune", "objective": {"classification": "classify"}.get(kind, kind)})
+        with pytest.raises(OutOfMemory, match=r"^config\.evaluations\.e: out of memory"):
+            fit.check_fits(dataclasses.replace(config, evaluations={"e": evaluation}), ["s"], 64 * GIB)
 
 
 def test_what_helps_depends_on_what_fills_the_memory():
