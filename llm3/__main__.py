@@ -18,7 +18,7 @@ from llm3.cli import checks
 from llm3.cli.output import ReaderGone, watched_output
 from llm3.config.load import load
 from llm3.distributed import interrupts
-from llm3.errors import UserError
+from llm3.errors import NotWritten, UserError
 from llm3.files import local_path
 
 Flag = tuple[str, dict[str, Any]]
@@ -186,6 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
                     return watched.end()
     except ReaderGone:
         return 128 + signal.SIGPIPE
+    except NotWritten as error:  # of the output itself
+        return failed(error)
 
 
 def call_verb(arguments: list[str]) -> int:

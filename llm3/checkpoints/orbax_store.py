@@ -7,9 +7,7 @@ Orbax may also rename a save without all of its files, so a save counts only aft
 """
 
 import contextlib
-import functools
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from llm3.checkpoints import retention
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
 from llm3.checkpoints.layout import LiteralPath, missing_files, orbax_context
 from llm3.checkpoints.metadata import (
@@ -119,6 +118,7 @@ class Store:
         with self._saving(started.step):
             started.wait()
         self._check_complete(started)
+        self._delete_old()
 
     def _check_complete(self, save: AsyncSave) -> None:
         path = self.directory / str(save.step)
@@ -126,6 +126,14 @@ class Store:
             kept = f"; it is kept as {self._rename(save.step).name}" if path.exists() else ""
             where = f"{self.directory}: the checkpoint of step {save.step} was not written"
             raise NotWritten(f"{where}: it lacks {listed(missing)}{kept}")
+
+    def _delete_old(self) -> None:
+        """Delete the checkpoints that are not kept. Only the first process does it; the others only read the latest."""
+        if jax.process_index() == 0 and self._writer is not None:
+            steps = self.steps()
+            metrics = {each.step: each.metrics for each in self._writer.checkpoints if each.metrics is not None}
+            for step in sorted({*steps} - retention.kept(steps, self._keep, metrics, self._best)):
+                retention.delete(self.directory / str(step))
 
     def close(self) -> None:
         """Wait for the last save and close the Orbax checkpointer. Raises as `wait` does."""
@@ -173,8 +181,7 @@ class Store:
         """Delete a step. Raises NotWritten where the disk refuses."""
         self._check_writable()
         if jax.process_index() == 0:
-            with writing(self.directory):
-                shutil.rmtree(self.directory / str(step))
+            retention.delete(self.directory / str(step))
         self._changed("a checkpoint is deleted")
 
     def _check_writable(self) -> None:
@@ -206,18 +213,11 @@ class Store:
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._writer is None:
-            policies = ocp.training.preservation_policies
-            kept = [policies.LatestN(self._keep)]
-            if self._best:
-                rank = functools.partial(_rank, self._best)
-                kept.append(
-                    policies.BestN(get_metric_fn=rank, reverse=True, n=1, keep_checkpoints_without_metrics=False)
-                )
             self._writer = ocp.training.Checkpointer(
                 LiteralPath(self.directory),
                 context=orbax_context(),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
+                preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # see `retention`
                 cleanup_tmp_directories=True,
             )
         return self._writer
@@ -282,11 +282,6 @@ class Store:
         if abstract is None:
             return loaded
         return {path: loaded[path].astype(leaf.dtype, copy=False) for path, leaf in abstract.items()}
-
-
-def _rank(name: str, metrics: Mapping[str, float]) -> float:
-    value = metrics.get(name, math.inf)
-    return math.inf if math.isnan(value) else value
 
 
 def _target(leaf: Any, dtype: np.dtype) -> Any:

@@ -1,18 +1,31 @@
-"""Standard output and error whose reader may be gone, as in `python -m llm3 plan ... | head`."""
+"""Standard output and error that nobody reads, or that cannot be written.
 
+A reader may be gone (`python -m llm3 plan ... | head`), a terminal closed, a disk full, and a stream closed from the
+start (`>&-`).
+"""
+
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from llm3.errors import NotWritten
+
 
 class ReaderGone(Exception):
     """Nobody reads the output any more. Not a BrokenPipeError, which some libraries catch."""
 
 
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe, of a terminal
+
+
 class _Output:
-    """A stream that raises ReaderGone when its reader is gone or, with `goes_on`, discards all further output."""
+    """A stream that raises ReaderGone when its reader is gone, and NotWritten when a disk refuses.
+
+    With `goes_on`, it discards all further output instead.
+    """
 
     def __init__(self, stream: Any, goes_on: bool):
         self._stream, self._goes_on = stream, goes_on
@@ -20,21 +33,24 @@ class _Output:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except BrokenPipeError:
-            self._discard()
+        except OSError as error:
+            self._discard(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._discard()
+        except OSError as error:
+            self._discard(error)
 
-    def _discard(self) -> None:
+    def _discard(self, error: OSError) -> None:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
-        if not self._goes_on:
+        if self._goes_on:
+            return
+        if error.errno in GONE:
             raise ReaderGone from None
+        raise NotWritten(f"the output was not written: {error.strerror}") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -42,15 +58,16 @@ class _Output:
 
 @contextmanager
 def watched_output(goes_on: bool) -> Iterator[None]:
-    """While this context lasts, writing for a reader that is gone raises ReaderGone, or is ignored with `goes_on`."""
+    """While this context lasts, output that fails raises ReaderGone or NotWritten, or is ignored with `goes_on`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Output(stream, goes_on) for stream in before)
+    streams = [open(os.devnull, "w") if each is None else each for each in before]  # noqa: SIM115 - keeps 1 and 2 taken
+    sys.stdout, sys.stderr = (_Output(stream, goes_on) for stream in streams)
     try:
         yield
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         for ours in (sys.stdout, sys.stderr):
-            with suppress(ReaderGone, AttributeError, ValueError):
+            with suppress(ReaderGone, NotWritten, AttributeError, ValueError):
                 ours.flush()
         sys.stdout, sys.stderr = before

@@ -85,7 +85,8 @@ def read_template(text_or_path: str, workdir: Path) -> str:
     Raises UserError as `load_template`, and if the config names another template than the workdir keeps.
     """
     kept = kept_template(workdir)
-    if kept and text_or_path and not _is_source(text_or_path) and not Path(text_or_path).exists():
+    is_path = bool(text_or_path) and not _is_source(text_or_path)
+    if kept and is_path and not local_path(text_or_path, "config.tokenizer.chat_template").exists():
         return kept
     configured = load_template(text_or_path) if text_or_path else ""
     if kept and configured != kept:

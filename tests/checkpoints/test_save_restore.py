@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm3.checkpoints import layout
+from llm3.checkpoints import layout, orbax_store
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Wanted
 from llm3.errors import NotWritten, UserError
@@ -168,11 +168,37 @@ def test_wildcards_in_a_path_are_read_literally(tmp_path):
     assert same(restored.params, jax.tree.map(lambda x: 2 * x, PARAMS)) and same(restored.opt, OPT)
 
 
+def test_an_older_checkpoint_is_deleted_only_after_the_newest_was_found_complete(tmp_path, monkeypatch):
+    seen = []
+
+    def look(step, arrays):
+        seen.append(Checkpoints(tmp_path, read_only=True).steps())
+        return layout.missing_files(step, arrays)
+
+    monkeypatch.setattr(orbax_store, "missing_files", look)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, PARAMS, OPT, {})
+    assert seen == [[1], [1, 2], [2, 3]]
+    assert [each.name for each in tmp_path.iterdir()] == ["3"]
+
+
+def test_what_a_killed_process_left_of_a_deleted_checkpoint_is_removed_by_the_next_save(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(1, PARAMS, OPT, {})
+            checkpoints.save(2, PARAMS, OPT, {})
+    assert len(list(tmp_path.iterdir())) == 2 and checkpoints.steps() == [2]
+    Checkpoints(tmp_path, keep=1).save(3, PARAMS, OPT, {})
+    assert [each.name for each in tmp_path.iterdir()] == ["3"]
+
+
 @pytest.mark.parametrize("background", [True, False])
 def test_a_save_that_lacks_a_file_is_not_announced_and_does_not_count(tmp_path, monkeypatch, background):
     """As where Orbax merges the files of no process, logs a line and returns."""
     Checkpoints(tmp_path).save(1, PARAMS, OPT, {})
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep=1)
     with checkpoints if background else nullcontext(), monkeypatch.context() as patch:
         patch.setattr(layout.LiteralPath, "glob", lambda *_: iter(()))
         with pytest.raises(NotWritten, match=r"step 2 .* lacks params/manifest.ocdbt.* kept as 2\.damaged"):

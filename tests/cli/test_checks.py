@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from llm3.cli.output import ReaderGone, watched_output
+from llm3.errors import NotWritten
 from tests.helpers import tiny_run as tiny
 
 REFUSED = {
@@ -76,3 +77,19 @@ def test_output_without_a_reader_ends_a_command_quietly_unless_it_trains(capfd, 
             assert not goes_on
         assert written == ([0, 1, 2] if goes_on else [])
     assert capfd.readouterr().err == ""
+
+
+def test_output_that_a_full_disk_refuses_says_so_unless_a_run_goes_on(monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(NotWritten, match="output was not written: No space left"), watched_output(goes_on=False):
+            print("a line")
+        with watched_output(goes_on=True):
+            print("a line", flush=True)
+
+
+def test_a_command_whose_output_is_closed_from_the_start_runs(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with watched_output(goes_on=False):
+        print("nobody reads this", flush=True)
+    assert sys.stdout is None

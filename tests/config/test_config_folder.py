@@ -73,3 +73,27 @@ def test_the_key_of_a_source_changes_with_the_neighbours_that_its_hooks_import(t
         hooks._load_function.cache_clear()
         keys.append(records(file).key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_hook_may_import_its_neighbour_when_it_is_called(tmp_path):
+    file = project(tmp_path / "one", steps=3)
+    (tmp_path / "one" / "neighbour.py").write_text(
+        "STEPS = 3\ndef is_long(row):\n    from words import LONG\n    return len(row['text']) >= LONG\n"
+    )
+    assert len(list(records(file).texts())) == 20
+
+
+def test_the_key_of_a_source_changes_with_what_a_package_of_hooks_imports_relatively(tmp_path):
+    keys = []
+    for long in (4, 4, 5):
+        file = project(tmp_path / "one", steps=3)
+        package = tmp_path / "one" / "neighbour"
+        package.mkdir(exist_ok=True)
+        (tmp_path / "one" / "neighbour.py").unlink()
+        (package / "__init__.py").write_text("STEPS = 3\nfrom .rules import is_long\n")
+        (package / "rules.py").write_text("from . import limits\ndef is_long(row): return row['text'] > limits.X\n")
+        (package / "limits.py").write_text(f"X = '{long}'\n")
+        config_folder.enter("")  # as in a new process
+        hooks._load_function.cache_clear()
+        keys.append(records(file).key)
+    assert keys[0] == keys[1] != keys[2]

@@ -170,7 +170,7 @@ def test_a_template_is_given_as_source_as_a_file_or_in_a_tokenizer_config(tmp_pa
         assert load_template(str(tmp_path / name)) == ZEPHYR
 
 
-def test_a_run_keeps_its_template_and_refuses_another(tmp_path):
+def test_a_run_keeps_its_template_and_refuses_another(tmp_path, monkeypatch):
     workdir, file = tmp_path / "run", tmp_path / "chat.jinja"
     workdir.mkdir()
     file.write_text(ZEPHYR)
@@ -178,7 +178,8 @@ def test_a_run_keeps_its_template_and_refuses_another(tmp_path):
     (workdir / "chat_template.jinja").write_text(ZEPHYR)
     assert read_template(str(file), workdir) == ZEPHYR
     file.write_text(CHATML)
-    for other in (str(file), PLAIN, ""):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for other in (str(file), "~/chat.jinja", PLAIN, ""):
         with pytest.raises(UserError, match="is not the chat template that this run began with: restore it from"):
             read_template(other, workdir)
     file.unlink()

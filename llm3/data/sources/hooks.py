@@ -36,7 +36,11 @@ def passes_filters(row: dict[str, Any], filters: Sequence[str], where: str) -> b
 def _call(spec: str, field: str, row: dict[str, Any], where: str) -> Any:
     function = load_function(spec, field)
     try:
-        return function(row)
+        try:
+            return function(row)
+        except ModuleNotFoundError:  # it imports a neighbour only when it is called
+            with config_folder.on_path():
+                return function(row)
     except (BadRow, UserError):
         raise
     except Exception as error:
@@ -95,9 +99,19 @@ def _imported(file: str, found: set[str]) -> set[str]:
     for node in ast.walk(ast.parse(Path(file).read_bytes())):
         names = [each.name for each in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{name}" for name in names)] if not node.level else []
+            module = f"{_package(file, node.level)}{node.module or ''}"
+            names = [module, *(f"{module}.{name}".removeprefix(".") for name in names)]
+        names = [".".join(parts[: n + 1]) for parts in (name.split(".") for name in names) for n in range(len(parts))]
         for used in filter(None, map(config_folder.file_of, names)):
             if used not in found:
                 found.add(used)
                 _imported(used, found)
     return found
+
+
+def _package(file: str, level: int) -> str:
+    """What a relative import of this level, in a file of the config's folder, puts before its names: "pkg."."""
+    folder = Path(file).resolve().parents[level - 1] if level else None
+    if folder is None or not folder.is_relative_to(Path(config_folder.current()).resolve()):
+        return ""
+    return "".join(f"{part}." for part in folder.relative_to(Path(config_folder.current()).resolve()).parts)
