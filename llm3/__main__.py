@@ -179,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         with watched_output(goes_on=trains):
             if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
                 return call_verb(arguments)
-            with interrupts.Interrupts("stopped" + "; rerun the command to resume" * trains).watching() as watched:
+            farewell = "stopped" + "; rerun the command to resume" * trains
+            with interrupts.Interrupts(farewell).watching(*[signal.SIGTERM] * trains) as watched:
                 try:
                     return call_verb(arguments)
                 except KeyboardInterrupt:

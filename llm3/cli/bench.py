@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from llm3.config.schema import RunConfig
 from llm3.distributed import memory
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import init
+from llm3.report.console import new_console
 from llm3.report.units import digits
 from llm3.stages import rules
 from llm3.stages.cost import byte_report
@@ -46,7 +46,7 @@ def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, a
     order = rules.check(config)
     if stage not in order:
         raise UserError(f"--stage={stage}: no such stage; {nearest(stage, order)}")
-    session = Session(prepare(config, workdir, [stage]), Console(stderr=True, highlight=False))
+    session = Session(prepare(config, workdir, [stage]), new_console(stderr=True))
     chosen = session.experiment.stages[stage]
     with session.on_mesh(), memory.explained(chosen.where, session.memory_fields(chosen)):
         metrics = measure(session, chosen, alone)

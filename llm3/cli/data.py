@@ -17,6 +17,7 @@ from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.tokenizer import SPECIALS, Tokenizer
 from llm3.errors import counted, listed
+from llm3.report.console import new_console
 from llm3.report.units import count, percent
 from llm3.stages import rules
 from llm3.stages.experiment import Experiment, prepare, read_library
@@ -34,7 +35,7 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
     order = rules.chosen(config, stages)
     if shard:
         return build_shard(config, workdir, order, shard)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = new_console(width=None if sys.stdout.isatty() else 120)
     experiment = prepare(config, workdir, order)
     for stage in experiment.stages.values():
         own = stage.config
@@ -58,7 +59,7 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
 
 def overlap(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
     """Print the overlap of each evaluation with the training data of the stages."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = new_console(width=None if sys.stdout.isatty() else 120)
     print_overlaps(prepare(config, workdir, rules.chosen(config, stages)), console)
     return 0
 

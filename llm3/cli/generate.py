@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.cli.checks import check_sampling
@@ -24,6 +23,7 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER
 from llm3.models.decoding import sample
+from llm3.report.console import new_console
 from llm3.stages.workdir import check_record
 
 
@@ -44,7 +44,7 @@ def generate(
     UserError.
     """
     check_sampling(options)
-    console = Console(highlight=False)
+    console = new_console()
     names = [stage] if stage else trained_stages(workdir)
     if config:
         for name in names:

@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from llm3.checkpoints.load import trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes
 from llm3.handoff.parent import holds
+from llm3.report.console import new_console
 from llm3.report.units import count
 
 
@@ -22,7 +21,7 @@ def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
     for each in runs:
         if not each.is_dir():
             raise UserError(f"--runs={each}: no such folder; expected a run, or a folder with runs")
-    console = Console(highlight=False, soft_wrap=True)
+    console = new_console(soft_wrap=True)
     for name in trained_stages(workdir):
         checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
         step = checkpoints.latest()

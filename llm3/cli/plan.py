@@ -21,6 +21,7 @@ from llm3.planning import aot as compiler
 from llm3.planning.plan import PhasePlan, on_abstract_mesh, plan_phases, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE
 from llm3.planning.trace import POLICIES
+from llm3.report.console import new_console
 from llm3.report.units import count, gibibytes, mebibytes, percent
 from llm3.segments import canonical_path, in_stack, segment_path
 from llm3.stages import rules
@@ -68,7 +69,7 @@ def _show(stage: Stage, phase: Phase, mesh: Mesh, console: Console) -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return new_console(width=None if sys.stdout.isatty() else 120)
 
 
 def plan_on(config: RunConfig, workdir: Path, stages: list[str] | None, topology: str, compiled: bool) -> int:
@@ -103,7 +104,7 @@ def _heading(stage: Stage, config: MeshConfig, each: PhasePlan, machine: Topolog
     split = f" in {own.micro_batches} micro-batches" if own.micro_batches > 1 else ""
     after = f" from step {each.phase.first}" if each.phase.first else ""
     return [
-        f"\n[bold]{stage.name}[/bold]{after} on {machine.name}, {mesh or 'one device'}: "
+        f"\n{stage.name}{after} on {machine.name}, {mesh or 'one device'}: "
         f"{count(size(state.trainable))} of {count(size(each.phase.abstract_params))} parameters trainable, "
         f"{own.batch_size} x {own.sequence_length} tokens per step{split}"
     ]
@@ -131,7 +132,7 @@ def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
     row("  activations kept for the backward pass", lambda policy: amount(each.steps[policy].kept))
     row("total", lambda policy: amount(each.total(policy)))
     fits = f"fits into {USABLE:.0%} of {amount(machine.chip.memory)}"
-    row(fits, lambda policy: "yes" if each.fits(policy, machine) else "[red]no[/red]")
+    row(fits, lambda policy: "yes" if each.fits(policy, machine) else "no")
     row("hardware FLOPs per device", lambda policy: count(each.steps[policy].flops))
     row("model FLOPs per device", lambda policy: count(each.phase.flops_per_step / machine.devices))
     row("bytes of memory traffic", lambda policy: count(each.steps[policy].moved))

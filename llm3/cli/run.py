@@ -32,6 +32,7 @@ from llm3.files import (
 )
 from llm3.planning.fit import check_fits
 from llm3.report import page, table
+from llm3.report.console import new_console
 from llm3.report.logs import read_metrics
 from llm3.stages import rules
 from llm3.stages.cost import with_full_step_seconds
@@ -121,7 +122,7 @@ def begin(session: Session, to_train: list[str]) -> None:
 
 def make_console() -> Console:
     """A console that is silent on all processes but the first."""
-    return Console(highlight=False, soft_wrap=True, quiet=not processes.is_first())
+    return new_console(soft_wrap=True, quiet=not processes.is_first())
 
 
 def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:

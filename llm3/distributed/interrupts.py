@@ -125,11 +125,11 @@ class Interrupts:
         return exit_status(self.first or signal.SIGINT)
 
     @contextmanager
-    def watching(self) -> Iterator["Interrupts"]:
-        """Handle SIGINT while this context lasts. Call it in the main thread."""
+    def watching(self, *numbers: int) -> Iterator["Interrupts"]:
+        """Handle SIGINT and the other signals of `numbers` while this context lasts. Call it in the main thread."""
         global _current
         self._outermost = sys._getframe(2)  # below this context manager and contextlib
-        before = signal.signal(signal.SIGINT, self.handle)
+        before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, *numbers)}
         wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         outer, _current = _current, self
         self._watcher.start()
@@ -139,7 +139,8 @@ class Interrupts:
             self._ended.set()
             _current = outer
             signal.set_wakeup_fd(wakeup)
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             os.write(self._pipe[1], b"\0")
             self._watcher.join()
             for end in self._pipe:

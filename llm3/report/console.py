@@ -3,13 +3,20 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm3.report.units import count, duration, percent
 
 if TYPE_CHECKING:  # slow to import
     from rich import progress
     from rich.console import Console
+
+
+def new_console(**options: Any) -> "Console":
+    """A console that prints texts as they are: a path, a label or a reason may look like markup, as "[/x]" does."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 class Progress:

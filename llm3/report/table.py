@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from llm3.report import cost
+from llm3.report.console import new_console
 from llm3.report.matrix import Metric, complete, majority, metrics_of
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
@@ -77,9 +78,7 @@ def print_table(rows: list[dict], baselines: list[dict], console: "Console | Non
     tables: metrics, then costs. Replicates are shown as one row of means. If any stage has frozen parameters, another
     table shows the cost of a step.
     """
-    from rich.console import Console
-
-    console = console or Console()
+    console = console or new_console()
     if not console.is_terminal:  # rich assumes 80 columns for a file or a pipe
         console.width = WIDTH
     rows, baselines = complete(rows, baselines)

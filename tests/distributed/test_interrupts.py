@@ -9,6 +9,7 @@ import time
 import pytest
 
 from llm3.distributed import interrupts
+from llm3.errors import Exit
 
 START = """
 import gc, hashlib, sys, time
@@ -19,7 +20,7 @@ def command(watched):
     {body}
 
 def main():
-    with Interrupts("stopped").watching() as watched:
+    with Interrupts("stopped").watching(15) as watched:
         try:
             command(watched)
         except KeyboardInterrupt:
@@ -78,6 +79,12 @@ def test_the_first_one_ends_a_command_wherever_it_is(body):
     process.send_signal(signal.SIGINT)
     assert ended(process) == ([ANSWER, "llm3: stopped"], 130)
     assert interrupts.GRACE_SECONDS < 2, "three seconds were promised"
+
+
+def test_sigterm_ends_a_run_that_has_not_begun_to_train_with_the_status_that_restarts_it():
+    process = started(NATIVE)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (["llm3: SIGTERM: ending; a second one ends at once", "llm3: stopped"], Exit.PREEMPTED)
 
 
 def test_while_steps_run_the_first_one_waits_for_their_save():

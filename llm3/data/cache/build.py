@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import rich.console
+import rich.markup
 import rich.progress
 
 from llm3 import config_folder
@@ -267,5 +268,5 @@ def _progress(what: str, parts: int, bar: bool | None) -> Iterator[Callable[[], 
         return
     columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
     with rich.progress.Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(what, total=parts)
+        task = shown.add_task(rich.markup.escape(what), total=parts)
         yield lambda: shown.advance(task)
