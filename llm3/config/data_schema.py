@@ -126,6 +126,8 @@ class SourceConfig:
         fixed = () if isinstance(self.choices, str) else self.choices
         if not all(isinstance(each, str) for each in fixed):
             raise UserError(f"config: sources.*.choices={self.choices!r}: expected texts, or a column with a list")
+        if self.answer_base is not None and not self.choices:
+            raise UserError(f"config: sources.*.answer_base={self.answer_base}: expected choices with it")
         if self.choices and not (self.prompt and self.answer):
             raise UserError("config: sources.*.choices: needs prompt and answer (the correct choice or its index)")
         for field in ("filters", "transforms"):

@@ -241,6 +241,8 @@ def test_turns_of_the_wrong_shape_are_bad_rows_by_reason(messages, reason):
     "messages",
     [
         [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        [{"from": "developer", "value": "s"}, {"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}],
+        [{"from": role, "value": text, "role": None} for role, text in (("system", "s"), ("user", "a"), ("bot", "b"))],
         [
             {"role": "system", "content": [{"type": "text", "text": "s"}]},
             {"role": "user", "content": ["a"], "tool_calls": None},
@@ -371,6 +373,35 @@ def test_numbers_of_choices_are_counted_from_0_or_1_as_their_rows_tell(rows, bas
 
 
 YES_NO = SourceConfig("x", prompt="{q}\nAnswer: ", choices=["yes", "no"], answer="label")
+
+
+SUMS = [["0", "1", "3", "2"], ["up", "down", "left", "right"], ["5", "6", "7", "8"]]
+
+
+@pytest.mark.parametrize(
+    ("answers", "correct"),
+    [
+        (["3", "0", "2"], [3, 0, 2]),  # "3" is the text of a choice too, but "0" is a number only
+        ([3, 0, 2], [3, 0, 2]),
+        (["3", "4", "2"], [2, 3, 1]),  # counted from 1
+        (["3", "down", "8"], [2, 1, 3]),  # all are texts
+        (["2", "0", "8"], UserError),  # "8" is a text only
+        (["3", "left", 1], UserError),
+    ],
+)
+def test_a_number_that_is_also_the_text_of_a_choice_is_read_as_the_other_answers_are(answers, correct):
+    rows = [{"q": "?", "options": options, "answer": each} for options, each in zip(SUMS, answers, strict=True)]
+    if correct is UserError:
+        with pytest.raises(UserError, match=r"numbers from . to ., but other answers are texts of choices: expected"):
+            choice.resolve(rows, CHOICES, "source s")
+    else:
+        source = choice.resolve(rows, CHOICES, "source s")
+        assert [choice.read_row(row, source)["correct"] for row in rows] == correct
+
+
+def test_numbers_that_begin_at_0_and_end_at_the_number_of_choices_are_refused():
+    with pytest.raises(UserError, match=r"numbers from 0 to 4, both 0 and the number of choices among them: expected"):
+        choice.resolve(numbered(4, 1, 2, 0), CHOICES, "source s")
 
 
 def test_a_choice_is_encoded_jointly_with_its_prompt_and_masked_from_the_first_token_with_a_byte_of_it():

@@ -41,11 +41,13 @@ def test_a_text_may_be_a_template_over_columns():
 
 @pytest.mark.parametrize(
     ("label", "names"),
-    [("yes", ["yes"]), (3, ["3"]), (True, ["true"]), (["b", "a", "b", 2], ["2", "a", "b"]), ([], [])],
+    [("yes", ["yes"]), (3, ["3"]), (True, ["true"]), (["b", "a", "b", 2], ["2", "a", "b"]), ([], []), ("[a]", ["[a]"])],
 )
 def test_labels_become_names_and_a_list_of_labels_is_several(label, names):
     record = record_of({"text": "x", "kind": label}, label="kind")
     assert record == {"text": "x", "labels": names} | ({"several": True} if isinstance(label, list) else {})
+    if isinstance(label, list):
+        assert record_of({"text": "x", "kind": json.dumps(label)}, label="kind") == record
 
 
 def test_a_tag_is_the_one_label_of_a_row():

@@ -16,31 +16,38 @@ LETTER = re.compile(r"\(?([A-Za-z])[).:]?")  # as MMLU writes its answers
 
 
 def resolve(rows: Iterable[Mapping[str, Any]], source: SourceConfig, where: str) -> SourceConfig:
-    """The source with its `answer_base`, if answers are numbers: one of them is 0, or the number of its choices.
+    """The source with its `answer_base`, if answers are numbers: some are 0, or some the number of their choices.
 
-    Says which. Raises UserError, starting with `where`, if neither is so.
+    Says which. Raises UserError, starting with `where`, if neither or both are so, or if other answers can only be
+    texts of choices.
     """
     if source.answer_base is not None:
         return source
-    least = most = None
+    numbers: set[int] = set()
+    bases: set[int] = set()
+    named = False  # whether an answer is the text of a choice, and no number of one
     for row in rows:
         try:
             choices, answer = _choices(row, source), value(row, source.answer)
         except BadRow:
             continue
-        if (number := _number(answer, choices)) is None:
-            continue
-        if number in (0, len(choices.texts)):
-            base = int(number != 0)
-            say(f"{where}: {source.answer}: choices are counted from {base}")
-            return dataclasses.replace(source, answer_base=base)
-        least, most = min(number, least or number), max(number, most or number)
-    if least is not None:
-        raise UserError(
-            f"{where}: {source.answer}: numbers from {least} to {most}, none of them 0 or the number of choices: "
-            "expected sources.*.answer_base=0 or 1, the number of the first choice"
-        )
-    return source
+        number = _number(answer, choices)
+        if answer in choices.texts:
+            named = named or number is None or number > len(choices.texts)
+        elif number is not None:
+            numbers.add(number)
+            bases |= {base for base, telling in enumerate((0, len(choices.texts))) if number == telling}
+    if not numbers:
+        return source
+    if len(bases) == 1 and not named:
+        say(f"{where}: {source.answer}: choices are counted from {min(bases)}")
+        return dataclasses.replace(source, answer_base=min(bases))
+    found = "both 0 and the number of choices among them" if bases else "none of them 0 or the number of choices"
+    found = "but other answers are texts of choices" if named else found
+    raise UserError(
+        f"{where}: {source.answer}: numbers from {min(numbers)} to {max(numbers)}, {found}: expected "
+        "sources.*.answer_base=0 or 1, the number of the first choice"
+    )
 
 
 class _Choices(NamedTuple):
@@ -93,9 +100,9 @@ def _correct(row: Mapping[str, Any], source: SourceConfig, choices: _Choices) ->
     answer = value(row, field) if field in row else text_of(row, field)
     if choices.labels and not isinstance(answer, bool) and str(answer).strip() in choices.labels:
         return choices.labels.index(str(answer).strip())
-    if isinstance(answer, str) and answer in choices.texts:
-        return choices.texts.index(answer)
     number = _number(answer, choices)
+    if isinstance(answer, str) and answer in choices.texts and (number is None or source.answer_base is None):
+        return choices.texts.index(answer)
     if number is not None:
         number -= source.answer_base or 0
     elif isinstance(answer, bool):
@@ -119,8 +126,8 @@ def _letter(answer: str, choices: _Choices) -> int | None:
 
 
 def _number(answer: Any, choices: _Choices) -> int | None:
-    """An answer that is the number of a choice, counted from 0 or 1; None for any other."""
-    if isinstance(answer, bool) or choices.labels or answer in choices.texts:
+    """An answer that is, or may be, the number of a choice, counted from 0 or 1; None for any other."""
+    if isinstance(answer, bool) or choices.labels:
         return None
     if isinstance(answer, str):
         digits = answer.strip()

@@ -12,7 +12,11 @@ from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, va
 from llm3.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
-ALIASES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+ALIASES = {
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant"),
+}
 CALLS = ("tool_calls", "function_call")  # fields of a turn that a text does not hold
 
 
@@ -43,9 +47,9 @@ def read_turns(messages: Any, field: str) -> list[list[str]]:
         raise BadRow(f"{field} is not a list of {{role, content}}")
     turns, content_of = [], f"a content of {field}"
     for message in messages:
-        names = ("from", "value") if "role" not in message and "from" in message else ("role", "content")
+        names = ("from", "value") if message.get("role") is None and "from" in message else ("role", "content")
         role = value(message, names[0])
-        role = ALIASES.get(role, role) if isinstance(role, str) else role
+        role = ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else role
         if role not in ROLES:
             raise BadRow(f"{field}: a role is not one of {', '.join(ROLES)}")
         if any(message.get(name) for name in CALLS):

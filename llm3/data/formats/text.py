@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data.formats import BadRow, Document, bytes_of, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 
@@ -15,14 +15,15 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """{"text", "pair" if the source names one, "labels" if it names a label or a tag, "several" for a list of labels}.
 
     labels: distinct class names, sorted; integers and truth values become names as JSON. several: True if the label is
-    a list, which may be empty. Raises BadRow.
+    a list, which may be empty, and in CSV is written as JSON. Raises BadRow.
     """
     record: dict[str, Any] = {"text": text_of(row, source.text)}
     if source.pair:
         record["pair"] = text_of(row, source.pair)
     if source.label or source.tag:
         spec = source.label or source.tag
-        found = text_of(row, spec) if "{" in spec else value(row, spec)
+        read = text_of if "{" in spec else structure if source.label else value
+        found = read(row, spec)
         several = bool(source.label) and isinstance(found, list)
         record["labels"] = sorted({_name(each, spec) for each in (found if several else [found])})
         if several:
