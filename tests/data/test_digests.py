@@ -3,8 +3,11 @@
 import json
 import os
 import time
+import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from llm3.config.data_schema import SourceConfig
@@ -86,3 +89,27 @@ def test_a_damaged_or_missing_index_and_a_recent_change_cost_another_reading_onl
     if index:
         (Path("cache") / digests.INDEX).write_text(index)
     assert digests.content_digest(["a"], Path("cache")) == known and hashed == ["a", "a"]
+
+
+def test_an_archive_that_changed_is_unpacked_again():
+    for text in ("one", "two"):
+        with zipfile.ZipFile("rows.zip", "w") as archive:
+            archive.writestr("rows.jsonl", json.dumps({"text": text}))
+        assert contents(tokenized("json", "rows.zip")) == [text]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_readme_that_changes_how_files_are_read_is_seen(kind):
+    Path("folder").mkdir()
+    if kind == "csv":
+        Path("folder/train.csv").write_text("a|text|n;text;x\n1|one|2;two;3\n")
+        options = ["sep: '|'", "sep: ';'"]
+    else:
+        pa.parquet.write_table(pa.table({"n": ["one", "two"], "text": ["a", "b"]}), "folder/train.parquet")
+        options = ["columns: [text]", "columns: [n, text]"]
+    keys = []
+    for option in options:
+        Path("folder/README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {option}\n---\n")
+        source = SourceConfig("folder", validation="")
+        keys.append(sources.open_split(source, "train", cache_dir=Path("cache")).key)
+    assert keys[0] != keys[1]

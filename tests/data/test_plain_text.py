@@ -102,3 +102,31 @@ def test_sample_by_is_for_plain_text_only():
     Path("rows.jsonl").write_text('{"text": "x"}')
     with pytest.raises(UserError, match="sample_by='document': its files are json; expected text files"):
         open_split(data_files="rows.jsonl", sample_by="document")
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+def test_a_byte_order_mark_is_no_part_of_the_first_document(sample_by):
+    Path("marked.txt").write_bytes(lines.BOM + b"once")
+    assert texts(path="text", data_files="marked.txt", sample_by=sample_by) == ["once"]
+
+
+def test_a_single_file_that_cannot_be_divided_names_the_field_that_helps():
+    for number in (1, 2):
+        Path(f"stories/{number}.txt").unlink()
+    fields = dict(path="stories", validation="", validation_share=0.5)
+    sides = [open_split(split, **fields) for split in ("train", "validation")]
+    reasons = [side.why_empty() for side in sides]
+    assert reasons == ["validation_share cannot divide 1 row with one text: add rows, or set sample_by='paragraph'"] * 2
+
+
+@pytest.mark.parametrize("sample_by", ["line", "paragraph"])
+def test_utf16_is_refused_by_name_and_a_document_in_it_costs_only_itself(sample_by):
+    Path("stories/1.txt").write_bytes("once\nthere was\n".encode("utf-16"))
+    with pytest.raises(UserError, match=r"stories/1\.txt is UTF-16; expected UTF-8"):
+        read(path="text", data_files="stories/1.txt", sample_by=sample_by)
+    assert str(read(path="stories")[1][1]) == "not UTF-8"
+
+
+def test_a_folder_among_the_names_of_files_is_refused_with_the_field_for_it():
+    with pytest.raises(UserError, match=r"stories is a folder: expected data_dir='stories' .*data_files='stories/\*'"):
+        open_split(path="text", data_files="stories")

@@ -254,3 +254,34 @@ def test_a_large_corpus_has_enough_parts_for_many_cores_and_none_too_large_for_m
         size = lines.part_bytes(total)
         assert 1 << 20 <= size <= 32 << 20
         assert total / size > 32, "two, or thirty-two, cores end at nearly the same time"
+
+
+def test_arrays_and_lines_may_stand_side_by_side():
+    Path("a.json").write_text(json.dumps([{"text": "one", "n": 2**70}, {"text": "two", "n": "x"}]))
+    Path("b.jsonl").write_text('{"text": "three", "n": [1]}\n\n["four"]\n{"text": "five"}')
+    Path("c.json").write_text('{"data": [{"text": "six"},]}')
+    rows = read(data_files=["a.json", "b.jsonl", "c.json"])
+    assert [(n, row if isinstance(row, dict) else str(row)) for n, row in rows] == [
+        (0, {"text": "one"}),
+        (1, {"text": "two"}),
+        (2, {"text": "three"}),
+        (4, "not a JSON object"),
+        (5, {"text": "five"}),
+        (6, {"text": "six"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"text": "a"}]\n[{"text": "b"}]\n',
+        '[{"text": "a"}] {"text": "b"}',
+        '{"data": [{"text": "a"}]}\n{"data": [{"text": "b"}]}\n',
+        '{"data": [{"text": "a"}]',
+        '{"data": [{"text": "a"}], "n": }',
+    ],
+)
+def test_what_follows_an_array_is_not_lost_silently(content):
+    Path("rows.json").write_text(content)
+    with pytest.raises(UserError, match=r"rows\.json goes on after its array, at .*: expected one array in a file"):
+        open_split(data_files="rows.json").parts()

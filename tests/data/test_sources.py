@@ -139,6 +139,12 @@ def test_a_side_without_rows_says_which_field_empties_it(tmp_path, capsys):
         build("validation", validation_share=0.01, **five)
     with pytest.raises(UserError, match=r"validation_share=0\.99 of its 5 rows leaves none for train: set a smaller"):
         build("train", validation_share=0.99, **five)
+    with pytest.raises(UserError, match=r"each of its classes has one text only, which is for training: add rows"):
+        build("validation", validation_share=0.9, label="body", **five)
+    write("equal.jsonl", [{"body": "one"}] * 3)
+    for split in ("train", "validation"):
+        side = open_split(split, data_files="equal.jsonl", validation="", validation_share=0.5)
+        assert side.why_empty() == "validation_share cannot divide 3 rows with one text: add rows"
     with pytest.raises(UserError, match=r"filters=\['tests\.data\.test_sources:nothing'\] remove all of its 200 rows"):
         build("train", filters=["tests.data.test_sources:nothing"])
     with pytest.raises(UserError, match=r"it has no documents: all its rows are bad \(longer than 5 bytes: 200\)"):
@@ -221,6 +227,7 @@ def test_a_sample_of_all_rows_has_no_threshold():
         (dict(train="trian"), r"unknown split 'trian': .*train"),
         (dict(split="validation"), r"unknown split 'validation': .*valid: train .*validation_share"),
         (dict(split="dev"), r"split='dev'.*valid: test, train, validation"),
+        (dict(path="builtin:python", sample_by="line"), r"sample_by='line': its files are built-in; expected text"),
         (dict(path="builtin:nothing"), r"nothing.*valid: numerical, numerical_task, python"),
     ],
 )
@@ -237,6 +244,7 @@ def test_a_wrong_name_is_an_error_with_the_nearest_right_ones(options, message):
         (dict(path="text"), "path='text' needs data_files or data_dir"),
         (dict(data_files="x", validation_share=1.0), r"sources\.\*\.validation_share=1\.0: expected a share"),
         (dict(data_files="x", validation_share=-0.1), r"validation_share=-0\.1"),
+        (dict(data_files="x", answer_base=1), r"sources\.\*\.answer_base=1: expected choices with it"),
         (dict(data_files="x", max_documents=-1), r"sources\.\*\.max_documents=-1: expected at least 0"),
     ],
 )

@@ -18,6 +18,7 @@ from llm3.data.formats import BadRow
 from llm3.data.sources.lines import (
     BOM,
     PART_BYTES,
+    UTF16,
     Lines,
     bad_line,
     cut_at,
@@ -31,7 +32,6 @@ from llm3.errors import UserError
 DELIMITERS = (",", ";", "\t", "|")
 PROBED_RECORDS = 200  # records that decide between two delimiters
 REGULAR = 0.9  # share of records with as many cells as the header, from which on a delimiter is plausible
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UNCLOSED = "a quote is not closed, or text follows it"
 
 Record = tuple[int, bytes, list[bytes] | BadRow]  # bytes in the file, beginning, cells (none for a blank line)
@@ -59,7 +59,7 @@ class Delimited(Lines):
     @property
     def key(self) -> list:
         """Identifies the content of the files."""
-        return ["delimited", *super().key]
+        return ["delimited", self.delimiter, self.quote, *super().key]
 
     def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
         """Yield (number of the first row, (file, start byte, stop byte)); a compressed file is one piece."""

@@ -26,7 +26,7 @@ from llm3.data.sources.slices import Slices, sliced
 from llm3.errors import UserError, nearest, say
 
 FIELDS = {"delimiter": "csv", "quote": "csv", "sample_by": "text"}  # field of a source -> the only files that it suits
-FOUND_BY_DATASETS = {"name", "version", "data_dir", "data_files", "description", "sep", "delimiter"}
+NAMES = {"name", "version", "data_dir", "data_files", "description"}  # options of `datasets` that name files
 
 
 FileReader = Lines | WholeFiles | Slices
@@ -41,12 +41,7 @@ def open_files(
     unknown split, a missing or an empty file.
     """
     kind = builder.info.builder_name
-    for field, only in FIELDS.items():
-        if getattr(source, field) is not None and kind != only:
-            raise UserError(
-                f"source {source_name(source)}: {field}={getattr(source, field)!r}: its files are {kind}; "
-                f"expected {only} files with this field"
-            )
+    check_kind(source, kind)
     if kind not in ("csv", "json", "text") or _is_described(builder):
         return None
     splits = {str(name): [str(file) for file in files] for name, files in builder.config.data_files.items()}
@@ -59,12 +54,27 @@ def open_files(
     return sliced(split, own) if len(own) == len(splits) else None
 
 
+def check_kind(source: SourceConfig, kind: str) -> None:
+    """Raise UserError for a field that does not suit files of this kind."""
+    for field, only in FIELDS.items():
+        if getattr(source, field) is not None and kind != only:
+            raise UserError(
+                f"source {source_name(source)}: {field}={getattr(source, field)!r}: its files are {kind}; "
+                f"expected {only} files with this field"
+            )
+
+
 def _is_described(builder: datasets.DatasetBuilder) -> bool:
     """Whether the README of the files says how to read them, and not only which files there are."""
     if builder.info.features is not None:
         return True
-    names = {field.name for field in dataclasses.fields(builder.config)} - FOUND_BY_DATASETS
-    return any(getattr(builder.config, name) != getattr(type(builder.config)(), name) for name in names)
+    return bool(set_options(builder.config).keys() - {"sep", "delimiter"})
+
+
+def set_options(config: datasets.BuilderConfig) -> dict[str, Any]:
+    """The options of a config of `datasets` that are not its defaults, but those that name its files."""
+    names = [field.name for field in dataclasses.fields(config) if field.name not in NAMES]
+    return {name: getattr(config, name) for name in names if getattr(config, name) != getattr(type(config)(), name)}
 
 
 def _reader(
@@ -77,7 +87,7 @@ def _reader(
     for file in files:
         if os.path.isfile(file):
             check_file(Path(file), source, may_be_empty=sample_by == "document")
-    paths = tuple(_unpacked(files, source, root))
+    paths = tuple(_unpacked(files, source, root, cache_dir))
     settings = (source.max_row_bytes, _content_key(paths, cache_dir))
     if kind == "csv":
         declared = None if builder.config.sep == "," else builder.config.sep
@@ -87,10 +97,7 @@ def _reader(
         if sample_by == "document":
             return WholeFiles(paths, *settings)
         return (Paragraphs if sample_by == "paragraph" else Lines)(paths, False, *settings)
-    arrays = [is_json_array(path) for path in paths]
-    if any(arrays) and not all(arrays):
-        return None
-    return (JsonArrays if any(arrays) else Lines)(paths, True, *settings)
+    return (JsonArrays if any(map(is_json_array, paths)) else Lines)(paths, True, *settings)
 
 
 def _sample_by(source: SourceConfig, split: str) -> str:
@@ -113,12 +120,15 @@ def say_sample_by(source: SourceConfig, each: str) -> None:
     )
 
 
-def _unpacked(files: list[str], source: SourceConfig, root: Path) -> list[str]:
+def _unpacked(files: list[str], source: SourceConfig, root: Path, cache_dir: Path) -> list[str]:
     """The files on this machine, archives unpacked; streamed files stay where they are."""
     here = [os.path.isfile(file) for file in files]
     if (source.streaming and not any(here)) or (all(here) and not any(map(is_archive, files))):
         return files
-    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(root / "downloads")))
+    local = [file for file in files if os.path.isfile(file)]
+    content = content_digest(local, cache_dir)[:16] if local else ""  # `datasets` knows an archive by its path only
+    config = datasets.DownloadConfig(cache_dir=str(root / "downloads" / content))
+    manager = datasets.DownloadManager(download_config=config)
     return list(manager.iter_files(manager.download_and_extract(files)))
 
 
@@ -154,6 +164,11 @@ def check_file(path: Path, source: SourceConfig, *, may_be_empty: bool = False) 
         if not path.parent.is_dir():
             raise UserError(
                 f"source {source.path}: {path} does not exist, nor does its folder {path.parent.absolute()}"
+            )
+        if path.is_dir():
+            raise UserError(
+                f"source {source.path}: {path} is a folder: expected data_dir={str(path)!r} for all its files, or a "
+                f"pattern such as data_files={str(path / '*')!r}"
             )
         raise UserError(f"source {source.path}: {path} does not exist: {nearest_beside(path)}")
     if not (may_be_empty or path.stat().st_size):

@@ -25,6 +25,7 @@ PARTS = 64  # parts of a larger corpus, enough to keep many cores busy to the en
 SMALLEST_PART_BYTES = 1 << 20
 BLOCK = 1 << 20  # bytes read at once
 BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 # By the first bytes of a file: how it is opened, and archives, which the datasets library reads.
 OPENERS: dict[bytes, Callable[[BinaryIO, str], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -57,8 +58,13 @@ class Lines:
         """Yield (number of the first row, (file, start byte, stop byte)); a compressed file is one piece."""
         first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
         for name in self.files:
-            with open_decompressed(name) as file:
-                first = yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first)
+            first = yield from self.pieces_of(name, size, first)
+
+    def pieces_of(self, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
+        """Yield the pieces of a file, of about `size` bytes; return the number of the first row of the next file."""
+        with open_decompressed(name) as file:
+            check_encoding(file, name)
+            return (yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first))
 
     def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
         """Yield (number, row) of a piece, in constant memory."""
@@ -66,7 +72,7 @@ class Lines:
         with open_decompressed(name) as file:
             file.seek(start)
             for number, line in enumerate(_lines(file, stop - start, self.longest), first):
-                if number == first and start == 0 and self.objects:
+                if number == first and start == 0:
                     line = line.removeprefix(BOM)
                 row = self._row(line)
                 if row is not None:
@@ -94,6 +100,13 @@ class Lines:
         except (ValueError, RecursionError):
             return bad_line("not JSON", line)
         return row if isinstance(row, dict) else bad_line("not a JSON object", line)
+
+
+def check_encoding(file: BinaryIO, name: str) -> None:
+    """Raise UserError for a file of UTF-16, open at its start, whose lines would be text with null characters."""
+    if file.read(2) in UTF16:
+        raise UserError(f"{name} is UTF-16; expected UTF-8")
+    file.seek(0)
 
 
 def bad_line(reason: str, line: bytes) -> BadRow:

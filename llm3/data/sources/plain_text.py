@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +11,7 @@ from llm3.data.sources.lines import (
     BOM,
     Lines,
     bad_line,
+    check_encoding,
     cut_at,
     is_compressed,
     open_decompressed,
@@ -28,13 +29,12 @@ class Paragraphs(Lines):
         """Identifies the content of the files."""
         return ["paragraphs", *super().key]
 
-    def pieces(self) -> Iterator[tuple[int, tuple[str, int, int]]]:
-        """Yield (number of the first line, (file, start byte, stop byte)); a compressed file is one piece."""
-        first, size = 0, part_bytes(sum(Path(name).stat().st_size for name in self.files))
-        for name in self.files:
-            with open_decompressed(name) as file:
-                most = sys.maxsize if is_compressed(name) else size
-                first = yield from cut_at(self._ends(file, first), name, 0, most, first)
+    def pieces_of(self, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
+        """Yield the pieces of a file, cut at blank lines; return the number of the first line of the next file."""
+        with open_decompressed(name) as file:
+            check_encoding(file, name)
+            most = sys.maxsize if is_compressed(name) else size
+            return (yield from cut_at(self._ends(file, first), name, 0, most, first))
 
     def _ends(self, file: BinaryIO, number: int) -> Iterator[tuple[int, int]]:
         stop, blank = 0, True

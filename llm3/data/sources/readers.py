@@ -26,7 +26,17 @@ import datasets
 from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
 from llm3.data.sources.digests import content_digest
-from llm3.data.sources.files import FileReader, check_file, flat, open_files, say_sample_by, source_name, unknown_split
+from llm3.data.sources.files import (
+    FileReader,
+    check_file,
+    check_kind,
+    flat,
+    open_files,
+    say_sample_by,
+    set_options,
+    source_name,
+    unknown_split,
+)
 from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
 from llm3.errors import UserError
 
@@ -43,6 +53,7 @@ TABLE_OPTIONS: dict[str, dict[str, Any]] = {
 def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Reader:
     """The reader of a split; split: its name in the dataset. Raises UserError if it cannot be opened."""
     if source.path.startswith(BUILTIN):
+        check_kind(source, "built-in")
         table = corpus.load_corpus(source.path.removeprefix(BUILTIN), split, cache_dir)
         return DatasetTable(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
     for path in _local_files(source):
@@ -74,6 +85,7 @@ def _open_table(
         say_sample_by(source, builder.config.sample_by)
     local, kind = _local_splits(builder), [name, repr(builder.info.features)]
     if local:  # `datasets` knows a file by its modification time only
+        kind.append(repr(set_options(builder.config)))
         every = [file for each in local.values() for file in each]
         own = own | {"cache_dir": f"{root}/{content_digest(every, cache_dir)[:16]}"}
     builder = datasets.load_dataset_builder(source.path, source.name, **options | own)

@@ -12,6 +12,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import hooks, selection
+from llm3.data.sources.plain_text import WholeFiles
 from llm3.data.sources.readers import Reader
 from llm3.errors import counted
 from llm3.registry import load_plugin
@@ -106,6 +107,11 @@ class Records:
         if rows and not kept:
             return f"filters={self.source.filters} remove all of its {counted(rows, 'row')}"
         if kept and self.held_out is not None:
+            if len({digest for part in self._pieces for _, digest, _ in self._hashed(part)}) == 1:
+                hint = ", or set sample_by='paragraph'" if isinstance(self.reader, WholeFiles) else ""
+                return f"validation_share cannot divide {counted(kept, 'row')} with one text: add rows{hint}"
+            if self.held_out.by_class:  # else each side has a text of a class that has two
+                return "each of its classes has one text only, which is for training: add rows, or a validation split"
             share = f"validation_share={self.source.validation_share:g} of its {counted(kept, 'row')}"
             better = "smaller" if self.split == "train" else "larger"
             return f"{share} leaves none for {self.split}: set a {better} share"

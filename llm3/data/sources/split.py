@@ -60,11 +60,12 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
     sample = source.max_documents if split == "train" else 0
     settings = {field: value for field, value in dataclasses.asdict(source).items() if field not in NOT_IN_KEY}
     side = dataclasses.asdict(held_out) if held_out else None
-    key = json.dumps([reader.key, settings, functions, side, sample], sort_keys=True)
     train = None
     if source.row_format == "choice" and source.answer_base is None and not from_train:
         with contextlib.suppress(UserError):  # many evaluation sets have no train split
             train = open_reader(source, source.train, Path(cache_dir))
+    settings |= {"train": train.key} if train else {}
+    key = json.dumps([reader.key, settings, functions, side, sample], sort_keys=True)
     return Records(
         source,
         _split_name(source, source.train if from_train else wanted),
