@@ -120,11 +120,14 @@ def test_a_single_file_that_cannot_be_divided_names_the_field_that_helps():
 
 
 @pytest.mark.parametrize("sample_by", ["line", "paragraph"])
-def test_utf16_is_refused_by_name_and_a_document_in_it_costs_only_itself(sample_by):
+def test_files_whose_lines_are_not_found_are_refused_by_name(sample_by):
     Path("stories/1.txt").write_bytes("once\nthere was\n".encode("utf-16"))
-    with pytest.raises(UserError, match=r"stories/1\.txt is UTF-16; expected UTF-8"):
-        read(path="text", data_files="stories/1.txt", sample_by=sample_by)
-    assert str(read(path="stories")[1][1]) == "not UTF-8"
+    Path("stories/2.txt").write_bytes(b"once\rthere was\r")
+    for number, reason in ((1, " is UTF-16; expected UTF-8"), (2, r": its lines end in \\r; expected \\n")):
+        with pytest.raises(UserError, match=rf"stories/{number}\.txt{reason}"):
+            read(path="text", data_files=f"stories/{number}.txt", sample_by=sample_by)
+    whole = [row for _, row in read(path="stories")]
+    assert str(whole[1]) == "not UTF-8" and whole[2] == {"text": "once\rthere was\r"}
 
 
 def test_a_folder_among_the_names_of_files_is_refused_with_the_field_for_it():

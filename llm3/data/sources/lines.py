@@ -63,7 +63,7 @@ class Lines:
     def pieces_of(self, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
         """Yield the pieces of a file, of about `size` bytes; return the number of the first row of the next file."""
         with open_decompressed(name) as file:
-            check_encoding(file, name)
+            check_lines(file, name)
             return (yield from _cuts(file, name, sys.maxsize if _opener(name) else size, first))
 
     def rows(self, first: int, place: tuple[str, int, int]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
@@ -102,10 +102,13 @@ class Lines:
         return row if isinstance(row, dict) else bad_line("not a JSON object", line)
 
 
-def check_encoding(file: BinaryIO, name: str) -> None:
-    """Raise UserError for a file of UTF-16, open at its start, whose lines would be text with null characters."""
-    if file.read(2) in UTF16:
+def check_lines(file: BinaryIO, name: str) -> None:
+    """Raise UserError for a file, open at its start, that is UTF-16 or whose lines end in a carriage return alone."""
+    start = file.read(BLOCK)
+    if start.startswith(UTF16):
         raise UserError(f"{name} is UTF-16; expected UTF-8")
+    if b"\n" not in start and b"\r" in start.rstrip(b"\r"):
+        raise UserError(f"{name}: its lines end in \\r; expected \\n or \\r\\n")
     file.seek(0)
 
 

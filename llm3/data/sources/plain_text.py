@@ -11,7 +11,7 @@ from llm3.data.sources.lines import (
     BOM,
     Lines,
     bad_line,
-    check_encoding,
+    check_lines,
     cut_at,
     is_compressed,
     open_decompressed,
@@ -32,7 +32,7 @@ class Paragraphs(Lines):
     def pieces_of(self, name: str, size: int, first: int) -> Generator[tuple[int, tuple[str, int, int]], None, int]:
         """Yield the pieces of a file, cut at blank lines; return the number of the first line of the next file."""
         with open_decompressed(name) as file:
-            check_encoding(file, name)
+            check_lines(file, name)
             most = sys.maxsize if is_compressed(name) else size
             return (yield from cut_at(self._ends(file, first), name, 0, most, first))
 
