@@ -308,3 +308,13 @@ def test_a_file_behind_an_address_is_downloaded_or_streamed(folder):
         assert [row for part in opened.parts() for row in opened.read_part(part)] == [
             (0, {"text": "001", "labels": ["NA"]})
         ]
+
+
+def test_a_folder_that_declares_how_to_read_its_file_but_no_columns_has_texts_in_every_cell(folder):
+    Path("folder").mkdir()
+    write("skipped\ntext,label\n'a, b',001\nNA,1\n3,\né,None\n", "folder/train.csv")
+    options = 'configs:\n- config_name: default\n  skiprows: 1\n  quotechar: "\'"'
+    Path("folder/README.md").write_text(f"---\n{options}\n---\n")
+    rows = read(path="folder", label="label")
+    found = [str(row) if isinstance(row, BadRow) else (row["text"], *row["labels"]) for _, row in rows]
+    assert found == [("a, b", "001"), ("NA", "1"), "label is null", ("é", "None")]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data.sources import corpus
@@ -88,6 +89,8 @@ def _open_table(
         kind.append(repr(set_options(builder.config)))
         every = [file for each in local.values() for file in each]
         own = own | {"cache_dir": f"{root}/{content_digest(every, cache_dir)[:16]}"}
+        if name == "csv" and builder.info.features is None:
+            own["features"] = _text_columns(builder, every[0])
     builder = datasets.load_dataset_builder(source.path, source.name, **options | own)
     key = [os.path.relpath(builder.cache_dir, root), split, source.streaming]
     if local:
@@ -99,6 +102,14 @@ def _open_table(
         return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
     builder.download_and_prepare()
     return DatasetTable(builder.as_dataset(split=split), key, latin1)
+
+
+def _text_columns(builder: datasets.DatasetBuilder, file: str) -> datasets.Features:
+    """The columns of a CSV file, all of them texts, for a README that says how to read it but not their types."""
+    options = builder.config.pd_read_csv_kwargs | TABLE_OPTIONS["csv"] | {"nrows": 0}
+    options.pop("chunksize", None)
+    columns = pandas.read_csv(file, **options).columns
+    return datasets.Features({name: datasets.Value("string") for name in columns})
 
 
 def _local_splits(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
