@@ -22,6 +22,10 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         names = rules.chosen(config, options.get("stages"))
         if verb == "bench" and (stage := options["stage"]) not in names:
             raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+        if "{%" in (template := config.tokenizer.chat_template):
+            from llm3.data.chat_templates import load_template  # needs jinja
+
+            load_template(template)
         if verb == "run":
             for name in [INIT, *names]:
                 check_record(workdir, config, name)

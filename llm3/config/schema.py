@@ -194,6 +194,11 @@ class StageConfig:
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
+        if self.batch_size % self.micro_batches:
+            raise UserError(
+                f"config: stages.*.batch_size={self.batch_size}: expected a multiple of micro_batches="
+                f"{self.micro_batches}"
+            )
         for name in self.adapters:
             check_name(name, "config: stages.*.adapters")
         if not self.data:

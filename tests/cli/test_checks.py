@@ -21,6 +21,10 @@ REFUSED = {
     ),
     "run --config=FILE --workdir=W --config.stages.finetune.optimizer.warmup_steps=50": "at most the 10 steps",
     "run --config=FILE --workdir=W --config.stages.finetune.start={'stage':'posttrain','step':-1}": ".start.step=-1",
+    "run --config=FILE --workdir=W --config.stages.finetune.micro_batches=3": (
+        "config.stages.finetune.batch_size=8: expected a multiple of micro_batches=3"
+    ),
+    "run --config=FILE --workdir=W --config.tokenizer.chat_template={%if": "tokenizer.chat_template: line 1",
     "run --config=FILE --workdir=W --config.stages.finetune.best=task_acuracy": "did you mean 'task_accuracy'",
     "run --config=FILE --workdir=W --config.stages.pretrain.data_schedule=[[99,{'domain':1}]]": "10 steps",
     "run --config=FILE --workdir=W --config.evaluations.domain.options={'x':1}": "domain.options.x: no such option",
