@@ -89,7 +89,7 @@ def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
     live = liveness.measure(program.jaxpr, shares)
     gathered = _gathered_keys(share, config, own_rows, context)
     layers = model.layers if model.remat == "none" else 0
-    one_micro_batch = replace(traced, config=replace(config, batch_size=rows))
+    one_micro_batch = replace(traced, config=replace(config, batch_size=rows, micro_batches=1))
     kept = _kept(one_micro_batch, phase, shares) + layers * gathered
     extra = _casts(phase, model, axis_size(mesh, "embed")) + max(layers, 1) * gathered
     return Step(kept, live.peak + extra, live.largest, live.moved, live.flops * shares.share)
