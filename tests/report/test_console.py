@@ -20,6 +20,9 @@ def test_a_text_that_looks_like_markup_is_printed_as_it_is():
     assert output.getvalue().count(MARKUP) == 3
 
 
-def test_the_progress_bar_of_a_file_whose_name_looks_like_markup(capsys):
+def test_the_progress_bar_of_a_file_whose_name_looks_like_markup(capsys, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # else rich draws no bar
+    monkeypatch.setenv("COLUMNS", "200")
     with build._progress(MARKUP, 1, bar=True) as advance:
         advance()
+    assert "w[bold]x [/x]" in capsys.readouterr().err
