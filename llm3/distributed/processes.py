@@ -22,7 +22,7 @@ from llm3.errors import UserError
 T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, and all others end
-LEAVING_SECONDS = 5
+LEAVING_SECONDS = 10  # for the others to read an error, unless they are inside a computation
 ALL_DEVICES: dict[str, Any] = {"local_device_ids": []}  # all visible ones, not one per scheduler task
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # the first process may have a corpus to tokenize
 
@@ -237,6 +237,7 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
         if not isinstance(error, KeyboardInterrupt):
             with suppress(Exception):  # let the others read the error, which the first process stores
                 _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
+                jax.distributed.shutdown()  # else jax aborts those that are still here when the first one is gone
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()

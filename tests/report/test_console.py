@@ -21,8 +21,8 @@ def test_a_text_that_looks_like_markup_is_printed_as_it_is():
 
 
 def test_the_progress_bar_of_a_file_whose_name_looks_like_markup(capsys, monkeypatch):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # else rich draws no bar
-    monkeypatch.setenv("COLUMNS", "200")
+    for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)  # else rich draws no bar, or a short one
     with build._progress(MARKUP, 1, bar=True) as advance:
         advance()
     assert "w[bold]x [/x]" in capsys.readouterr().err
