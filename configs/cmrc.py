@@ -21,7 +21,7 @@ def get_config():
     """The experiment."""
     c = ConfigDict()
     c.seed = 0
-    c.model = dict(layers=4, d_model=128, heads=4, d_ff=352, qk_norm=True, causal=False, pool="mean", scan_unroll=4)
+    c.model = dict(layers=4, d_model=128, heads=4, d_ff=352, qk_norm="head", causal=False, pool="mean", scan_unroll=4)
     c.tokenizer = dict(vocab_size=4096, sources=["contexts"])
     cmrc = dict(path="hfl/cmrc2018", local="reading/cmrc2018", validation="", validation_share=0.05)
     c.sources = dict(

@@ -44,8 +44,8 @@ def get_config():
         heads=4,
         kv_heads=2,
         d_ff=352,
-        qk_norm=True,
-        attention_bias=True,  # biases are what BitFit trains
+        qk_norm="head",
+        attention_bias="all",  # biases are what BitFit trains
         pool="mean",
         scan_unroll=6,
     )

@@ -17,7 +17,7 @@ def get_config():
     """The experiment."""
     c = ConfigDict()
     c.seed = 0
-    c.model = dict(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=352, qk_norm=True, pool="mean", scan_unroll=4)
+    c.model = dict(layers=4, d_model=128, heads=4, kv_heads=2, d_ff=352, qk_norm="head", pool="mean", scan_unroll=4)
     c.tokenizer = dict(vocab_size=4096)
     c.sources = dict(
         general=dict(path="builtin:python"),

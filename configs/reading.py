@@ -29,7 +29,7 @@ def get_config():
     """The experiment."""
     c = ConfigDict()
     c.seed = 0
-    c.model = dict(layers=4, d_model=128, heads=4, d_ff=352, qk_norm=True, scan_unroll=4)
+    c.model = dict(layers=4, d_model=128, heads=4, d_ff=352, qk_norm="head", scan_unroll=4)
     c.tokenizer = dict(vocab_size=4096, sources=["general", "medquad"])
     medquad = dict(
         path="lavita/MedQuAD",

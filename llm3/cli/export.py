@@ -112,10 +112,10 @@ def check_family(config: ModelConfig) -> None:
                 f"model.{field}={value!r} has no counterpart in transformers' Llama and Qwen3: only a model with "
                 f"{field}={expected!r} can be exported"
             )
-    if not config.qk_norm and config.d_model % config.heads:
+    if config.qk_norm == "none" and config.d_model % config.heads:
         raise UserError(
             f"model.heads={config.heads} does not divide model.d_model={config.d_model}: transformers' Llama rejects "
-            "that; only a model with qk_norm=True (Qwen3) may have such heads"
+            "that; only a model with qk_norm='head' (Qwen3) may have such heads"
         )
 
 
@@ -174,7 +174,7 @@ def model_json(config: ModelConfig, meta: dict, dtype: str) -> dict:
     It has labels only if the task head is where transformers reads it; otherwise transformers would fill in a random
     head for them.
     """
-    qwen, classifier = config.qk_norm, reads_last_token(config, meta)
+    qwen, classifier = config.qk_norm == "head", reads_last_token(config, meta)
     described = {
         "architectures": [
             ("Qwen3" if qwen else "Llama") + ("ForSequenceClassification" if classifier else "ForCausalLM")
@@ -189,7 +189,7 @@ def model_json(config: ModelConfig, meta: dict, dtype: str) -> dict:
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.attention_bias == "all",
         "rms_norm_eps": config.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,

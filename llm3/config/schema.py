@@ -8,95 +8,9 @@ from typing import Any
 
 from llm3.config.checks import check_optimizer, check_phases, check_warmup
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
+from llm3.config.model_schema import AdapterConfig, ModelConfig
 from llm3.errors import UserError, at_least, one_of
 from llm3.files import RESERVED, check_name, local_path
-
-PROJECTIONS = ("query", "key", "value", "out", "gate", "up", "down")  # names of the kernels of a layer
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """A low-rank adapter on projections of every layer: y = x W + scale * (dropout(x) A) B."""
-
-    rank: int = 8  # rank of the two low-rank factors
-    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank, or by alpha / sqrt(rank) with rslora
-    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
-    dropout: float = 0.0  # dropout probability on the adapter's input, in training only
-    dora: bool = False  # also train a magnitude for each column of the adapted kernel
-    targets: tuple[str, ...] = PROJECTIONS  # the projections of each layer that get this adapter
-    active: bool = True  # False: kept in the checkpoint, but not computed
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "targets", tuple(self.targets))
-        at_least("adapters.*.rank", self.rank, 1)
-        if not self.targets:
-            raise UserError(f"config: adapters.*.targets is empty: expected some of {', '.join(PROJECTIONS)}")
-        for target in self.targets:
-            one_of("adapters.*.targets", target, PROJECTIONS)
-        if not self.alpha > 0:
-            raise UserError(f"config: adapters.*.alpha={self.alpha!r}: expected a number above 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"config: adapters.*.dropout={self.dropout!r}: expected a share from 0 up to 1, without 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The transformer. The run sets some of the fields; a config must not."""
-
-    layers: int  # number of transformer layers
-    d_model: int  # width of the hidden states
-    heads: int  # number of attention heads
-    d_ff: int  # width of the gated MLP's hidden layer
-    kv_heads: int = 0  # number of key and value heads; 0: as many as heads
-    head_dim: int = 0  # width of one head; 0: d_model // heads
-    causal: bool = True  # True: a decoder; False: a bidirectional encoder
-    norm: str = "rmsnorm"  # rmsnorm or layernorm
-    norm_epsilon: float = 1e-6  # added to the variance before the square root
-    qk_norm: bool = False  # normalize queries and keys, head by head
-    attention_bias: bool = False  # add a bias to the attention projections
-    tie_embeddings: bool = True  # the LM head shares the token embedding's weights
-    logit_softcap: float = 0.0  # cap logits smoothly at this magnitude; 0: no cap
-    rope_theta: float = 10_000.0  # base of the rotary position frequencies
-    pool: str = "last"  # input of a task head: the last position of a document, or the mean over its positions
-    remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
-    scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
-    logit_chunk: int = 0  # compute the LM loss over this many positions at a time, to save memory; 0: all at once
-    compute_dtype: str = "auto"  # float32 (never TF32), bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
-    vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary
-    classes: int = 0  # set by the run: number of labels; 0: no task head
-    adapters: Any = ()  # set by the run: the stage's adapters, ((name, AdapterConfig), ...)
-    # set by the run: max positions per window whose output the loss uses; 0: unknown
-    max_output_positions: int = 0
-
-    def __post_init__(self) -> None:
-        read = lambda each: AdapterConfig(**each) if isinstance(each, dict) else each  # noqa: E731
-        object.__setattr__(self, "adapters", tuple((name, read(each)) for name, each in self.adapters))
-        one_of("model.norm", self.norm, ("rmsnorm", "layernorm"))
-        one_of("model.pool", self.pool, ("last", "mean"))
-        one_of("model.remat", self.remat, ("none", "full", "dots"))
-        one_of("model.compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
-        for name in ("layers", "d_model", "heads", "d_ff", "scan_unroll"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        if not self.kv_heads:
-            object.__setattr__(self, "kv_heads", self.heads)
-        if not self.head_dim:
-            if self.d_model % self.heads:
-                raise UserError(f"model.heads={self.heads} does not divide model.d_model={self.d_model}")
-            object.__setattr__(self, "head_dim", self.d_model // self.heads)
-        for name in ("kv_heads", "head_dim"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        if not self.norm_epsilon > 0:
-            raise UserError(f"config: model.norm_epsilon={self.norm_epsilon}: expected a number above 0")
-        if self.heads % self.kv_heads:
-            raise UserError(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim={self.head_dim} is odd; rotary positions need an even one")
-        for target in PROJECTIONS:
-            here = [each for _, each in self.adapters if each.active and target in each.targets]
-            if len(here) > 1 and any(each.dora for each in here):
-                raise UserError(f"config: adapters: {len(here)} are active on {target!r}; expected only one with DoRA")
-        if self.pool == "last" and not self.causal:
-            raise UserError("model.pool='last' needs a causal model; a bidirectional one needs pool='mean'")
 
 
 @dataclasses.dataclass(frozen=True)

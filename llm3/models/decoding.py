@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llm3.config.schema import ModelConfig
+from llm3.config.model_schema import ModelConfig
 from llm3.distributed.sharding import constrain
 from llm3.models.transformer import Transformer, abstract, make_cache
 from llm3.segments import segmented

@@ -7,7 +7,7 @@ for model FLOPs (Chowdhery et al. 2022, PaLM, appendix B).
 import dataclasses
 from typing import NamedTuple
 
-from llm3.config.schema import ModelConfig
+from llm3.config.model_schema import ModelConfig
 from llm3.models.kernels import query_blocks
 from llm3.segments import STACK, Segments, segment_name
 

@@ -53,25 +53,28 @@ def _linear_backward(dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def embed(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """The rows of the table [V, D] for the tokens, int32 [B, T]: [B, T, D] in `dtype`, with a float32 gradient."""
-    return _gathered(table, dtype)[tokens]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def embed(table: jax.Array, tokens: jax.Array, dtype: Any, axis: str | None = "vocab") -> jax.Array:
+    """The rows of the table [V, D] for the tokens, int32 [B, T]: [B, T, D] in `dtype`, with a float32 gradient.
+
+    axis: the logical axis of the rows.
+    """
+    return _gathered(table, dtype, axis)[tokens]
 
 
-def _gathered(table: jax.Array, dtype: Any) -> jax.Array:
+def _gathered(table: jax.Array, dtype: Any, axis: str | None = "vocab") -> jax.Array:
     """The table in the compute dtype, gathered over fsdp, whose sharding of rows does not match the batch."""
-    return constrain(table.astype(dtype), "vocab", None)
+    return constrain(table.astype(dtype), axis, None)
 
 
-def _embed_forward(table: jax.Array, tokens: jax.Array, dtype: Any) -> tuple[jax.Array, tuple]:
-    return _gathered(table, dtype)[tokens], (table, tokens)
+def _embed_forward(table: jax.Array, tokens: jax.Array, dtype: Any, axis: str | None) -> tuple[jax.Array, tuple]:
+    return _gathered(table, dtype, axis)[tokens], (table, tokens)
 
 
-def _embed_backward(dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
+def _embed_backward(dtype: Any, axis: str | None, saved: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
     table, tokens = saved
     dtable = jnp.zeros(table.shape, jnp.float32).at[tokens].add(dy.astype(jnp.float32))
-    return constrain(dtable, "vocab", None).astype(table.dtype), None
+    return constrain(dtable, axis, None).astype(table.dtype), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
@@ -101,27 +104,40 @@ unembed.defvjp(_unembed_forward, _unembed_backward)
 BLOCKS = 4  # blocks of queries without a gradient; more blocks skip more keys, but make smaller products
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool = False) -> jax.Array:
-    """softmax(q k^T / sqrt(h)) v where `mask` allows. Grouped queries: head n reads key-value head n // (H // K).
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    causal: bool = False,
+    scale: float = 0.0,
+    softcap: float = 0.0,
+) -> jax.Array:
+    """softmax(scale q k^T) v where `mask` allows. Grouped queries: head n reads key-value head n // (H // K).
 
     query: [B, T, H, h]; key, value: [B, S, K, h]; mask: bool [B, 1, T, S]. Scores and softmax are float32.
     causal: T is S, and no query attends to a later position, whatever `mask` allows there. Without a gradient, the
-    queries are then processed in blocks, which skip the keys after them.
+    queries are then processed in blocks, which skip the keys after them. scale: 0: 1 / sqrt(h). softcap: cap scores at
+    this magnitude, before the mask: softcap tanh(score / softcap) (Riviere et al. 2024, Gemma 2, section 2); 0: no cap.
 
     The softmax is normalised after the second product, which divides [T, h] instead of [T, S] values. The backward
     pass uses sum_s p dp = dy . y (both as in Dao et al. 2022, FlashAttention, appendix B).
     """
     length = query.shape[1]
     size = length // (query_blocks(length) if causal else 1)
-    stops = range(size, length + 1, size)
+    options = causal, scale, softcap
     parts = [
         _attend_forward(
-            query[:, stop - size : stop], key[:, :stop], value[:, :stop], mask[:, :, stop - size : stop, :stop], causal
+            query[:, stop - size : stop],
+            key[:, :stop],
+            value[:, :stop],
+            mask[:, :, stop - size : stop, :stop],
+            *options,
         )[0]
-        for stop in (stops if causal else ())
+        for stop in (range(size, length + 1, size) if causal else ())
     ]
-    return jnp.concatenate(parts, axis=1) if parts else _attend_forward(query, key, value, mask, causal)[0]
+    return jnp.concatenate(parts, axis=1) if parts else _attend_forward(query, key, value, mask, *options)[0]
 
 
 def query_blocks(length: int) -> int:
@@ -146,35 +162,45 @@ def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _attend_forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool, scale: float, softcap: float
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    scaled = (query.astype(jnp.float32) * (scale or query.shape[-1] ** -0.5)).astype(query.dtype)
     query = _grouped(scaled, key.shape[2])
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     g = "g" * (query.ndim - 4)
     # a bias, not a select: one array serves all layers, and XLA fuses the addition into the product
     bias = jnp.where(mask, 0.0, -1e30)
     bias = bias[:, :, None] if g else bias
-    scores = _einsum(f"bk{g}td,bksd->bk{g}ts", query, key) + bias
+    scores, slope = _capped(_einsum(f"bk{g}td,bksd->bk{g}ts", query, key), softcap)
+    scores += bias
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(value.dtype)
     y = _einsum(f"bk{g}ts,bksd->bk{g}td", weights, value) / total
     y = y.astype(value.dtype)
-    return _ungrouped(y), (query, key, value, weights, total, y)
+    return _ungrouped(y), (query, key, value, weights, total, y, None if slope is None else slope.astype(value.dtype))
+
+
+def _capped(scores: jax.Array, softcap: float) -> tuple[jax.Array, jax.Array | None]:
+    """The capped scores and the derivative of the cap; None: 1 everywhere."""
+    if not softcap:
+        return scores, None
+    share = jnp.tanh(scores / softcap)
+    return softcap * share, 1 - jnp.square(share)
 
 
 def _attend_backward(
-    causal: bool, saved: tuple[jax.Array, ...], dy: jax.Array
+    causal: bool, scale: float, softcap: float, saved: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    query, key, value, weights, total, y = saved
+    query, key, value, weights, total, y, slope = saved
     g, dtype = "g" * (query.ndim - 4), value.dtype
     dy = (_grouped(dy, key.shape[1]) / total).astype(dtype)  # the gradient before the division by `total`
     dvalue = _einsum(f"bk{g}ts,bk{g}td->bksd", weights, dy)
     dweights = _einsum(f"bk{g}td,bksd->bk{g}ts", dy, value)
     correction = jnp.sum(dy.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
     dscores = (weights * (dweights - correction)).astype(dtype)
-    dquery = _einsum(f"bk{g}ts,bksd->bk{g}td", dscores, key) * query.shape[-1] ** -0.5
+    dscores = dscores if slope is None else dscores * slope
+    dquery = _einsum(f"bk{g}ts,bksd->bk{g}td", dscores, key) * (scale or query.shape[-1] ** -0.5)
     dkey = _einsum(f"bk{g}ts,bk{g}td->bksd", dscores, query)
     dquery, dkey, dvalue = (each.astype(dtype) for each in (dquery, dkey, dvalue))
     return _ungrouped(dquery), dkey.swapaxes(1, 2), dvalue.swapaxes(1, 2), None

@@ -6,13 +6,14 @@ axes as metadata; `llm3.distributed.sharding` maps them to axes of the mesh.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.config.schema import PROJECTIONS, ModelConfig
+from llm3.config.model_schema import PROJECTIONS, ModelConfig
 from llm3.models.kernels import linear
 from llm3.models.lora import Adapters, LoRA
 from llm3.models.quantized import Quantized, quantized_linear
@@ -39,8 +40,8 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        inputs: dict[str, int],
-        outputs: dict[str, int],
+        inputs: dict[str | None, int],
+        outputs: dict[str | None, int],
         *,
         init: Callable,
         bias: bool = False,
@@ -87,18 +88,24 @@ def projection_key(key: jax.Array | None, projection: str) -> jax.Array | None:
 
 
 class Norm(nnx.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axis, computed in float32."""
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last axes, computed in float32.
 
-    def __init__(self, size: int, axis: str | None, *, kind: str, epsilon: float):
-        self.kind, self.epsilon = kind, epsilon
-        self.scale = nnx.Param(jnp.ones((size,)), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((size,)), axes=(axis,)) if kind == "layernorm" else None
+    With `norm_unit_offset`, the factor is 1 + scale (Gemma: Mesnard et al. 2024, reference code).
+    """
+
+    def __init__(self, config: ModelConfig, axes: dict[str | None, int]):
+        sizes, names = tuple(axes.values()), tuple(axes)
+        self.kind, self.epsilon, self.axes = config.norm, config.norm_epsilon, tuple(range(-len(axes), 0))
+        self.offset = config.norm_unit_offset
+        self.scale = nnx.Param(jnp.zeros(sizes) if self.offset else jnp.ones(sizes), axes=names)
+        self.bias = nnx.Param(jnp.zeros(sizes), axes=names) if config.norm == "layernorm" else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        if self.kind != "rmsnorm":
+            y = y - y.mean(axis=self.axes, keepdims=True)
+        scale = 1 + self.scale[...] if self.offset else self.scale[...]
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=self.axes, keepdims=True) + self.epsilon) * scale
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
@@ -110,18 +117,34 @@ def at_positions(x: jax.Array, positions: jax.Array | None, axis: int) -> jax.Ar
     return jax.vmap(lambda row, at: row.at[(*before, at)].get(unique_indices=True))(x, positions)
 
 
+# Sigmoid linear unit; Gaussian error linear unit (Hendrycks and Gimpel 2016), exact and with tanh (its equation 2).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), e.g. SwiGLU (Shazeer 2020); without a gate, down(activation(up(x)))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        small, c = small_init(config.d_model), config
+        c, small = config, small_init(config.d_model)
+        self.activation = c.activation
         model, hidden = {"embed": c.d_model}, {"mlp": c.d_ff}
-        self.gate = Projection(model, hidden, init=small, adapters=adapters_of(c, "gate"), rngs=rngs)
-        self.up = Projection(model, hidden, init=small, adapters=adapters_of(c, "up"), rngs=rngs)
-        residual = residual_init(c.layers, c.d_model)
-        self.down = Projection(hidden, model, init=residual, adapters=adapters_of(c, "down"), rngs=rngs)
+
+        def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
+            adapters = adapters_of(c, name)
+            return Projection(inputs, outputs, init=init, bias=c.mlp_bias, adapters=adapters, rngs=rngs)
+
+        self.gate = projection("gate", model, hidden, small) if c.gated_mlp else None
+        self.up = projection("up", model, hidden, small)
+        self.down = projection("down", hidden, model, residual_init(c.layers, c.d_model))
 
     def __call__(self, x: jax.Array, random: jax.Array | None) -> jax.Array:
-        gate = self.gate(x, projection_key(random, "gate"))
-        hidden = jax.nn.silu(gate) * self.up(x, projection_key(random, "up"))
+        activation, up = ACTIVATIONS[self.activation], projection_key(random, "up")
+        if self.gate is None:
+            hidden = activation(self.up(x, up))
+        else:
+            hidden = activation(self.gate(x, projection_key(random, "gate"))) * self.up(x, up)
         return self.down(hidden, projection_key(random, "down"))

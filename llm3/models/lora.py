@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.config.schema import AdapterConfig
+from llm3.config.model_schema import AdapterConfig
 from llm3.models.kernels import linear
 from llm3.tree import flatten, unflatten
 
@@ -31,7 +31,9 @@ class LoRA(nnx.Module):
     Adapters draw from their own random stream, so the rest of a model has the same values with and without them.
     """
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], config: AdapterConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: dict[str | None, int], outputs: dict[str | None, int], config: AdapterConfig, rngs: nnx.Rngs
+    ):
         self.config = config
         bound, shape = math.prod(inputs.values()) ** -0.5, (*inputs.values(), config.rank)
         self.a = nnx.Param(jax.random.uniform(rngs.lora(), shape, minval=-bound, maxval=bound), axes=(*inputs, None))

@@ -8,7 +8,7 @@
 import functools
 from collections.abc import Collection
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from llm3.config.schema import ModelConfig
+from llm3.config.model_schema import ModelConfig
 from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
-from llm3.models.attention import Angles, Attention, attention_mask, rotation
-from llm3.models.kernels import embed, unembed
-from llm3.models.layers import MLP, Norm, Projection, at_positions, small_init
+from llm3.models.attention import LayerInputs
+from llm3.models.blocks import Block
+from llm3.models.embedding import Embedding
+from llm3.models.heads import Transform, dense, pooled
+from llm3.models.kernels import unembed
+from llm3.models.layers import Norm, Projection, small_init
+from llm3.models.positions import PerLayer, angles, masks
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
 
@@ -30,49 +34,24 @@ REMAT_POLICIES = {
 }
 
 
-class Block(nnx.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        norm = partial(Norm, config.d_model, "embed", kind=config.norm, epsilon=config.norm_epsilon)
-        self.attention_norm = norm()
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = norm()
-        self.mlp = MLP(config, rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: Angles,
-        mask: jax.Array,
-        cache: dict | None,
-        index: jax.Array | None,
-        random: jax.Array | None,
-        output_positions: jax.Array | None,
-        in_order: bool,
-    ) -> tuple[jax.Array, dict | None]:
-        """Arguments as of `Attention`, with x before the norm."""
-        update, cache = self.attention(
-            self.attention_norm(x), angles, mask, cache, index, random, output_positions, in_order
-        )
-        x = at_positions(x, output_positions, 1) + update
-        return x + self.mlp(self.mlp_norm(x), random), cache
-
-
 class Transformer(nnx.Module):
     """Token ids to hidden states, and hidden states to logits of the next token or of classes."""
 
     def __init__(self, config: ModelConfig, segments: Segments, rngs: nnx.Rngs):
         c = self.config = config
         small = small_init(c.d_model)
-        self.embed = nnx.Dict(
-            embedding=nnx.Param(small(rngs.params(), (c.vocab_size, c.d_model)), axes=("vocab", "embed"))
-        )
+        self.embed = Embedding(c, rngs)
         self.layers = nnx.Dict({segment_name(a, b): _stack(c, b - a, rngs) for a, b in segments})
-        self.final_norm = Norm(c.d_model, "embed", kind=c.norm, epsilon=c.norm_epsilon)
-        model, vocab, classes = {"embed": c.d_model}, {"vocab": c.vocab_size}, {"classes": c.classes}
-        self.lm_head = None if c.tie_embeddings else Projection(model, vocab, init=small, rngs=rngs)
+        self.final_norm = Norm(c, {"embed": c.d_model}) if c.final_norm else None
+        model, vocab, classes = {"embed": c.d_model}, {"vocab": c.padded_vocab_size}, {"classes": c.classes}
+        self.lm_head: Any = None
+        if not c.tie_embeddings:
+            self.lm_head = Projection(model, vocab, init=small, bias=c.lm_head_bias, rngs=rngs)
+        elif c.lm_head_bias:
+            self.lm_head = nnx.Dict(bias=nnx.Param(jnp.zeros(c.padded_vocab_size), axes=("vocab",)))
         self.head = Projection(model, classes, init=small, bias=True, rngs=rngs) if c.classes else None
+        self.lm_transform = Transform(c, rngs) if c.lm_transform else None
+        self.pooler = dense(c, True, rngs) if c.pooler else None
 
     def __call__(
         self,
@@ -95,18 +74,17 @@ class Transformer(nnx.Module):
         if cache is not None:
             index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
             keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
-        mask = attention_mask(positions, segments, *keys, self.config.causal, prefix)
-        mask = constrain(mask, "batch", None, "length", "keys")
+        mask = masks(self.config, (positions, segments), keys, prefix)
         in_order = self.config.causal and cache is None and prefix is None and not is_cut("length")
-        angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
-        x = constrain(embed(self.embed["embedding"][...], tokens, self.config.compute_dtype), "batch", "length", None)
+        rotary = angles(self.config, positions)
+        x = constrain(self.embed(tokens, positions), "batch", "length", None)
         stored = []
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
             part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
             top_positions = output_positions if last == self.config.layers else None
             random = key if self._drops() else None
-            x, part = self._scan(stack, first, x, angles, mask, part, index, random, top_positions, in_order)
+            x, part = self._scan(stack, first, x, rotary, mask, part, index, random, top_positions, in_order)
             stored.append(part)
         if cache is not None:
             layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
@@ -116,7 +94,7 @@ class Transformer(nnx.Module):
                 "segments": keys[1],
                 "index": cache["index"] + tokens.shape[1],
             }
-        return self.final_norm(x), cache
+        return x if self.final_norm is None else self.final_norm(x), cache
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -126,24 +104,28 @@ class Transformer(nnx.Module):
         stack: Block,
         first: int,
         x: jax.Array,
-        angles: Angles,
-        mask: jax.Array,
+        rotary: PerLayer,
+        mask: PerLayer,
         cache: dict | None,
         index: jax.Array | None,
         key: jax.Array | None,
         output_positions: jax.Array | None,
         in_order: bool,
     ) -> tuple[jax.Array, dict | None]:
-        """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `Block`."""
+        """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `LayerInputs`."""
         graph, params = nnx.split(stack)
         length = jax.tree.leaves(params)[0].shape[0]
+        stop, skips = first + length, self.config.skip_first_norm and first == 0
 
         def body(
             x: jax.Array, layer: tuple, output_positions: jax.Array | None = None
         ) -> tuple[jax.Array, dict | None]:
             params, cache, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
-            x, cache = nnx.merge(graph, params)(x, angles, mask, cache, index, random, output_positions, in_order)
+            own_angles, own_mask = rotary.at(number, first, stop), mask.at(number, first, stop)
+            skip_norm = number == 0 if skips else None
+            inputs = LayerInputs(own_angles, own_mask, cache, index, random, output_positions, in_order, skip_norm)
+            x, cache = nnx.merge(graph, params)(x, inputs)
             return constrain(x, "batch", "length", None), cache
 
         count = length if output_positions is None else length - 1
@@ -160,13 +142,19 @@ class Transformer(nnx.Module):
         return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), None, first + count), output_positions)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Float32 [B, T, V]; with `logit_softcap`, soft-capped as in Gemma 2 (2024, section 2)."""
-        if self.lm_head is None:
-            y = unembed(hidden, self.embed["embedding"][...])
+        """Logits, float32 [B, T, padded V]; the tokens that only fill `vocab_multiple` have -1e30, as if masked.
+
+        With `logit_softcap`, they are soft-capped as in Gemma 2 (2024, section 2).
+        """
+        c = self.config
+        hidden = hidden if self.lm_transform is None else self.lm_transform(hidden)
+        if c.tie_embeddings:
+            y = unembed(hidden, self.embed.embedding[...])
+            y = y + self.lm_head["bias"][...] if c.lm_head_bias else y
         else:
             y = self.lm_head(hidden, dtype=jnp.float32)
-        cap = self.config.logit_softcap
-        return cap * jnp.tanh(y / cap) if cap else y
+        y = c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
+        return y if c.padded_vocab_size == c.vocab_size else jnp.where(jnp.arange(y.shape[-1]) < c.vocab_size, y, -1e30)
 
     def score(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The cross-entropy of the targets, int32 [B, T], and whether each is the likeliest token: float32 [B, T] both.
@@ -200,15 +188,15 @@ class Transformer(nnx.Module):
         """Class logits of each position, float32 [B, T, C], from the task head.
 
         pool "last": from the hidden state at that position; callers read a document at its last token.
-        pool "mean": from the mean hidden state of the document, the same at all its positions.
+        pool "mean", "first": from the mean hidden state of the document or from that at its first position, the same at
+        all its positions. pooler: the head reads tanh(dense(h)) (Devlin et al. 2019, BERT, reference code).
         """
         assert self.head is not None  # config.classes > 0
-        logits = self.head(hidden.astype(jnp.float32))
-        if self.config.pool == "mean":  # the head is linear, so the mean of the logits is the same
-            same = (segments[:, :, None] == segments[:, None, :]).astype(logits.dtype)
-            share = same / same.sum(axis=-1, keepdims=True)
-            logits = jnp.einsum("bts,bsc->btc", share, logits, precision="highest")
-        return logits
+        x, pool = hidden.astype(jnp.float32), self.config.pool
+        if self.pooler is not None:
+            x = jnp.tanh(self.pooler(pooled(x, segments, "mean") if pool == "mean" else x))
+            pool = "last" if pool == "mean" else pool
+        return pooled(self.head(x), segments, pool)  # the head is linear, so the mean of the logits is the same
 
 
 def _stack(config: ModelConfig, count: int, rngs: nnx.Rngs) -> Block:

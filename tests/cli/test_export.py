@@ -206,7 +206,7 @@ def test_what_has_no_counterpart_is_named(changes, field):
 
 
 def test_qwen3_takes_heads_that_do_not_divide_the_model():
-    check_family(model_config(heads=6, qk_norm=True))
+    check_family(model_config(heads=6, qk_norm="head"))
 
 
 def test_a_refused_model_writes_nothing(tmp_path):

@@ -19,8 +19,8 @@ from tests.helpers.tiny_export import ADAPTERS, ADDED, SPELLED, TEXTS, model, te
 
 pytestmark = pytest.mark.slow
 
-LLAMA = {"attention_bias": True, "tie_embeddings": False, "rope_theta": 100.0, "norm_epsilon": 1e-5}
-QWEN3 = {"qk_norm": True}
+LLAMA = {"attention_bias": "all", "tie_embeddings": False, "rope_theta": 100.0, "norm_epsilon": 1e-5}
+QWEN3 = {"qk_norm": "head"}
 FAMILIES = {"LlamaForCausalLM": LLAMA, "Qwen3ForCausalLM": QWEN3}
 
 

@@ -101,7 +101,9 @@ def test_an_axis_that_cannot_span_hosts_is_rejected(across_hosts, islands, compl
 
 
 def test_every_axis_of_every_parameter_has_a_place_in_the_table(eight_devices):
-    whole = abstract(model_config(qk_norm=True, attention_bias=True, tie_embeddings=False, classes=3, norm="layernorm"))
+    whole = abstract(
+        model_config(qk_norm="head", attention_bias="all", tie_embeddings=False, classes=3, norm="layernorm")
+    )
     for path, axes in flatten(whole.axes).items():
         assert set(axes) <= {*LOGICAL_AXES, None}, path
         assert len(axes) == len(flatten(whole.shapes)[path].shape), path

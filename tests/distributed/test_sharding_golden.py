@@ -25,7 +25,7 @@ MESHES = {
 
 def leaves(mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: leaf} of the state of a stage that trains an adapter, the norms, the head and the last of three layers."""
-    model = model_config(vocab_size=64, classes=CLASSES, qk_norm=True, attention_bias=True, tie_embeddings=False)
+    model = model_config(vocab_size=64, classes=CLASSES, qk_norm="head", attention_bias="all", tie_embeddings=False)
     adapter = AdapterConfig(rank=2, targets=("query", "down"))
     train = ["layers[-1]/.*", "lora", "norms", "embeddings", "head/.*"]
     stage = StageConfig("finetune", {"a": 1.0}, 10, 8, 16, start="x", train=train, adapters={"qa": adapter})

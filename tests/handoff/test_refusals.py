@@ -97,7 +97,7 @@ WRONG = {
     ),
     "another leaf": Wrong(
         (r"layers/attention/key_norm/scale \(2, 8\): not in the parent; name it in start.fresh",),
-        (start("posttrain"), "model.qk_norm=True"),
+        (start("posttrain"), "model.qk_norm=head"),
     ),
     "head not declared fresh": Wrong(
         (r"head/kernel \(16, 2\): not in the parent; name it in start.fresh",), (start("posttrain", fresh=[]),)

@@ -51,7 +51,7 @@ def product_flops(hlo: str) -> int:
     )
 
 
-ALL_LEAVES = {"qk_norm": True, "attention_bias": True, "classes": CLASSES}
+ALL_LEAVES = {"qk_norm": "head", "attention_bias": "all", "classes": CLASSES}
 LORA = (("x", AdapterConfig(rank=3)), ("y", AdapterConfig(rank=2, targets=("value", "down"))))
 DORA = (("x", AdapterConfig(rank=3, dora=True)),)
 ENCODER = {"causal": False, "pool": "mean"}

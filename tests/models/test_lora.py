@@ -30,7 +30,7 @@ BATCH = make_batch(4)
 
 
 def with_adapters(**adapters) -> dataclasses.dataclass:
-    return model_config(attention_bias=True, qk_norm=True, adapters=tuple(adapters.items()))
+    return model_config(attention_bias="all", qk_norm="head", adapters=tuple(adapters.items()))
 
 
 @functools.cache

@@ -29,15 +29,15 @@ from tests.helpers.tiny import (
 BIDIRECTIONAL = {"causal": False, "pool": "mean", "classes": CLASSES}
 OPTIONS = {
     "nothing": {},
-    "qk_norm": {"qk_norm": True},
-    "attention_bias": {"attention_bias": True},
+    "qk_norm": {"qk_norm": "head"},
+    "attention_bias": {"attention_bias": "all"},
     "layernorm": {"norm": "layernorm"},
     "untied": {"tie_embeddings": False},
     "softcap": {"logit_softcap": 1.5},
     "all heads their own keys": {"kv_heads": 4},
     "rope_theta": {"rope_theta": 100.0},
     "bidirectional": {"causal": False, "pool": "mean"},
-    "all": {"qk_norm": True, "attention_bias": True, "norm": "layernorm", "tie_embeddings": False}
+    "all": {"qk_norm": "head", "attention_bias": "all", "norm": "layernorm", "tie_embeddings": False}
     | {"logit_softcap": 1.5, "kv_heads": 1, "causal": False, "pool": "mean"},
 }
 
@@ -78,9 +78,9 @@ def test_model_agrees_with_an_independent_forward_pass(option):
 @pytest.mark.parametrize(
     ("changes", "leaves"),
     [
-        ({"qk_norm": True}, {"attention/query_norm/scale": (3, 6), "attention/key_norm/scale": (3, 6)}),
+        ({"qk_norm": "head"}, {"attention/query_norm/scale": (3, 6), "attention/key_norm/scale": (3, 6)}),
         (
-            {"attention_bias": True},
+            {"attention_bias": "all"},
             {"attention/query/bias": (3, 4, 6), "attention/key/bias": (3, 2, 6)}
             | {"attention/value/bias": (3, 2, 6), "attention/out/bias": (3, 16)},
         ),
@@ -149,7 +149,7 @@ def test_changing_one_document_changes_no_logit_of_its_neighbour(changes):
 @functools.cache
 def loss_and_gradients(cut=None, **changes):
     """Of the mean next-token loss; gradients canonical and flat."""
-    config = model_config(qk_norm=True, **changes)
+    config = model_config(qk_norm="head", **changes)
     segments = cut or ((0, config.layers),)
     graph = abstract(config, segments).graph
 
@@ -244,7 +244,7 @@ def test_on_eight_devices_init_gives_the_same_values_and_no_device_holds_a_whole
 
 
 def test_decoding_with_a_cache_equals_reading_the_whole_text():
-    config = model_config(qk_norm=True, attention_bias=True)
+    config = model_config(qk_norm="head", attention_bias="all")
     graph = abstract(config).graph
 
     @jit

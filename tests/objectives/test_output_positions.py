@@ -46,7 +46,7 @@ def gradients(config, segments):
     return float(value), flatten(canonical(segmented(gradient, segments)))
 
 
-REMAT = {"remat": "full", "qk_norm": True, "attention_bias": True}
+REMAT = {"remat": "full", "qk_norm": "head", "attention_bias": "all"}
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_product_is_that_with_the_dequantised_kernel_and_keeps_only_codes(ki
 
 def make_step(kind, dtype="float32", devices=1, rules=("layers[2]/.*", "final_norm/.*")):
     """(loss and gradients as a function of (trainable, stored), the storage, the partition, the mesh)."""
-    config = model_config(vocab_size=64, compute_dtype=dtype, attention_bias=True, norm="layernorm")
+    config = model_config(vocab_size=64, compute_dtype=dtype, attention_bias="all", norm="layernorm")
     mesh = mesh_of(1) if devices == 1 else mesh_of(8, data=2, fsdp=2, tensor=2)
     found = make_partition(make_params(config), list(rules), config.layers)
     cut = abstract(config, found.segments)

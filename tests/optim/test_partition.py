@@ -20,7 +20,7 @@ WHOLE = {"embed/embedding", "final_norm/scale", "head/bias", "head/kernel", "lm_
 
 @functools.cache
 def shapes(layers: int = LAYERS):
-    config = model_config(layers=layers, classes=CLASSES, tie_embeddings=False, attention_bias=True, qk_norm=True)
+    config = model_config(layers=layers, classes=CLASSES, tie_embeddings=False, attention_bias="all", qk_norm="head")
     return canonical(abstract(config).shapes)
 
 
@@ -187,7 +187,7 @@ rule_lists = st.lists(
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(rule_lists)
 def test_splitting_and_joining_is_a_round_trip_with_minimal_segments(rules):
-    config = model_config(layers=5, attention_bias=True)
+    config = model_config(layers=5, attention_bias="all")
     params = make_params(config)
     try:
         found = make_partition(params, rules, config.layers)

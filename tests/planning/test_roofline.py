@@ -147,7 +147,7 @@ def test_logits_in_chunks_are_not_held_at_once():
         ({}, {}),
         ({}, {"remat": "full", "logit_chunk": 16}),
         ({"micro_batches": 4}, {"remat": "dots", "tie_embeddings": False}),
-        ({}, {"kv_heads": 4, "qk_norm": True}),
+        ({}, {"kv_heads": 4, "qk_norm": "head"}),
     ],
     ids=str,
 )

@@ -28,7 +28,7 @@ ADAPTERS = (
     ("y", AdapterConfig(rank=2, alpha=0.5, dora=True, targets=("up",))),
 )
 MODEL = model_config(
-    vocab_size=64, attention_bias=True, qk_norm=True, norm="layernorm", tie_embeddings=False, adapters=ADAPTERS
+    vocab_size=64, attention_bias="all", qk_norm="head", norm="layernorm", tie_embeddings=False, adapters=ADAPTERS
 )
 PARAMS = make_params(MODEL)
 

@@ -29,7 +29,7 @@ SHAPE = {"layers": 2, "d_model": 20, "heads": 4, "kv_heads": 2, "head_dim": 6, "
 ADAPTER = AdapterConfig(rank=3, alpha=5.0, rslora=True, dora=True, dropout=0.1)
 OPTIONS = {
     "plain": {},
-    "adapters and biases": {"attention_bias": True, "qk_norm": True, "adapters": (("x", ADAPTER),), "remat": "dots"},
+    "adapters and biases": {"attention_bias": "all", "qk_norm": "head", "adapters": (("x", ADAPTER),), "remat": "dots"},
     "untied": {"tie_embeddings": False, "norm": "layernorm", "logit_softcap": 9.0, "logit_chunk": CHUNK},
     "few outputs": {"max_output_positions": OUTPUTS, "remat": "full"},
 }
@@ -100,7 +100,7 @@ def test_the_gradients_of_many_tokens_in_bfloat16_are_near_those_in_float32():
     """32k Zipf-distributed tokens. Prints the relative errors of all leaves, for docs/results.md."""
     model = {"vocab_size": 512, "layers": 2, "d_model": 32, "heads": 2, "head_dim": 16, "d_ff": 64}
     adapters = (("x", AdapterConfig(rank=4, dora=True)),)
-    config = model_config(**model, attention_bias=True, tie_embeddings=False, adapters=adapters)
+    config = model_config(**model, attention_bias="all", tie_embeddings=False, adapters=adapters)
     flat = flatten(make_params(config))
     flat = {path: leaf * (0.1 if path.endswith(("/a", "/b")) else 1) for path, leaf in flat.items()}
     params = with_magnitudes(unflatten(flat), flat)
