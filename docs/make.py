@@ -84,9 +84,10 @@ def sections(section: type, path: str) -> Iterator[tuple[str, type]]:
     """(dotted path, dataclass) of a section and of all sections below it."""
     yield path, section
     for name, kind in typing.get_type_hints(section).items():
-        inner = typing.get_args(kind)[-1] if typing.get_origin(kind) is dict else kind
-        if dataclasses.is_dataclass(inner):
-            yield from sections(inner, f"{path}.{name}" + ("" if inner is kind else ".NAME"))
+        named = typing.get_origin(kind) is dict
+        for inner in typing.get_args(kind) or (kind,):  # the values of a dict, or a section that may be None
+            if dataclasses.is_dataclass(inner):
+                yield from sections(inner, f"{path}.{name}" + (".NAME" if named else ""))
 
 
 def table(rows: list[Field]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import ModelConfig
+from llm3.config.model_schema import ModelConfig, read_model
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS
 from llm3.models.transformer import abstract_params
@@ -41,6 +41,6 @@ def load_stage(
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     number = latest if step == "latest" else int(step)
     meta = checkpoints.meta(number)
-    model = ModelConfig(**meta["model"])
+    model = read_model(meta["model"])
     params = checkpoints.load_params(number, None if mesh is None else abstract_params(model, mesh))
     return params, model, meta | {"step": number}

@@ -7,6 +7,7 @@ The head of a classifier that reads the last token is `score`, as in LlamaForSeq
 bias: it is exact for a head whose bias is zero, and leaves out any other.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from llm3.data.chat_templates import trained_template
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER, check_name, ordinary_permissions, write_json
+from llm3.handoff.account import FREE_MODEL_FIELDS
 from llm3.models.lora import merged
 from llm3.tree import flatten
 
@@ -48,6 +50,18 @@ OUTSIDE = {
     "final_norm/scale": "model.norm.weight",
     "lm_head/kernel": "lm_head.weight",
 }
+# fields of a model that config.json holds
+EXPRESSED = (
+    "layers",
+    "d_model",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "d_ff",
+    "norm_epsilon",
+    "rope_theta",
+    "tie_embeddings",
+)
 
 
 def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None, dtype: str = "float32") -> int:
@@ -106,11 +120,14 @@ def new_directory(to: Path) -> Iterator[Path]:
 
 def check_family(config: ModelConfig) -> None:
     """Raise UserError for a model that neither Llama nor Qwen3 can express."""
-    for field, expected in (("norm", "rmsnorm"), ("causal", True), ("logit_softcap", 0.0)):
-        if (value := getattr(config, field)) != expected:
+    for field in dataclasses.fields(ModelConfig):
+        value, expected = getattr(config, field.name), field.default
+        if (field.name == "qk_norm" and value == "head") or (field.name == "attention_bias" and value == "all"):
+            continue
+        if field.name not in (*EXPRESSED, *FREE_MODEL_FIELDS) and value != expected:
             raise UserError(
-                f"model.{field}={value!r} has no counterpart in transformers' Llama and Qwen3: only a model with "
-                f"{field}={expected!r} can be exported"
+                f"model.{field.name}={value!r} has no counterpart in transformers' Llama and Qwen3: only a model with "
+                f"{field.name}={expected!r} can be exported"
             )
     if config.qk_norm == "none" and config.d_model % config.heads:
         raise UserError(

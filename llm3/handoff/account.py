@@ -1,11 +1,12 @@
 """The account of a handoff: what happens to every leaf, and whether the model computes the loaded ones as before."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from llm3.config.schema import ModelConfig
+from llm3.config.model_schema import ModelConfig
 from llm3.errors import UserError, listed, nearest
 from llm3.handoff import vocabulary
 from llm3.handoff.start import Start
@@ -19,10 +20,12 @@ class Account(NamedTuple):
     dropped: tuple[str, ...]
     extended: tuple[str, ...]  # the loaded leaves that gain rows or columns for new tokens
     cast: dict[str, str]  # {path: dtype in the parent} of the loaded leaves whose dtype changes
+    padded: tuple[str, ...] = ()  # the loaded leaves that change only the rows that fill `vocab_multiple`
 
     def provenance(self) -> dict:
         """The leaves that differ from the parent, for the metadata of the child."""
-        return {key: list(getattr(self, key)) for key in ("fresh", "dropped", "extended")} | {"cast": self.cast}
+        found = {key: list(getattr(self, key)) for key in ("fresh", "dropped", "extended")} | {"cast": self.cast}
+        return found | ({"padded": list(self.padded)} if self.padded else {})
 
     def describe(self) -> str:
         """The account on one line."""
@@ -34,17 +37,23 @@ def changes(provenance: dict) -> list[str]:
     counts = Counter((provenance.get("cast") or {}).values())
     cast = [f"{n} {'leaf' if n == 1 else 'leaves'} cast from {dtype}" for dtype, n in sorted(counts.items())]
     cast += [f"frozen kernels rounded to {provenance['rounded']}"] if provenance.get("rounded") else []
-    phrases = {"extended": "extended by the mean of the old tokens", "fresh": "fresh", "dropped": "dropped"}
+    phrases = {"extended": "extended by the mean of the old tokens", "padded": "with another padding"}
+    phrases |= {"fresh": "fresh", "dropped": "dropped"}
     return cast + [f"{phrase}: {listed(provenance[key])}" for key, phrase in phrases.items() if provenance.get(key)]
 
 
 def account_for(
-    model: dict[str, tuple[int, ...]], parent: dict[str, tuple[int, ...]], start: Start, where: str, added: int = 0
+    model: dict[str, tuple[int, ...]],
+    parent: dict[str, tuple[int, ...]],
+    start: Start,
+    where: str,
+    added: int = 0,
+    tokens: int = 0,
 ) -> Account:
     """Account for every leaf of the model and of the parent, each given as {path: shape}.
 
     A rule is a regular expression that must match the full path. added: the number of new tokens after the parent's
-    vocabulary. Raises UserError if a rule matches nothing, or with all problems if any leaf is missing, left over or
+    vocabulary. tokens: the model's vocabulary; 0: its leaves are not padded. Raises UserError if a rule matches nothing, or with all problems if any leaf is missing, left over or
     of another shape.
     """
     fresh = {path for path in model if any(re.fullmatch(rule, path) for rule in start.fresh)}
@@ -63,40 +72,54 @@ def account_for(
         for path in sorted(kept - set(model))
     ]
     loaded = sorted((set(model) - fresh) & kept)
-    extended = [path for path in loaded if vocabulary.grows(path, parent[path], model[path], added)]
+    resized = tuple(path for path in loaded if vocabulary.resizes(path, parent[path], model[path], added, tokens))
     problems += [
         f"  {path}: {model[path]} in this model, {parent[path]} in the parent; use the parent's model config, or "
         f"name it in start.fresh to initialize it"
         for path in loaded
-        if tuple(model[path]) != tuple(parent[path]) and path not in extended
+        if tuple(model[path]) != tuple(parent[path]) and path not in resized
     ]
     if problems:
         raise UserError(f"{where}: {start.run}/{start.stage} does not fit this model:\n" + "\n".join(problems))
     return Account(
-        tuple(loaded), tuple(sorted(fresh)), tuple(sorted(dropped | (kept & fresh))), tuple(extended), cast={}
+        loaded=tuple(loaded),
+        fresh=tuple(sorted(fresh)),
+        dropped=tuple(sorted(dropped | (kept & fresh))),
+        extended=resized if added else (),
+        cast={},
+        padded=() if added else resized,
     )
 
 
 # Fields that change no result, or only results of leaves that `check_labels` and the account check.
 FREE_MODEL_FIELDS = (
     *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
-    *("vocab_size", "classes", "pool", "adapters", "max_output_positions"),
+    *("vocab_size", "vocab_multiple", "classes", "pool", "pooler", "adapters", "max_output_positions"),
 )
+
+
+def _equal(theirs: Any, ours: Any) -> bool:
+    """Whether two values of a field are equal; numbers may differ as their float32 values may."""
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return theirs == ours
 
 
 def check_function(before: ModelConfig, now: ModelConfig, account: Account, where: str) -> None:
     """Raise UserError if the child would compute something else than the parent from leaves of the same shape."""
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(before, field.name), getattr(now, field.name)
-        if field.name not in FREE_MODEL_FIELDS and theirs != ours:
+        if field.name not in FREE_MODEL_FIELDS and not _equal(theirs, ours):
             raise UserError(
                 f"{where}: the parent has model.{field.name}={theirs!r}, this stage {ours!r}: use the parent's"
             )
-    if "head/kernel" in account.loaded and before.pool != now.pool:
-        raise UserError(
-            f"{where}: the parent's task head reads model.pool={before.pool!r}, this stage's {now.pool!r}: "
-            f"use the parent's, or name the head in start.fresh=['head/.*']"
-        )
+    for name in ("pool", "pooler") if "head/kernel" in account.loaded else ():
+        theirs, ours = getattr(before, name), getattr(now, name)
+        if theirs != ours:
+            raise UserError(
+                f"{where}: the parent's task head reads model.{name}={theirs!r}, this stage's {ours!r}: "
+                f"use the parent's, or name the head in start.fresh=['head/.*']"
+            )
     theirs, ours = dict(before.adapters), dict(now.adapters)
     for name in theirs.keys() & ours.keys():
         if not any(f"/lora/{name}/" in path for path in account.loaded):

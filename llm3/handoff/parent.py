@@ -34,6 +34,7 @@ class Parent(NamedTuple):
     meta: dict
     leaves: dict[str, tuple[tuple[int, ...], np.dtype]]  # {path: (shape, dtype)} of the parameters
     added: int = 0  # the number of tokens that this run adds after the parent's vocabulary
+    tokens: int = 0  # the size of this run's vocabulary; 0: the rows of the embedding
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of the parameters."""
@@ -146,18 +147,20 @@ def load(parent: Parent, abstract_params: dict, where: str) -> tuple[dict, Accou
     """
     model, saved = flatten(abstract_params), parent.leaves
     shapes = {path: leaf.shape for path, leaf in model.items()}
-    account = account_for(shapes, parent.shapes(), parent.start, where, parent.added)
+    account = account_for(shapes, parent.shapes(), parent.start, where, parent.added, parent.tokens)
+    resized = account.extended + account.padded
     sharding = next(iter(model.values())).sharding  # all leaves are on the same devices
     sharding = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
     target = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for path, (shape, dtype) in saved.items()}
     target |= {path: model[path] for path in account.loaded}
-    target |= {path: vocabulary.before_extension(path, model[path], *saved[path]) for path in account.extended}
+    target |= {path: vocabulary.before_extension(path, model[path], *saved[path]) for path in resized}
     with _reading(parent.checkpoints, parent.step, where):
         if parent.checkpoints.meta(parent.step)["params_digest"] != parent.meta["params_digest"]:
             raise UserError(f"{parent.checkpoints.directory / str(parent.step)} has changed since it was found")
         params = flatten(parent.checkpoints.load_params(parent.step, unflatten(target)))
     params = {path: params[path] for path in account.loaded}
-    params |= {path: vocabulary.extended(path, params[path], model[path]) for path in account.extended}
+    growth = parent.added, parent.tokens
+    params |= {path: vocabulary.extended(path, params[path], model[path], *growth) for path in resized}
     parent.check_finite(params, where)
     cast = {path: saved[path][1].name for path in account.loaded if saved[path][1] != model[path].dtype}
     return unflatten(params), account._replace(cast=cast)

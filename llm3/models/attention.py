@@ -3,8 +3,9 @@
 Shapes: B batch, T length, S keys, D d_model, H heads, K kv heads, h head_dim.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 from flax import nnx
@@ -16,7 +17,8 @@ from llm3.models.layers import Norm, Projection, adapters_of, at_positions, proj
 from llm3.models.positions import Angles, rotate
 
 
-class LayerInputs(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
     """What a layer reads besides the hidden states.
 
     angles: see `rotation`; None: no rotary positions. mask: bool [B, 1, T, S]. cache: key, value [B, S, K, h], written
@@ -68,9 +70,9 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if inputs.angles is not None:
-            own_angles = (at_positions(each, positions, 1) for each in inputs.angles)
-            query = rotate(query, *own_angles, self.interleaved)
-            key = rotate(key, *inputs.angles, self.interleaved)
+            turned = partial(rotate, interleaved=self.interleaved)
+            query = turned(query, *(at_positions(each, positions, 1) for each in inputs.angles))
+            key = turned(key, *inputs.angles)
         key = constrain(key, "batch", "keys", "kv_heads", "head_dim")
         value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
         if cache is not None and index is not None:

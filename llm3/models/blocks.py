@@ -21,7 +21,7 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        width: dict[str | None, int] = {"embed": config.d_model}
+        width = {"embed": config.d_model}
         self.form, sandwich = config.block, config.block == "sandwich"
         self.attention_norm = Norm(config, width)
         self.attention = Attention(config, rngs)

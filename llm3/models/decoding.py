@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from llm3.config.model_schema import ModelConfig
+from llm3.config.model_schema import ModelConfig, check_length
 from llm3.distributed.sharding import constrain
 from llm3.models.transformer import Transformer, abstract, make_cache
 from llm3.segments import segmented
@@ -68,7 +68,11 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[int]:
-    """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical."""
+    """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical.
+
+    Raises UserError if a model with learned positions has none for so many tokens.
+    """
+    check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
     advance = make_advance(config, temperature, top_k, top_p)
     params = segmented(params, ((0, config.layers),))
     # leaves of a new cache may share a buffer, and a buffer can be donated only once

@@ -75,6 +75,7 @@ def step_flops(
     - A causal segment without a backward pass skips a part of the keys, unless windows are cut (`context` > 1).
     - With `max_output_positions`, the last layer is computed at that many positions only.
     - Logits that are computed in chunks are computed again in the backward pass.
+    - Scores outside a sliding window are computed and masked, so a window changes nothing.
     - The stack is unrolled. A scan also computes the unneeded input gradient of the lowest trainable layer (up to 3 %).
     """
     shape = top = Shape(batch, length, head, length, context)
@@ -82,7 +83,7 @@ def step_flops(
         top = shape._replace(positions=config.max_output_positions)  # the last layer
     trains = _TrainableLeaves(trainable, "")
     forward = backward = 0.0
-    below = trains("embed/embedding")  # does anything under this point need a gradient?
+    below = trains.any_of("embed")  # does anything under this point need a gradient?
     for first, last in segments or ((0, config.layers),):
         segment = f"{STACK}/{segment_name(first, last)}"
         differentiated = below or trains.any_of(segment)
@@ -92,13 +93,7 @@ def step_flops(
             cost, below = _layer_backward(config, here, _TrainableLeaves(trainable, f"{segment}/"), below)
             backward += cost
     below = below or trains.any_of("final_norm")
-    lm_kernel = "embed/embedding" if config.tie_embeddings else "lm_head/kernel"
-    kernel = lm_kernel if head == "lm" else "head/kernel"
-    pooled = below or trains.any_of("head")  # the head comes before the pool
-    forward += _pool(config, top) + _head(config, top)
-    again = head == "lm" and 0 < config.logit_chunk < top.positions and (below or trains(kernel))
-    backward += _pool(config, top) * pooled + _head(config, top) * (below + trains(kernel) + again)
-    return forward, backward
+    return forward + _pool(config, top) + _head(config, top), backward + _head_backward(config, top, trains, below)
 
 
 class _TrainableLeaves(NamedTuple):
@@ -120,11 +115,8 @@ def _sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of each projection of a layer."""
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     d, f = config.d_model, config.d_ff
-    return {"query": (d, heads), "key": (d, kv), "value": (d, kv), "out": (heads, d)} | {
-        "gate": (d, f),
-        "up": (d, f),
-        "down": (f, d),
-    }
+    sizes = {"query": (d, heads), "key": (d, kv), "value": (d, kv), "out": (heads, d)}
+    return sizes | ({"gate": (d, f)} if config.gated_mlp else {}) | {"up": (d, f), "down": (f, d)}
 
 
 def _layer_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves, below: bool) -> tuple[float, bool]:
@@ -137,21 +129,26 @@ def _layer_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves,
         total += _projection_backward(config, shape, name, below, trains, f"{module}/{name}")
         return below or trains.any_of(f"{module}/{name}")
 
-    normed = below or trains.any_of("attention_norm")
+    norm_first = config.block not in ("after", "post")
+    normed = below or (norm_first and trains.any_of("attention_norm"))
     query = through("attention", "query", normed) or trains.any_of("attention/query_norm")
     key = through("attention", "key", normed) or trains.any_of("attention/key_norm")
     value = through("attention", "value", normed)
     half = _scores(config, shape) / 2  # one of q k^T and p v
     total += half * (query + key + (query or key) + value)
     inner = query or key or value
-    below = through("attention", "out", inner)
+    attended = through("attention", "out", inner)
     if config.remat == "dots":
         total += half * ((inner or trains("attention/out/kernel")) + (query or key or trains("attention/out/kernel")))
-    normed = below or trains.any_of("mlp_norm")
-    gate, up = through("mlp", "gate", normed), through("mlp", "up", normed)
-    below = through("mlp", "down", gate or up)
+    attended = attended or trains.any_of("attention_norm", "attention_out_norm")
+    if config.block != "parallel_one_norm":
+        normed = below if config.block == "parallel" else attended
+        normed = normed or (norm_first and trains.any_of("mlp_norm"))
+    up = through("mlp", "up", normed)
+    gate = config.gated_mlp and through("mlp", "gate", normed)
+    below = through("mlp", "down", gate or up) or attended or trains.any_of("mlp_norm", "mlp_out_norm")
     if below and config.remat == "full":
-        total += _layer_forward(config, shape) - _last_product(config, shape)
+        total += _layer_forward(config, shape) - _last_products(config, shape)
     return total, below
 
 
@@ -183,10 +180,14 @@ def _layer_forward(config: ModelConfig, shape: Shape) -> float:
     return total
 
 
-def _last_product(config: ModelConfig, shape: Shape) -> float:
-    """The products that remat does not recompute: their result is the output of the layer."""
-    rank = sum(rank for _, rank in _ranks(config, "down"))
-    return 2 * shape.computed * config.d_model * (config.d_ff + rank)
+def _last_products(config: ModelConfig, shape: Shape) -> float:
+    """The products that remat does not recompute: those that are added to the output of the layer as they are."""
+    last = {"pre": ("down",), "parallel": ("out", "down"), "parallel_one_norm": ("out", "down")}
+    total = 0.0
+    for name in last.get(config.block, ()):
+        rank = sum(rank for _, rank in _ranks(config, name))
+        total += 2 * shape.computed * config.d_model * (_sizes(config)[name][0] + rank)
+    return total
 
 
 def _scores(config: ModelConfig, shape: Shape) -> float:
@@ -201,13 +202,44 @@ def _skipped(config: ModelConfig, shape: Shape) -> float:
 
 
 def _pool(config: ModelConfig, shape: Shape) -> float:
-    if shape.head != "task" or config.pool != "mean":
+    """The mean over a document, or its first position, at every position: of the logits, or of what a pooler reads."""
+    if shape.head != "task" or config.pool == "last":
         return 0
-    return 2 * shape.computed * shape.length * config.classes
+    return 2 * shape.computed * shape.length * (config.d_model if _pools_hidden(config) else config.classes)
+
+
+def _pools_hidden(config: ModelConfig) -> bool:
+    return config.pooler and config.pool == "mean"
 
 
 def _head(config: ModelConfig, shape: Shape) -> float:
+    before, last = _head_products(config, shape)
+    return before + last
+
+
+def _head_products(config: ModelConfig, shape: Shape) -> tuple[float, float]:
+    """(dense layer before a head, head): `lm_transform` or the pooler, 0 without one; the logits."""
     if shape.head != "lm":
-        return 2 * shape.computed * config.d_model * config.classes
-    chunk = config.logit_chunk if 0 < config.logit_chunk < shape.positions else shape.positions
-    return 2 * shape.batch * -(-shape.positions // chunk) * chunk * config.d_model * config.vocab_size
+        unit = 2 * shape.computed * config.d_model
+        return unit * config.d_model * config.pooler, unit * config.classes
+    chunk = config.logit_chunk if _chunked(config, shape) else shape.positions
+    unit = 2 * shape.batch * -(-shape.positions // chunk) * chunk * config.d_model
+    return unit * config.d_model * config.lm_transform, unit * config.padded_vocab_size
+
+
+def _chunked(config: ModelConfig, shape: Shape) -> bool:
+    return 0 < config.logit_chunk < shape.positions
+
+
+def _head_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves, below: bool) -> float:
+    """FLOPs of the backward pass of the head and the pool. below: whether the last hidden states need a gradient."""
+    before, last = _head_products(config, shape)
+    if shape.head == "lm":
+        inner = below or trains.any_of("lm_transform")
+        kernel = trains("embed/embedding" if config.tie_embeddings else "lm_head/kernel")
+        again = _chunked(config, shape) and (inner or kernel or trains("lm_head/bias"))
+        return before * (below + trains("lm_transform/dense/kernel") + again) + last * (inner + kernel + again)
+    inner = below or (config.pooler and trains.any_of("pooler"))
+    pooled = below if _pools_hidden(config) else inner or trains.any_of("head")  # the head comes before the pool
+    total = before * (below + trains("pooler/kernel")) + last * (inner + trains("head/kernel"))
+    return total + _pool(config, shape) * pooled

@@ -40,8 +40,8 @@ class Projection(nnx.Module):
 
     def __init__(
         self,
-        inputs: dict[str | None, int],
-        outputs: dict[str | None, int],
+        inputs: dict[Any, int],
+        outputs: dict[Any, int],
         *,
         init: Callable,
         bias: bool = False,
@@ -93,7 +93,7 @@ class Norm(nnx.Module):
     With `norm_unit_offset`, the factor is 1 + scale (Gemma: Mesnard et al. 2024, reference code).
     """
 
-    def __init__(self, config: ModelConfig, axes: dict[str | None, int]):
+    def __init__(self, config: ModelConfig, axes: dict[Any, int]):
         sizes, names = tuple(axes.values()), tuple(axes)
         self.kind, self.epsilon, self.axes = config.norm, config.norm_epsilon, tuple(range(-len(axes), 0))
         self.offset = config.norm_unit_offset

@@ -8,6 +8,7 @@ of the adapted kernel as well: W' = magnitude * (W + scale A B) / |W + scale A B
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,7 @@ class LoRA(nnx.Module):
     Adapters draw from their own random stream, so the rest of a model has the same values with and without them.
     """
 
-    def __init__(
-        self, inputs: dict[str | None, int], outputs: dict[str | None, int], config: AdapterConfig, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: dict[Any, int], outputs: dict[Any, int], config: AdapterConfig, rngs: nnx.Rngs):
         self.config = config
         bound, shape = math.prod(inputs.values()) ** -0.5, (*inputs.values(), config.rank)
         self.a = nnx.Param(jax.random.uniform(rngs.lora(), shape, minval=-bound, maxval=bound), axes=(*inputs, None))

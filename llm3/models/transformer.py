@@ -51,7 +51,7 @@ class Transformer(nnx.Module):
             self.lm_head = nnx.Dict(bias=nnx.Param(jnp.zeros(c.padded_vocab_size), axes=("vocab",)))
         self.head = Projection(model, classes, init=small, bias=True, rngs=rngs) if c.classes else None
         self.lm_transform = Transform(c, rngs) if c.lm_transform else None
-        self.pooler = dense(c, True, rngs) if c.pooler else None
+        self.pooler = dense(c, True, rngs) if c.pooler and c.classes else None
 
     def __call__(
         self,

@@ -69,11 +69,14 @@ def _values(quantised: dict[str, Quantized]) -> dict[str, jax.Array]:
 
 
 def computed_low(path: str) -> bool:
-    """Whether the model casts a leaf to the compute dtype before use. Norms, task heads and biases stay float32."""
+    """Whether the model casts a leaf to the compute dtype before use.
+
+    Norms, task heads with their pooler, biases and token types stay float32.
+    """
     *parents, name = path.split("/")
-    if parents[0] == "head" or parents[-1].endswith("norm"):
+    if parents[0] in ("head", "pooler") or parents[-1].endswith("norm"):
         return False
-    return name in ("kernel", "embedding", "a", "b")
+    return name in ("kernel", "embedding", "position", "a", "b")
 
 
 def _blocked_axis(path: str, rank: int) -> int:

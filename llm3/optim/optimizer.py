@@ -23,7 +23,9 @@ from llm3.optim.learning_rates import make_schedule, rate_factors
 from llm3.optim.update_rules import RULES, by_phase
 from llm3.tree import flatten, map_with_path, unflatten
 
-DECAYED = ("kernel", "embedding", "a", "b")  # last path components of leaves with weight decay
+# Last path components of leaves with weight decay. Learned positions and token types have none: rows that no document
+# reaches get no gradient, so decay would be all that happens to them.
+DECAYED = ("kernel", "embedding", "a", "b")
 # arguments of optax that llm3 sets itself, so they are no options
 MANAGED = {"learning_rate", "mask", "weight_decay", "weight_decay_rate", "weight_decay_mask", "adam_weight_decay"}
 MANAGED |= {"muon_weight_dimension_numbers"}

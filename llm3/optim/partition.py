@@ -5,7 +5,7 @@ rule is "not RULE". A leaf that no rule matches is frozen. A rule that decides a
 complete path components, never substrings:
 
     all                          everything
-    top(2)                       the last two layers, the final norm and the heads
+    top(2)                       the last two layers, the final norm and the heads with what they read through
     layers(3, 5)                 these layers
     biases, norms, embeddings    all leaves of this kind
     lora, lora(medical)          all adapters, or the adapter of this name
@@ -26,10 +26,17 @@ from llm3.tree import flatten, unflatten
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "all": (".*",),
     "biases": (".*/bias",),
-    "norms": ("final_norm/.*", "layers/[a-z]+_norm/.*", "layers/.*/[a-z]+_norm/.*"),
+    "norms": (
+        "final_norm/.*",
+        "layers/[a-z_]+_norm/.*",
+        "layers/.*/[a-z]+_norm/.*",
+        "embed/norm/.*",
+        "lm_transform/norm/.*",
+    ),
     "embeddings": ("embed/.*",),
     "lora": (".*/lora/.*",),
 }
+TOP = ("final_norm", "lm_transform", "lm_head", "pooler", "head")  # the leaves above the layers
 
 
 class Partition(NamedTuple):
@@ -152,7 +159,7 @@ def matcher(rule: str, layers: int) -> Callable[[str, int | None], bool]:
         count = int(top[1])
         if not 1 <= count <= layers:
             raise UserError(f"train rule {rule!r}: the model has {counted(layers, 'layer')}")
-        patterns = (f"layers[{layers - count}:]/.*", "final_norm/.*", "lm_head/.*", "head/.*")
+        patterns = (f"layers[{layers - count}:]/.*", *(f"{name}/.*" for name in TOP))
     elif chosen := re.fullmatch(r"layers\(([-\d,\s]+)\)", bare):
         patterns = (f"layers[{chosen[1]}]/.*",)
     elif adapter := re.fullmatch(r"lora\(\s*([\w-]+)\s*\)", bare):

@@ -83,10 +83,11 @@ def upper_bound(stage: Stage, mesh: Mesh) -> float:
     rows, length = own.batch_size // own.micro_batches // axis_size(mesh, "batch"), own.sequence_length
     d, ff, heads = model.d_model, model.d_ff, model.heads * model.head_dim
     ranks = sum(adapter.rank for _, adapter in model.adapters)
-    layer = 4 * d * heads + 3 * d * ff + 8 * d + 8 * ranks * (d + ff + heads)
-    widths = 24 * d + 12 * ff + 24 * heads + 6 * model.heads * length
-    state = 32.0 * (model.layers * layer + 2 * model.vocab_size * d)
-    return state + 4.0 * rows * length * (model.layers * widths + 8 * model.vocab_size)
+    layer = 4 * d * heads + 3 * d * ff + 12 * d + 2 * ff + 8 * heads + 8 * ranks * (d + ff + heads)
+    widths = 32 * d + 12 * ff + 24 * heads + (8 if model.attention_softcap else 6) * model.heads * length
+    tables = 2 * model.padded_vocab_size + model.max_positions + model.position_offset + model.token_types
+    state = 32.0 * (model.layers * layer + (tables + 2 * d) * d)
+    return state + 4.0 * rows * length * (model.layers * widths + 8 * model.padded_vocab_size + 8 * d)
 
 
 def step_bytes(stage: Stage, mesh: Mesh) -> float:

@@ -87,7 +87,7 @@ def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
 def lowest_layer(phase: Phase) -> int:
     """The first layer that has a backward pass; the number of layers if none has one."""
     trainable, layers = phase.partition.trainable, phase.model.layers
-    if "embed/embedding" in trainable:
+    if any(path.startswith("embed/") for path in trainable):
         return 0
     return min((_layers_of(path).start for path in trainable if in_stack(path)), default=layers)
 
@@ -134,7 +134,7 @@ def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tupl
     chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
     if in_stack(path):
         return 1 + (_layers_of(path).stop > first), 1
-    if path.startswith("lm_head/"):
+    if path.startswith(("lm_head/", "lm_transform/")):
         return 2 * chunks or 1, chunks or 1
     if path == "embed/embedding":
         of_logits = chunks * model.tie_embeddings * (not model.classes)

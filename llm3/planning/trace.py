@@ -104,7 +104,8 @@ def device_model(model: ModelConfig, mesh: Any) -> ModelConfig:
         heads=heads,
         kv_heads=kv_heads,
         d_ff=model.d_ff // axis_size(mesh, "mlp"),
-        vocab_size=model.vocab_size // axis_size(mesh, "vocab"),
+        vocab_size=model.padded_vocab_size // axis_size(mesh, "vocab"),
+        vocab_multiple=1,
     )
 
 
@@ -113,7 +114,7 @@ def _traced_rows(model: ModelConfig, stage: StageConfig) -> int:
     sizes = {size for leaf in flatten(abstract(model).shapes).values() for size in leaf.shape}
     sizes |= {stage.sequence_length, model.max_output_positions, model.logit_chunk, stage.micro_batches}
     sizes |= {-(-stage.sequence_length // model.logit_chunk) * model.logit_chunk} if model.logit_chunk else set()
-    sizes |= {model.heads // model.kv_heads, model.head_dim // 2}
+    sizes |= {model.heads // model.kv_heads, model.rotary_dim, model.rotary_dim // 2, model.head_dim - model.rotary_dim}
     return next(prime for prime in PRIMES if all(size % prime for size in sizes if size))
 
 

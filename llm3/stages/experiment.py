@@ -8,7 +8,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.data_schema import SourceConfig
-from llm3.config.schema import ModelConfig, RunConfig
+from llm3.config.model_schema import ModelConfig, check_length
+from llm3.config.schema import RunConfig
 from llm3.data import tokenizer as tokenizers
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
@@ -84,6 +85,8 @@ def check_without_data(config: RunConfig, workdir: Path, order: list[str]) -> No
     """Raise UserError, before hours of tokenizing, for rules and optimizers that do not fit the model."""
     shape = dict.fromkeys(MESH_AXES, 1)
     one = AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    for name, evaluation in config.evaluations.items():
+        check_length(config.model, evaluation.sequence_length, f"config.evaluations.{name}.sequence_length")
     with rules_in_force(table(config.mesh.rules)):
         for name in order:
             plan_stage(config, name, workdir).computed_in("float32").phases(cast(Mesh, one))

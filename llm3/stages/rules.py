@@ -130,7 +130,7 @@ def check_attention(needed: bool | None, causal: bool, what: str) -> None:
     if needed is True and not causal:
         raise UserError(f"{what}: a bidirectional model (model.causal=False) sees the tokens that it should predict")
     if needed is False and causal:
-        raise UserError(f"{what}: needs a bidirectional model: model.causal=False, pool='mean'")
+        raise UserError(f"{what}: needs a bidirectional model: model.causal=False, pool='mean' or 'first'")
 
 
 def window_kind(kinds: dict[str, str], source: SourceConfig, what: str, name: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from llm3 import __version__
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
+from llm3.config.model_schema import ModelConfig, read_model
+from llm3.config.schema import RunConfig, StageConfig, as_dict
 from llm3.data.chat_templates import template_hash
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, ROW, read_json
@@ -93,9 +94,11 @@ def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) ->
         leaves, model, labels = _shapes(parent_stage.model), parent_stage.model, parent_stage.labels
     else:
         extended = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
-        parent = parent._replace(added=len(experiment.config.tokenizer.add) if extended else 0)
-        leaves, model, labels = parent.shapes(), ModelConfig(**parent.meta["model"]), parent.meta["labels"]
-    account = account_for(_shapes(stage.model), leaves, start, where, parent.added if parent else 0)
+        added = len(experiment.config.tokenizer.add) if extended else 0
+        parent = parent._replace(added=added, tokens=stage.model.vocab_size)
+        leaves, model, labels = parent.shapes(), read_model(parent.meta["model"]), parent.meta["labels"]
+    growth = (parent.added, parent.tokens) if parent else ()
+    account = account_for(_shapes(stage.model), leaves, start, where, *growth)
     check_function(model, stage.model, account, where)
     if "head/kernel" in account.loaded:
         handoff.check_labels(labels, stage.labels, where)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.stages import Wrapped
 
 from llm3 import objectives
-from llm3.config.schema import ModelConfig, StageConfig
+from llm3.config.model_schema import ModelConfig, check_length
+from llm3.config.schema import StageConfig
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
 from llm3.models.flops import model_flops, step_flops
@@ -128,6 +129,7 @@ def build(
     task: the objective's arguments besides model and batch. fresh: whether a leaf, by its canonical path, comes from no
     parent. Raises UserError if the stage does not fit the model or the mesh.
     """
+    check_length(model, stage.sequence_length, f"{where}.sequence_length")
     check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
     inactive = tuple(f"/lora/{name}/" for name, each in model.adapters if not each.active)
     shapes = flatten(canonical(abstract(model).shapes))
