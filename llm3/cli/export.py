@@ -51,17 +51,8 @@ OUTSIDE = {
     "lm_head/kernel": "lm_head.weight",
 }
 # fields of a model that config.json holds
-EXPRESSED = (
-    "layers",
-    "d_model",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "d_ff",
-    "norm_epsilon",
-    "rope_theta",
-    "tie_embeddings",
-)
+EXPRESSED = {"layers", "d_model", "heads", "kv_heads", "head_dim", "d_ff", "norm_epsilon", "rope_theta"}
+EXPRESSED |= {"tie_embeddings", *FREE_MODEL_FIELDS}
 
 
 def export(workdir: Path, stage: str, to: Path, form: str, step: str, base: str | None, dtype: str = "float32") -> int:
@@ -124,7 +115,7 @@ def check_family(config: ModelConfig) -> None:
         value, expected = getattr(config, field.name), field.default
         if (field.name == "qk_norm" and value == "head") or (field.name == "attention_bias" and value == "all"):
             continue
-        if field.name not in (*EXPRESSED, *FREE_MODEL_FIELDS) and value != expected:
+        if field.name not in EXPRESSED and value != expected:
             raise UserError(
                 f"model.{field.name}={value!r} has no counterpart in transformers' Llama and Qwen3: only a model with "
                 f"{field.name}={expected!r} can be exported"

@@ -53,8 +53,8 @@ def account_for(
     """Account for every leaf of the model and of the parent, each given as {path: shape}.
 
     A rule is a regular expression that must match the full path. added: the number of new tokens after the parent's
-    vocabulary. tokens: the model's vocabulary; 0: its leaves are not padded. Raises UserError if a rule matches nothing, or with all problems if any leaf is missing, left over or
-    of another shape.
+    vocabulary. tokens: the model's vocabulary; 0: its leaves are not padded. Raises UserError if a rule matches
+    nothing, or with all problems if any leaf is missing, left over or of another shape.
     """
     fresh = {path for path in model if any(re.fullmatch(rule, path) for rule in start.fresh)}
     dropped = {path for path in parent if any(re.fullmatch(rule, path) for rule in start.drop)}

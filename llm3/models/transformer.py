@@ -8,7 +8,7 @@
 import functools
 from collections.abc import Collection
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,8 @@ class Transformer(nnx.Module):
         self.layers = nnx.Dict({segment_name(a, b): _stack(c, b - a, rngs) for a, b in segments})
         self.final_norm = Norm(c, {"embed": c.d_model}) if c.final_norm else None
         model, vocab, classes = {"embed": c.d_model}, {"vocab": c.padded_vocab_size}, {"classes": c.classes}
-        self.lm_head: Any = None
-        if not c.tie_embeddings:
-            self.lm_head = Projection(model, vocab, init=small, bias=c.lm_head_bias, rngs=rngs)
-        elif c.lm_head_bias:
-            self.lm_head = nnx.Dict(bias=nnx.Param(jnp.zeros(c.padded_vocab_size), axes=("vocab",)))
+        untied = not c.tie_embeddings
+        self.lm_head = Projection(model, vocab, init=small, bias=c.lm_head_bias, rngs=rngs) if untied else _bias(c)
         self.head = Projection(model, classes, init=small, bias=True, rngs=rngs) if c.classes else None
         self.lm_transform = Transform(c, rngs) if c.lm_transform else None
         self.pooler = dense(c, True, rngs) if c.pooler and c.classes else None
@@ -148,11 +145,11 @@ class Transformer(nnx.Module):
         """
         c = self.config
         hidden = hidden if self.lm_transform is None else self.lm_transform(hidden)
-        if c.tie_embeddings:
-            y = unembed(hidden, self.embed.embedding[...])
-            y = y + self.lm_head["bias"][...] if c.lm_head_bias else y
-        else:
+        if isinstance(self.lm_head, Projection):
             y = self.lm_head(hidden, dtype=jnp.float32)
+        else:
+            y = unembed(hidden, self.embed.embedding[...])
+            y = y if self.lm_head is None else y + self.lm_head["bias"][...]
         y = c.logit_softcap * jnp.tanh(y / c.logit_softcap) if c.logit_softcap else y
         return y if c.padded_vocab_size == c.vocab_size else jnp.where(jnp.arange(y.shape[-1]) < c.vocab_size, y, -1e30)
 
@@ -197,6 +194,12 @@ class Transformer(nnx.Module):
             x = jnp.tanh(self.pooler(pooled(x, segments, "mean") if pool == "mean" else x))
             pool = "last" if pool == "mean" else pool
         return pooled(self.head(x), segments, pool)  # the head is linear, so the mean of the logits is the same
+
+
+def _bias(config: ModelConfig) -> nnx.Dict | None:
+    """The leaves of an LM head whose kernel is the embedding."""
+    bias = nnx.Param(jnp.zeros(config.padded_vocab_size), axes=("vocab",))
+    return nnx.Dict(bias=bias) if config.lm_head_bias else None
 
 
 def _stack(config: ModelConfig, count: int, rngs: nnx.Rngs) -> Block:

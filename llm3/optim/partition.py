@@ -26,13 +26,7 @@ from llm3.tree import flatten, unflatten
 SHORTHANDS: dict[str, tuple[str, ...]] = {
     "all": (".*",),
     "biases": (".*/bias",),
-    "norms": (
-        "final_norm/.*",
-        "layers/[a-z_]+_norm/.*",
-        "layers/.*/[a-z]+_norm/.*",
-        "embed/norm/.*",
-        "lm_transform/norm/.*",
-    ),
+    "norms": ("final_norm/.*", "layers/[a-z_]+_norm/.*", "layers/.*/[a-z]+_norm/.*", "(embed|lm_transform)/norm/.*"),
     "embeddings": ("embed/.*",),
     "lora": (".*/lora/.*",),
 }

@@ -35,7 +35,7 @@ def make_params(config: ModelConfig, seed: int = 0) -> dict:
             inputs = np.prod(shape.shape[1:-1] if path.endswith("out/kernel") else shape.shape[path[:6] == "layers"])
             noise /= np.sqrt(inputs)
         elif name == "scale":
-            noise = 1 + 0.2 * noise
+            noise = (0 if config.norm_unit_offset else 1) + 0.2 * noise
         elif name == "bias":
             noise *= 0.2
         return noise.astype(np.float32)
