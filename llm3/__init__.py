@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # name -> the module that defines it, followed by its name there if that differs
 EXPORTS = {
     "Batch": "llm3.data.batch",
-    "ModelConfig": "llm3.config.schema",
+    "ModelConfig": "llm3.config.model_schema",
     "Sums": "llm3.objectives",
     "Tokenizer": "llm3.data.tokenizer",
     "TrainState": "llm3.training.step",

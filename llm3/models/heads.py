@@ -17,7 +17,7 @@ class Transform(nnx.Module):
         self.norm = Norm(config, {"embed": config.d_model})
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)))
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x, dtype=jnp.float32))).astype(x.dtype)
 
 
 def dense(config: ModelConfig, bias: bool, rngs: nnx.Rngs) -> Projection:

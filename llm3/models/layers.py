@@ -130,7 +130,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c, small = config, small_init(config.d_model)
-        self.activation = c.activation
+        # with biases in float32, so that what the gradient of a bias sums over tokens is not rounded before
+        self.activation, self.dtype = c.activation, jnp.float32 if c.mlp_bias else None
         model, hidden = {"embed": c.d_model}, {"mlp": c.d_ff}
 
         def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
@@ -144,7 +145,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, random: jax.Array | None) -> jax.Array:
         activation, up = ACTIVATIONS[self.activation], projection_key(random, "up")
         if self.gate is None:
-            hidden = activation(self.up(x, up))
+            hidden = activation(self.up(x, up, self.dtype))
         else:
-            hidden = activation(self.gate(x, projection_key(random, "gate"))) * self.up(x, up)
-        return self.down(hidden, projection_key(random, "down"))
+            gate = self.gate(x, projection_key(random, "gate"), self.dtype)
+            hidden = activation(gate) * self.up(x, up, self.dtype)
+        return self.down(hidden.astype(x.dtype), projection_key(random, "down"))

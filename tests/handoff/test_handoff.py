@@ -1,5 +1,6 @@
 """Handoffs account for every leaf, on any mesh, in any dtype, with a longer vocabulary, from the best step."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -13,7 +14,7 @@ from llm3.distributed.sharding import tree_shardings
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
-from llm3.handoff.account import account_for, changes
+from llm3.handoff.account import account_for, changes, check_function
 from llm3.handoff.start import Start, read_start
 from llm3.models.transformer import abstract
 from llm3.segments import canonical
@@ -138,6 +139,33 @@ def test_new_tokens_start_at_the_mean_of_the_old_ones_and_all_else_is_the_parent
     np.testing.assert_allclose(loaded["lm_head"]["kernel"][:, tiny.VOCAB :].T, [means[1]] * ADDED, atol=1e-6)
     for path, leaf in flatten(loaded).items():
         assert leaf.shape == flatten(like)[path].shape and leaf.sharding == flatten(like)[path].sharding
+
+
+@pytest.mark.parametrize(("multiples", "added"), [((8, 4), 2), ((1, 8), 0), ((8, 1), 0), ((8, 8), 3)])
+def test_the_padding_of_the_vocabulary_is_no_token_when_it_grows(tmp_path, multiples, added):
+    """Neither does it enter the mean, nor stay where a new token comes."""
+    options = {"tie_embeddings": False, "lm_head_bias": True}
+    params = tiny.make_params(tiny.model_config(vocab_multiple=multiples[0], **options))
+    write_parent(tmp_path, params)
+    like = on_mesh(tiny.model_config(vocab_size=tiny.VOCAB + added, vocab_multiple=multiples[1], **options), {})
+    found = find(tmp_path)._replace(added=added, tokens=tiny.VOCAB + added)
+    loaded, account = handoff.load(found, like, "start")
+    axes = {"embed/embedding": 0, "lm_head/bias": 0, "lm_head/kernel": 1}
+    assert set(account.extended if added else account.padded) == set(axes)
+    for path, axis in axes.items():
+        was, now = (np.moveaxis(np.asarray(flatten(each)[path]), axis, 0) for each in (params, loaded))
+        np.testing.assert_array_equal(now[: tiny.VOCAB], was[: tiny.VOCAB])
+        mean = was[: tiny.VOCAB].astype(np.float64).mean(0)
+        for new in now[tiny.VOCAB : tiny.VOCAB + added]:
+            np.testing.assert_allclose(new, mean, atol=1e-6)
+        assert not now[tiny.VOCAB + added :].any() and len(now) % multiples[1] == 0
+
+
+def test_a_number_of_the_model_may_differ_as_its_float32_value_does():
+    now, account = tiny.model_config(norm_epsilon=1e-5), account_for({}, {}, Start("run", "p", "latest", (), ()), "")
+    check_function(dataclasses.replace(now, norm_epsilon=9.999999747378752e-06), now, account, "start")
+    with pytest.raises(UserError, match="norm_epsilon"):
+        check_function(dataclasses.replace(now, norm_epsilon=1.1e-5), now, account, "start")
 
 
 def test_only_the_vocabulary_may_grow_and_only_by_the_tokens_that_are_added():

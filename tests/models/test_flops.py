@@ -55,6 +55,8 @@ ALL_LEAVES = {"qk_norm": "head", "attention_bias": "all", "classes": CLASSES}
 LORA = (("x", AdapterConfig(rank=3)), ("y", AdapterConfig(rank=2, targets=("value", "down"))))
 DORA = (("x", AdapterConfig(rank=3, dora=True)),)
 ENCODER = {"causal": False, "pool": "mean"}
+AROUND = {"positions": "learned", "max_positions": LENGTH, "lm_transform": True, "lm_head_bias": True, "pooler": True}
+AROUND |= {"gated_mlp": False, "final_norm": False, "vocab_multiple": 8}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,17 @@ ENCODER = {"causal": False, "pool": "mean"}
         pytest.param("layers[1]/attention/key_norm/.*", "lm", {}, marks=pytest.mark.slow),
         pytest.param("head/.*", "task", {}, marks=pytest.mark.slow),
         pytest.param("head/bias", "task", {"pool": "mean"}, marks=pytest.mark.slow),
+        ("norms", "lm", {"block": "sandwich", "remat": "full"}),
+        pytest.param("all", "lm", {"block": "after", "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("all", "lm", {"block": "post", "remat": "dots"}, marks=pytest.mark.slow),
+        ("layers(1)", "lm", {"block": "parallel", "remat": "full"}),
+        pytest.param("norms", "lm", {"block": "parallel_one_norm", "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param("all", "lm", {"attention_softcap": 3.0, "window": 3, "remat": "dots"}, marks=pytest.mark.slow),
+        ("top(1)", "lm", {**AROUND, "logit_chunk": 5}),
+        pytest.param("lm_transform/dense/bias", "lm", AROUND, marks=pytest.mark.slow),
+        pytest.param("embed/position", "lm", AROUND, marks=pytest.mark.slow),
+        ("pooler/bias", "task", {**AROUND, **ENCODER}),
+        pytest.param("all", "task", {**AROUND, **ENCODER, "pool": "first"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

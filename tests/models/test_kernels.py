@@ -79,13 +79,14 @@ def test_linear_can_return_float32():
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(kernel, np.float64), atol=1e-5)
 
 
-def plain_attention(mask):
+def plain_attention(mask, scale=None, softcap=None):
     """With every query head given its own copy of the keys and values that it reads."""
 
     def apply(query, key, value):
         groups = query.shape[2] // key.shape[2]
         key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
-        scores = jnp.einsum("bthd,bshd->bhts", query, key) / np.sqrt(query.shape[-1])
+        scores = jnp.einsum("bthd,bshd->bhts", query, key) * (scale or 1 / np.sqrt(query.shape[-1]))
+        scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
         weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
         return jnp.einsum("bhts,bshd->bthd", weights, value)
 
@@ -108,6 +109,18 @@ def test_attend_agrees_with_autodiff(dtype, kv_heads, kind):
     mask = masks(7)[kind]
     inputs = arrays((2, 7, 4, 6), (2, 7, kv_heads, 6), (2, 7, kv_heads, 6), (2, 7, 4, 6), dtype=dtype)
     assert_agree(lambda q, k, v: attend(q, k, v, mask), plain_attention(mask), inputs[-1], inputs[:3], dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attend_scales_and_caps_scores_before_the_mask_also_in_its_gradients(dtype, kv_heads):
+    mask = masks(7)["packed"]
+    inputs = arrays((2, 7, 4, 6), (2, 7, kv_heads, 6), (2, 7, kv_heads, 6), (2, 7, 4, 6), dtype=dtype)
+    capped = lambda q, k, v: attend(q, k, v, mask, False, 0.9, 1.5)  # noqa: E731
+    assert_agree(capped, plain_attention(mask, 0.9, 1.5), inputs[-1], inputs[:3], dtype)
+    y = capped(*inputs[:3]).astype(jnp.float32)
+    for other in (plain_attention(mask, 0.9), plain_attention(mask, None, 1.5)):
+        assert np.abs(y - other(*inputs[:3])).max() > 0.1
 
 
 def test_attend_reads_more_keys_than_it_has_queries():

@@ -26,6 +26,7 @@ from tests.helpers.tiny import (
     stack,
 )
 
+LM_TRANSFORM = {"lm_transform/dense/kernel": (16, 16), "lm_transform/norm/scale": (16,)}
 BIDIRECTIONAL = {"causal": False, "pool": "mean", "classes": CLASSES}
 OPTIONS = {
     "nothing": {},
@@ -88,6 +89,34 @@ def test_model_agrees_with_an_independent_forward_pass(option):
         ({"tie_embeddings": False}, {"lm_head/kernel": (16, VOCAB)}),
         ({"classes": 7}, {"head/kernel": (16, 7), "head/bias": (7,)}),
         ({"logit_softcap": 9.0}, {}),
+        (
+            {"attention_bias": "qkv"},
+            {"attention/query/bias": (3, 4, 6), "attention/key/bias": (3, 2, 6), "attention/value/bias": (3, 2, 6)},
+        ),
+        ({"mlp_bias": True}, {"mlp/gate/bias": (3, 28), "mlp/up/bias": (3, 28), "mlp/down/bias": (3, 16)}),
+        ({"qk_norm": "projection"}, {"attention/query_norm/scale": (3, 4, 6), "attention/key_norm/scale": (3, 2, 6)}),
+        ({"block": "sandwich"}, {"attention_out_norm/scale": (3, 16), "mlp_out_norm/scale": (3, 16)}),
+        *(({"block": block}, {}) for block in ("after", "post", "parallel")),
+        ({"norm": "layernorm_no_bias", "skip_first_norm": True, "window": 3}, {}),
+        ({"lm_head_bias": True, "vocab_multiple": 1}, {"lm_head/bias": (VOCAB,)}),
+        ({"tie_embeddings": False, "lm_head_bias": True}, {"lm_head/kernel": (16, VOCAB), "lm_head/bias": (VOCAB,)}),
+        (
+            {
+                "positions": "learned",
+                "max_positions": 9,
+                "position_offset": 2,
+                "token_types": 3,
+                "embedding_norm": True,
+            },
+            {"embed/position": (11, 16), "embed/token_type": (3, 16), "embed/norm/scale": (16,)},
+        ),
+        ({"lm_transform": True, "lm_transform_bias": False}, LM_TRANSFORM),
+        ({"lm_transform": True}, LM_TRANSFORM | {"lm_transform/dense/bias": (16,)}),
+        (
+            {"classes": 7, "pooler": True},
+            {"head/kernel": (16, 7), "head/bias": (7,), "pooler/kernel": (16, 16), "pooler/bias": (16,)},
+        ),
+        ({"pooler": True}, {}),
     ],
 )
 def test_an_option_adds_its_leaves_and_no_others(changes, leaves):
@@ -98,6 +127,22 @@ def test_an_option_adds_its_leaves_and_no_others(changes, leaves):
     added = {path.removeprefix("layers/"): shape for path, shape in changed.items() if path not in plain}
     assert added == leaves
     assert plain.items() <= changed.items()
+
+
+def test_an_option_can_take_leaves_away_and_pad_the_vocabulary():
+    def shapes(config):
+        return {path: leaf.shape for path, leaf in flatten(canonical(abstract(config).shapes)).items()}
+
+    plain = shapes(model_config())
+    for changes, gone in (
+        ({"gated_mlp": False}, "layers/mlp/gate/kernel"),
+        ({"block": "parallel_one_norm"}, "layers/mlp_norm/scale"),
+        ({"final_norm": False}, "final_norm/scale"),
+    ):
+        assert shapes(model_config(**changes)) == {path: shape for path, shape in plain.items() if path != gone}
+    padded = shapes(model_config(vocab_multiple=8, tie_embeddings=False, lm_head_bias=True))
+    assert padded["embed/embedding"] == (64, 16) and padded["lm_head/kernel"] == (16, 64)
+    assert padded["lm_head/bias"] == (64,)
 
 
 def test_causal_logits_do_not_depend_on_later_tokens():

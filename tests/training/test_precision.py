@@ -32,6 +32,10 @@ OPTIONS = {
     "adapters and biases": {"attention_bias": "all", "qk_norm": "head", "adapters": (("x", ADAPTER),), "remat": "dots"},
     "untied": {"tie_embeddings": False, "norm": "layernorm", "logit_softcap": 9.0, "logit_chunk": CHUNK},
     "few outputs": {"max_output_positions": OUTPUTS, "remat": "full"},
+    "gemma": {"block": "sandwich", "norm_unit_offset": True, "embedding_scale": 4.0, "attention_softcap": 5.0}
+    | {"window": 5, "full_attention_layers": (1,), "mlp_bias": True, "qk_norm": "projection"},
+    "bert": {"block": "post", "positions": "learned", "max_positions": LENGTH, "token_types": 2, "pooler": True}
+    | {"embedding_norm": True, "lm_transform": True, "lm_head_bias": True, "pool": "first", "causal": False},
 }
 
 
@@ -55,6 +59,9 @@ CASES = [(objective, "plain") for objective in plugin_names(objectives)] + [
     ("causal", "untied"),
     ("masked", "few outputs"),
     ("classify", "few outputs"),
+    ("causal", "gemma"),
+    ("masked", "bert"),
+    ("classify", "bert"),
 ]
 
 
