@@ -163,7 +163,7 @@ def _map(rows: datasets.Dataset, directory: Path, number: int) -> None:
 
 def _encode(rows: dict[str, list[str]], file: Path) -> dict[str, list[list[int]]]:
     trained = _loaded(file)
-    return {"tokens": [[trained.bos_id, *ids, trained.eos_id] for ids in trained.encode_batch(rows["text"])]}
+    return {"tokens": [[*trained.starts, *ids, trained.eos_id] for ids in trained.encode_batch(rows["text"])]}
 
 
 @functools.lru_cache(maxsize=1)

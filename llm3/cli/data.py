@@ -15,7 +15,7 @@ from llm3.cli.checks import shard_of
 from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
-from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.data.tokenizer import Tokenizer
 from llm3.errors import counted, listed
 from llm3.report.console import new_console
 from llm3.report.units import count, percent
@@ -47,6 +47,8 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
         for source, tokens in stage.data.caches.items():
             for reason, rows in tokens.bad.items():
                 console.print(f"  {source}: {counted(rows, 'row')} set aside: {reason}")
+            if tokens.round_trip is not None:
+                console.print(f"  {source}: {tokens.round_trip.phrase()}")
             if stage.objective.HEAD == "labels":
                 for line in class_lines(tokens.class_counts()):
                     console.print(Text(f"  {source}: {line}"), soft_wrap=True)
@@ -99,7 +101,7 @@ def source_table(stage: Stage) -> Table:
     weights, epochs = shares(data.schedule[0][1]), data.mixture.epochs(stage.config.steps)
     for source, windows in data.tables.items():
         tokens = data.caches[source]
-        text_tokens = tokens.tokens - 2 * tokens.documents  # without <bos> and <eos>
+        text_tokens = tokens.tokens - 2 * tokens.documents  # without <bos>, or the first token, and without <eos>
         table.add_row(
             source,
             f"{tokens.documents:,}",
@@ -202,9 +204,10 @@ def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     """Tokens as one line of text, with special tokens by name."""
     runs: list[str] = []
     text: list[int] = []
+    special = set(tokenizer.specials.values())
     for token in tokens.tolist():
-        if token < len(SPECIALS):
-            runs += [tokenizer.decode(text), SPECIALS[token]]
+        if token in special:
+            runs += [tokenizer.decode(text), tokenizer.tokens[token]]
             text = []
         else:
             text.append(token)

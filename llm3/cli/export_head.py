@@ -8,7 +8,7 @@ import numpy as np
 from llm3 import __version__, objectives
 from llm3.cli.export_tensors import Save, contiguous
 from llm3.config.schema import ModelConfig
-from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.data.tokenizer import OWN, SPECIALS
 from llm3.registry import load_plugin
 
 
@@ -46,7 +46,7 @@ def write_head(directory: Path, params: dict, config: ModelConfig, meta: dict, s
     save(directory / "head.safetensors", head, about)
     hidden = "of each token"
     if load_plugin(objectives, objective_name(meta)).HEAD == "labels":
-        hidden = f"at the final {SPECIALS[Tokenizer.eos_id]}" if config.pool == "last" else "averaged over all tokens"
+        hidden = f"at the final {SPECIALS[OWN.eos]}" if config.pool == "last" else "averaged over all tokens"
     place = "whose bias transformers leaves out" if reads_last_token(config, meta) else "with no place in transformers"
     return (
         f"head.safetensors: the task head of {config.classes} classes, {place}: "

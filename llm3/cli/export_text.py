@@ -8,10 +8,10 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from llm3.data.chat_templates import encode_pieces, end_of_turn, with_bos
-from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.data.tokenizer import OWN, SPECIALS, Tokenizer
 from llm3.files import CHAT_TEMPLATE, TOKENIZER, write_atomic, write_json
 
-BOS, EOS = SPECIALS[Tokenizer.bos_id], SPECIALS[Tokenizer.eos_id]
+BOS, EOS = SPECIALS[1], SPECIALS[OWN.eos]
 
 
 def write_tokenizer(directory: Path, source: Path, template: str, classifier: bool) -> list[str]:
@@ -30,7 +30,7 @@ def write_tokenizer(directory: Path, source: Path, template: str, classifier: bo
     backend.post_processor = TemplateProcessing(
         single=single,
         pair=pair,
-        special_tokens=[(BOS, Tokenizer.bos_id), *([(EOS, Tokenizer.eos_id)] if classifier else ())],
+        special_tokens=[(BOS, SPECIALS.index(BOS)), *([(EOS, OWN.eos)] if classifier else ())],
     )
     content, ends = json.loads(backend.to_str()), end_tokens(template, Tokenizer.load(source))
     for each in content["added_tokens"]:  # so that a decoded answer is without its end of turn
@@ -50,7 +50,7 @@ def write_tokenizer(directory: Path, source: Path, template: str, classifier: bo
 def end_tokens(template: str, tokenizer: Tokenizer) -> list[int]:
     """The single tokens that end a text or an answer: EOS, and the template's end of turn if it is one token."""
     end = _end_of_turn(template, tokenizer)
-    return sorted({Tokenizer.eos_id, *(end if len(end) == 1 else ())})
+    return sorted({*tokenizer.end_ids, *(end if len(end) == 1 else ())})
 
 
 def write_generation(directory: Path, template: str, tokenizer: Tokenizer) -> list[str]:
@@ -70,11 +70,11 @@ def token_ids(template: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids of special tokens in transformers' config.json and generation_config.json."""
     ends = end_tokens(template, tokenizer)
     return {
-        "bos_token_id": Tokenizer.bos_id,
+        "bos_token_id": tokenizer.bos_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends,
-        "pad_token_id": Tokenizer.pad_id,
+        "pad_token_id": tokenizer.pad_id,
     }
 
 
 def _end_of_turn(template: str, tokenizer: Tokenizer) -> list[int]:
-    return encode_pieces(end_of_turn(template), tokenizer)
+    return encode_pieces(end_of_turn(template, tokenizer), tokenizer)

@@ -12,14 +12,17 @@ MIN_VOCAB_SIZE = 260  # 256 bytes and 4 special tokens
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A byte-level BPE trained on the train splits of `sources`, or an existing tokenizer.json at `path`."""
+    """A byte-level BPE trained on the train splits of `sources`, or an existing tokenizer at `path`."""
 
     vocab_size: int = 4096  # tokens of a trained vocabulary, 4 special tokens and 256 bytes included
     sources: list[str] = dataclasses.field(default_factory=list)  # training data; empty: the pretrain stages' sources
-    path: str = ""  # an existing tokenizer.json; "": train one
+    path: str = ""  # a tokenizer.json of any kind, or a folder with it (a Hugging Face model, a run); "": train one
+    # {bos, eos, pad, mask: token, ends: list of tokens} where no file beside the tokenizer.json names them; "": none
+    special: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_bytes: int = 40_000_000  # train on at most this many bytes, sampled by hash from larger sources
     add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary at `path`
-    # jinja source, or a file with it, which the run keeps; "": contents unchanged, each answer ends with <eos>
+    # jinja source, or a file with it, which the run keeps; "": that of the folder at `path`, if there is one, else
+    # contents unchanged, each answer ends with <eos>
     chat_template: str = ""
 
     def __post_init__(self) -> None:
@@ -27,6 +30,10 @@ class TokenizerConfig:
         at_least("tokenizer.train_bytes", self.train_bytes, 1)
         if self.add and not self.path:
             raise UserError(f"config.tokenizer.add={self.add}: needs tokenizer.path, the tokenizer to extend")
+        if self.special and not self.path:
+            raise UserError(
+                f"config.tokenizer.special={self.special}: needs tokenizer.path, the tokenizer of these tokens"
+            )
         if self.path:
             local_path(self.path, "config.tokenizer.path")
         if self.chat_template and "{" not in self.chat_template:

@@ -1,38 +1,32 @@
-"""Chat templates turn conversations into text. They are jinja sources, as in `chat_template` of a tokenizer's config.
+"""Chat templates turn conversations into text. They are jinja sources, as `chat_template` of a tokenizer's config."""
 
-A template gets the names that `transformers` defines: messages, add_generation_prompt, bos_token, eos_token, tools and
-documents (both None), raise_exception and tojson. `{% generation %}` marks are ignored. The current time is not
-available, so that a row is the same text on any day.
-"""
-
-import functools
 import hashlib
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 
-from llm3.data.tokenizer import SPECIALS, Tokenizer
-from llm3.errors import UserError
+from llm3.data.template_rendering import (
+    ANSWER,
+    GUARD,
+    OWN_NAMES,
+    RESERVED,
+    Names,
+    TemplateError,
+    Turns,
+    names_of,
+    render,
+)
+from llm3.data.tokenizer import SPECIALS, Pieces, Tokenizer
+from llm3.errors import UserError, say
 from llm3.files import CHAT_TEMPLATE, local_path
 
-Turns = Sequence[tuple[str, str]]  # (role, content)
-Pieces = list[str | int]  # texts, and special tokens by id
-
-# Characters of private use that stand for special tokens, and for an answer, while a template is rendered.
-BOS, EOS, ANSWER = "\U0010ff01", "\U0010ff02", "\U0010ff03"
-SENTINELS = re.compile(f"([{BOS}{EOS}{ANSWER}])")
 EXAMPLE = (("user", "Question?"), ("assistant", "Answer."))
-
-
-class TemplateError(Exception):
-    """A conversation that a template cannot render. Errors of one kind have the same text."""
 
 
 class Answer(NamedTuple):
@@ -48,7 +42,7 @@ class Answer(NamedTuple):
     end: Pieces
 
 
-def load_template(text_or_path: str) -> str:
+def load_template(text_or_path: str, tokenizer: Tokenizer | None = None) -> str:
     """The source of a template, given as source (with a jinja block) or as the name of a file.
 
     A JSON file is read as a tokenizer's config. Raises UserError for a file that cannot be read, a syntax error (with
@@ -67,7 +61,7 @@ def load_template(text_or_path: str) -> str:
         if not isinstance(source, str):
             raise UserError(f"{where}: chat_template is of type {type(source).__name__}, expected a text")
     try:
-        split_answers(EXAMPLE, source)
+        split_answers(EXAMPLE, source, tokenizer)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{where}: line {error.lineno}: {error.message}") from None
     except TemplateError as error:
@@ -79,22 +73,34 @@ def _is_source(text_or_path: str) -> bool:
     return re.search(r"\{[{%]", text_or_path) is not None
 
 
-def read_template(text_or_path: str, workdir: Path) -> str:
-    """The template of a run: the one kept in its workdir, else that of the config; "": none.
+def read_template(text_or_path: str, workdir: Path, tokenizer: Tokenizer | None = None) -> str:
+    """The template of a run: the one kept in its workdir, else that of the config or the tokenizer; "": none.
 
-    Raises UserError as `load_template`, and if the config names another template than the workdir keeps.
+    A template that came with the tokenizer and cannot be used is left out, which is said. Raises UserError as
+    `load_template`, and if the config names another template than the workdir keeps.
     """
     kept = kept_template(workdir)
     is_path = bool(text_or_path) and not _is_source(text_or_path)
     if kept and is_path and not local_path(text_or_path, "config.tokenizer.chat_template").exists():
         return kept
-    configured = load_template(text_or_path) if text_or_path else ""
+    configured = load_template(text_or_path, tokenizer) if text_or_path else _that_came_with(tokenizer)
     if kept and configured != kept:
         raise UserError(
             f"tokenizer.chat_template={text_or_path[:80]!r} is not the chat template that this run began with: restore "
             f"it from {workdir / CHAT_TEMPLATE}, or use another --workdir"
         )
     return configured
+
+
+def _that_came_with(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None or not tokenizer.chat_template:
+        return ""
+    try:
+        split_answers(EXAMPLE, tokenizer.chat_template, tokenizer)
+    except (TemplateError, jinja2.TemplateSyntaxError) as error:
+        say(f"tokenizer.chat_template: the one that came with the tokenizer is not used: {error}")
+        return ""
+    return tokenizer.chat_template
 
 
 def kept_template(workdir: Path) -> str:
@@ -126,32 +132,44 @@ def template_hash(template: str) -> str:
     return hashlib.sha256(template.encode()).hexdigest() if template else ""
 
 
-def question(prompt: str, template: str) -> Answer:
+def question(prompt: str, template: str, tokenizer: Tokenizer | None = None) -> Answer:
     """The prompt of the first turn as training has it, with what leads and what ends its answer.
 
     Raises UserError if the template cannot render it.
     """
     try:
-        return split_answers([("user", prompt), EXAMPLE[1]], template)[0]
+        return split_answers([("user", prompt), EXAMPLE[1]], template, tokenizer)[0]
     except TemplateError as error:
         raise UserError(f"the prompt cannot be written with the chat template: {error}") from None
 
 
-def end_of_turn(template: str) -> Pieces:
+def end_of_turn(template: str, tokenizer: Tokenizer | None = None) -> Pieces:
     """What ends an answer: the template's end of turn, or <eos>."""
-    return split_answers(EXAMPLE, template)[0].end if template else [Tokenizer.eos_id]
+    return split_answers(EXAMPLE, template, tokenizer)[0].end if template else [names_of(tokenizer).eos]
 
 
-def is_written(prompt: str, template: str) -> bool:
+def is_written(prompt: str, template: str, tokenizer: Tokenizer | None = None) -> bool:
     """Whether a prompt is written with the template already: it ends as the template ends a prompt."""
-    end = _render(template, [("user", ANSWER)], add_generation_prompt=True)
-    end = SENTINELS.split(end.partition(ANSWER)[2])[-1].strip()
+    names = names_of(tokenizer)
+    end = render(template, [("user", ANSWER)], names, add_generation_prompt=True).partition(ANSWER)[2]
+    parts = [part for part in names.parts(end) if part]
+    if names.own:
+        end = parts[-1].strip() if parts and parts[-1] not in names.ids else ""
+    else:  # a last part as short as "assistant" ends other prompts too, so the special token before it counts
+        special = [number for number, part in enumerate(parts) if part in names.ids]
+        end = "".join(parts[special[-1] :] if special else parts).strip()
     return bool(end) and prompt.rstrip().endswith(end)
 
 
+def written(prompt: str, tokenizer: Tokenizer) -> Pieces:
+    """A prompt that is written with a template of others, with its special tokens by id."""
+    return names_of(tokenizer).pieces(prompt) if tokenizer.foreign else [*tokenizer.starts, prompt]
+
+
 def with_bos(template: str) -> str:
-    """A template that writes the <bos> with which every document of llm3 begins."""
-    return template if _render(template, EXAMPLE).startswith(BOS) else "{{ bos_token }}" + template
+    """A template that writes the <bos> with which every document of llm3's own tokenizers begins."""
+    begins = render(template, EXAMPLE, OWN_NAMES).startswith(SPECIALS[OWN_NAMES.starts[0]])
+    return template if begins else "{{ bos_token }}" + template
 
 
 def text_of(pieces: Pieces) -> str:
@@ -164,107 +182,64 @@ def without_lead(lead: str, answer: str) -> str:
     return answer.lstrip().removeprefix(lead) if lead else answer
 
 
-def split_answers(turns: Turns, template: str) -> list[Answer]:
+def split_answers(turns: Turns, template: str, tokenizer: Tokenizer | None = None) -> list[Answer]:
     """The answers of a conversation, one for each turn of the assistant, who has the last turn.
 
-    There is one <bos>, at the start. An answer ends with the template's end of turn, or with <eos> if it has none;
-    white space after the end belongs to the next prompt. Without a template, contents follow each other unchanged, a
-    system prompt in lines of its own. Raises TemplateError.
+    An answer ends with the template's end of turn, or with <eos> if it has none; white space after the end belongs to
+    the next prompt. With llm3's own tokenizers (tokenizer: None or one of them) there is one <bos>, at the start;
+    others write what the template writes. Without a template, contents follow each other unchanged, a system prompt in
+    lines of its own. Raises TemplateError.
     """
-    return _templated(turns, template) if template else _bare(turns)
+    names = names_of(tokenizer)
+    return _templated(turns, template, names) if template else _bare(turns, names)
 
 
-def _bare(turns: Turns) -> list[Answer]:
+def _bare(turns: Turns, names: Names) -> list[Answer]:
     result, before = [], ""
     for role, content in turns:
         if role == "assistant":
-            result.append(Answer([before], [], content, [Tokenizer.eos_id]))
+            result.append(Answer([before], [], content, [names.eos]))
             before = ""
         else:
             before += f"{content}\n\n" if role == "system" else content
-    result[0].before.insert(0, Tokenizer.bos_id)
+    result[0].before[:0] = names.starts
     return result
 
 
-def _templated(turns: Turns, template: str) -> list[Answer]:
-    if any(SENTINELS.search(content) for _, content in turns):
+def _templated(turns: Turns, template: str, names: Names) -> list[Answer]:
+    if any(RESERVED.search(content) for _, content in turns):
         raise TemplateError(
             "a text has a character from U+10FF01 to U+10FF03; they stand for special tokens in a chat template"
         )
-    whole, read, result = _render(template, turns), 0, []
+    turns = [(role, names.guarded(content)) for role, content in turns]
+    whole, read, result = render(template, turns, names), 0, []
     for place, (role, content) in enumerate(turns):
         if role != "assistant":
             continue
-        prompt = _render(template, turns[:place], add_generation_prompt=True)
-        until = _render(template, turns[: place + 1])
-        model = _render(template, [*turns[:place], ("assistant", ANSWER)])
-        if not (whole.startswith(until) and until.startswith(prompt) and model.startswith(prompt)):
-            raise TemplateError("the chat template renders the turns before an answer differently with and without it")
-        head, _, tail = model[len(prompt) :].partition(ANSWER)
-        written = until[len(prompt) :]
-        kept = written[len(head) : len(written) - len(tail)]
-        if written != head + kept + tail or kept.strip() != content.strip():
-            raise TemplateError("the chat template changes an answer")
+        before, answer = turns[:place], ("assistant", ANSWER)
+        prompt = render(template, before, names, add_generation_prompt=True)
+        marked = render(template, [*before, answer, *turns[place + 1 :]], names)
+        alone = render(template, [*before, answer], names)
+        head, _, rest = marked[len(prompt) :].partition(ANSWER)
+        tail = alone[len(prompt) :].partition(ANSWER)[2]
         end = tail.rstrip()
-        before = whole[read : len(prompt)]
-        result.append(Answer(_pieces(before), _pieces(head), kept, _pieces(end) or [Tokenizer.eos_id]))
-        read = len(until) - len(tail) + len(end)
-    result[0].before.insert(0, Tokenizer.bos_id)
+        if not (all(each.startswith(prompt) for each in (whole, marked, alone)) and rest.startswith(end)):
+            raise TemplateError("the chat template renders the turns before an answer differently with and without it")
+        made = whole[len(prompt) :]
+        kept = made[len(head) : len(made) - len(rest)]
+        if made != head + kept + rest or kept.strip() != content.strip():
+            raise TemplateError("the chat template changes an answer")
+        lead, text = _pieces(head, names), kept.replace(GUARD, "")
+        result.append(Answer(_pieces(whole[read : len(prompt)], names), lead, text, _pieces(end, names) or [names.eos]))
+        read = len(prompt) + len(head) + len(kept) + len(end)
+    if names.own:
+        result[0].before[:0] = names.starts
     return result
 
 
-def _pieces(text: str) -> Pieces:
-    """The texts and special tokens of a rendered text, without <bos>: a document has only one, at its start."""
-    parts = SENTINELS.split(text)
-    return [Tokenizer.eos_id if part == EOS else part for part in parts if part and part != BOS]
-
-
-def _render(template: str, turns: Turns, *, add_generation_prompt: bool = False) -> str:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    names = {"bos_token": BOS, "eos_token": EOS, "tools": None, "documents": None}
-    try:
-        return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-    except jinja2.TemplateSyntaxError:
-        raise
-    except Exception as error:  # a template is a program that may raise anything
-        raise TemplateError(f"the chat template fails: {type(error).__name__}: {str(error)[:100]}") from None
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
-    """Compile a template. It may spell special tokens, unlike contents. Raises jinja2.TemplateSyntaxError."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    for token, sentinel in ((SPECIALS[Tokenizer.bos_id], BOS), (SPECIALS[Tokenizer.eos_id], EOS)):
-        template = template.replace(token, sentinel)
-    return environment.from_string(template)
-
-
-class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: the content, unchanged; `split_answers` finds the answers."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja declares a set
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _pieces(text: str, names: Names) -> Pieces:
+    """Texts and special tokens that a template wrote; without <bos> with llm3's own tokenizers, which begin with it."""
+    return [piece for piece in names.pieces(text) if not (names.own and piece in names.starts)]
 
 
 def merge_texts(pieces: Pieces) -> Pieces:
@@ -273,7 +248,34 @@ def merge_texts(pieces: Pieces) -> Pieces:
     return [each for texts, group in groups for each in (["".join(map(str, group))] if texts else group)]
 
 
-def encode_pieces(pieces: Pieces, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of pieces, end to end."""
+def encode_pieces(pieces: Pieces, tokenizer: Tokenizer, *, joint: bool = False) -> list[int]:
+    """The tokens of pieces, end to end. joint: see `Tokenizer.encode_spans`; for what a template wrote."""
+    if joint and tokenizer.foreign:
+        return tokenizer.encode_spans(pieces, joint=True).ids
     texts = iter(tokenizer.encode_batch([piece for piece in pieces if isinstance(piece, str)]))
     return list(itertools.chain.from_iterable([each] if isinstance(each, int) else next(texts) for each in pieces))
+
+
+def encode_runs(
+    runs: Sequence[tuple[Pieces, bool]], tokenizer: Tokenizer, *, joint: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of (pieces, whether they are an answer), end to end: tokens int32 [n], answer mask bool [n].
+
+    Each run is encoded alone, since a prompt is encoded alone at inference. What a template wrote (joint) is encoded as
+    one text with a tokenizer of others; a token with a character of an answer then belongs to it, as in transformers.
+    """
+    if not (joint and tokenizer.foreign):
+        return concatenate_runs([(encode_pieces(pieces, tokenizer), labelled) for pieces, labelled in runs])
+    flat = [piece for pieces, _ in runs for piece in pieces]
+    sizes = [sum(len(piece) if isinstance(piece, str) else 1 for piece in pieces) for pieces, _ in runs]
+    found = tokenizer.encode_spans(flat, joint=True)
+    before = np.concatenate([[0], np.cumsum(np.repeat([labelled for _, labelled in runs], sizes))])
+    starts = np.array(found.starts, np.int64)
+    ends = np.minimum(np.maximum(found.ends, starts + 1), len(before) - 1)
+    return np.array(found.ids, np.int32), before[ends] > before[starts]
+
+
+def concatenate_runs(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs of (tokens, whether they are an answer), end to end: tokens int32 [n], answer mask bool [n]."""
+    tokens = np.concatenate([np.array(run, np.int32) for run, _ in runs])
+    return tokens, np.repeat([labelled for _, labelled in runs], [len(run) for run, _ in runs])

@@ -48,7 +48,7 @@ def find_contamination(evaluation: TokenCache, training: Iterable[TokenCache], n
     n-grams counts as equal. Time is linear in both; memory grows with the evaluation only. Raises UserError if n < 1.
     """
     training = list(training)
-    filled = np.diff(evaluation.offsets) > 2
+    filled = np.diff(evaluation.offsets) > evaluation.starts + 1
     exact = np.zeros(evaluation.documents, bool)
     hashes = evaluation.document_hashes()
     for cache in training:
@@ -101,7 +101,7 @@ def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int)
     """
     if n < 1:
         raise UserError(f"contamination: n={n}: expected at least 1")
-    sizes = np.diff(evaluation.offsets) - 2
+    sizes = np.diff(evaluation.offsets) - evaluation.starts - 1
     lengths = sorted({min(int(size), n) for size in np.unique(sizes) if size > 0})
     wanted = {length: _Wanted(evaluation, length, sizes >= n if length == n else sizes == length) for length in lengths}
     for cache in training if lengths else ():
@@ -157,14 +157,17 @@ def _hashed(
         hashes = _rolling(_scrambled(tokens), lengths, stop - start)
         first = np.searchsorted(cache.offsets, start, side="left")
         ends = cache.offsets[first : np.searchsorted(cache.offsets, stop + most, side="right")]
-        valid = {length: _starts(ends - start, length, stop - start) for length in lengths}
+        valid = {length: _starts(ends - start, length, stop - start, cache.starts) for length in lengths}
         yield np.arange(start, stop), valid, hashes
 
 
-def _starts(ends: np.ndarray, length: int, size: int) -> np.ndarray:
-    """bool [size], True where the next `length` tokens lie in one document, between its <bos> and <eos>."""
+def _starts(ends: np.ndarray, length: int, size: int, special: int) -> np.ndarray:
+    """bool [size], True where the next `length` tokens lie in one document, between its <bos> and <eos>.
+
+    special: the number of special tokens at the start of a document, 1 or 0.
+    """
     starts = np.ones(size, bool)
-    blocked = (ends[:, None] - np.arange(length + 1)).ravel()
+    blocked = (ends[:, None] - np.arange(1 - special, length + 1)).ravel()
     starts[blocked[(blocked >= 0) & (blocked < size)]] = False
     return starts
 

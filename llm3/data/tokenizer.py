@@ -1,93 +1,148 @@
-"""A lossless byte-level BPE tokenizer. No text can spell its special tokens."""
+"""Tokenizers: llm3's own, a lossless byte-level BPE, and any tokenizer.json. No text can spell a special token."""
 
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llm3.config.data_schema import TokenizerConfig
+from llm3.data import token_texts
+from llm3.data.added_tokens import added_tokens
+from llm3.data.special_tokens import Specials, find_specials, post_processor_tokens
+from llm3.data.token_texts import canonical
+from llm3.data.tokenizer_backends import OWN, SPECIALS, check_own, is_foreign, make_backend, vocabulary
+from llm3.data.tokenizer_files import KEPT, files_beside, read_object, template_of, tokenizer_file
 from llm3.errors import UserError
-from llm3.files import local_path, write_atomic
+from llm3.files import CHAT_TEMPLATE, TOKENIZER, local_path, write_atomic
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>")  # the id of a token is its index
 MIN_VOCAB_SIZE = len(SPECIALS) + 256
+FOREIGN = "llm3"  # the key of a saved tokenizer of others: its special tokens, and the files that came with it
+
+Pieces = list[str | int]  # texts, and special tokens by id
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """{character: byte} of a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+class Spans(NamedTuple):
+    """Tokens, and the characters from `starts` to before `ends` that each covers."""
 
-
-BYTES = _byte_alphabet()
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
 
 
 class Tokenizer:
-    """Text to token ids and back without loss. Special tokens come from code only, never from text.
+    """Text to token ids and back. Special tokens come from code and templates only, never from text.
+
+    pad_id, eos_id: int. bos_id, mask_id: int, or None if there is no such token. end_ids: all tokens that end a text or
+    a turn, eos first. foreign: whether it is not one of llm3's own. lossless: whether any text is exactly the bytes of
+    its tokens. specials: {special token: id}. chat_template: the template that came with it; "": none.
 
     Safe to call from several threads at once.
     """
 
-    pad_id, bos_id, eos_id, mask_id = range(len(SPECIALS))
-
-    def __init__(self, canonical_json: str):
-        """Read the JSON of the `tokenizers` library. Raises ValueError if it is not a byte-level tokenizer of llm3."""
-        self._json = canonical_json
-        try:
-            self._backend = tokenizers.Tokenizer.from_str(canonical_json)
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"cannot be parsed: {error}") from error
-        self._check_layout()
-        self._backend.encode_special_tokens = True  # "<|eos|>" in a text is plain text
-        self._backend.no_padding()
-        self._backend.no_truncation()
-
-    def _check_layout(self) -> None:
-        found = tuple(self._backend.id_to_token(i) for i in range(len(SPECIALS)))
-        if found != SPECIALS:
-            raise ValueError(f"its tokens 0 to 3 are {found}, not {SPECIALS}")
-        if not isinstance(self._backend.decoder, decoders.ByteLevel) or self._backend.normalizer is not None:
-            raise ValueError("it is not a byte-level tokenizer without a normalizer")
-        lacking = [byte for byte in pre_tokenizers.ByteLevel.alphabet() if self._backend.token_to_id(byte) is None]
-        if lacking:
-            raise ValueError(f"{len(lacking)} of the 256 bytes have no token")
-        for added in self._backend.get_added_tokens_decoder().values():
-            if added.lstrip or added.rstrip:
-                raise ValueError(f"its token {added.content!r} also matches the spaces around it")
+    def __init__(self, saved: str):
+        """Read the JSON of one of llm3's own tokenizers, or of `save`. Raises ValueError if it is neither."""
+        content = json.loads(saved)
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        said = content.pop(FOREIGN, None)
+        self._content, self._said, self.foreign = content, said, said is not None
+        self._json = canonical(content)
+        ids, marks = vocabulary(self._json), dict[str, str]()
+        if said is None:
+            check_own(content, ids)
+            named, backend = OWN, self._json
+            self.specials = {text: i for i, text in enumerate(SPECIALS)}
+        else:
+            named = Specials(**said["special"] | {"ends": tuple(said["special"]["ends"])})
+            texts = {number: text for text, number in ids.items()}
+            known = {texts[i] for i in (*named[:4], *named.ends) if i is not None}
+            self.specials = {each: ids[each] for each in token_texts.special_tokens(content, sorted(known))}
+            changed, marks = token_texts.unspellable(content, list(self.specials))
+            backend = canonical(changed)
+        self.pad_id, self.bos_id, self.eos_id, self.mask_id, self.end_ids = named
+        self._marks = {self.specials[text]: mark for text, mark in marks.items()}
+        self._marked_json, self._ids = backend, ids
+        self._backend = make_backend(backend, spell_specials=False)
+        self.lossless = said is None or token_texts.is_lossless(content, ids)
+        self.chat_template = template_of(said["files"]) if said else ""
+        self.vocab_size = max(ids.values()) + 1
 
     @property
-    def vocab_size(self) -> int:
-        return self._backend.get_vocab_size()
+    def starts(self) -> list[int]:
+        """The special tokens at the start of a document: bos, if there is one."""
+        return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def prefix_id(self) -> int:
+        """The token before a text that has none before it: bos, else eos."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text alone gets bos before it: always by llm3's own tokenizers, else by the post-processor."""
+        first = post_processor_tokens(self._content.get("post_processor"))[:1]
+        return not self.foreign or (self.bos_id is not None and first == (self.tokens[self.bos_id],))
 
     @functools.cached_property
     def hash(self) -> str:
-        """The sha256 of the canonical JSON, which is the same on any machine."""
-        return hashlib.sha256(self._json.encode()).hexdigest()
+        """The sha256 of the canonical JSON and of the special tokens; the same on any machine."""
+        special = {FOREIGN: self._said["special"]} if self._said else {}
+        return hashlib.sha256(canonical(self._content | special).encode()).hexdigest()
 
     @functools.cached_property
-    def byte_lengths(self) -> np.ndarray:
-        """The number of UTF-8 bytes of each token: int32 [vocab_size], 0 for special tokens."""
-        return np.array([len(token) for token in self.token_bytes], np.int32)
+    def tokens(self) -> list[str]:
+        """The name of each token; "" for an id without a token."""
+        names = [""] * self.vocab_size
+        for text, number in self._ids.items():
+            names[number] = text
+        return names
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:
-        """The UTF-8 bytes of each token; empty for special tokens."""
-        added = self._backend.get_added_tokens_decoder()
-        tokens = []
-        for i in range(self.vocab_size):
-            if i in added:  # stored as plain text; the library's decoder would read "naïve" as byte-level characters
-                tokens.append(b"" if added[i].special else added[i].content.encode())
+        """The UTF-8 bytes that each token writes in running text; empty for special tokens.
+
+        They are exactly those of the text if the tokenizer is lossless.
+        """
+        added = {each["content"] for each in self._content.get("added_tokens", ())}
+        written = [b""] * self.vocab_size
+        for text, number in self._ids.items():
+            if text in added and not token_texts.is_byte_token(self._content, text):
+                written[number] = text.encode()  # stored as plain text, not as byte-level characters
             else:
-                token = self._backend.id_to_token(i)
-                assert token is not None, f"the vocabulary has no token {i}"
-                tokens.append(bytes(BYTES[character] for character in token))
-        return tokens
+                written[number] = token_texts.token_bytes(self._content, text)
+        for number in self.specials.values():
+            written[number] = b""
+        return written
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """The number of bytes in `token_bytes`: int32 [vocab_size], 0 for special tokens."""
+        return np.array([len(token) for token in self.token_bytes], np.int32)
+
+    @functools.cached_property
+    def is_text(self) -> np.ndarray:
+        """bool [vocab_size], True for tokens that stand for text: all but special tokens, and the unknown token."""
+        known = self.byte_lengths > 0
+        model = self._content["model"]
+        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+        if unknown in self._ids:
+            known[self._ids[unknown]] = True
+        return known
+
+    def need_mask(self) -> int:
+        """The mask token. Raises UserError if there is none."""
+        if self.mask_id is None:
+            raise UserError(
+                "tokenizer.special.mask: the tokenizer has no mask token, which hides text: expected one of its tokens "
+                "that no text needs, as in tokenizer.special=dict(mask=...)"
+            )
+        return self.mask_id
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without special tokens."""
@@ -98,9 +153,62 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_spans(self, pieces: Pieces, *, joint: bool = False) -> Spans:
+        """The tokens of pieces, with their characters in the joined pieces; a special token counts as one character.
+
+        joint: with a tokenizer of others, encode all pieces as one text, as transformers encodes what a template wrote.
+        """
+        marks = self._marks
+        texts = [piece for piece in pieces if isinstance(piece, str)]
+        if joint and self.foreign and not any(token_texts.has_mark(text) for text in texts):
+            text = "".join(marks[piece] if isinstance(piece, int) else piece for piece in pieces)
+            found = self._template_backend.encode(text, add_special_tokens=False)
+            ids = [self._unmarked.get(number, number) for number in found.ids]
+            return Spans(ids, [start for start, _ in found.offsets], [end for _, end in found.offsets])
+        result, at = Spans([], [], []), 0
+        for piece in pieces:
+            if isinstance(piece, int):
+                ids, offsets, size = [piece], [(0, 1)], 1
+            else:
+                found = self._backend.encode(piece, add_special_tokens=False)
+                ids, offsets, size = found.ids, found.offsets, len(piece)
+            result.ids.extend(ids)
+            result.starts.extend(at + start for start, _ in offsets)
+            result.ends.extend(at + end for _, end in offsets)
+            at += size
+        return result
+
+    @functools.cached_property
+    def _template_backend(self) -> tokenizers.Tokenizer:
+        """Reads marks as special tokens."""
+        return make_backend(self._marked_json, spell_specials=True)
+
+    @functools.cached_property
+    def _unmarked(self) -> dict[int, int]:
+        """{id of a mark in the backend: id of its special token}"""
+        found = {self._template_backend.token_to_id(mark): number for number, mark in self._marks.items()}
+        return {marked: number for marked, number in found.items() if marked is not None}
+
+    def first_bytes(self, text: str, ids: Sequence[int]) -> int:
+        """The bytes of the text that its first token covers, given its tokens."""
+        if not ids:
+            return 0
+        token = self.token_bytes[ids[0]]
+        if token and text[: len(token)].encode().startswith(token):
+            return len(token)
+        return len(text[: self._backend.encode(text, add_special_tokens=False).offsets[0][1]].encode())
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens, without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.token_bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
+        numbers = [int(i) for i in ids]
+        if not self.foreign or token_texts.is_byte_level(self._content):
+            return b"".join(self.token_bytes[i] for i in numbers).decode("utf-8", errors="replace")
+        return self._backend.decode([i for i in numbers if self.token_bytes[i]], skip_special_tokens=False)
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that tokens add after others; many decoders drop a space at the start of a text."""
+        text, whole = self.decode(before), self.decode([*before, *ids])
+        return whole[len(text) :] if self.foreign and whole.startswith(text) else self.decode(ids)
 
     def extended(self, tokens: Sequence[str]) -> "Tokenizer":
         """This tokenizer with new tokens, appended in the given order. They match before all tokens of the vocabulary.
@@ -110,49 +218,69 @@ class Tokenizer:
         named twice, or already in the vocabulary.
         """
         known = {text: i for i, text in enumerate(self.token_bytes) if text}
-        added: dict[str, AddedToken] = {}
-        for place, token in enumerate(tokens):
-            where = f"tokenizer.add[{place}]={token!r}"
-            if not token:
-                raise UserError(f"{where}: expected at least one character")
-            try:
-                taken = known.get(token.encode(), self._backend.token_to_id(token))
-            except UnicodeEncodeError:
-                raise UserError(f"{where}: not a valid Unicode text") from None
-            if taken is not None:
-                kind = "a special token" if taken < len(SPECIALS) else "a token of the vocabulary"
-                raise UserError(f"{where}: already {kind} (id {taken}); remove it")
-            if token in added:
-                raise UserError(f"{where}: named twice; expected each new token once")
-            word = token.isascii() and token[0].isalnum() and token[-1].isalnum()
-            added[token] = AddedToken(token, single_word=word, normalized=False, special=False)
-        backend = tokenizers.Tokenizer.from_str(self._json)
-        backend.add_tokens(list(added.values()))
-        return Tokenizer(_canonical(backend.to_str()))
+        added = added_tokens(tokens, known, self._ids, self.specials, self.vocab_size)
+        return self._with_added([*self._content["added_tokens"], *added])
 
     def without(self, tokens: Sequence[str]) -> "Tokenizer":
         """This tokenizer without its last tokens, which must be `tokens`. Raises UserError if they are not the last."""
-        content = json.loads(self._json)
-        kept = max(0, len(content["added_tokens"]) - len(tokens))
-        last = [each["content"] for each in content["added_tokens"][kept:] if not each["special"]]
+        added = self._content["added_tokens"]
+        kept = max(0, len(added) - len(tokens))
+        last = [each["content"] for each in added[kept:] if not each["special"]]
         if last != list(tokens):
             raise UserError(f"tokenizer.add={list(tokens)}: the last tokens of the vocabulary are {last}")
-        content["added_tokens"] = content["added_tokens"][:kept]
-        return Tokenizer(_canonical(json.dumps(content)))
+        return self._with_added(added[:kept])
+
+    def _with_added(self, added: list[dict[str, Any]]) -> "Tokenizer":
+        said = {FOREIGN: self._said} if self._said else {}
+        return Tokenizer(canonical(self._content | {"added_tokens": added} | said))
+
+    def files(self) -> dict[str, str]:
+        """{name: text} of the files of a foreign tokenizer as they came, with added tokens; {} for llm3's own."""
+        if not self._said:
+            return {}
+        return {TOKENIZER: json.dumps(self._content, ensure_ascii=False, indent=2)} | {
+            name: text for name, text in self._said["files"].items() if name in (*KEPT, CHAT_TEMPLATE)
+        }
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to a JSON file, complete or not at all."""
-        write_atomic(Path(path), self._json)
+        """Write the tokenizer, with all that is known of its special tokens, to a JSON file, complete or not at all."""
+        said = {FOREIGN: self._said} if self._said else {}
+        write_atomic(Path(path), canonical(self._content | said) if said else self._json)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """Read a file of `save`. Raises UserError if it is missing, damaged or another kind of tokenizer."""
+    def load(cls, path: Path | str, special: Mapping[str, Any] | None = None) -> "Tokenizer":
+        """Read a file of `save`, a tokenizer.json with the files beside it, or a folder that holds them.
+
+        special: tokens by name, as `tokenizer.special`. Raises UserError if it is missing, damaged or of another
+        format, or if nothing names the token that ends a text.
+        """
+        file = tokenizer_file(Path(path))
         try:
-            return cls(_canonical(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"tokenizer: {path} does not exist") from None
-        except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-            raise UserError(f"tokenizer: {path} is not a tokenizer that llm3 wrote: {error}") from error
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text)
+            if isinstance(content, dict) and FOREIGN not in content and is_foreign(content):
+                return cls.of_files(text, files_beside(file), special or {}, f"tokenizer {file}")
+            if special:
+                raise UserError(f"tokenizer.special={dict(special)}: {file} names its special tokens itself; remove it")
+            return cls(text)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+            raise UserError(f"tokenizer: {file} cannot be read as a tokenizer.json: {error}") from error
+
+    from_folder = load
+
+    @classmethod
+    def of_files(cls, text: str, files: dict[str, str], special: Mapping[str, Any], where: str) -> "Tokenizer":
+        """A tokenizer of others. text: its tokenizer.json. files: {name: text} of the files beside it.
+
+        Raises ValueError for damaged JSON, and UserError as `load`.
+        """
+        content = json.loads(text)
+        objects = {
+            name: read_object(each, f"{where}: {name}") for name, each in files.items() if name.endswith(".json")
+        }
+        found = find_specials(objects, content, vocabulary(text), special, where)
+        said = {"special": found._asdict(), "files": {name: each for name, each in files.items() if name in KEPT}}
+        return cls(canonical(content | {FOREIGN: said}))
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -175,21 +303,17 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(iter(texts), trainer)
-    return Tokenizer(_canonical(backend.to_str()))
+    return Tokenizer(backend.to_str())
 
 
 def planned_size(config: TokenizerConfig) -> int:
     """The size of a run's vocabulary as far as the config tells: that of the file at `path`, if it exists already."""
-    if not config.path or not (path := local_path(config.path, "config.tokenizer.path")).is_file():
+    path = local_path(config.path, "config.tokenizer.path") if config.path else Path()
+    if not config.path or not path.exists():
         return config.vocab_size + len(config.add)
-    return _size_of(path, path.stat().st_mtime_ns) + len(config.add)
+    return _size_of(path, path.stat().st_mtime_ns, json.dumps(config.special)) + len(config.add)
 
 
 @functools.lru_cache
-def _size_of(path: Path, modified: int) -> int:
-    return Tokenizer.load(path).vocab_size
-
-
-def _canonical(text: str) -> str:
-    """A unique spelling of a tokenizer; the library writes the vocabulary in a different order each time."""
-    return json.dumps(json.loads(text), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+def _size_of(path: Path, modified: int, special: str) -> int:
+    return Tokenizer.load(path, json.loads(special)).vocab_size

@@ -6,6 +6,7 @@ A plugin has
 - `CAUSAL`: the attention that it needs (None: either);
 - `BETTER`: {metric by which the best checkpoint can be chosen: "higher" or "lower"};
 - `Options` (optional): a frozen dataclass;
+- `check_tokenizer(tokenizer, options)` (optional): raises UserError if the tokenizer lacks a token that it needs;
 - `evaluate(context) -> {name: float or int (a metric), dict or list (details for the report)}`.
 
 A metric is a ratio of global sums or is computed from results of single documents, so it does not depend on batch size,

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm3.data.chat_templates import Pieces
 from llm3.data.formats.choice import encode_choice
-from llm3.data.tokenizer import Tokenizer
+from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
 from llm3.evals import EvalContext
@@ -54,12 +53,12 @@ class Item(NamedTuple):
     truncated: bool
 
 
-def encode(prompt: Pieces, choices: list[str], tokenizer: Tokenizer, length: int) -> Item:
-    """Encode a prompt and its choices. Only the last `length` predictions are kept, after <bos>.
+def encode(prompt: Pieces, choices: list[str], tokenizer: Tokenizer, length: int, *, joint: bool = False) -> Item:
+    """Encode a prompt and its choices. Only the last `length` predictions are kept, after <bos>. joint: see the format.
 
     Raises UserError for a choice that is too long.
     """
-    found = [encode_choice(prompt, choice, tokenizer) for choice in choices]
+    found = [encode_choice(prompt, choice, tokenizer, joint=joint) for choice in choices]
     common = min(first for _, first in found)
     common = next((n for n in range(common) if len({tokens[n] for tokens, _ in found}) > 1), common)
     cut = max(0, max(len(tokens) for tokens, _ in found) - length - 1)
@@ -136,13 +135,13 @@ def _arrays(items: list[Item], rows: int, choices: int, size: int) -> tuple[np.n
 def score_choices(context: EvalContext, notes: list[dict[str, Any]]) -> tuple[dict[str, list[np.ndarray]], int]:
     """{metric: the scores of the choices of each item}, and the number of items whose prompt was cut."""
 
-    def encoded(prompt: Pieces, choices: Sequence[str]) -> Item:
-        return encode(prompt, list(choices), context.tokenizer, context.config.sequence_length)
+    def encoded(prompt: Pieces, choices: Sequence[str], joint: bool = False) -> Item:
+        return encode(prompt, list(choices), context.tokenizer, context.config.sequence_length, joint=joint)
 
     plain = [(_neutral(note["prompt"], context.options.neutral), tuple(note["choices"])) for note in notes]
     distinct = sorted(set(plain))
-    unasked = [encoded([Tokenizer.bos_id, text], choices) for text, choices in distinct]
-    asked = [encoded(note["prompt"], note["choices"]) for note in notes]
+    unasked = [encoded([context.tokenizer.prefix_id, text], choices) for text, choices in distinct]
+    asked = [encoded(note["prompt"], note["choices"], note.get("joint", False)) for note in notes]
     prior = dict(zip(distinct, log_likelihoods(context, unasked), strict=True))
     given = log_likelihoods(context, asked)
     sizes = [np.array([len(choice) for choice in note["choices"]]) for note in notes]

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from llm3.data.chat_templates import without_lead
-from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext
 from llm3.models.decoding import greedy, right_aligned, width_groups
@@ -95,27 +94,30 @@ def read_question(context: EvalContext, index: int, width: int) -> Question:
     stop = int(np.flatnonzero(labelled)[-1]) + 1
     before = np.flatnonzero(~labelled[:stop])
     start = int(before[-1]) + 1
-    end, lead = note.get("end", [Tokenizer.eos_id]), note.get("lead", "")
+    end, lead = note.get("end", [context.tokenizer.eos_id]), note.get("lead", "")
     answer = without_lead(lead, context.tokenizer.decode(tokens[start : stop - len(end)]))
-    prompt = tokens[:start] if start <= width else [tokens[0], *tokens[start - width + 1 : start]]
+    starts = context.cache.starts
+    prompt = tokens[:start] if start <= width else [*tokens[:starts], *tokens[start - width + starts : start]]
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
 
 def generate_answers(context: EvalContext, questions: list[Question], width: int) -> list[str]:
     """The model's answer to each question. width: max tokens of a prompt."""
-    run = context.jit(functools.partial(greedy, eos=Tokenizer.eos_id, max_tokens=context.options.max_tokens))
+    stops = context.tokenizer.end_ids
+    run = context.jit(functools.partial(greedy, stops=stops, max_tokens=context.options.max_tokens))
     texts, rows = [""] * len(questions), context.config.batch_size
     longest = max(len(each.end) for each in questions)
     for padded, numbers in width_groups([len(each.prompt) for each in questions], width, rows):
         chosen = [questions[number] for number in numbers]
-        ends = np.full((rows, longest), Tokenizer.eos_id, np.int32)
+        ends = np.full((rows, longest), stops[0], np.int32)
         for row, each in enumerate(chosen):
             ends[row] = [-1] * (longest - len(each.end)) + each.end
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
         decoded = jax.device_get(run(*context.place((*prompts, ends))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             answer = decoded["tokens"][row, : decoded["count"][row, 0] + 1].tolist()
-            answer = _cut(_cut(answer, [Tokenizer.eos_id]), each.end)
+            for stop in (*([stop] for stop in stops), each.end):
+                answer = _cut(answer, stop)
             texts[number] = without_lead(each.lead, context.tokenizer.decode(answer))
     return texts
 

@@ -53,8 +53,13 @@ def hide(batch: Batch, options: Options, tokenizer: Tokenizer) -> Batch:
             digest = hashlib.sha256(piece.tokens.astype("<i4").tobytes()).digest()
             rng = np.random.default_rng([options.seed, *np.frombuffer(digest, "<u4")])
             hidden[row, inside] = choose(piece, options.share, options.whole_words, rng, tokenizer)
-    tokens = np.where(hidden, np.int32(tokenizer.mask_id), batch.tokens)
+    tokens = np.where(hidden, np.int32(tokenizer.need_mask()), batch.tokens)
     return batch._replace(tokens=tokens, targets=batch.tokens, weights=hidden.astype(np.float32))
+
+
+def check_tokenizer(tokenizer: Tokenizer, options: Options) -> None:
+    """Raise UserError if there is no mask token."""
+    tokenizer.need_mask()
 
 
 def evaluate(context: EvalContext) -> dict[str, float | int]:

@@ -18,29 +18,34 @@ CAUSAL = True
 BETTER = {"bits_per_byte": "lower"}
 
 
-def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array) -> dict[str, jax.Array]:
-    """Nats, bytes and number of the targets that are text tokens. byte_lengths: int32 [V]."""
-    lengths = byte_lengths[batch.targets] * batch.weights
-    real = lengths > 0
+def sums(model: Transformer, batch: Batch, is_text: jax.Array) -> dict[str, jax.Array]:
+    """Nats and number of the targets that are text tokens. is_text: bool [V]."""
+    real = is_text[batch.targets] & (batch.weights > 0)
     nats = jnp.where(real, token_losses(model, batch), 0)
-    return {"nats": jnp.sum(nats), "bytes": jnp.sum(lengths), "targets": jnp.sum(real)}
+    return {"nats": jnp.sum(nats), "targets": jnp.sum(real)}
 
 
-def bits_per_byte(totals: dict[str, np.ndarray]) -> float:
-    """Bits per byte, from the totals of `sums` over all documents."""
-    return float(totals["nats"] / (math.log(2) * totals["bytes"]))
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Bits per byte, from the totals over all documents."""
+    return float(nats / (math.log(2) * text_bytes))
 
 
 def evaluate(context: EvalContext) -> dict[str, Any]:
-    """bits_per_byte; if documents have tags, also by_tag: {tag: bits per byte of its documents}."""
+    """bits_per_byte; if documents have tags, also by_tag: {tag: bits per byte of its documents}.
+
+    Bytes are those of the original texts, so models with different tokenizers can be compared: each text token is a
+    target exactly once, and a normalizer that shortens a text makes its bytes no fewer.
+    """
     parts = {"": context.cache}
     if context.cache.labels is not None:
         tags = zip(context.cache.label_names, range(len(context.cache.label_names)), strict=True)
         parts = {name: context.cache.subset(np.flatnonzero(context.cache.labels == number)) for name, number in tags}
-    lengths = jnp.asarray(context.tokenizer.byte_lengths)
+    is_text = jnp.asarray(context.tokenizer.is_text)
     totals = {
-        tag: context.sums(sums, lengths, table=context.table(part)) for tag, part in parts.items() if part.documents
+        tag: (float(context.sums(sums, is_text, table=context.table(part))["nats"]), part.text_bytes)
+        for tag, part in parts.items()
+        if part.documents
     }
-    overall = {name: sum((each[name] for each in totals.values()), np.zeros(())) for name in ("nats", "bytes")}
-    by_tag = {tag: bits_per_byte(each) for tag, each in totals.items() if tag}
-    return {"bits_per_byte": bits_per_byte(overall)} | ({"by_tag": by_tag} if by_tag else {})
+    by_tag = {tag: bits_per_byte(*each) for tag, each in totals.items() if tag}
+    nats, text_bytes = (sum(each) for each in zip(*totals.values(), strict=True))
+    return {"bits_per_byte": bits_per_byte(nats, text_bytes)} | ({"by_tag": by_tag} if by_tag else {})

@@ -19,25 +19,32 @@ CAUSAL = False
 BETTER = {"pseudo_perplexity": "lower", "pseudo_bits_per_byte": "lower"}
 
 
-def sums(model: Transformer, batch: Batch, byte_lengths: jax.Array, *, max_segments: int) -> dict[str, jax.Array]:
-    """Nats, bytes and number of the text tokens.
+def sums(
+    model: Transformer, batch: Batch, is_text: jax.Array, *, mask_id: int, max_segments: int
+) -> dict[str, jax.Array]:
+    """Nats and number of the text tokens.
 
-    byte_lengths: int32 [V]. max_segments: max segments per window.
+    is_text: bool [V]. mask_id: the token that hides others. max_segments: max segments per window.
     Documents of a window do not attend to each other, so the p-th token of each is hidden in the same pass. There are
     as many passes as the longest document has tokens.
     """
-    lengths = byte_lengths[batch.tokens] * (batch.segments > 0)
+    text = is_text[batch.tokens] & (batch.segments > 0)
 
     def hide(position: jax.Array, nats: jax.Array) -> jax.Array:
-        hidden = (batch.positions == position) & (lengths > 0)
-        tokens = jnp.where(hidden, Tokenizer.mask_id, batch.tokens)
+        hidden = (batch.positions == position) & text
+        tokens = jnp.where(hidden, mask_id, batch.tokens)
         weights, output_positions = jax.lax.top_k(hidden.astype(jnp.float32), max_segments)
         states, _ = model(tokens, batch.positions, batch.segments, output_positions=output_positions)
         losses, _ = model.score(states, at_positions(batch.tokens, output_positions, 1))
         return nats + jnp.sum(losses * weights)
 
     nats = jax.lax.fori_loop(0, jnp.max(batch.positions) + 1, hide, jnp.zeros(()))
-    return {"nats": nats, "bytes": jnp.sum(lengths), "tokens": jnp.sum(lengths > 0)}
+    return {"nats": nats, "tokens": jnp.sum(text)}
+
+
+def check_tokenizer(tokenizer: Tokenizer, options: None) -> None:
+    """Raise UserError if there is no mask token."""
+    tokenizer.need_mask()
 
 
 def evaluate(context: EvalContext) -> dict[str, float | int]:
@@ -47,13 +54,12 @@ def evaluate(context: EvalContext) -> dict[str, float | int]:
     """
     table = context.table()
     max_segments = max((int(table[window].segments.max()) for window in range(len(table))), default=1)
-    totals = context.sums(
-        partial(sums, max_segments=max_segments), jnp.asarray(context.tokenizer.byte_lengths), table=table
-    )
+    run = partial(sums, mask_id=context.tokenizer.need_mask(), max_segments=max_segments)
+    totals = context.sums(run, jnp.asarray(context.tokenizer.is_text), table=table)
     if not totals or not totals["tokens"]:
         raise UserError(f"evaluation pseudo_perplexity: {context.config.source} has no text")
     return {
         "pseudo_perplexity": math.exp(totals["nats"] / totals["tokens"]),
-        "pseudo_bits_per_byte": float(totals["nats"] / (math.log(2) * totals["bytes"])),
+        "pseudo_bits_per_byte": float(totals["nats"] / (math.log(2) * context.cache.text_bytes)),
         "items": int(totals["tokens"]),
     }

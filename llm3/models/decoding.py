@@ -120,14 +120,20 @@ def prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, max_toke
 
 
 def greedy(
-    model: Transformer, prompts: jax.Array, lengths: jax.Array, ends: jax.Array, *, eos: int, max_tokens: int
+    model: Transformer,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    ends: jax.Array,
+    *,
+    stops: tuple[int, ...],
+    max_tokens: int,
 ) -> dict[str, jax.Array]:
     """Decode greedily after each prompt, all rows at a time.
 
     prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. ends: int32 [B, L], up to L tokens that end the
-    answer, right-aligned after -1; the token `eos` ends it as well. Returns tokens, int32 [B, max_tokens], and count,
-    int32 [B, 1], the number of tokens of the answer without the last one of its end; later tokens are undefined. The
-    answer of a row does not depend on other rows.
+    answer, right-aligned after -1; each token of `stops` ends it as well. Returns tokens, int32 [B, max_tokens], and
+    count, int32 [B, 1], the number of tokens of the answer without the last one of its end; later tokens are undefined.
+    The answer of a row does not depend on other rows.
     """
     real = (lengths > 0).astype(jnp.int32)
 
@@ -138,7 +144,9 @@ def greedy(
     def body(state: tuple) -> tuple:
         step, kv, token, recent, answer, count = state
         recent = jnp.concatenate([recent[:, 1:], token], axis=1)
-        ended = ((recent == ends) | (ends < 0)).all(axis=-1, keepdims=True) | (token == eos)
+        ended = ((recent == ends) | (ends < 0)).all(axis=-1, keepdims=True)
+        for stop in stops:
+            ended |= token == stop
         count += (count == step) & ~ended
         answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
         hidden, kv = model(token, lengths + step, real, kv)

@@ -17,6 +17,7 @@ Optional functions:
     corrupt(window, rng, task) -> Batch    random changes, on the host, of a window of `raw_length`; the result has
                                            task.length
     raw_length(task) -> int                the length of windows before `corrupt` (default: the stage's length)
+    check_tokenizer(tokenizer, options)    raises UserError if the tokenizer lacks a token that the objective needs
     max_output_positions(task) -> int      max positions per window whose output the loss uses; the last layer is
                                            computed at these only
 """

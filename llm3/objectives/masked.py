@@ -55,10 +55,15 @@ def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
     options, tokens = task.options, window.tokens
     hidden = choose(window, options.share, options.whole_words, rng, task.tokenizer)
     action, random = rng.random(len(tokens)), rng.choice(text_tokens(task.tokenizer), len(tokens))
-    changed = np.where(action < options.mask, task.tokenizer.mask_id, random)
+    changed = np.where(action < options.mask, task.tokenizer.need_mask(), random)
     changed = np.where(action < options.mask + options.replace, changed, tokens)
     changed = np.where(hidden, changed, tokens).astype(tokens.dtype)
     return window._replace(tokens=changed, targets=tokens, weights=hidden.astype(np.float32))
+
+
+def check_tokenizer(tokenizer: Tokenizer, options: Options) -> None:
+    """Raise UserError if there is no mask token."""
+    tokenizer.need_mask()
 
 
 def choose(
@@ -69,7 +74,7 @@ def choose(
     Tokens (or words) are taken in random order up to that share. The one that would exceed it is taken with the
     probability that makes the average exact, unless it is a word of more than `LONGEST_LAST_WORD` tokens.
     """
-    text = (window.segments > 0) & (tokenizer.byte_lengths[window.tokens] > 0)
+    text = (window.segments > 0) & tokenizer.is_text[window.tokens]
     positions = np.flatnonzero(text)
     words = word_numbers(window.tokens, window.segments, tokenizer)[positions] if whole_words else positions
     names, word = np.unique(words, return_inverse=True)

@@ -115,6 +115,12 @@ def raw_length(task: Task) -> int:
     return int(task.length / (1 + max(map(growth, task.options.denoisers))))
 
 
+def check_tokenizer(tokenizer: Tokenizer, options: Options) -> None:
+    """Raise UserError if a denoiser of spans finds no mask token."""
+    if any(each.kind == "span" for each in options.denoisers):
+        tokenizer.need_mask()
+
+
 def corrupt(window: Batch, rng: np.random.Generator, task: Task) -> Batch:
     """Apply a random denoiser to each document of a window of `raw_length` tokens: a window of task.length.
 
@@ -162,7 +168,7 @@ def _spans(
     spans = max(1, int(expected / denoiser.mean_length))
     hidden = max(1, int(expected + rng.random()))
     starts, sizes = _draw_spans(last - first, hidden, spans, rng)
-    text, targets = _infilled(tokens[first:last], starts, sizes, tokenizer.mask_id)
+    text, targets = _infilled(tokens[first:last], starts, sizes, tokenizer.need_mask())
     given = _with_mode(np.concatenate([tokens[:first], text, tokens[last:]]), denoiser, tokenizer)
     return np.concatenate([given, targets, [tokenizer.eos_id]]), len(given)
 

@@ -16,7 +16,7 @@ from llm3.data.packing import check_windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch
 from llm3.registry import load_plugin, read_options
-from llm3.stages.stage import Stage
+from llm3.stages.stage import Stage, check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     own = config.evaluations[name]
     plugin = load_plugin(evals, own.kind)
     options = read_options(plugin, own.options, f"config.evaluations.{name}.options")
+    check_tokenizer(plugin, library.tokenizer, options, f"config.evaluations.{name}")
     labels = library.labels(own.source) if plugin.HEAD == "labels" else None
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens

@@ -14,6 +14,7 @@ from llm3.data import tokenizer as tokenizers
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
+from llm3.data.round_trip import RoundTrip
 from llm3.data.sources.split import use_local_copy
 from llm3.distributed.mesh_axes import MESH_AXES, table
 from llm3.distributed.sharding import rules_in_force
@@ -55,6 +56,11 @@ class Experiment:
         """The hash of the tokenizer that `tokenizer.add` extends; None: it extends none."""
         add = self.config.tokenizer.add
         return self.tokenizer.without(add).hash if add else None
+
+    def round_trips(self) -> dict[str, RoundTrip]:
+        """{source of a stage: how much of its texts their tokens hold}; {} if the tokenizer loses nothing."""
+        caches = {name: each for stage in self.stages.values() for name, each in stage.data.caches.items()}
+        return {name: each.round_trip for name, each in caches.items() if each.round_trip is not None}
 
     def overlaps(self) -> dict[str, Contamination]:
         """For each evaluation, the overlap of its documents with the training data of the stages."""
@@ -103,8 +109,8 @@ def read_library(config: RunConfig, workdir: Path) -> Library:
     """The sources of a run with its tokenizer; does not tokenize documents yet. Raises UserError."""
     cache_dir = local_path(config.cache_dir, "config.cache_dir") if config.cache_dir else workdir / "cache"
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
-    template = read_template(config.tokenizer.chat_template, workdir)
-    return Library(local, load_tokenizer(config, local, workdir, cache_dir), cache_dir, template)
+    tokenizer = load_tokenizer(config, local, workdir, cache_dir)
+    return Library(local, tokenizer, cache_dir, read_template(config.tokenizer.chat_template, workdir, tokenizer))
 
 
 def load_tokenizer(
@@ -117,7 +123,8 @@ def load_tokenizer(
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
     if config.tokenizer.path:
-        loaded = tokenizers.Tokenizer.load(local_path(config.tokenizer.path, "config.tokenizer.path"))
+        path = local_path(config.tokenizer.path, "config.tokenizer.path")
+        loaded = tokenizers.Tokenizer.load(path, config.tokenizer.special)
         return loaded.extended(add) if add else loaded
     if not (names := tokenizer_sources(config)):
         raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")

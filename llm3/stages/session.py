@@ -75,6 +75,7 @@ class Session:
             contamination_sentence(name, each) for name, each in self.experiment.overlaps().items() if each.near
         ]
         template = self.experiment.library.template
+        trips = self.experiment.round_trips()
         none = "no evaluation document shares half or more of its 13-grams with the training data"
         return {
             "devices": f"{len(devices)} x {devices[0].device_kind}"
@@ -85,6 +86,7 @@ class Session:
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,
             "overlap": "; ".join(overlaps) or none,
+            **({"round trip": "; ".join(f"{name}: {each.phrase()}" for name, each in trips.items())} if trips else {}),
             "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]}"
             + (f", chat template {template_hash(template)[:12]})" if template else ")"),
         }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
-from llm3.data.tokenizer import planned_size
+from llm3.data.tokenizer import Tokenizer, planned_size
 from llm3.distributed.sharding import named
 from llm3.errors import UserError, counted
 from llm3.files import INIT, RECORD, local_path, read_json
@@ -180,6 +180,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     stage, objective = planned.config, planned.objective
     labels = _read_labels(planned, library)
     task = planned.task._replace(tokenizer=library.tokenizer, label_sets=_label_sets(planned, labels, library))
+    check_tokenizer(objective, library.tokenizer, task.options, f"{planned.where}.objective={stage.objective_name!r}")
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
     sources = _sources(config, name, library)
     caches = {source: library.cache(source, "train") for source in sources}
@@ -196,6 +197,15 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     )
     data = StageData(caches, tables, schedule, mixture)
     return replace(planned, model=model, task=task, labels=labels, read=data)
+
+
+def check_tokenizer(plugin: ModuleType, tokenizer: Tokenizer, options: Any, where: str) -> None:
+    """Raise UserError, starting with `where`, if the tokenizer lacks a token that an objective or evaluation needs."""
+    try:
+        if hasattr(plugin, "check_tokenizer"):
+            plugin.check_tokenizer(tokenizer, options)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def init_model(config: RunConfig, vocab_size: int) -> ModelConfig:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer
-from llm3.data.chat_templates import BOS, EXAMPLE, _render, load_template, read_template, with_bos
+from llm3.data.chat_templates import EXAMPLE, load_template, read_template, with_bos
 from llm3.data.formats import BadRow, Document, choice, dialogue
+from llm3.data.template_rendering import GUARD, OWN_NAMES, render
 from llm3.data.tokenizer import SPECIALS
 from llm3.data.windows.dialogue import WindowTable
 from llm3.errors import UserError, say
@@ -140,7 +141,7 @@ def test_a_template_may_spell_the_special_tokens_and_a_content_may_not():
     prompt, answer = BYTES.encode("<|bos|>"), BYTES.encode("x<|eos|>y")
     assert found.tokens.tolist() == [BYTES.bos_id, *prompt, *answer, EOS]
     with pytest.raises(BadRow, match=r"stand for special tokens"):
-        encoded(talk("a", f"b{BOS}"), TALK, BYTES, template)
+        encoded(talk("a", f"b{GUARD}"), TALK, BYTES, template)
 
 
 @pytest.mark.parametrize(
@@ -188,8 +189,8 @@ def test_a_run_keeps_its_template_and_refuses_another(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_an_exported_template_begins_with_bos_once(template):
-    (rendered,) = {_render(with_bos(each), EXAMPLE) for each in (template, with_bos(template))}
-    assert rendered.startswith(BOS) and rendered.count(BOS) == 1
+    (rendered,) = {render(with_bos(each), EXAMPLE, OWN_NAMES) for each in (template, with_bos(template))}
+    assert rendered.startswith("<|bos|>") and rendered.count("<|bos|>") == 1
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_a_damaged_or_foreign_tokenizer_is_refused(damage, tmp_path):
     path = tmp_path / "tokenizer.json"
     trained.save(path)
     path.write_text(damage(path.read_text()))
-    with pytest.raises(UserError, match="is not a tokenizer that llm3 wrote"):
+    with pytest.raises(UserError, match=r"cannot be read as a tokenizer\.json|nothing names the token that ends"):
         Tokenizer.load(path)
 
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import classification
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import CLASSES, make_params, model_config
-from tests.helpers.tiny_cache import MemoryCache, make_context, plain
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain
 
 NAMES = ["ache", "burn", "cut", "dent", "easy"]
 SETS = [[], [0], [0, 2], [1, 3, 4], [4]]  # the last class is in two of them
@@ -26,7 +25,7 @@ each_model = pytest.mark.parametrize("kind", MODELS)
 @functools.cache
 def cache(several: bool = False) -> MemoryCache:
     rng = np.random.default_rng(1)
-    documents = [plain(1, *rng.integers(4, VOCAB, rng.integers(1, 9)), Tokenizer.eos_id) for _ in range(60)]
+    documents = [plain(1, *rng.integers(4, VOCAB, rng.integers(1, 9)), BYTES.eos_id) for _ in range(60)]
     labels = rng.integers(0, CLASSES - 1, 60)  # one class never occurs
     return MemoryCache(documents, labels, NAMES, SETS if several else None)
 

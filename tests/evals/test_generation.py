@@ -77,7 +77,9 @@ def test_an_answer_ends_at_the_first_end_or_eos_and_nothing_is_decoded_after_it(
         documents.append(Document(tokens, np.arange(len(tokens)) >= 2, 3, note={"end": end}))
     first = [next(at for at in range(len(made)) if made[at : at + len(end)] == end) for end in ends]
     assert written(AnswerCache(documents)) == [BYTES.decode(made[:stop]) for stop in first]
-    run = evaluation_of(AnswerCache(documents)).jit(functools.partial(greedy, eos=BYTES.eos_id, max_tokens=MAX_TOKENS))
+    run = evaluation_of(AnswerCache(documents)).jit(
+        functools.partial(greedy, stops=(BYTES.eos_id,), max_tokens=MAX_TOKENS)
+    )
     found = run(*right_aligned([prompt, prompt], 32, 4), np.array([[-1, *ends[0]], *ends[1:] * 3], np.int32))
     assert found["count"][:, 0].tolist() == [first[0], first[1] + 1, 0, 0]
     kernel, pair = np.array(PARAMS["lm_head"]["kernel"]), [BYTES.eos_id, made[2]]

@@ -25,14 +25,16 @@ class Bytes:
 
     vocab_size = 64
     byte_lengths = np.random.default_rng(3).integers(1, 5, 64).astype(np.int32)
+    byte_lengths[:4] = 0
+    is_text = byte_lengths > 0
 
 
-Bytes.byte_lengths[:4] = 0
 DOCUMENTS = make_documents(16, seed=5)
 
 
 def cache(documents=tuple(DOCUMENTS), tags=None) -> MemoryCache:
-    return MemoryCache([plain(*each) for each in documents], tags, TAGS if tags is not None else ())
+    sized = [plain(*each)._replace(text_bytes=int(Bytes.byte_lengths[each[1:]].sum())) for each in documents]
+    return MemoryCache(sized, tags, TAGS if tags is not None else ())
 
 
 def metrics(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict[str, float]:

@@ -7,7 +7,7 @@ import numpy as np
 from llm3 import evals
 from llm3.config.schema import EvaluationConfig
 from llm3.data.formats import Document
-from llm3.data.tokenizer import train
+from llm3.data.tokenizer import SPECIALS, train
 from llm3.segments import segmented
 from tests.helpers.tiny import make_params, model_config
 
@@ -17,6 +17,8 @@ COMPILED: dict = {}  # what any test compiled
 
 class MemoryCache:
     """The part of a token cache that windows and evaluations use. labels: indices of classes or of `label_sets`."""
+
+    starts, eos_id = 1, BYTES.eos_id
 
     def __init__(self, documents: list[Document], labels=None, label_names=(), label_sets=None):
         self._documents = documents
@@ -31,6 +33,10 @@ class MemoryCache:
     @property
     def tokens(self) -> int:
         return int(self.offsets[-1])
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(each.text_bytes for each in self._documents)
 
     def document(self, index: int) -> np.ndarray:
         return self._documents[index].tokens
@@ -47,8 +53,8 @@ class MemoryCache:
 
 
 def plain(*tokens) -> Document:
-    """A document of these tokens, with nothing else to it."""
-    return Document(np.array(tokens, np.int32), None, len(tokens))
+    """A document of these tokens, a byte each but for the special ones, with nothing else to it."""
+    return Document(np.array(tokens, np.int32), None, sum(token >= len(SPECIALS) for token in tokens))
 
 
 def make_context(

@@ -10,6 +10,8 @@ BOS, EOS = 1, 2
 class TokensInMemory:
     """The part of a token cache that windows and contamination use. labels: a class number per document."""
 
+    starts, eos_id = 1, EOS
+
     def __init__(self, documents, labels=None, rows=None):
         self._documents = [np.array(document, np.uint16) for document in documents]
         self._stream = np.concatenate([np.empty(0, np.uint16), *self._documents])

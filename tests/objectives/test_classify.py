@@ -127,11 +127,11 @@ def test_of_a_pair_the_longer_text_is_cut_first(first, second, length):
     whole = np.array([BOS, *one, EOS, *other, EOS])
     if len(whole) > length:
         one, other = longest_first(one, other, length - 3)
-    assert shortened(whole, length).tolist() == [BOS, *one, EOS, *other, EOS]
+    assert shortened(whole, length, 1, EOS).tolist() == [BOS, *one, EOS, *other, EOS]
 
 
 def test_a_single_text_keeps_its_beginning_and_its_end_token():
-    assert shortened(np.array([BOS, *text(9), EOS]), 6).tolist() == [BOS, *text(4), EOS]
+    assert shortened(np.array([BOS, *text(9), EOS]), 6, 1, EOS).tolist() == [BOS, *text(4), EOS]
 
 
 def cache(labels=(2, 0, 1)) -> MemoryCache:

@@ -214,12 +214,19 @@ def join_shards(job: Job, metadata: list[dict[str, Any]], settings: dict[str, An
         "text_bytes": sum(each["text_bytes"] for each in metadata),
         "label_sets": label_sets,
         "several": any(each["several"] for each in metadata) or (len(label_sets) > 1 and () in label_sets),
+        **_summed_round_trip(metadata),
         "shards": [{name: each[name] for name in ("documents", "tokens", "dtype", "content")} for each in metadata],
         "files": files,
     }
     shards.write_with_digest(made / MANIFEST, manifest)
     for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
         os.replace(path, job.target / path.name)
+
+
+def _summed_round_trip(metadata: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"round_trip": counts of all shards}; {} if the tokenizer loses nothing."""
+    counts = [each["round_trip"] for each in metadata if "round_trip" in each]
+    return {"round_trip": [sum(each) for each in zip(*counts, strict=True)]} if counts else {}
 
 
 def _field(directory: Path, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from llm3.data.cache import shards
 from llm3.data.cache.build import MANIFEST
 from llm3.data.cache.labels import UNKNOWN, check_unknown, read_labels
 from llm3.data.cache.reader import ShardReader
+from llm3.data.round_trip import RoundTrip
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, counted
 
@@ -37,6 +38,8 @@ class TokenCache:
     labels: int32 [documents], indices of `label_sets`, or of `label_names` if `label_sets` is None; None: no labels
     label_sets: lists of indices of `label_names`, for documents with any number of labels; None: one label each
     fingerprint: sha256 of contents, label names, tokenizer and template
+    starts, eos_id: the number of special tokens at the start of a document, 0 or 1, and the last token of each text
+    round_trip: how much of the texts their tokens hold; None: all, by construction
     rows_read, bad: number of rows read from the source, and of unusable rows by reason
     bad_rows_file: JSON lines of the unusable rows; None: there are none
     chosen: int64 [documents], indices of stored documents; None: all, in stored order
@@ -51,6 +54,9 @@ class TokenCache:
     label_names: list[str]
     label_sets: list[list[int]] | None
     fingerprint: str
+    starts: int
+    eos_id: int
+    round_trip: RoundTrip | None
     rows_read: int
     bad: dict[str, int]
     bad_rows_file: Path | None
@@ -181,7 +187,7 @@ def build_cache(
     for _ in range(ATTEMPTS):
         if (target / MANIFEST).exists():
             try:
-                return _open(target, key, records, labels, max_bad_share)
+                return _open(target, key, records, tokenizer, labels, max_bad_share)
             except cache_build.DAMAGE_ERRORS as error:
                 cache_build.warn_damaged(target, error)
         if not _build_missing(records, row_format, tokenizer, template, target, key, workers, progress, shard):
@@ -235,7 +241,9 @@ def _build_missing(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(directory: Path, key: str, records: Any, labels: list[str] | None, max_bad_share: float) -> TokenCache:
+def _open(
+    directory: Path, key: str, records: Any, tokenizer: Tokenizer, labels: list[str] | None, max_bad_share: float
+) -> TokenCache:
     """Open a complete cache. Raises `cache_build.DAMAGE_ERRORS` for missing or damaged files."""
     manifest = shards.read_with_digest(directory / MANIFEST)
     if manifest["key"] != key:
@@ -258,6 +266,9 @@ def _open(directory: Path, key: str, records: Any, labels: list[str] | None, max
         label_names=names,
         label_sets=label_sets,
         fingerprint=hashlib.sha256(json.dumps([manifest["settings"], names, contents]).encode()).hexdigest(),
+        starts=len(tokenizer.starts),
+        eos_id=tokenizer.eos_id,
+        round_trip=RoundTrip(*manifest["round_trip"]) if "round_trip" in manifest else None,
         rows_read=manifest["rows_read"],
         bad=manifest["bad"],
         bad_rows_file=directory / shards.BAD_ROWS if manifest["bad"] else None,

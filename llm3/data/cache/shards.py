@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm3.data.formats import BadRow, Document
+from llm3.data.round_trip import RoundTrip, compare
 from llm3.data.tokenizer import Tokenizer
 
 OFFSETS = "offsets.npy"  # offsets of all documents, beside the shards
@@ -58,6 +59,7 @@ class _ShardBuilder:
         self._notes: dict[int, bytes] = {}
         self._bad: list[dict[str, Any]] = []
         self._rows_read, self._several, self._has_answer_mask = 0, False, False
+        self.round_trip: RoundTrip | None = None  # None: the tokenizer loses nothing
 
     def add(self, row: int, record: dict[str, Any], document: Document) -> None:
         labels = tuple(sorted(set(document.labels)))
@@ -109,6 +111,7 @@ class _ShardBuilder:
             "several": self._several,
             "rows_read": self._rows_read,
             "bad": dict(sorted(reasons.items())),
+            **({} if self.round_trip is None else {"round_trip": self.round_trip}),
             "files": {path.name: digest_and_size(path) for path in sorted(directory.iterdir())},
         }
         write_with_digest(directory / SHARD, metadata)
@@ -131,9 +134,10 @@ def write_shard(
     """Tokenize a part into an empty directory: the same bytes for the same part, on any machine."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     shard = _ShardBuilder(records.name, dtype)
+    shard.round_trip = None if tokenizer.lossless else RoundTrip()
     for rows in _together(records.read_part(part), row_format):
-        texts = (text for _, record in rows if not isinstance(record, BadRow) for text in row_format.texts(record))
-        encoder = _BatchEncoder(tokenizer, texts)
+        usable = (record for _, record in rows if not isinstance(record, BadRow))
+        encoder = _BatchEncoder(tokenizer, (text for record in usable for text in row_format.texts(record)))
         for row, record in rows:
             if isinstance(record, BadRow):
                 shard.add_bad(row, record)
@@ -144,6 +148,11 @@ def write_shard(
                 shard.add_bad(row, BadRow(str(bad), json.dumps(record, ensure_ascii=False)))
             else:
                 shard.add(row, record, document)
+                if shard.round_trip is not None:
+                    texts = row_format.texts(record)
+                    shard.round_trip = shard.round_trip.plus(
+                        compare(texts, [tokenizer.decode(ids) for ids in encoder.encode_batch(texts)])
+                    )
     shard.save(directory)
 
 

@@ -37,8 +37,9 @@ class Document(NamedTuple):
     """One row, tokenized.
 
     tokens: int32 [n], <bos> and the last <eos> included. answer_mask: bool [n], True at the tokens of answers; None if
-    the row format marks no answers. text_bytes: UTF-8 bytes of its texts. labels: names of its classes (or its tag).
-    note: plain JSON values that an evaluation needs besides the tokens, or None.
+    the row format marks no answers. text_bytes: UTF-8 bytes of its texts, but for those of a first token that nothing
+    predicts, where there is no <bos>. labels: names of its classes (or its tag). note: plain JSON values that an
+    evaluation needs besides the tokens, or None.
     """
 
     tokens: np.ndarray

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data.chat_templates import Pieces, encode_pieces, merge_texts
+from llm3.data.chat_templates import concatenate_runs, encode_pieces, merge_texts
 from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
-from llm3.data.formats.dialogue import concatenate_runs, render_answers
-from llm3.data.tokenizer import Tokenizer
+from llm3.data.formats.dialogue import render_answers
+from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.errors import UserError, say
 
 LETTER = re.compile(r"\(?([A-Za-z])[).:]?")  # as MMLU writes its answers
@@ -138,34 +138,33 @@ def _number(answer: Any, choices: _Choices) -> int | None:
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
     """The prompt and the correct choice, encoded jointly, as `evals/choice.py` scores them.
 
-    The answer mask covers the choice and its end. note: "choices", "correct", and "prompt", the pieces before the
-    choice. Raises BadRow.
+    The answer mask covers the choice and its end. note: "choices", "correct", "prompt", the pieces before the choice,
+    and "joint" for `encode_choice`. Raises BadRow.
     """
     choices, correct = record["choices"], record["correct"]
-    [answer] = render_answers([("user", record["prompt"]), ("assistant", choices[correct])], template)
+    [answer] = render_answers([("user", record["prompt"]), ("assistant", choices[correct])], template, tokenizer)
     if answer.text != choices[correct]:  # the template strips white space
         choices = [each.strip() for each in choices]
     prompt = merge_texts(answer.before + answer.lead)
-    ids, first = encode_choice(prompt, choices[correct], tokenizer)
+    joint = bool(template) and tokenizer.foreign
+    if not tokenizer.lossless and not all(tokenizer.encode_batch(choices)):
+        raise BadRow("a choice has no tokens")
+    ids, first = encode_choice(prompt, choices[correct], tokenizer, joint=joint)
     tokens, labelled = concatenate_runs(
         [(ids[:first], False), (ids[first:] + encode_pieces(answer.end, tokenizer), True)]
     )
-    note = {"prompt": prompt, "choices": choices, "correct": correct}
+    note = {"prompt": prompt, "choices": choices, "correct": correct} | ({"joint": True} if joint else {})
     return Document(tokens, labelled, bytes_of([record["prompt"], choices[correct]]), note=note)
 
 
-def encode_choice(prompt: Pieces, choice: str, tokenizer: Tokenizer) -> tuple[list[int], int]:
-    """(tokens of a prompt and a choice, encoded jointly; index of the first token with a byte of the choice)."""
-    *before, last = prompt
-    if not isinstance(last, str):
-        before, last = prompt, ""
-    start, joint = encode_pieces(before, tokenizer), tokenizer.encode(last + choice)
-    room = len(last.encode())
-    for place, token in enumerate(joint):
-        room -= int(tokenizer.byte_lengths[token])
-        if room < 0:
-            return start + joint, len(start) + place
-    raise AssertionError("a choice has no bytes")
+def encode_choice(prompt: Pieces, choice: str, tokenizer: Tokenizer, *, joint: bool = False) -> tuple[list[int], int]:
+    """(tokens of a prompt and a choice, encoded jointly; index of the first token with a character of the choice).
+
+    joint: see `Tokenizer.encode_spans`.
+    """
+    found = tokenizer.encode_spans(merge_texts([*prompt, choice]), joint=joint)
+    start = sum(len(piece) if isinstance(piece, str) else 1 for piece in prompt)
+    return found.ids, next((place for place, end in enumerate(found.ends) if end > start), len(found.ids))
 
 
 def texts(record: dict[str, Any]) -> list[str]:

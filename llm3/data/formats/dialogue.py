@@ -1,15 +1,21 @@
 """A prompt and its answer, or a conversation of several turns. The answers, with their ends, are the targets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data import chat_templates
-from llm3.data.chat_templates import Answer, TemplateError, Turns, encode_pieces, merge_texts, split_answers
+from llm3.data.chat_templates import (
+    Answer,
+    TemplateError,
+    Turns,
+    encode_pieces,
+    encode_runs,
+    merge_texts,
+    split_answers,
+)
 from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
-from llm3.data.tokenizer import Tokenizer
+from llm3.data.tokenizer import Pieces, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 ALIASES = {
@@ -84,37 +90,29 @@ def _joined(content: Any, field: str) -> Any:
 def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
     """The conversation; its answer mask covers each answer and its end.
 
-    Answers are encoded apart from their prompts, since a prompt is encoded alone at inference. note: "references", if
+    See `encode_runs` for what is encoded together. note: "references", if
     there are several; "end", the tokens that end the last answer, if not <eos>; "lead", the text that the template
     puts at the start of the answer (part of the mask). Raises BadRow.
     """
-    parts = render_answers(record["turns"], template)
-    runs: list[tuple[list[int], bool]] = []
+    parts = render_answers(record["turns"], template, tokenizer)
+    runs: list[tuple[Pieces, bool]] = []
     for part in parts:
-        runs.append((encode_pieces(part.before, tokenizer), False))
-        answer = merge_texts([*part.lead, part.text])
-        runs += [(encode_pieces(pieces, tokenizer), True) for pieces in (answer, part.end)]
+        runs += [(part.before, False), (merge_texts([*part.lead, part.text]), True), (part.end, True)]
     note: dict[str, Any] = {"references": record["references"]} if len(record["references"]) > 1 else {}
     if parts[-1].end != [tokenizer.eos_id]:
-        note["end"] = runs[-1][0]
+        note["end"] = encode_pieces(parts[-1].end, tokenizer)
     if lead := chat_templates.text_of(parts[-1].lead):
         note["lead"] = lead
-    tokens, labelled = concatenate_runs(runs)
+    tokens, labelled = encode_runs(runs, tokenizer, joint=bool(template))
     return Document(tokens, labelled, bytes_of(texts(record)), note=note or None)
 
 
-def render_answers(turns: Turns, template: str) -> list[Answer]:
+def render_answers(turns: Turns, template: str, tokenizer: Tokenizer) -> list[Answer]:
     """The answers of a conversation. Raises BadRow if the template cannot render it."""
     try:
-        return split_answers(turns, template)
+        return split_answers(turns, template, tokenizer)
     except TemplateError as error:
         raise BadRow(str(error)) from None
-
-
-def concatenate_runs(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of (tokens, whether they are an answer), end to end: tokens int32 [n], answer mask bool [n]."""
-    tokens = np.concatenate([np.array(run, np.int32) for run, _ in runs])
-    return tokens, np.repeat([labelled for _, labelled in runs], [len(run) for run, _ in runs])
 
 
 def texts(record: dict[str, Any]) -> list[str]:

@@ -45,23 +45,21 @@ def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:
 
 
 def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
-    """[bos] question [eos] context [eos].
+    """[bos] question [eos] context [eos], without the first if the tokenizer has no bos.
 
     note: "answers", their texts; "spans", the distinct [first token, last token] in order, the fewest tokens of the
     document that cover an answer; "context", the index of the first token of the context.
     """
     del template
-    question, context = tokenizer.encode_batch([record["question"], record["context"]])
-    first = len(question) + 2
-    ends = np.cumsum(tokenizer.byte_lengths[context], dtype=np.int64)
+    question, context = tokenizer.encode(record["question"]), tokenizer.encode_spans([record["context"]])
+    first = len(tokenizer.starts) + len(question) + 1
     spans: list[list[int]] = []
     for text, start in record["answers"]:
-        start_byte = len(record["context"][:start].encode())
-        last_byte = start_byte + len(text.encode()) - 1
-        span = (first + np.searchsorted(ends, [start_byte, last_byte], side="right")).tolist()
-        if span not in spans:
+        begins = np.searchsorted(context.ends, start, side="right")
+        ends = np.searchsorted(context.starts, start + len(text) - 1, side="right") - 1
+        if (span := [int(first + begins), int(first + max(begins, ends))]) not in spans:
             spans.append(span)
-    tokens = [tokenizer.bos_id, *question, tokenizer.eos_id, *context, tokenizer.eos_id]
+    tokens = [*tokenizer.starts, *question, tokenizer.eos_id, *context.ids, tokenizer.eos_id]
     note = {"answers": [text for text, _ in record["answers"]], "spans": spans, "context": first}
     return Document(np.array(tokens, np.int32), None, bytes_of(texts(record)), note=note)
 

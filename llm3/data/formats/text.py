@@ -32,15 +32,19 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
 
 
 def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
-    """[bos] text [eos], or [bos] text [eos] pair [eos]. Running text has no turns, so the template is not used."""
-    parts = texts(record)
-    tokens = [tokenizer.bos_id]
-    for part in parts:
-        tokens += [*tokenizer.encode(part), tokenizer.eos_id]
+    """[bos] text [eos], or [bos] text [eos] pair [eos]; without the first if the tokenizer has no bos.
+
+    Running text has no turns, so the template is not used.
+    """
+    parts, encoded = texts(record), [tokenizer.encode(part) for part in texts(record)]
+    tokens = list(tokenizer.starts)
+    for part in encoded:
+        tokens += [*part, tokenizer.eos_id]
+    unpredicted = 0 if tokenizer.starts else tokenizer.first_bytes(parts[0], encoded[0])
     return Document(
         tokens=np.array(tokens, np.int32),
         answer_mask=None,
-        text_bytes=bytes_of(parts),
+        text_bytes=bytes_of(parts) - unpredicted,
         labels=tuple(record.get("labels", ())),
     )
 

@@ -5,7 +5,6 @@ import numpy as np
 from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
 from llm3.data.packing import PackedWindows
-from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, at_least
 
 
@@ -29,24 +28,27 @@ class WindowTable(PackedWindows):
         super().__init__(sizes, length, np.arange(cache.documents), np.zeros_like(sizes), sizes)
 
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
-        window.tokens[place] = shortened(self._cache.document(piece), self._length)
+        window.tokens[place] = shortened(
+            self._cache.document(piece), self._length, self._cache.starts, self._cache.eos_id
+        )
         last = place.stop - 1
         window.targets[last] = self._labels[piece]
         window.weights[last] = 1
 
 
-def shortened(tokens: np.ndarray, length: int) -> np.ndarray:
+def shortened(tokens: np.ndarray, length: int, starts: int, eos_id: int) -> np.ndarray:
     """[bos] A [eos] or [bos] A [eos] B [eos], cut to at most `length` tokens; texts lose their last tokens.
 
     The longer text of a pair is cut until both are equally long, then both in turn (as the code of Devlin et al. 2019).
+    starts: the number of tokens before A, 0 without a bos.
     """
     if len(tokens) <= length:
         return tokens
-    middle = int(np.argmax(tokens == Tokenizer.eos_id))
+    middle = starts + int(np.argmax(tokens[starts:] == eos_id))
     second = len(tokens) - 2 - middle  # tokens of B
     if second < 0:
         return np.concatenate([tokens[: length - 1], tokens[-1:]])
-    room = length - 3
-    kept = min(second, max(room // 2, room - (middle - 1)))
-    first = tokens[: 1 + room - kept]
+    room = length - 2 - starts
+    kept = min(second, max(room // 2, room - (middle - starts)))
+    first = tokens[: starts + room - kept]
     return np.concatenate([first, tokens[middle : middle + 1 + kept], tokens[-1:]])

@@ -5,16 +5,16 @@ import numpy as np
 from llm3.data.batch import Batch
 from llm3.data.cache.cache import TokenCache
 from llm3.data.packing import PackedWindows
-from llm3.data.tokenizer import Tokenizer
 from llm3.errors import at_least
 
 START, END, CHOICE = 1, 2, 4  # bits of a target: the answer starts here; ends here; a prediction may choose it
 SHORTEST = 8  # shortest window: a question of half its length leaves room for a token of the context
-SPECIALS_IN_CHUNK = 3  # [bos] question [eos] part of the context [eos]
 
 
 class WindowTable(PackedWindows):
     """Reading comprehension: chunks [bos] question [eos] part of the context [eos], packed into windows.
+
+    Where the tokenizer has no bos, the first token of the question takes its place.
 
     A context that does not fit is cut into parts that overlap by half, each behind the question. Targets are bits:
     - CHOICE marks <bos> ("no answer here") and the tokens of the part;
@@ -29,16 +29,16 @@ class WindowTable(PackedWindows):
         """Raises UserError if length < 8."""
         at_least("sequence_length", length, SHORTEST)
         self._cache = cache
-        sizes, questions = np.diff(cache.offsets), np.zeros(cache.documents, np.int64)
-        for index in range(cache.documents):
-            questions[index] = np.argmax(cache.document(index) == Tokenizer.eos_id) - 1
-        contexts, room = sizes - questions - SPECIALS_IN_CHUNK, length - questions - SPECIALS_IN_CHUNK
+        sizes = np.diff(cache.offsets)
+        before = np.array([cache.note(index)["context"] for index in range(cache.documents)], np.int64)
+        questions = before - 1 - cache.starts
+        contexts, room = sizes - before - 1, length - before - 1
         fits = questions <= length // 2
         strides = np.maximum(room // 2, 1)
         chunks = np.where(fits, 1 + -(-np.maximum(contexts - room, 0) // strides), 0)
         document = np.repeat(np.arange(cache.documents), chunks)
         number = np.arange(len(document)) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-        self._before = (questions + 2)[document]  # tokens of a chunk before its part of the context
+        self._before = before[document]  # tokens of a chunk before its part of the context
         first = self._before + number * strides[document]  # where a part starts, in tokens of the document
         parts = np.minimum(room[document], sizes[document] - 1 - first)
         self.documents = int(fits.sum())
