@@ -43,11 +43,16 @@ def path_flag(name: str, **options: Any) -> Flag:
     return flag(name, type=partial(local_path, where=name), metavar="DIR", **options)
 
 
+def names(text: str) -> list[str]:
+    """The names that a flag lists."""
+    return text.split(",")
+
+
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
 WORKDIR = path_flag("--workdir", required=True, help="the run's files")
 CACHE_ONLY = path_flag("--workdir", default="runs/bench", help="where a token cache is written")
-STAGES = flag("--stages", type=lambda names: names.split(","), metavar="A,B", help="only these stages (default: all)")
+STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", required=True)
 PROCESSES = (
     flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
@@ -64,7 +69,23 @@ VERBS = {
     "run": Verb(
         "cli.run:run", "train and evaluate the stages; run it again to resume", (CONFIG, WORKDIR, STAGES), True
     ),
-    "eval": Verb("cli.run:evaluate", "evaluate the newest checkpoints of a run", (CONFIG, WORKDIR, STAGES), True),
+    "eval": Verb(
+        "cli.evaluate:evaluate",
+        "evaluate the newest checkpoints of a run, by its config or by tasks of lm-eval",
+        (
+            flag("--config", metavar="FILE", help="the run's config file (with --tasks: only for its mesh)"),
+            WORKDIR,
+            STAGES,
+            flag("--tasks", type=names, metavar="A,B", help="tasks of lm-eval, instead of the config's evaluations"),
+            path_flag("--include_path", help="a folder with YAML files of tasks"),
+            flag("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"),
+            flag("--limit", type=float, metavar="N", help="documents of each task, or, below 1, their share"),
+            flag("--apply_chat_template", action="store_true", help="write prompts with the chat template"),
+            flag("--batch_size", type=int, metavar="N", help="requests in a batch (default: 16)"),
+            flag("--sequence_length", type=int, metavar="N", help="max tokens of a request (default: as trained)"),
+        ),
+        True,
+    ),
     "generate": Verb(
         "cli.generate:generate",
         "sample from a stage, or from every stage of a run",

@@ -104,9 +104,13 @@ def counted(number: int, noun: str) -> str:
 def nearest(name: str, options: Iterable[str]) -> str:
     """The end of an error message: the nearest of `options` to `name`, and all of them."""
     names = sorted(str(option) for option in options)
-    close = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(match) for match in close)}? " if close else ""
-    return f"{hint}valid: {', '.join(names) or '(none)'}"
+    return f"{closest(name, names)}valid: {', '.join(names) or '(none)'}"
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The nearest of many names as a question with a space behind it, "did you mean 'x'? "; "" if none is near."""
+    close = difflib.get_close_matches(str(name), list(names), n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(match) for match in close)}? " if close else ""
 
 
 def within(where: str, error: UserError) -> UserError:

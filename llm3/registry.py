@@ -1,9 +1,10 @@
-"""Plugins by name: a package is its own registry, and each of its modules is one plugin."""
+"""Plugins by name: a package is its own registry, and each of its modules (a file or a folder) is one plugin."""
 
 import ast
 import dataclasses
 import functools
 import importlib
+import importlib.util
 import pkgutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 from llm3.errors import UserError, nearest, within
 
-DECLARED = ("WINDOWS", "HEAD", "LABELLED", "CAUSAL", "BETTER", "Options")
+DECLARED = ("WINDOWS", "HEAD", "LABELLED", "CAUSAL", "BETTER", "REQUIRES", "Options")
 SLOW = ("jax", "flax", "optax", "llm3")  # packages that are not imported for a plugin's declarations
 
 
@@ -39,6 +40,7 @@ def declared(folder: str, name: str) -> Any:
     if name not in (known := plugin_names(folder)):
         raise UserError(f"{folder.removesuffix('s')} {name!r}: {nearest(name, known)}")
     file = Path(__file__).parent / folder / f"{name}.py"
+    file = file if file.is_file() else file.with_suffix("") / "__init__.py"
     scope = {"__name__": f"llm3.{folder}.{name}"}
     try:
         code = ast.Module(_declarations(ast.parse(file.read_bytes())), [])
@@ -75,6 +77,13 @@ def _is_slow(statement: ast.stmt) -> bool:
     else:
         names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
     return any(name.partition(".")[0] in SLOW and name != "llm3.errors" for name in names)
+
+
+def check_installed(plugin: Any, what: str) -> None:
+    """Raise UserError unless the packages that a plugin `REQUIRES` beyond llm3's own are there."""
+    for package, extra in getattr(plugin, "REQUIRES", {}).items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{what}: needs {package}, which is not installed: pip install 'llm3[{extra}]'")
 
 
 def read_options(plugin: Any, given: dict[str, Any], where: str) -> Any:

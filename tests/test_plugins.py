@@ -82,7 +82,8 @@ def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
 def test_a_peer_has_what_its_folder_promises(folder, name):
     plugin = load_plugin(folder, name)
     assert plugin.__doc__
-    assert plugin.WINDOWS and set(plugin.WINDOWS) <= set(plugin_names(formats))
+    assert plugin.WINDOWS or hasattr(plugin, "prepare")
+    assert set(plugin.WINDOWS) <= set(plugin_names(formats))
     assert set(plugin.WINDOWS.values()) <= set(plugin_names(windows))
     assert plugin.HEAD in ("", "labels") or all(isinstance(output, str) for output in plugin.HEAD)
     assert plugin.CAUSAL in (True, False, None)
@@ -94,7 +95,8 @@ def test_a_peer_has_what_its_folder_promises(folder, name):
         assert isinstance(plugin.LABELLED, bool)
     else:
         assert list(inspect.signature(plugin.evaluate).parameters) == ["context"]
-        assert plugin.BETTER and set(plugin.BETTER.values()) <= {"higher", "lower"}
+        assert set(plugin.BETTER.values()) <= {"higher", "lower"}
+        assert plugin.BETTER or list(inspect.signature(plugin.better).parameters) == ["prepared"]
 
 
 @each_plugin

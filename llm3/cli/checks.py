@@ -7,6 +7,7 @@ from typing import Any
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, INIT
+from llm3.registry import check_installed, declared
 from llm3.stages import rules
 from llm3.stages.workdir import check_record
 
@@ -42,8 +43,11 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             raise UserError("--aot: expected --topology=NAME as well, a TPU")
     elif verb == "data" and options["shard"]:
         shard_of(options["shard"])
+    elif verb in ("run", "eval"):
+        check_evaluations(config, options)
     if verb in ("generate", "export", "lineage", "eval"):
-        check_workdir(workdir, options.get("stage"))
+        for name in (options["stages"] if options.get("tasks") else None) or [options.get("stage")]:
+            check_workdir(workdir, name)
 
 
 def check_workdir(workdir: Path, stage: str | None) -> None:
@@ -55,6 +59,23 @@ def check_workdir(workdir: Path, stage: str | None) -> None:
         raise UserError(f"{workdir} holds no trained stage yet")
     if stage is not None and stage not in found:
         raise UserError(f"{workdir} holds no stage {stage!r}; {nearest(stage, found)}")
+
+
+def check_evaluations(config: RunConfig | None, options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `eval` that do not fit together, and for a library that is not installed."""
+    if tasks := options.get("tasks"):
+        check_installed(declared("evals", "harness"), f"--tasks={','.join(tasks)}")
+        for flag in ("batch_size", "sequence_length"):
+            if options[flag] is not None and options[flag] < 1:
+                raise UserError(f"--{flag}={options[flag]}: expected at least 1")
+        return
+    for flag in ("include_path", "num_fewshot", "limit", "apply_chat_template", "batch_size", "sequence_length"):
+        if options.get(flag):
+            raise UserError(f"--{flag}={options[flag]}: expected --tasks=NAME as well")
+    if config is None:
+        raise UserError("eval: expected --config=FILE, or --tasks=NAME for tasks of lm-eval")
+    for name, evaluation in config.evaluations.items():
+        check_installed(declared("evals", evaluation.kind), f"config.evaluations.{name}.kind={evaluation.kind!r}")
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:

@@ -146,7 +146,7 @@ class EvaluationConfig:
     """One evaluation, run on the untrained model and after each stage."""
 
     kind: str  # name of the evaluation plugin
-    source: str  # the source it measures on
+    source: str = ""  # the source it measures on; "": none, for a kind without a source
     split: str = "validation"  # train, validation or test
     sequence_length: int = 256  # tokens per window
     batch_size: int = 16  # windows per batch

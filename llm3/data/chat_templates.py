@@ -279,3 +279,24 @@ def concatenate_runs(runs: Sequence[tuple[list[int], bool]]) -> tuple[np.ndarray
     """Runs of (tokens, whether they are an answer), end to end: tokens int32 [n], answer mask bool [n]."""
     tokens = np.concatenate([np.array(run, np.int32) for run, _ in runs])
     return tokens, np.repeat([labelled for _, labelled in runs], [len(run) for run, _ in runs])
+
+
+def prompt_text(turns: Turns, template: str, tokenizer: Tokenizer, continues: bool = False) -> str:
+    """A conversation up to where the assistant answers, as the template writes it.
+
+    Special tokens that a message spells are broken; `prompt_pieces` reads the result, also within a longer text.
+    continues: end within the last turn, which goes on, instead. Raises TemplateError.
+    """
+    if any(RESERVED.search(content) for _, content in turns):
+        raise TemplateError("a text has a character from U+10FF01 to U+10FF03, which a chat template needs")
+    names = names_of(tokenizer)
+    guarded = [(role, names.guarded(content)) for role, content in turns]
+    if not continues:
+        return render(template, guarded, names, add_generation_prompt=True)
+    role, content = guarded[-1]
+    return render(template, [*guarded[:-1], (role, content + ANSWER)], names).partition(ANSWER)[0]
+
+
+def prompt_pieces(text: str, tokenizer: Tokenizer) -> Pieces:
+    """The texts and special tokens of a text of `prompt_text`, <bos> included."""
+    return names_of(tokenizer).pieces(text)

@@ -1,13 +1,18 @@
 """Evaluations: the metrics that are computed after each stage. Each file here is a plugin, found by its name.
 
 A plugin has
-- `WINDOWS`: {row format: kind of windows}, see `llm3.data.formats` and `llm3.data.windows`;
+- `WINDOWS`: {row format: kind of windows}, see `llm3.data.formats` and `llm3.data.windows`; empty: it has no source;
 - `HEAD`, the task head that it reads, as in `llm3.objectives`;
 - `CAUSAL`: the attention that it needs (None: either);
 - `BETTER`: {metric by which the best checkpoint can be chosen: "higher" or "lower"};
 - `Options` (optional): a frozen dataclass;
 - `check_tokenizer(tokenizer, options)` (optional): raises UserError if the tokenizer lacks a token that it needs;
-- `evaluate(context) -> {name: float or int (a metric), dict or list (details for the report)}`.
+- `evaluate(context) -> {name: float or int (a metric), None (it does not apply), dict or list (details for the
+  report)}`. `<metric>_stderr` is the standard error of a metric.
+
+Optional, for a plugin without a source: `REQUIRES`, {package that it imports: the extra of llm3 that installs it};
+`prepare(config, options, template)`, called once, before any device is used, for `EvalContext.prepared`; and
+`better(prepared)`, the `BETTER` that is only known then.
 
 A metric is a ratio of global sums or is computed from results of single documents, so it does not depend on batch size,
 packing, padding or device count.
@@ -41,7 +46,8 @@ class EvalContext:
     """A model, and the documents to evaluate it on.
 
     params: on the devices, the layers as one segment. kind: the kind of windows. place: puts a batch of numpy arrays on
-    the mesh. compiled: the jitted functions of earlier evaluations, see `jit`.
+    the mesh. compiled: the jitted functions of earlier evaluations, see `jit`. template: the run's chat template or "".
+    prepared: the result of the plugin's `prepare`.
     """
 
     params: dict
@@ -53,6 +59,8 @@ class EvalContext:
     tokenizer: Tokenizer
     place: Callable[[Any], Any]
     compiled: Compiled
+    template: str = ""
+    prepared: Any = None
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
         """The documents (of `cache`, if given) cut into windows."""

@@ -87,14 +87,19 @@ def sample(
     return result
 
 
+def padded_width(length: int, max_width: int, least: int = MIN_WIDTH) -> int:
+    """The next power of two, at least `least`, capped at `max_width`."""
+    return min(max_width, max(least, 1 << max(length - 1, 0).bit_length()))
+
+
 def width_groups(lengths: Sequence[int], max_width: int, rows: int) -> Iterator[tuple[int, list[int]]]:
     """Yield (width, numbers) of prompts that are padded to the same width, at most `rows` at a time.
 
-    The width is a power of two, at least MIN_WIDTH, capped at `max_width`. It depends on the prompt's own length only.
+    The width is a `padded_width`; it depends on the prompt's own length only.
     """
     found: dict[int, list[int]] = collections.defaultdict(list)
     for number, length in enumerate(lengths):
-        found[min(max_width, max(MIN_WIDTH, 1 << max(length - 1, 0).bit_length()))].append(number)
+        found[padded_width(length, max_width)].append(number)
     for width, numbers in sorted(found.items()):
         for first in range(0, len(numbers), rows):
             yield width, numbers[first : first + rows]

@@ -52,12 +52,12 @@ def check_fits(config: RunConfig, names: Iterable[str], limit: float | None = No
 def _computes_windows(evaluation: EvaluationConfig, stages: Sequence[Stage]) -> bool:
     """Whether an evaluation computes windows of its `sequence_length`, before these stages or after one of them.
 
-    Choices and generated answers are computed at the length of their prompts, which only the data has; and an
+    Choices, generated answers and requests of tasks are computed at their own length, which only the data has; and an
     evaluation of a task head is computed only after a stage that trains this head.
     """
     plugin = load_plugin(evals, evaluation.kind)
     applies = not plugin.HEAD or any(plugin.HEAD == stage.objective.HEAD for stage in stages)
-    return applies and "dialogue" not in plugin.WINDOWS.values()
+    return applies and bool({*plugin.WINDOWS.values()} - {"dialogue"})
 
 
 def fits(stage: Stage, mesh: Mesh, limit: float, slack: float = 1.0) -> bool:

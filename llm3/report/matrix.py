@@ -2,7 +2,8 @@
 
 Evaluation metrics have keys `<evaluation>_<metric>`, e.g. `general_bits_per_byte` and `task_accuracy`, so the keys
 depend on the evaluations of a run. `<evaluation>_majority_accuracy` (or `majority_accuracy`, for all evaluations) is
-the accuracy of always predicting the most frequent class. `<evaluation>_items` is the number of examples.
+the accuracy of always predicting the most frequent class. `<evaluation>_items` is the number of examples, and
+`<evaluation>_<metric>_stderr` the standard error of a metric; a metric with that key needs no entry in `METRICS`.
 
 The cost of a step: `param_bytes`, `gradient_bytes` and `moment_bytes` of the training state, `temp_bytes` as reported
 by the compiler, model FLOPs per token by formula, `step_seconds` as measured. `full_*` are the same for full
@@ -58,10 +59,14 @@ METRICS = {
     "majority_accuracy": None,
     "majority_exact_match": None,
     "accuracy": "accuracy",
+    "acc_norm": "acc_norm",
+    "acc": "acc",
     "macro_f1": "macro_f1",
     "micro_f1": None,
     "exact_match": "exact_match",
     "pseudo_perplexity": None,
+    "word_perplexity": None,
+    "byte_perplexity": None,
     "rouge_l": "rouge_l",
     "f1": "f1",
 }
@@ -78,8 +83,10 @@ class Metric(NamedTuple):
 def metrics_of(rows: list[dict]) -> list[Metric]:
     """The metrics that at least one row has: bits per byte first, then in row order; without majority classes."""
     found: dict[str, Metric] = {}
+    with_error = {key for row in rows for key in row if f"{key}_stderr" in row}
     for key in (key for row in rows for key, value in row.items() if value is not None):
-        name = METRICS.get(next((name for name in METRICS if key.endswith(f"_{name}")), ""))
+        unlisted = key.rpartition("_")[2] if key in with_error else None
+        name = METRICS.get(next((name for name in METRICS if key.endswith(f"_{name}")), ""), unlisted)
         if name and key != "majority_accuracy":
             found[key] = Metric(key, key.removesuffix(f"_{name}"), name)
     return sorted(found.values(), key=lambda metric: metric.name != "bits_per_byte")
@@ -92,7 +99,12 @@ def majority(row: dict, evaluation: str) -> float | None:
 
 
 def standard_error(row: dict, metric: Metric) -> float | None:
-    """The binomial standard error sqrt(p (1 - p) / n) of an accuracy; None if <evaluation>_items is unknown."""
+    """The standard error of a metric: given, or else the binomial one of an accuracy, sqrt(p (1 - p) / n).
+
+    None if neither it nor <evaluation>_items is known.
+    """
+    if f"{metric.key}_stderr" in row:
+        return row[f"{metric.key}_stderr"]
     share, items = row[metric.key], row.get(f"{metric.evaluation}_items")
     return math.sqrt(share * (1 - share) / items) if items else None
 

@@ -10,7 +10,16 @@ from llm3.report.details import in_detail, repeated
 from llm3.report.matrix import Metric, complete, majority, metrics_of, parent_of, standard_error, write_matrix
 from llm3.report.plots import plot_losses, plot_matrix, plot_seeds
 from llm3.report.replicates import Recipe, collapsed, recipes, unreplicated
-from llm3.report.table import METRIC_NAMES, PERCENTAGES, REPLICATES_NOTE, markdown, markdown_table, trained
+from llm3.report.table import (
+    ERRORS_NOTE,
+    METRIC_NAMES,
+    PERCENTAGES,
+    REPLICATES_NOTE,
+    any_errors,
+    markdown,
+    markdown_table,
+    trained,
+)
 from llm3.report.units import count, duration, gibibytes, percent, words
 
 
@@ -58,6 +67,8 @@ def page(
     shown, shown_baselines = collapsed(rows), collapsed(baselines)
     single = unreplicated(rows)
     parts = [f"# {title}", markdown(shown, shown_baselines), LEGEND]
+    if any_errors([*shown, *shown_baselines]):
+        parts.append(f"{ERRORS_NOTE}.")
     if len(single) < len(rows):
         parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
     parts += ["![Metrics by stage](matrix.png)", "## Gain and cost of each stage"]
@@ -140,11 +151,11 @@ def task_sentences(rows: list[dict], baselines: list[dict]) -> Iterator[str]:
     """The last accuracy of each task compared with the majority class and each baseline. Rows are complete."""
     for metric in metrics_of([*rows, *baselines]):
         scored = [row for row in rows if row[metric.key] is not None]
-        if metric.name != "accuracy" or not scored:
+        if metric.name not in ("accuracy", "acc") or not scored:
             continue
         last, name = scored[-1], words(metric.evaluation)
         text = f"**{name}**: {accuracy(last, metric)} after {last['stage']}"
-        if (chance := majority(last, metric.evaluation)) is not None:
+        if metric.name == "accuracy" and (chance := majority(last, metric.evaluation)) is not None:
             text += f", against {percent(chance)} for the majority class"
         yield f"{text}."
         for row in baselines:

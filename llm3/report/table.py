@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # slow to import
     from rich.table import Table
 
 WIDTH = 120
+ERRORS_NOTE = "± is one standard error over the documents of an evaluation"
 REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only in their seed"
 
 METRIC_NAMES = {"bits_per_byte": "bits/byte", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "f1": "F1"}
-PERCENTAGES = ("accuracy", "macro_f1", "exact_match", "f1", "rouge_l")
+PERCENTAGES = ("accuracy", "acc", "acc_norm", "macro_f1", "exact_match", "f1", "rouge_l")
 
 
 def header(metric: Metric) -> str:
@@ -27,12 +28,17 @@ def header(metric: Metric) -> str:
 
 
 def cell(row: dict, metric: Metric) -> str:
-    """The value of a metric in a row; bits per byte are followed by the change since the parent."""
-    value = row.get(metric.key)
-    if metric.name in PERCENTAGES:
-        return percent(value)
+    """The value of a metric in a row, ± its standard error; for bits per byte also the change since the parent."""
+    value, error = row.get(metric.key), row.get(f"{metric.key}_stderr")
+    show = percent if metric.name in PERCENTAGES else fixed
+    text = show(value) if error is None else f"{show(value).removesuffix(' %')} ± {show(error)}"
     change = row.get(f"{metric.key}_change")
-    return fixed(value) if change is None else f"{fixed(value)} ({signed(change)})"
+    return text if change is None else f"{text} ({signed(change)})"
+
+
+def any_errors(rows: list[dict]) -> bool:
+    """Whether the table of these rows shows standard errors."""
+    return any(row.get(f"{metric.key}_stderr") is not None for metric in metrics_of(rows) for row in rows)
 
 
 def majority_cell(row: dict, metric: Metric) -> str:
@@ -93,6 +99,8 @@ def print_table(rows: list[dict], baselines: list[dict], console: "Console | Non
         parts = [columns[:first_cost], [0, *columns[first_cost:]]]
     for part in parts:
         console.print(_table(heads, cells, baseline_cells, part), width=width, soft_wrap=False)
+    if any_errors([*shown, *shown_baselines]):
+        console.print(f"{ERRORS_NOTE}.", highlight=False)
     if len(shown) + len(shown_baselines) < len(rows) + len(baselines):
         console.print(f"{REPLICATES_NOTE}.", highlight=False)
     if cost.any_frozen([*rows, *baselines]):

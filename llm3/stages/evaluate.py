@@ -4,6 +4,8 @@ import math
 import time
 from typing import Any
 
+from rich.console import Console
+
 from llm3.checkpoints.metadata import digests_of
 from llm3.distributed import memory, processes
 from llm3.errors import UserError, nearest
@@ -33,14 +35,30 @@ def measure(
             continue
         with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
             measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled)
-        for metric, value in measured.items():
-            key = f"{evaluation.name}_{metric}"
-            if isinstance(value, dict | list):
-                details[key] = value
-                continue
-            if not math.isfinite(value):
-                session.console.print(f"{name}: {key} is {value}", style="bold red")
-            metrics[key] = value if math.isfinite(value) else None
+        own_metrics, own_details = plain(name, evaluation.name, measured, session.console)
+        metrics |= own_metrics
+        details |= own_details
+    return metrics, details
+
+
+def plain(
+    stage: str, evaluation: str, measured: dict[str, Any], console: Console
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """The result of an evaluation as metrics and details, with the evaluation's name in front of the keys.
+
+    A metric that is not finite is printed, and None.
+    """
+    metrics: dict[str, float | None] = {}
+    details: dict[str, Any] = {}
+    for name, value in measured.items():
+        key = f"{evaluation}_{name}" if evaluation else name
+        if isinstance(value, dict | list):
+            details[key] = value
+            continue
+        if value is not None and not math.isfinite(value):
+            console.print(f"{stage}: {key} is {value}", style="bold red")
+            value = None
+        metrics[key] = value
     return metrics, details
 
 
@@ -96,7 +114,7 @@ def best_metric(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evalu
         f"{evaluation.name}_{metric}": (1 if better == "lower" else -1, evaluation)
         for evaluation in evaluations
         if evaluation.applies(stage)
-        for metric, better in evaluation.plugin.BETTER.items()
+        for metric, better in evaluation.better.items()
     }
     if (best := stage.config.best) not in sign:
         raise UserError(f"{stage.where}.best={best!r}: no such metric of this stage; {nearest(best, sign)}")

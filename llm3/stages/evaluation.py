@@ -15,21 +15,32 @@ from llm3.data.library import Library
 from llm3.data.packing import check_windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import place_batch
-from llm3.registry import load_plugin, read_options
+from llm3.errors import UserError, within
+from llm3.registry import check_installed, load_plugin, read_options
 from llm3.stages.stage import Stage, check_tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, resolved. kind: the kind of windows. labels: the classes of its source, if it classifies."""
+    """One evaluation, resolved. kind: the kind of windows. labels: the classes of its source, if it classifies.
+
+    cache: None for an evaluation without a source. prepared, template: see `EvalContext`.
+    """
 
     name: str
     config: EvaluationConfig
     plugin: ModuleType
     options: Any
-    kind: str
-    cache: TokenCache
-    labels: list[str] | None
+    kind: str = ""
+    cache: TokenCache | None = None
+    labels: list[str] | None = None
+    prepared: Any = None
+    template: str = ""
+
+    @property
+    def better(self) -> dict[str, str]:
+        """{metric by which the best checkpoint can be chosen: "higher" or "lower"}"""
+        return self.plugin.better(self.prepared) if hasattr(self.plugin, "better") else self.plugin.BETTER
 
     def applies(self, stage: Stage | None) -> bool:
         """Whether the stage (None: the untrained model) has the task head that the evaluation needs."""
@@ -50,10 +61,12 @@ class Evaluation:
                 config=self.config,
                 options=self.options,
                 kind=self.kind,
-                cache=self.cache,
+                cache=self.cache,  # type: ignore[arg-type]  # an evaluation without a source reads none
                 tokenizer=tokenizer,
                 place=partial(place_batch, mesh),
                 compiled=compiled,
+                template=self.template,
+                prepared=self.prepared,
             )
         )
 
@@ -64,6 +77,8 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     plugin = load_plugin(evals, own.kind)
     options = read_options(plugin, own.options, f"config.evaluations.{name}.options")
     check_tokenizer(plugin, library.tokenizer, options, f"config.evaluations.{name}")
+    if not plugin.WINDOWS:
+        return without_source(name, own, options, library.template, f"config.evaluations.{name}.options")
     labels = library.labels(own.source) if plugin.HEAD == "labels" else None
     tokens = library.cache(own.source, own.split)
     cache = tokens.first(own.max_documents) if own.max_documents else tokens
@@ -73,3 +88,14 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     )  # raises UserError for a length too small
     check_windows(table, f"config.evaluations.{name}: source {own.source!r}", own.sequence_length)
     return Evaluation(name, own, plugin, options, kind, cache, labels)
+
+
+def without_source(name: str, config: EvaluationConfig, options: Any, template: str, where: str) -> Evaluation:
+    """An evaluation without a source, prepared. where: what has the options, for errors. Raises UserError."""
+    plugin = load_plugin(evals, config.kind)
+    check_installed(plugin, f"evaluation {config.kind!r}")
+    try:
+        prepared = plugin.prepare(config, options, template)
+    except UserError as error:
+        raise within(where, error) from error.__cause__
+    return Evaluation(name, config, plugin, options, prepared=prepared, template=template)

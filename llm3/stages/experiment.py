@@ -66,6 +66,8 @@ class Experiment:
         """For each evaluation, the overlap of its documents with the training data of the stages."""
         training = sorted({source for stage in self.stages.values() for source in stage.data.caches})
         for each in self.evaluations if not self._overlaps else ():
+            if each.cache is None:
+                continue
             # an evaluation on a train split overlaps with it on purpose
             measured = (each.config.source, each.config.split)
             others = [self.library.cache(source, "train") for source in training if (source, "train") != measured]
@@ -80,8 +82,11 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     """
     check_without_data(config, workdir, order)
     library = read_library(config, workdir)
+    quick = {
+        name: read_evaluation(config, name, library) for name, each in config.evaluations.items() if not each.source
+    }
     stages = [read_stage(config, name, workdir, library) for name in order]
-    evaluations = [read_evaluation(config, name, library) for name in config.evaluations]
+    evaluations = [quick.get(name) or read_evaluation(config, name, library) for name in config.evaluations]
     dtype = chosen_dtype(config)
     computed = {stage.name: stage.computed_in(dtype) for stage in stages}
     return Experiment(config, workdir, library, computed, evaluations, dtype)

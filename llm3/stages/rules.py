@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llm3.config.data_schema import SourceConfig
-from llm3.config.schema import RunConfig, StageConfig
+from llm3.config.schema import EvaluationConfig, RunConfig, StageConfig
 from llm3.distributed.mesh_axes import check_across_hosts, table
 from llm3.errors import UserError, counted, nearest
 from llm3.files import INIT
@@ -78,12 +78,13 @@ def check(config: RunConfig) -> list[str]:
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, plugin_names("evals"))
-        _known(f"{where}.source", evaluation.source, config.sources)
-        plugin = declared("evals", evaluation.kind)
-        check_attention(plugin.CAUSAL, config.model.causal, f"{where}.kind={evaluation.kind!r}")
-        window_kind(
-            plugin.WINDOWS, config.sources[evaluation.source], f"{where}.kind={evaluation.kind!r}", evaluation.source
-        )
+        plugin, kind = declared("evals", evaluation.kind), f"{where}.kind={evaluation.kind!r}"
+        check_attention(plugin.CAUSAL, config.model.causal, kind)
+        if plugin.WINDOWS:
+            _known(f"{where}.source", evaluation.source, config.sources)
+            window_kind(plugin.WINDOWS, config.sources[evaluation.source], kind, evaluation.source)
+        else:
+            check_no_source(evaluation, where)
         read_options(plugin, evaluation.options, f"{where}.options")
     for name, stage in stages.items():
         where = f"config.stages.{name}"
@@ -115,14 +116,20 @@ def check(config: RunConfig) -> list[str]:
 def check_best(config: RunConfig, stage: StageConfig, where: str) -> None:
     """Raise UserError unless `best` is a metric of an evaluation that fits the task head of the stage, or empty."""
     head = declared("objectives", stage.objective_name).HEAD
+    plugins = {name: declared("evals", evaluation.kind) for name, evaluation in config.evaluations.items()}
     metrics = [
-        f"{name}_{metric}"
-        for name, evaluation in config.evaluations.items()
-        if (plugin := declared("evals", evaluation.kind)).HEAD in ("", head)
-        for metric in plugin.BETTER
+        f"{name}_{metric}" for name, each in plugins.items() if each.HEAD in ("", head) for metric in each.BETTER
     ]
-    if stage.best and stage.best not in metrics:
+    later = tuple(f"{name}_" for name, each in plugins.items() if not each.BETTER)  # known once it is prepared
+    if stage.best and stage.best not in metrics and not stage.best.startswith(later):
         raise UserError(f"{where}.best={stage.best!r}: no such metric of this stage; {nearest(stage.best, metrics)}")
+
+
+def check_no_source(evaluation: EvaluationConfig, where: str) -> None:
+    """Raise UserError for a field that chooses documents of a source, in an evaluation that has no source."""
+    for field in ("source", "split", "max_documents"):
+        if (value := getattr(evaluation, field)) != getattr(EvaluationConfig, field):
+            raise UserError(f"{where}.{field}={value!r}: an evaluation of kind {evaluation.kind!r} has no source")
 
 
 def check_attention(needed: bool | None, causal: bool, what: str) -> None:

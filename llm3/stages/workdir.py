@@ -19,7 +19,7 @@ def stage_record(config: RunConfig, name: str) -> dict:
     record = as_dict(config)
     stage = record["stages"].get(name, {})
     shared = {key: record[key] for key in ("seed", "model", "tokenizer", "evaluations")}
-    used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values()}
+    used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values() if each.source}
     shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | _drawn(stage, record["stages"]))}
     own = {key: value for key, value in stage.items() if key not in FREE_FIELDS}
     if own:

@@ -69,7 +69,7 @@ def make_context(
             plugin.__name__.split(".")[-1], "source", sequence_length=length, batch_size=batch_size
         ),
         options=options or (plugin.Options() if hasattr(plugin, "Options") else None),
-        kind=next(iter(plugin.WINDOWS.values())),
+        kind=next(iter(plugin.WINDOWS.values()), ""),
         cache=cache,
         tokenizer=tokenizer,
         place=place or (lambda batch: jax.tree.map(jnp.asarray, batch)),
