@@ -17,7 +17,7 @@ EXPORTS = {
     "TrainState": "llm3.training.step",
     "abstract": "llm3.models.transformer",
     "init": "llm3.models.transformer",
-    "load_config": "llm3.config.load:load",
+    "load_config": "llm3.stages.origin",
     "load_stage": "llm3.checkpoints.load",
     "make_mesh": "llm3.distributed.sharding",
     "make_partition": "llm3.optim.partition",

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from llm3.cli import checks
 from llm3.cli.output import ReaderGone, watched_output
-from llm3.config.load import load
 from llm3.distributed import interrupts
 from llm3.errors import NotWritten, UserError
 from llm3.files import local_path
+from llm3.stages.origin import load_config
 
 Flag = tuple[str, dict[str, Any]]
 
@@ -117,7 +117,9 @@ VERBS = {
             ),
             flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
             flag("--base", help="the base model that the adapters name, for --format=adapters"),
-            flag("--dtype", default="float32", help="float32 (default) or bfloat16"),
+            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+            flag("--max_shard_size", default="5GB", help="write several files of at most this size (default: 5GB)"),
+            flag("--push", metavar="NAME", help="then upload the directory to this repository on the Hugging Face Hub"),
         ),
     ),
     "bench": Verb(
@@ -221,7 +223,9 @@ def call_verb(arguments: list[str]) -> int:
         if overrides and not options.get("config"):
             raise UserError(f"--config.{overrides[0]}: expected --config=FILE as well")
         if options.get("config"):
-            options["config"] = load(options["config"], overrides)
+            options["config"] = load_config(
+                options["config"], overrides, options["workdir"], only_planned=name == "plan"
+            )
         checks.check(name, options)
         cluster = [options.pop(each[2:]) for each, _ in PROCESSES] if verb.clustered else None
         with joined(*cluster) if cluster else nullcontext():

@@ -16,6 +16,8 @@ CHAT_TEMPLATE = "chat_template.jinja"  # the template of conversations, if the r
 REPORT = "report.md"
 MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence marks a complete report
 INIT = "init"  # the folder of the untrained model, and its name as a parent
+START = "start"  # the folder of the pretrained model that a run starts from
+MODEL = "model.json"  # in START: what the run keeps of that model
 
 # In a stage folder
 CHECKPOINTS = "checkpoints"
@@ -26,7 +28,7 @@ DETAILS = "details.json"  # evaluation results that are not single numbers
 
 PLOTS = ("loss.png", "matrix.png", "seeds.png")
 # In the run directory, so no stage's name
-RESERVED = frozenset({INIT, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, *PLOTS})
+RESERVED = frozenset({INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, *PLOTS})
 
 
 def local_path(text: str | Path, where: str) -> Path:

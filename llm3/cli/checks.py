@@ -1,18 +1,20 @@
 """Checks of the flags, the config and the names of files, made before jax is imported, which takes seconds."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS, INIT
+from llm3.files import CHECKPOINTS
 from llm3.registry import check_installed, declared
 from llm3.stages import rules
+from llm3.stages.parents import first_rows
 from llm3.stages.workdir import check_record
 
 EXPORT_FORMATS = ("merged", "base", "adapters")
-EXPORT_DTYPES = ("float32", "bfloat16")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
@@ -28,7 +30,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
 
             load_template(template)
         if verb == "run":
-            for name in [INIT, *names]:
+            for name in [*first_rows(config), *names]:
                 check_record(workdir, config, name)
     if verb == "generate":
         check_sampling(options)
@@ -97,6 +99,8 @@ def check_export(options: Mapping[str, Any]) -> None:
         raise UserError(f"--base={base}: only --format=adapters names a base model; {form} writes a full model")
     if step != "latest" and not step.isdecimal():
         raise UserError(f"--step={step}: expected a step number or 'latest'")
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", size := options["max_shard_size"]):
+        raise UserError(f"--max_shard_size={size}: expected a number and KB, MB, GB or TB, as in 5GB")
 
 
 def shard_of(shard: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes
-from llm3.handoff.parent import holds
+from llm3.handoff.checkpoint import holds
 from llm3.report.console import new_console
 from llm3.report.units import count
 
@@ -29,13 +29,21 @@ def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
         meta = checkpoints.meta(step)
         console.print(f"\n{name}")
         for depth, link in enumerate([*meta["lineage"], {"run": ".", "stage": name, **meta}]):
-            differs = "".join(f", {line}" for line in changes(link)) if depth else ""
-            run, note = place(workdir, link, runs)
-            console.print(
-                f"  {'  ' * depth}{run}/{link['stage']} step {link['step']} ({link['kind']}, "
-                f"{count(link['cost']['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs}){note}"
-            )
+            console.print(f"  {'  ' * depth}{line(workdir, link, runs, depth)}")
     return 0
+
+
+def line(workdir: Path, link: dict, runs: Sequence[Path], depth: int) -> str:
+    """An ancestor on one line: a pretrained model, or a stage with what differs from its own parent."""
+    if "model" in link and "stage" not in link:
+        revision = f" at {link['revision']}" if link["revision"] else ""
+        return f"{link['model']}{revision} (pretrained {link['family']}, files {link['params_digest'][:12]})"
+    differs = "".join(f", {each}" for each in changes(link)) if depth else ""
+    run, note = place(workdir, link, runs)
+    return (
+        f"{run}/{link['stage']} step {link['step']} ({link['kind']}, "
+        f"{count(link['cost']['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs}){note}"
+    )
 
 
 def place(workdir: Path, link: dict, runs: Sequence[Path]) -> tuple[Path, str]:

@@ -20,7 +20,6 @@ from llm3.files import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
     DETAILS,
-    INIT,
     MATRIX,
     RECORD,
     REPORT,
@@ -36,8 +35,11 @@ from llm3.report.console import new_console
 from llm3.report.logs import read_metrics
 from llm3.stages import rules
 from llm3.stages.cost import with_full_step_seconds
-from llm3.stages.evaluate import evaluate_init, evaluate_stage
+from llm3.stages.evaluate import evaluate_subject
+from llm3.stages.evaluation import subject_of
 from llm3.stages.experiment import prepare
+from llm3.stages.first_rows import evaluate_first_rows, keep_model
+from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_before_training, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
@@ -51,13 +53,14 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     """
     console = make_console()
     order = rules.chosen(config, stages)
-    for name in [INIT, *order]:
+    first = first_rows(config)
+    for name in [*first, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
     to_train = processes.broadcast_from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
-    if not to_train and processes.broadcast_from_first(lambda: is_reported(workdir, [INIT, *order])):
+    if not to_train and processes.broadcast_from_first(lambda: is_reported(workdir, [*first, *order])):
         finished = "is finished" if len(order) == 1 else "are finished"
         console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir / REPORT}")
         return 0
@@ -106,18 +109,20 @@ def intact_checkpoint(workdir: Path, order: list[str]) -> str:
 
 
 def begin(session: Session, to_train: list[str]) -> None:
-    """Check all stages to train, then write the files of the run and evaluate the untrained model."""
+    """Check all stages to train, then write the files of the run and evaluate the model that it begins with."""
     for name in to_train:
         check_before_training(session, session.experiment.stages[name], to_train)
+    keep_model(session)
     if processes.is_first():
-        write_json(session.workdir / INIT / RECORD, stage_record(session.config, INIT))
+        for name in first_rows(session.config):
+            write_json(session.workdir / name / RECORD, stage_record(session.config, name))
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         if template := session.experiment.library.template:
             with writing(session.workdir / CHAT_TEMPLATE):
                 write_atomic(session.workdir / CHAT_TEMPLATE, template)
         session.print_header()
-    evaluate_init(session)
+    evaluate_first_rows(session)
 
 
 def make_console() -> Console:
@@ -141,7 +146,7 @@ def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) 
             )
             if lines := differences(as_dict(model), as_dict(now), "model"):
                 raise UserError(f"{workdir / name} holds another model than this config:\n" + "\n".join(lines))
-            rows.append(evaluate_stage(session, stage, params)[0])
+            rows.append(evaluate_subject(session, subject_of(stage), params)[0])
     table.print_table(rows, [], console)
     return 0
 
@@ -163,13 +168,14 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
     rows: list[dict] = []
     baselines: list[dict] = []
     histories: dict[str, list[dict]] = {}
-    for name in [INIT, *rules.check(config)]:
+    first = first_rows(config)
+    for name in [*first, *rules.check(config)]:
         row = read_json(workdir / name / ROW)
         if row is None:
             continue
-        baseline = name != INIT and config.stages[name].baseline
+        baseline = name not in first and config.stages[name].baseline
         (baselines if baseline else rows).append(row)
-        if name != INIT:
+        if name not in first:
             histories[name] = read_metrics(workdir / name)
     shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
     full = {name for name, stage in config.stages.items() if rules.trains_all(stage) and not stage.adapters}

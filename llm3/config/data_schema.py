@@ -16,24 +16,22 @@ class TokenizerConfig:
 
     vocab_size: int = 4096  # tokens of a trained vocabulary, 4 special tokens and 256 bytes included
     sources: list[str] = dataclasses.field(default_factory=list)  # training data; empty: the pretrain stages' sources
-    path: str = ""  # a tokenizer.json of any kind, or a folder with it (a Hugging Face model, a run); "": train one
+    # a tokenizer.json of any kind, or a folder with it (a Hugging Face model, a run); "": that of the model or run to
+    # start from, else train one
+    path: str = ""
     # {bos, eos, pad, mask: token, ends: list of tokens} where no file beside the tokenizer.json names them; "": none
     special: dict[str, Any] = dataclasses.field(default_factory=dict)
     train_bytes: int = 40_000_000  # train on at most this many bytes, sampled by hash from larger sources
-    add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary at `path`
-    # jinja source, or a file with it, which the run keeps; "": that of the folder at `path`, if there is one, else
+    add: list[str] = dataclasses.field(default_factory=list)  # new tokens, appended to the vocabulary of `path`
+    # jinja source, or a file with it, which the run keeps; "": that of the tokenizer's folder, if there is one, else
     # contents unchanged, each answer ends with <eos>
     chat_template: str = ""
 
     def __post_init__(self) -> None:
         at_least("tokenizer.vocab_size", self.vocab_size, MIN_VOCAB_SIZE)
         at_least("tokenizer.train_bytes", self.train_bytes, 1)
-        if self.add and not self.path:
-            raise UserError(f"config.tokenizer.add={self.add}: needs tokenizer.path, the tokenizer to extend")
         if self.special and not self.path:
-            raise UserError(
-                f"config.tokenizer.special={self.special}: needs tokenizer.path, the tokenizer of these tokens"
-            )
+            raise UserError(f"config.tokenizer.special={self.special}: needs tokenizer.path, whose tokens they are")
         if self.path:
             local_path(self.path, "config.tokenizer.path")
         if self.chat_template and "{" not in self.chat_template:

@@ -24,13 +24,34 @@ def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     Raises UserError for a file that does not load, an unknown field (with the nearest valid names), a missing field, or
     a wrong type.
     """
-    values = _run_file(file)
+    return read(values(file, overrides))
+
+
+def values(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields that `file` and the overrides give, not yet read. Raises UserError as `load`."""
+    given = _run_file(file)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--config.{override}: expected --config.FIELD=VALUE")
-        _assign(RunConfig, values, name.split("."), _literal(text), "config")
-    return _read(RunConfig, values, "config")
+        _assign(RunConfig, given, name.split("."), _literal(text), "config")
+    return given
+
+
+def read(given: dict[str, Any]) -> RunConfig:
+    """The config of the fields that `values` returned. Raises UserError as `load`."""
+    return _read(RunConfig, given, "config")
+
+
+def check_section(kind: Any, given: Any, where: str) -> None:
+    """Raise UserError for fields of a section that it does not have or that have a wrong type; some may be missing."""
+    if not isinstance(given, dict):
+        raise UserError(f"{where}={given!r}: expected a section with fields, got {type(given).__name__}")
+    hints = typing.get_type_hints(kind)
+    for name, value in given.items():
+        if name not in hints:
+            raise UserError(f"{where}.{name}: no such field; {nearest(name, hints)}")
+        _read(hints[name], value, f"{where}.{name}")
 
 
 def _run_file(file: str) -> dict:

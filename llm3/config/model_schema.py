@@ -123,7 +123,7 @@ class ModelConfig:
     scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
     logit_chunk: int = 0  # compute the LM loss over this many positions at a time, to save memory; 0: all at once
     compute_dtype: str = "auto"  # float32 (never TF32), bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
-    vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary
+    vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary, or more rows of a pretrained model
     classes: int = 0  # set by the run: number of labels; 0: no task head
     adapters: Any = ()  # set by the run: the stage's adapters, ((name, AdapterConfig), ...)
     # set by the run: max positions per window whose output the loss uses; 0: unknown

@@ -86,7 +86,9 @@ class StageConfig:
     # pairs [step, {source: weight}]: the mixture from that step on
     data_schedule: list[Any] = dataclasses.field(default_factory=list)
     replay: float = 0.0  # share of the mixture that repeats the parent's data, with the parent's weights
-    start: Any = None  # the parent: a stage of this run, or dict(run=, stage=, step=, fresh=[...], drop=[...])
+    # the parent: a stage of this run, dict(run=, stage=, step=, fresh=[...], drop=[...]), or a pretrained model:
+    # dict(model=, revision=, fresh=[...], drop=[...])
+    start: Any = None
     objective: Any = "causal"  # a name, or dict(name=..., and its options)
     train: Any = "all"  # trainable parameters: a rule, or a list of rules
     # pairs [step, rule]: parameters that become trainable at that step
@@ -164,8 +166,10 @@ class EvaluationConfig:
 class RunConfig:
     """A whole experiment."""
 
-    model: ModelConfig  # the model that all stages share
-    tokenizer: TokenizerConfig  # the tokenizer that all stages share
+    # the model that all stages share; of a pretrained model, or of the run that the first stage starts from, it follows
+    # from there
+    model: ModelConfig
+    tokenizer: TokenizerConfig  # the tokenizer that all stages share; empty: that of the model or run to start from
     sources: dict[str, SourceConfig]  # data sources by name
     stages: dict[str, StageConfig]  # stages by name
     # evaluations by name; each runs after every stage
@@ -179,11 +183,9 @@ class RunConfig:
     data_dir: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "classes", "adapters", "max_output_positions"):
+        for name in ("classes", "adapters", "max_output_positions"):
             if getattr(self.model, name):
-                raise UserError(
-                    f"config.model.{name}: expected it unset; it follows from the tokenizer, the labels and the stage"
-                )
+                raise UserError(f"config.model.{name}: expected it unset; it follows from the labels and the stage")
         at_least("hang_seconds", self.hang_seconds, 0)
         for section in ("sources", "stages", "evaluations"):
             for name in getattr(self, section):

@@ -4,12 +4,12 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llm3.config.model_schema import ModelConfig
 from llm3.errors import UserError, listed, nearest
-from llm3.handoff import vocabulary
-from llm3.handoff.start import Start
+from llm3.handoff.start import AnyStart
+from llm3.handoff.vocabulary import NO_CHANGE, VOCABULARY_AXES, VocabularyChange
 
 
 class Account(NamedTuple):
@@ -18,9 +18,9 @@ class Account(NamedTuple):
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
     dropped: tuple[str, ...]
-    extended: tuple[str, ...]  # the loaded leaves that gain rows or columns for new tokens
+    extended: tuple[str, ...]  # the loaded leaves with rows or columns for new tokens
+    padded: tuple[str, ...]  # the loaded leaves whose rows are only padded, or cut, to another multiple
     cast: dict[str, str]  # {path: dtype in the parent} of the loaded leaves whose dtype changes
-    padded: tuple[str, ...] = ()  # the loaded leaves that change only the rows that fill `vocab_multiple`
 
     def provenance(self) -> dict:
         """The leaves that differ from the parent, for the metadata of the child."""
@@ -45,16 +45,14 @@ def changes(provenance: dict) -> list[str]:
 def account_for(
     model: dict[str, tuple[int, ...]],
     parent: dict[str, tuple[int, ...]],
-    start: Start,
+    start: AnyStart,
     where: str,
-    added: int = 0,
-    tokens: int = 0,
+    change: VocabularyChange = NO_CHANGE,
 ) -> Account:
     """Account for every leaf of the model and of the parent, each given as {path: shape}.
 
-    A rule is a regular expression that must match the full path. added: the number of new tokens after the parent's
-    vocabulary. tokens: the model's vocabulary; 0: its leaves are not padded. Raises UserError if a rule matches
-    nothing, or with all problems if any leaf is missing, left over or of another shape.
+    A rule is a regular expression that must match the full path. change: of the vocabulary since the parent. Raises
+    UserError if a rule matches nothing, or with all problems if any leaf is missing, left over or of another shape.
     """
     fresh = {path for path in model if any(re.fullmatch(rule, path) for rule in start.fresh)}
     dropped = {path for path in parent if any(re.fullmatch(rule, path) for rule in start.drop)}
@@ -72,35 +70,40 @@ def account_for(
         for path in sorted(kept - set(model))
     ]
     loaded = sorted((set(model) - fresh) & kept)
-    resized = tuple(path for path in loaded if vocabulary.resizes(path, parent[path], model[path], added, tokens))
+    fitted = [path for path in loaded if tuple(model[path]) == change.shape(path, parent[path])]
+    extended = [path for path in fitted if path in VOCABULARY_AXES and change.added]
+    padded = [path for path in fitted if tuple(model[path]) != tuple(parent[path]) and path not in extended]
     problems += [
         f"  {path}: {model[path]} in this model, {parent[path]} in the parent; use the parent's model config, or "
         f"name it in start.fresh to initialize it"
         for path in loaded
-        if tuple(model[path]) != tuple(parent[path]) and path not in resized
+        if path not in fitted
     ]
     if problems:
-        raise UserError(f"{where}: {start.run}/{start.stage} does not fit this model:\n" + "\n".join(problems))
+        raise UserError(f"{where}: {start.title} does not fit this model:\n" + "\n".join(problems))
     return Account(
         loaded=tuple(loaded),
         fresh=tuple(sorted(fresh)),
         dropped=tuple(sorted(dropped | (kept & fresh))),
-        extended=resized if added else (),
+        extended=tuple(extended),
+        padded=tuple(padded),
         cast={},
-        padded=() if added else resized,
     )
 
 
-# Fields that change no result, or only results of leaves that `check_labels` and the account check.
+# fields that change no result
+SAME_FUNCTION = ("remat", "logit_chunk", "scan_unroll", "compute_dtype", "vocab_multiple")
+# these, and fields that change only results of leaves that `check_labels` and the account check
 FREE_MODEL_FIELDS = (
-    *("remat", "logit_chunk", "scan_unroll", "compute_dtype"),
-    *("vocab_size", "vocab_multiple", "classes", "pool", "pooler", "adapters", "max_output_positions"),
+    *SAME_FUNCTION,
+    *("vocab_size", "classes", "pool", "pooler", "adapters", "max_output_positions"),
+    *("lm_transform", "lm_transform_bias", "lm_head_bias"),
 )
 
 
-def _equal(theirs: Any, ours: Any) -> bool:
-    """Whether two values of a field are equal; numbers may differ as their float32 values may."""
-    if isinstance(theirs, float) and isinstance(ours, float):
+def agree(theirs: object, ours: object) -> bool:
+    """Whether two values of a model's field are equal; floats may have gone through float32."""
+    if isinstance(theirs, float) and isinstance(ours, int | float):
         return math.isclose(theirs, ours, rel_tol=1e-6)
     return theirs == ours
 
@@ -109,7 +112,7 @@ def check_function(before: ModelConfig, now: ModelConfig, account: Account, wher
     """Raise UserError if the child would compute something else than the parent from leaves of the same shape."""
     for field in dataclasses.fields(ModelConfig):
         theirs, ours = getattr(before, field.name), getattr(now, field.name)
-        if field.name not in FREE_MODEL_FIELDS and not _equal(theirs, ours):
+        if field.name not in FREE_MODEL_FIELDS and not agree(theirs, ours):
             raise UserError(
                 f"{where}: the parent has model.{field.name}={theirs!r}, this stage {ours!r}: use the parent's"
             )

@@ -1,10 +1,11 @@
-"""Adding tokens to a trained model: the leaves with one entry per token, and how they are extended.
+"""Another vocabulary than the parent's: the leaves with one row or column per token, and how they are changed.
 
 A new token starts at the mean of the old tokens, which nearly preserves their probabilities (Hewitt 2021, "Initializing
-New Word Embeddings for Pretrained Language Models").
+New Word Embeddings for Pretrained Language Models"). The rows of a pretrained model may outnumber its tokens: its spare
+rows are kept, and a new token takes the first of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +14,31 @@ from jax.sharding import NamedSharding, PartitionSpec
 VOCABULARY_AXES = {"embed/embedding": 0, "lm_head/kernel": 1, "lm_head/bias": 0}  # {path: axis}
 
 
-def resizes(path: str, before: tuple[int, ...], after: tuple[int, ...], added: int, tokens: int = 0) -> bool:
-    """Whether `added` new tokens or another padding, and nothing else, turn shape `before` into shape `after`.
+class VocabularyChange(NamedTuple):
+    """The change between the vocabularies of a parent and of a model; the default is none."""
 
-    tokens: the size of the vocabulary afterwards, of which `vocab_multiple` may make a larger axis; 0: the axis of
-    `after`. New tokens that fit into the old padding change a leaf, but not its shape.
-    """
-    axis = VOCABULARY_AXES.get(path)
-    if axis is None or len(before) != len(after):
-        return False
-    others = [size for i, size in enumerate(before) if i != axis] == [size for i, size in enumerate(after) if i != axis]
-    if not tokens:
-        return bool(added) and others and after[axis] == before[axis] + added
-    fits = before[axis] >= tokens - added and after[axis] >= tokens
-    return others and fits and (added > 0 or before[axis] != after[axis])
+    known: int = 0  # tokens of the parent's tokenizer
+    added: int = 0  # tokens that this run adds after them
+    rows: int = 0  # rows of the parent's leaves without padding; 0: all of them
+    multiple: int = 1  # the model pads its rows to a multiple of this
+
+    def size(self, before: int) -> int:
+        """The number of rows in the model, without padding, if the parent has `before` rows."""
+        return max(self.rows or before, self.known + self.added if self.added else 0)
+
+    def shape(self, path: str, before: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the model of a leaf of shape `before` in the parent."""
+        axis = VOCABULARY_AXES.get(path)
+        if axis is None:
+            return tuple(before)
+        size = -(-self.size(before[axis]) // self.multiple) * self.multiple
+        return (*before[:axis], size, *before[axis + 1 :])
 
 
-def before_extension(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+NO_CHANGE = VocabularyChange()
+
+
+def before_change(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """The parent's shape and dtype, sharded as `leaf` except along the vocabulary: the mesh may not divide it."""
     sharding = leaf.sharding
     if isinstance(sharding, NamedSharding):
@@ -39,20 +48,23 @@ def before_extension(path: str, leaf: Any, shape: tuple[int, ...], dtype: Any) -
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def extended(path: str, leaf: jax.Array, like: Any, added: int, tokens: int = 0) -> jax.Array:
-    """`leaf` with `added` new tokens, in the shape, dtype and sharding of `like`; tokens: as in `resizes`.
+def changed(path: str, leaf: jax.Array, like: Any, change: VocabularyChange) -> jax.Array:
+    """`leaf` in the shape, dtype and sharding of `like`.
 
-    New tokens are the float32 mean of the old ones; rows that only fill `vocab_multiple` are 0.
+    New tokens are the float32 mean of the old ones, padding is zero, and spare rows are kept.
     """
-    axis = VOCABULARY_AXES[path]
-    tokens = tokens or like.shape[axis]
+    axis, known = VOCABULARY_AXES[path], change.known
+    rows = change.rows or leaf.shape[axis]
+    size = change.size(rows)
 
-    def extend(leaf: jax.Array) -> jax.Array:
-        old = jax.lax.slice_in_dim(leaf, 0, tokens - added, axis=axis)
-        mean = old.astype(jnp.float32).mean(axis, keepdims=True)
-        parts = [old.astype(like.dtype), jnp.repeat(mean.astype(like.dtype), added, axis)]
-        joined = jnp.concatenate(parts, axis)
-        fill = [(0, (like.shape[axis] - tokens) * (i == axis)) for i in range(joined.ndim)]
-        return jnp.pad(joined, fill)
+    def resize(old: jax.Array) -> jax.Array:
+        cut = lambda start, stop: jax.lax.slice_in_dim(old, start, stop, axis=axis).astype(like.dtype)  # noqa: E731
+        parts = [cut(0, rows)]
+        if change.added:
+            tokens = jax.lax.slice_in_dim(old, 0, known, axis=axis).astype(jnp.float32)
+            mean = tokens.mean(axis, keepdims=True).astype(like.dtype)
+            parts = [cut(0, known), jnp.repeat(mean, change.added, axis), cut(min(known + change.added, rows), rows)]
+        padding = [(0, (like.shape[axis] - size) * (each == axis)) for each in range(old.ndim)]
+        return jnp.pad(jnp.concatenate(parts, axis), padding)
 
-    return jax.jit(extend, out_shardings=like.sharding)(leaf)
+    return jax.jit(resize, out_shardings=like.sharding)(leaf)

@@ -9,29 +9,28 @@ from rich.console import Console
 from llm3.checkpoints.metadata import digests_of
 from llm3.distributed import memory, processes
 from llm3.errors import UserError, nearest
-from llm3.files import DETAILS, INIT, ROW, read_json, write_json
-from llm3.models.transformer import init
+from llm3.files import DETAILS, ROW, write_json
 from llm3.segments import segmented
-from llm3.stages.evaluation import Evaluation
+from llm3.stages.evaluation import Evaluation, Subject, subject_of
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.tree import combine_digests, flatten, size
 
 
 def measure(
-    session: Session, stage: Stage | None, params: dict, only: Evaluation | None = None
+    session: Session, subject: Subject, params: dict, only: Evaluation | None = None
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Metrics and details of canonical parameters, from all evaluations that apply to a stage (None: untrained).
+    """Metrics and details of canonical parameters, from all evaluations that apply to the subject.
 
     only: run just this evaluation. A non-finite metric becomes None.
     """
-    name, model = (INIT, session.experiment.init_model) if stage is None else (stage.name, stage.model)
+    name, model = subject.name, subject.model
     one_segment = segmented(params, ((0, model.layers),))
     metrics: dict[str, float | None] = {}
     details: dict[str, Any] = {}
     tokenizer, compiled = session.experiment.tokenizer, session.compiled_evaluations
     for evaluation in [only] if only else session.experiment.evaluations:
-        if not evaluation.applies(stage):
+        if not evaluation.applies(subject):
             continue
         with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
             measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled)
@@ -68,15 +67,14 @@ def evaluation_fields(name: str) -> list[str]:
     return [f"{where}.batch_size", f"{where}.sequence_length", "config.mesh.fsdp (more devices)"]
 
 
-def evaluate_stage(session: Session, stage: Stage | None, params: dict) -> tuple[dict, dict]:
-    """The row of the matrix for a stage's canonical parameters (None: untrained), and the details."""
-    name = stage.name if stage else INIT
-    session.console.print(f"{name}: evaluating")
+def evaluate_subject(session: Session, subject: Subject, params: dict) -> tuple[dict, dict]:
+    """The row of the matrix for canonical parameters, and the details."""
+    session.console.print(f"{subject.name}: evaluating")
     started = time.perf_counter()
-    metrics, details = measure(session, stage, params)
+    metrics, details = measure(session, subject, params)
     constant = [value for key, value in metrics.items() if key.endswith("_majority_accuracy")]
     return {
-        "stage": name,
+        "stage": subject.name,
         **metrics,
         "majority_accuracy": constant[0] if len(constant) == 1 else None,
         "params": size(params),
@@ -85,9 +83,9 @@ def evaluate_stage(session: Session, stage: Stage | None, params: dict) -> tuple
     }, details
 
 
-def write_row(session: Session, stage: Stage | None, params: dict, cost: dict) -> None:
+def write_row(session: Session, subject: Subject, params: dict, cost: dict) -> None:
     """Evaluate the parameters and save the row, with their cost."""
-    row, details = evaluate_stage(session, stage, params)
+    row, details = evaluate_subject(session, subject, params)
     directory = session.workdir / row["stage"]
 
     def write() -> None:
@@ -98,13 +96,6 @@ def write_row(session: Session, stage: Stage | None, params: dict, cost: dict) -
     processes.broadcast_from_first(write)
 
 
-def evaluate_init(session: Session) -> None:
-    """Write the row of the untrained model, unless it exists."""
-    if not processes.broadcast_from_first(lambda: bool(read_json(session.workdir / INIT / ROW))):
-        params = init(session.experiment.init_model, session.experiment.init_seed, session.mesh)
-        write_row(session, None, params, {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0})
-
-
 def best_metric(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evaluation]:
     """The sign of the stage's `best` metric (1: lower is better, -1: higher is better) and its evaluation.
 
@@ -113,7 +104,7 @@ def best_metric(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evalu
     sign = {
         f"{evaluation.name}_{metric}": (1 if better == "lower" else -1, evaluation)
         for evaluation in evaluations
-        if evaluation.applies(stage)
+        if evaluation.applies(subject_of(stage))
         for metric, better in evaluation.better.items()
     }
     if (best := stage.config.best) not in sign:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -18,6 +18,24 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, within
 from llm3.registry import check_installed, load_plugin, read_options
 from llm3.stages.stage import Stage, check_tokenizer
+
+
+class Subject(NamedTuple):
+    """A model to evaluate: a stage's, the untrained one, or the pretrained one. name: of its row.
+
+    task_head: "" (none), "labels", or the names of its outputs, as `HEAD` of an objective. labels: those outputs.
+    """
+
+    name: str
+    model: ModelConfig
+    lm_head: bool = True
+    task_head: str | tuple[str, ...] = ""
+    labels: tuple[str, ...] | list[str] = ()
+
+
+def subject_of(stage: Stage) -> Subject:
+    """A trained stage, for its evaluations."""
+    return Subject(stage.name, stage.model, stage.lm_head, stage.objective.HEAD, stage.labels)
 
 
 @dataclass(frozen=True)
@@ -42,13 +60,13 @@ class Evaluation:
         """{metric by which the best checkpoint can be chosen: "higher" or "lower"}"""
         return self.plugin.better(self.prepared) if hasattr(self.plugin, "better") else self.plugin.BETTER
 
-    def applies(self, stage: Stage | None) -> bool:
-        """Whether the stage (None: the untrained model) has the task head that the evaluation needs."""
+    def applies(self, subject: Subject) -> bool:
+        """Whether a model has the head that the evaluation reads."""
         if not self.plugin.HEAD:
-            return True
-        if stage is None or self.plugin.HEAD != stage.objective.HEAD:
+            return subject.lm_head
+        if subject.task_head != self.plugin.HEAD:
             return False
-        return self.labels is None or stage.labels == self.labels
+        return self.labels is None or subject.labels == self.labels
 
     def measure(
         self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled

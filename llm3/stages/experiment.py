@@ -20,8 +20,12 @@ from llm3.distributed.mesh_axes import MESH_AXES, table
 from llm3.distributed.sharding import rules_in_force
 from llm3.errors import UserError
 from llm3.files import INIT, TOKENIZER, local_path
+from llm3.handoff.start import ModelStart
+from llm3.interop.folder import open_folder
 from llm3.stages.evaluation import Evaluation, read_evaluation
-from llm3.stages.stage import Stage, folded_seed, init_model, plan_stage, read_stage
+from llm3.stages.model import init_model, vocabulary_size
+from llm3.stages.parents import origin
+from llm3.stages.stage import Stage, folded_seed, plan_stage, read_stage
 from llm3.stages.workdir import tokenizer_sources
 
 
@@ -44,7 +48,8 @@ class Experiment:
     @property
     def init_model(self) -> ModelConfig:
         """The model before any stage."""
-        return replace(init_model(self.config, self.tokenizer.vocab_size), compute_dtype=self.compute_dtype)
+        rows = vocabulary_size(self.config, self.tokenizer)
+        return replace(init_model(self.config, rows), compute_dtype=self.compute_dtype)
 
     @property
     def init_seed(self) -> int:
@@ -82,6 +87,7 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     """
     check_without_data(config, workdir, order)
     library = read_library(config, workdir)
+    vocabulary_size(config, library.tokenizer)  # raises UserError
     quick = {
         name: read_evaluation(config, name, library) for name, each in config.evaluations.items() if not each.source
     }
@@ -121,17 +127,36 @@ def read_library(config: RunConfig, workdir: Path) -> Library:
 def load_tokenizer(
     config: RunConfig, sources: dict[str, SourceConfig], workdir: Path, cache_dir: Path
 ) -> tokenizers.Tokenizer:
-    """The tokenizer saved with the run, else the one at `tokenizer.path`, else a new one (in the cache)."""
+    """The tokenizer saved with the run, else the one at `tokenizer.path`, else that of the model or run to start from.
+
+    Where there is none of these, a new one (in the cache). Raises UserError.
+    """
     saved, add = workdir / TOKENIZER, config.tokenizer.add
-    if add and not config.tokenizer.path:
-        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer to extend")
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
-    if config.tokenizer.path:
-        path = local_path(config.tokenizer.path, "config.tokenizer.path")
-        loaded = tokenizers.Tokenizer.load(path, config.tokenizer.special)
+    if loaded := given_tokenizer(config, workdir):
         return loaded.extended(add) if add else loaded
+    if add:
+        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer to extend")
     if not (names := tokenizer_sources(config)):
         raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
     sizes = {"vocab_size": config.tokenizer.vocab_size, "train_bytes": config.tokenizer.train_bytes}
     return trained_tokenizer(sources, names, cache_dir, **sizes)
+
+
+def given_tokenizer(config: RunConfig, workdir: Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer at `tokenizer.path`, else that of the model or run to start from; None: of neither.
+
+    Raises UserError.
+    """
+    if config.tokenizer.path:
+        return tokenizers.Tokenizer.load(
+            local_path(config.tokenizer.path, "config.tokenizer.path"), config.tokenizer.special
+        )
+    if config.tokenizer.sources or (found := origin(config, workdir)) is None:
+        return None
+    name, start = found
+    if isinstance(start, ModelStart):
+        where = f"config.stages.{name}.start.model"
+        return tokenizers.Tokenizer.load(open_folder(start.model, start.revision, where).path)
+    return tokenizers.Tokenizer.load(start.run / TOKENIZER)

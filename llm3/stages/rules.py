@@ -9,8 +9,11 @@ from llm3.config.schema import EvaluationConfig, RunConfig, StageConfig
 from llm3.distributed.mesh_axes import check_across_hosts, table
 from llm3.errors import UserError, counted, nearest
 from llm3.files import INIT
-from llm3.handoff.start import read_start
+from llm3.handoff.start import ModelStart, read_start
 from llm3.registry import declared, plugin_names, read_options
+from llm3.stages.parents import model_starts, origin, parent_name
+
+PARENTS = "start={!r}, dict(run=, stage=), or dict(model=) for a pretrained model"
 
 
 def pretrain(stage: StageConfig, where: str) -> None:
@@ -27,13 +30,13 @@ def pretrain(stage: StageConfig, where: str) -> None:
 def posttrain(stage: StageConfig, where: str) -> None:
     """A posttrain stage adds a domain to its parent."""
     if stage.start is None:
-        raise UserError(f"{where}.start: a posttrain stage needs a parent: start='pretrain', or dict(run=, stage=)")
+        raise UserError(f"{where}.start: a posttrain stage needs a parent: {PARENTS.format('pretrain')}")
 
 
 def finetune(stage: StageConfig, where: str) -> None:
     """A finetune stage fits one task with few labels, from a parent or, as a baseline, from the untrained model."""
     if stage.start is None:
-        raise UserError(f"{where}.start: a finetune stage needs a parent: start='posttrain', or dict(run=, stage=)")
+        raise UserError(f"{where}.start: a finetune stage needs a parent: {PARENTS.format('posttrain')}")
     labelled = ", ".join(name for name in plugin_names("objectives") if declared("objectives", name).LABELLED)
     if not declared("objectives", stage.objective_name).LABELLED:
         raise UserError(
@@ -48,27 +51,25 @@ RULES: dict[str, Callable[[StageConfig, str], None]] = {
 }
 
 
-def parent_name(stage: StageConfig) -> str | None:
-    """The stage of the same run that this one starts from, if any."""
-    if isinstance(stage.start, dict):
-        return None if stage.start.get("run") else stage.start.get("stage")
-    return stage.start
-
-
 def _known(field: str, name: str, options: Collection[str]) -> None:
     if name not in options:
         raise UserError(f"{field}={name!r}: {nearest(name, options)}")
 
 
-def parent_label(stage: StageConfig) -> str:
-    """The name of a stage's parent: "init", a stage of the same run, or RUN/STAGE."""
-    if isinstance(stage.start, dict) and stage.start.get("run"):
-        return f"{stage.start['run']}/{stage.start['stage']}"
-    return parent_name(stage) or INIT
-
-
 def check(config: RunConfig) -> list[str]:
     """Check every stage against its rules; returns the names of the stages, parents first. Raises UserError."""
+    ordered = check_stages(config)
+    for name, evaluation in config.evaluations.items():
+        needed = declared("evals", evaluation.kind).CAUSAL
+        check_attention(needed, config.model.causal, f"config.evaluations.{name}.kind={evaluation.kind!r}")
+    for name, stage in config.stages.items():
+        needed = declared("objectives", stage.objective_name).CAUSAL
+        check_attention(needed, config.model.causal, f"config.stages.{name}.objective={stage.objective_name!r}")
+    return ordered
+
+
+def check_stages(config: RunConfig) -> list[str]:
+    """`check` without the model, which may come from elsewhere."""
     stages = config.stages
     ordered: list[str] = []
     if not stages:
@@ -79,7 +80,6 @@ def check(config: RunConfig) -> list[str]:
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, plugin_names("evals"))
         plugin, kind = declared("evals", evaluation.kind), f"{where}.kind={evaluation.kind!r}"
-        check_attention(plugin.CAUSAL, config.model.causal, kind)
         if plugin.WINDOWS:
             _known(f"{where}.source", evaluation.source, config.sources)
             window_kind(plugin.WINDOWS, config.sources[evaluation.source], kind, evaluation.source)
@@ -90,19 +90,26 @@ def check(config: RunConfig) -> list[str]:
         where = f"config.stages.{name}"
         _known(f"{where}.objective", stage.objective_name, plugin_names("objectives"))
         plugin = declared("objectives", stage.objective_name)
-        check_attention(plugin.CAUSAL, config.model.causal, f"{where}.objective={stage.objective_name!r}")
         read_options(plugin, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
             _known(f"{where}.data", source, config.sources)
             window_kind(plugin.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
         check_rules(stage, where)
         RULES[stage.kind](stage, where)
-        read_start(stage.start, Path(), f"{where}.start")
+        if isinstance(read_start(stage.start, Path(), f"{where}.start"), ModelStart) and stage.replay:
+            raise UserError(
+                f"{where}.replay={stage.replay}: the data of a pretrained model is not known; name general text in "
+                f"{where}.data"
+            )
         parent = parent_name(stage)
         if parent == INIT and not stage.baseline:
             raise UserError(f"{where}.start='{INIT}': only a baseline (baseline=True) starts from the untrained model")
         if parent is not None and parent not in (INIT, *stages):
             raise UserError(f"{where}.start={parent!r}: no such stage in this config; {nearest(parent, stages)}")
+    model_starts(config)
+    tokenizer = config.tokenizer
+    if tokenizer.add and not tokenizer.path and origin(config) is None:
+        raise UserError(f"config.tokenizer.add={tokenizer.add}: needs tokenizer.path, the tokenizer to extend")
     while len(ordered) < len(stages):
         ready = [n for n in stages if n not in ordered and parent_name(stages[n]) in (None, INIT, *ordered)]
         if not ready:

@@ -26,7 +26,8 @@ from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration
 from llm3.stages.cost import recipe, step_cost
 from llm3.stages.evaluate import best_metric, measure, write_row
-from llm3.stages.rules import parent_label
+from llm3.stages.evaluation import subject_of
+from llm3.stages.parents import parent_label
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
@@ -134,7 +135,7 @@ class StageRun:
         metrics, value, best = None, None, self.stage.config.best
         if best:
             sign, evaluation = best_metric(self.session.experiment.evaluations, self.stage)
-            value = measure(self.session, self.stage, phase.params(state), evaluation)[0][best]
+            value = measure(self.session, subject_of(self.stage), phase.params(state), evaluation)[0][best]
             value = None if value is None else sign * value
             metrics = {best: math.inf if value is None else value}
         self.cost.peak_bytes = max(memory.peak_bytes() or 0, self.cost.peak_bytes)
@@ -226,7 +227,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
         if request.signal or done < config.steps:
             return False
         params = run.full_params(phase, state)
-    write_row(session, stage, params, row_facts(run, phase))
+    write_row(session, subject_of(stage), params, row_facts(run, phase))
     return True
 
 

@@ -17,6 +17,7 @@ from llm3.distributed import memory, processes
 from llm3.distributed.machines import peak_flops, unknown_peak
 from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
+from llm3.handoff.pretrained import kept_description
 from llm3.models.kernels import dot
 from llm3.stages.cost import memory_fields
 from llm3.stages.experiment import Experiment
@@ -74,7 +75,7 @@ class Session:
         overlaps = [
             contamination_sentence(name, each) for name, each in self.experiment.overlaps().items() if each.near
         ]
-        template = self.experiment.library.template
+        template, model = self.experiment.library.template, kept_description(self.workdir)
         trips = self.experiment.round_trips()
         none = "no evaluation document shares half or more of its 13-grams with the training data"
         return {
@@ -89,7 +90,7 @@ class Session:
             **({"round trip": "; ".join(f"{name}: {each.phrase()}" for name, each in trips.items())} if trips else {}),
             "vocabulary": f"{self.experiment.tokenizer.vocab_size} (tokenizer {self.experiment.tokenizer.hash[:12]}"
             + (f", chat template {template_hash(template)[:12]})" if template else ")"),
-        }
+        } | ({"model": f"{model.title} ({model.family}, files {model.digest[:12]})"} if model else {})
 
     def print_header(self) -> None:
         """Print the facts of this run."""

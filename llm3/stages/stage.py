@@ -21,14 +21,16 @@ from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
-from llm3.data.tokenizer import Tokenizer, planned_size
+from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import named
 from llm3.errors import UserError, counted
 from llm3.files import INIT, RECORD, local_path, read_json
-from llm3.handoff.start import Start, read_start
+from llm3.handoff.start import AnyStart, Start, read_start
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
-from llm3.stages.rules import data_sources, parent_name
+from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
+from llm3.stages.parents import parent_name
+from llm3.stages.rules import data_sources
 from llm3.stages.workdir import stage_record
 from llm3.training.phase import Phase, build
 
@@ -65,8 +67,9 @@ class Stage:
     """One stage, resolved; code below takes this object instead of looking a stage up by name.
 
     task: the objective's arguments besides model and batch. seed: seed of the data order and dropout. given_seed: the
-    seed in the config. labels: the outputs of the task head. record: the part of the config that decides the result.
-    read: the training data; None in a plan without data.
+    seed in the config. labels: the outputs of the task head. lm_head: whether an LM head was trained, or is untrained
+    like the rest of the model. record: the part of the config that decides the result. read: the training data; None
+    in a plan without data.
     """
 
     name: str
@@ -74,11 +77,12 @@ class Stage:
     model: ModelConfig
     objective: ModuleType
     task: Task
-    start: Start | None
+    start: AnyStart | None
     seed: int
     given_seed: int
     labels: list[str]
     record: dict
+    lm_head: bool = True
     read: StageData | None = None
 
     @property
@@ -110,7 +114,9 @@ class Stage:
     def is_fresh(self, path: str) -> bool:
         """Whether a canonical leaf is initialized instead of loaded from a parent."""
         start = self.start
-        return start is None or start.stage == INIT or any(re.fullmatch(rule, path) for rule in start.fresh)
+        if start is None or (isinstance(start, Start) and start.stage == INIT):
+            return True
+        return any(re.fullmatch(rule, path) for rule in start.fresh)
 
     def computed_in(self, dtype: str) -> "Stage":
         """This stage with a concrete compute dtype instead of "auto"."""
@@ -144,8 +150,8 @@ def folded_seed(given: int, name: str) -> int:
 def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     """The stage from the config alone, without reading data. Raises UserError.
 
-    Assumes the vocabulary of `tokenizer.path`, or of `tokenizer.vocab_size` tokens where there is no such file (yet),
-    and, since only the data has labels, a single label.
+    Assumes the rows of the model to start from, else the vocabulary of `tokenizer.path`, or of `tokenizer.vocab_size`
+    tokens where there is no such file (yet), and, since only the data has labels, a single label.
     """
     stage, where = config.stages[name], f"config.stages.{name}"
     objective = load_plugin(objectives, stage.objective_name)
@@ -154,7 +160,7 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     task = Task(options, None, stage.sequence_length)  # type: ignore[arg-type]  # only the data has a tokenizer
     own_seed = config.seed if stage.seed is None else stage.seed
     model = replace(
-        init_model(config, planned_size(config.tokenizer)),
+        init_model(config, planned_vocabulary(config)),
         classes=len(labels),
         adapters=tuple(stage.adapters.items()),
         max_output_positions=_max_output_positions(config, objective, task, {}),
@@ -191,12 +197,13 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     mixture = Mixture(tables, schedule, stage.batch_size, planned.seed, by=stage.weights, corrupt=corrupt)
     model = replace(
         planned.model,
-        vocab_size=library.tokenizer.vocab_size,
+        vocab_size=vocabulary_size(config, library.tokenizer),
         classes=len(labels),
         max_output_positions=_max_output_positions(config, objective, task, tables),
     )
     data = StageData(caches, tables, schedule, mixture)
-    return replace(planned, model=model, task=task, labels=labels, read=data)
+    lm_head = has_lm_head(config, name, workdir, model)
+    return replace(planned, model=model, task=task, labels=labels, lm_head=lm_head, read=data)
 
 
 def check_tokenizer(plugin: ModuleType, tokenizer: Tokenizer, options: Any, where: str) -> None:
@@ -206,11 +213,6 @@ def check_tokenizer(plugin: ModuleType, tokenizer: Tokenizer, options: Any, wher
             plugin.check_tokenizer(tokenizer, options)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def init_model(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The model before any stage: without adapters or a task head."""
-    return replace(config.model, vocab_size=vocab_size, classes=0)
 
 
 def _max_output_positions(config: RunConfig, objective: ModuleType, task: Task, tables: dict[str, Windows]) -> int:

@@ -7,15 +7,17 @@ from typing import Any
 from llm3 import __version__
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.model_schema import ModelConfig, read_model
-from llm3.config.schema import RunConfig, StageConfig, as_dict
+from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.data.chat_templates import template_hash
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, ROW, read_json
 from llm3.handoff import parent as handoff
-from llm3.handoff.account import account_for, check_function
+from llm3.handoff.account import Account, account_for, check_function
+from llm3.handoff.checkpoint import find_checkpoint
 from llm3.handoff.parent import Parent
-from llm3.handoff.start import NAMED_STEPS, Start, read_start
+from llm3.handoff.pretrained import find_pretrained
+from llm3.handoff.start import NAMED_STEPS, AnyStart, ModelStart, read_start
+from llm3.handoff.vocabulary import NO_CHANGE, VocabularyChange
 from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, init
@@ -29,18 +31,22 @@ from llm3.tree import flatten, unflatten
 
 def locate_parent(
     config: RunConfig, workdir: Path, name: str, in_this_run: list[str]
-) -> tuple[Start | None, Parent | None]:
-    """The start of a stage and the parent's checkpoint, None if this run has yet to write it. Raises UserError.
+) -> tuple[AnyStart | None, Parent | None]:
+    """The start of a stage and its parent, None for a checkpoint that this run has yet to write. Raises UserError.
 
     (None, None) for a stage without a parent, or with checkpoints of its own: it resumes from these.
     """
     stage, where = config.stages[name], f"config.stages.{name}.start"
     start = read_start(stage.start, workdir, where)
     resumes = bool(Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps())
-    if resumes or start is None or start.stage == INIT:
+    if resumes or start is None:
+        return None, None
+    if isinstance(start, ModelStart):
+        return start, find_pretrained(start, workdir, where)
+    if start.stage == INIT:
         return None, None
     if start.run.resolve() != workdir.resolve() or start.stage not in in_this_run:
-        return start, handoff.find_checkpoint(start, where)
+        return start, find_checkpoint(start, where)
     if start.step == "best" and not config.stages[start.stage].best:
         raise UserError(f"{where}.step='best': set stages.{start.stage}.best to the metric that chooses the step")
     if start.step not in NAMED_STEPS:
@@ -61,7 +67,7 @@ def check_ancestry(workdir: Path, names: list[str]) -> None:
         for step in checkpoints.steps()[-1:]:
             with suppress(DamagedCheckpoint):  # resuming falls back to an older checkpoint and reports it
                 metas.append(checkpoints.meta(step))
-        for parent in (meta["parent"] for meta in metas if meta["parent"]):
+        for parent in (meta["parent"] for meta in metas if meta["parent"] and "stage" in meta["parent"]):
             row = read_json(workdir / parent["stage"] / ROW)
             own = (workdir / parent["run"]).resolve() == workdir.resolve()
             if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
@@ -90,19 +96,29 @@ def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) ->
     if start is None:
         return None
     if parent is None:
-        parent_stage = experiment.stages[start.stage]
-        leaves, model, labels = _shapes(parent_stage.model), parent_stage.model, parent_stage.labels
+        assert not isinstance(start, ModelStart)
+        own = experiment.stages[start.stage]
+        leaves, model, labels, change = _shapes(own.model), own.model, own.labels, NO_CHANGE
     else:
-        extended = handoff.check_tokenizer(parent, experiment.tokenizer.hash, where, experiment.extends)
-        added = len(experiment.config.tokenizer.add) if extended else 0
-        parent = parent._replace(added=added, tokens=stage.model.vocab_size)
-        leaves, model, labels = parent.shapes(), read_model(parent.meta["model"]), parent.meta["labels"]
-    growth = (parent.added, parent.tokens) if parent else ()
-    account = account_for(_shapes(stage.model), leaves, start, where, *growth)
+        leaves = {path: shape for path, (shape, _) in parent.leaves.items()}
+        model, labels, change = parent.model, parent.labels, vocabulary_change(experiment, parent, where)
+    account = account_for(_shapes(stage.model), leaves, start, where, change)
     check_function(model, stage.model, account, where)
     if "head/kernel" in account.loaded:
         handoff.check_labels(labels, stage.labels, where)
     return parent
+
+
+def vocabulary_change(experiment: Experiment, parent: Parent, where: str) -> VocabularyChange:
+    """The change from the vocabulary of a parent to that of the run. Raises UserError if they do not fit."""
+    tokenizer, new = experiment.tokenizer, experiment.config.tokenizer.add
+    lacks = parent.lacks_new_tokens(tokenizer.hash, where, experiment.extends)
+    return VocabularyChange(
+        known=tokenizer.vocab_size - len(new),
+        added=len(new) if lacks else 0,
+        rows=parent.model.vocab_size,
+        multiple=experiment.init_model.vocab_multiple,
+    )
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -127,22 +143,40 @@ def first_params(session: Session, stage: Stage, parent: Parent | None, phase: P
     if parent is None:
         params = init(phase.model, seed, session.mesh)
     else:
-        params, account = handoff.load(parent, phase.abstract_params, f"{stage.where}.start")
+        where = f"{stage.where}.start"
+        params, account = loaded_params(session, parent, phase.abstract_params, phase.model, seed, where)
         fresh, provenance = account.fresh, account.provenance()
-        if fresh:
-            params = unflatten(flatten(params) | flatten(init(phase.model, seed, session.mesh, only=fresh)))
-        session.console.print(
-            f"{stage.name}: starts from {parent.start.run / parent.start.stage} step {parent.step}, "
-            f"{account.describe()}"
-        )
-        theirs, ours = parent.meta.get("chat_template"), session.experiment.library.template
-        if theirs and theirs != template_hash(ours):
-            now = "this run has another one" if ours else "this run has none"
-            session.console.print(f"{stage.name}: the parent was trained with a chat template, and {now}")
+        session.console.print(f"{stage.name}: starts from {parent.title}, {account.describe()}")
+        for note in parent_notes(session, stage, parent):
+            session.console.print(f"{stage.name}: {note}")
     if (kind := stage.config.frozen) in CODEBOOKS:
         session.console.print(f"{stage.name}: frozen kernels are rounded to their {kind} values")
         params, provenance = phase.rounded(params), provenance | {"rounded": kind}
     return with_magnitudes(params, fresh), provenance  # magnitudes of the rounded kernels
+
+
+def loaded_params(
+    session: Session, parent: Parent, abstract_params: dict, model: ModelConfig, seed: int, where: str
+) -> tuple[dict, Account]:
+    """The canonical parameters that a parent and, for fresh leaves, initialization give. Raises UserError."""
+    change = vocabulary_change(session.experiment, parent, where)
+    params, account = handoff.load(parent, abstract_params, where, change)
+    if account.fresh:
+        params = unflatten(flatten(params) | flatten(init(model, seed, session.mesh, only=account.fresh)))
+    return params, account
+
+
+def parent_notes(session: Session, stage: Stage, parent: Parent) -> list[str]:
+    """What a user should know about a stage and its parent."""
+    notes = []
+    theirs, ours = parent.meta.get("chat_template"), session.experiment.library.template
+    if theirs and theirs != template_hash(ours):
+        now = "this run has another one" if ours else "this run has none"
+        notes.append(f"the parent was trained with a chat template, and {now}")
+    longest, length = parent.meta.get("model_max_length"), stage.config.sequence_length
+    if longest and length > longest:
+        notes.append(f"sequence_length={length} exceeds the {longest} positions that the model was made for")
+    return notes
 
 
 def conversed(experiment: Experiment, stage: Stage, parent: Parent | None) -> str:
@@ -161,7 +195,10 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
         "steps": stage.config.steps,
         "seed": stage.given_seed,
         "parent": parent and parent.describe(experiment.workdir),
-        "lineage": handoff.lineage(parent, experiment.workdir),
+        "lineage": parent.lineage(experiment.workdir) if parent else [],
+        "model_family": parent and parent.meta.get("model_family"),
+        "model_max_length": parent and parent.meta.get("model_max_length"),
+        "lm_head": stage.lm_head,
         "reset": ["step", "optimizer", "schedule", "data"],
         "tokenizer_hash": stage.task.tokenizer.hash,
         "chat_template": conversed(experiment, stage, parent),

@@ -59,16 +59,25 @@ def differences(saved: Any, now: Any, where: str = "") -> list[str]:
 
 
 def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> dict:
-    """`saved` with the parent's run of `now`, if that run holds the parent that the stage started from."""
+    """`saved` with the parent's run or model of `now`, if the parent that the stage started from is there."""
     start, moved = (record.get("stage", {}).get("start") for record in (saved, now))
-    if not (isinstance(start, dict) and isinstance(moved, dict) and start.get("run") and moved.get("run")):
+    if not (isinstance(start, dict) and isinstance(moved, dict)):
+        return saved
+    if start.get("model") and moved.get("model") and start["model"] != moved["model"]:
+        from llm3.handoff.pretrained import same_model
+
+        with suppress(UserError):  # it is not there
+            if same_model(workdir, moved, f"config.stages.{name}.start"):
+                return saved | {"stage": saved["stage"] | {"start": start | {"model": moved["model"]}}}
+        return saved
+    if not (start.get("run") and moved.get("run")):
         return saved
     if start["run"] == moved["run"]:
         return saved
     # these import jax, which takes seconds: other differences are reported before
     from llm3.checkpoints.orbax_store import DamagedCheckpoint
     from llm3.checkpoints.stage_checkpoints import Checkpoints
-    from llm3.handoff.parent import holds
+    from llm3.handoff.checkpoint import holds
 
     run = local_path(moved["run"], f"config.stages.{name}.start.run")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)

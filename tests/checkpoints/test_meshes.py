@@ -14,6 +14,7 @@ from llm3.config.schema import GuardConfig, OptimizerConfig, StageConfig
 from llm3.distributed.sharding import place_batch
 from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
+from llm3.handoff.checkpoint import find_checkpoint
 from llm3.handoff.start import read_start
 from llm3.training.phase import Phase, build
 from llm3.training.step import TrainState
@@ -135,7 +136,7 @@ def test_a_stage_starts_from_a_parent_of_another_mesh_bit_for_bit_with_the_same_
     """From a full checkpoint, and from a delta checkpoint."""
     before, child, where_saved = saved_on(saved, trains), run_on(read, "all"), run_on(saved, "all")
     start = read_start({"run": str(before.directory), "stage": "parent"}, before.directory, "start")
-    parent = handoff.find_checkpoint(start, "start")
+    parent = find_checkpoint(start, "start")
     with jax.set_mesh(child.mesh):
         params, account = handoff.load(parent, child.phase.abstract_params, "start")
         assert_same(params, before.params, child.phase.abstract_params)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +10,10 @@ import pytest
 
 from llm3.__main__ import main
 from llm3.cli import export as module
-from llm3.cli.export import check_family, export
+from llm3.cli.export import export
 from llm3.data.tokenizer import SPECIALS, train
 from llm3.errors import UserError
+from llm3.interop.family import family_of_model
 from llm3.tree import map_with_path
 from tests.helpers.tiny import model_config
 from tests.helpers.tiny_export import (
@@ -197,16 +197,26 @@ def test_a_step_is_the_latest_or_the_one_that_is_named(tmp_path):
         ({"norm": "layernorm"}, "model.norm='layernorm'"),
         ({"causal": False, "pool": "mean"}, "model.causal=False"),
         ({"logit_softcap": 30.0}, "model.logit_softcap=30.0"),
-        ({"heads": 6}, "model.heads=6"),
     ],
 )
 def test_what_has_no_counterpart_is_named(changes, field):
     with pytest.raises(UserError, match=field):
-        check_family(model_config(**changes))
+        family_of_model(model_config(**changes))
 
 
-def test_qwen3_takes_heads_that_do_not_divide_the_model():
-    check_family(model_config(heads=6, qk_norm="head"))
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [
+        ({}, "llama"),
+        ({"qk_norm": "head"}, "qwen3"),
+        ({"qk_norm": "head", "heads": 6}, "qwen3"),
+        ({"heads": 6}, "mistral"),  # transformers' Llama rejects heads that do not divide the model
+        ({"window": 8}, "mistral"),
+        ({"attention_bias": "qkv"}, "qwen2"),
+    ],
+)
+def test_a_model_of_our_own_takes_the_first_family_that_expresses_it(changes, family):
+    assert family_of_model(model_config(**changes)) == family
 
 
 def test_a_refused_model_writes_nothing(tmp_path):
@@ -247,12 +257,6 @@ def test_another_tokenizer_is_refused(tmp_path):
     train(TEXTS, 265).save(tmp_path / "run" / "tokenizer.json")
     with pytest.raises(UserError, match="not the tokenizer"):
         written(tmp_path)
-
-
-def test_without_safetensors_the_extra_is_named(run, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(UserError, match=r"pip install 'llm3\[hf\]'"):
-        export(run, STAGE, tmp_path / "out", "merged", "latest", None)
 
 
 def test_nothing_that_exists_is_overwritten(run, tmp_path):

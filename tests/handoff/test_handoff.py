@@ -15,7 +15,9 @@ from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff import parent as handoff
 from llm3.handoff.account import account_for, changes, check_function
+from llm3.handoff.checkpoint import Checkpoint, find_checkpoint
 from llm3.handoff.start import Start, read_start
+from llm3.handoff.vocabulary import VocabularyChange
 from llm3.models.transformer import abstract
 from llm3.segments import canonical
 from llm3.tree import flatten, map_with_path, unflatten
@@ -23,6 +25,7 @@ from tests.helpers import tiny
 from tests.helpers.meshes import mesh_of
 
 ADDED = 3  # 61 + 3 tokens can be cut in two, 61 cannot
+NEW = VocabularyChange(known=tiny.VOCAB, added=ADDED)
 MODEL = tiny.model_config(tie_embeddings=False, d_model=16, heads=4, kv_heads=2)
 PARAMS = tiny.make_params(MODEL)
 MESHES = {"one device": {}, "eight devices": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -39,8 +42,8 @@ def start_of(run, step="latest", **rules) -> Start:
     return read_start({"run": str(run), "stage": "parent", "step": step, **rules}, run, "start")
 
 
-def find(run, step="latest", **rules) -> handoff.Parent:
-    return handoff.find_checkpoint(start_of(run, step, **rules), "start")
+def find(run, step="latest", **rules) -> Checkpoint:
+    return find_checkpoint(start_of(run, step, **rules), "start")
 
 
 def on_mesh(config, sizes, dtype=jnp.float32):
@@ -126,7 +129,7 @@ def test_a_head_of_another_size_is_fresh_without_being_dropped_and_keeps_the_res
 def test_new_tokens_start_at_the_mean_of_the_old_ones_and_all_else_is_the_parents(tmp_path, sizes):
     write_parent(tmp_path)
     like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
-    loaded, account = handoff.load(find(tmp_path)._replace(added=ADDED), like, "start")
+    loaded, account = handoff.load(find(tmp_path), like, "start", NEW)
     assert account.extended == ("embed/embedding", "lm_head/kernel") and set(account.extended) < set(account.loaded)
     assert account.provenance()["extended"] == ["embed/embedding", "lm_head/kernel"]
     assert "extended by the mean of the old tokens: embed/embedding, lm_head/kernel" in account.describe()
@@ -172,25 +175,25 @@ def test_only_the_vocabulary_may_grow_and_only_by_the_tokens_that_are_added():
     begin = Start("run", "parent", "latest", (), ())
     before = {"embed/embedding": (9, 4), "lm_head/kernel": (4, 9), "head/kernel": (4, 9)}
     grown = {"embed/embedding": (11, 4), "lm_head/kernel": (4, 11)}
-    assert account_for(before | grown, before, begin, "start", added=2).extended == tuple(grown)
+    assert account_for(before | grown, before, begin, "start", VocabularyChange(9, 2)).extended == tuple(grown)
     wrong = [(path, shape, added) for path, shape in grown.items() for added in (0, 1, 3)]
     wrong += [("head/kernel", (4, 11), 2), ("embed/embedding", (11, 6), 2), ("lm_head/kernel", (6, 9), 2)]
     wrong += [("embed/embedding", (7, 4), 2), ("embed/embedding", (9, 6), 2)]
     for path, shape, added in wrong:
         with pytest.raises(UserError, match=f"{path}: .* in this model, .* in the parent"):
-            account_for(before | {path: shape}, before, begin, "start", added)
+            account_for(before | {path: shape}, before, begin, "start", VocabularyChange(9, added))
 
 
 def test_only_the_parent_whose_tokenizer_is_extended_lacks_the_new_tokens(tmp_path):
     write_parent(tmp_path)
     parent = find(tmp_path)
-    assert handoff.check_tokenizer(parent, "old", "start") is False
-    assert handoff.check_tokenizer(parent, "old", "start", extends="base") is False
-    assert handoff.check_tokenizer(parent, "new", "start", extends="old") is True
+    assert parent.lacks_new_tokens("old", "start") is False
+    assert parent.lacks_new_tokens("old", "start", extends="base") is False
+    assert parent.lacks_new_tokens("new", "start", extends="old") is True
     with pytest.raises(UserError, match=r"tokenizer old, this run has new, which extends base: .*tokenizer\.json"):
-        handoff.check_tokenizer(parent, "new", "start", extends="base")
+        parent.lacks_new_tokens("new", "start", extends="base")
     with pytest.raises(UserError, match="tokenizer old, this run has new: in a new --workdir"):
-        handoff.check_tokenizer(parent, "new", "start")
+        parent.lacks_new_tokens("new", "start")
 
 
 def test_the_best_step_has_the_lowest_score_and_is_the_later_of_equals(tmp_path):
@@ -262,7 +265,7 @@ def test_the_provenance_of_a_parent_is_part_of_the_lineage_of_its_children(tmp_p
     }
     grandparent = {"run": "gone", "stage": "pretrain", "step": 3, "params_digest": "0"}
     write_parent(tmp_path, lineage=[grandparent], **provenance)
-    first, second = handoff.lineage(find(tmp_path), tmp_path)
+    first, second = find(tmp_path).lineage(tmp_path)
     assert (
         first == grandparent | {"run": str(tmp_path / "gone")} and second["stage"] == "parent" and second["step"] == 10
     )
@@ -281,8 +284,8 @@ def test_ancestors_of_the_same_run_have_no_place_and_others_an_absolute_one(tmp_
     write_parent(run, lineage=[known | {"run": "."}, known | {"run": str(child)}, known | {"run": "/elsewhere"}])
     parent = find(run)
     assert parent.describe(run)["run"] == "." and parent.describe(child)["run"] == str(run)
-    assert [link["run"] for link in handoff.lineage(parent, run)] == [".", str(child), "/elsewhere", "."]
-    assert [link["run"] for link in handoff.lineage(parent, child)] == [str(run), ".", "/elsewhere", str(run)]
+    assert [link["run"] for link in parent.lineage(run)] == [".", str(child), "/elsewhere", "."]
+    assert [link["run"] for link in parent.lineage(child)] == [str(run), ".", "/elsewhere", str(run)]
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
@@ -297,9 +300,9 @@ def test_a_delta_checkpoint_of_a_parent_loads_as_the_complete_model(tmp_path, si
         checkpoints.save_base(base, meta)
         checkpoints.save(10, pieces, {}, meta, delta=True)
     like = on_mesh(tiny.model_config(tie_embeddings=False, vocab_size=tiny.VOCAB + ADDED), sizes)
-    parent = find(tmp_path, drop=["head/.*"])._replace(added=ADDED)
+    parent = find(tmp_path, drop=["head/.*"])
     parent.verify("start")
-    loaded, account = handoff.load(parent, like, "start")
+    loaded, account = handoff.load(parent, like, "start", NEW)
     assert account.dropped == ("head/bias", "head/kernel")
     np.testing.assert_array_equal(loaded["embed"]["embedding"][: tiny.VOCAB], trained["embed"]["embedding"])
     up = np.concatenate([base["layers"]["mlp"]["up"]["kernel"][:2], trained["layers"]["mlp"]["up"]["kernel"][2:]])

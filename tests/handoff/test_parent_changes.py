@@ -39,7 +39,7 @@ def test_a_parent_that_changes_after_the_preflight_is_rejected_and_no_stage_begi
     damage, messages = MEANWHILE[case]
     run, child = tmp_path / "run", tmp_path / "child"
     shutil.copytree(parent.run, run)
-    monkeypatch.setattr("llm3.cli.run.evaluate_init", lambda _: damage(run / "posttrain" / "checkpoints"))
+    monkeypatch.setattr("llm3.cli.run.evaluate_first_rows", lambda _: damage(run / "posttrain" / "checkpoints"))
     override = start("posttrain").replace("RUN", str(run))
     command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
     assert main([*command, f"--config.{override}"]) == 2

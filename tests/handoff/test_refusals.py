@@ -178,7 +178,7 @@ def test_a_wrong_parent_is_rejected_by_name_and_leaves_no_trace(capsys, monkeypa
     wrong.damage(run / "posttrain" / "checkpoints")
     Tokenizer.load(run / "tokenizer.json").extended(["ibuprofen"]).save(other)
     before = tiny.files(tmp_path)
-    monkeypatch.setattr("llm3.cli.run.evaluate_init", lambda *_: pytest.fail("the run began"))
+    monkeypatch.setattr("llm3.cli.run.evaluate_first_rows", lambda *_: pytest.fail("the run began"))
     overrides = (each.replace("RUN", str(run)).replace("OTHER", str(other)) for each in wrong.overrides)
     command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
     assert main([*command, *(f"--config.{each}" for each in overrides)]) == 2
@@ -257,7 +257,7 @@ def run_quickly(parent, workdir: Path, stage: str, *overrides: str) -> str:
     command = ["run", f"--config={parent.config}", f"--workdir={workdir}", f"--stages={stage}"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.setattr("llm3.cli.run.report", lambda *_: None)
-        patch.setattr("llm3.cli.run.evaluate_init", lambda _: None)
+        patch.setattr("llm3.cli.run.evaluate_first_rows", lambda _: None)
         assert main([*command, *(f"--config.{each}" for each in (*overrides, *short))]) == 0
     return out.getvalue()
 

@@ -3,7 +3,7 @@
 import functools
 
 import numpy as np
-import pytest
+from safetensors.numpy import load_file
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.export import export
@@ -12,8 +12,6 @@ from llm3.data.chat_templates import template_hash
 from llm3.data.tokenizer import Tokenizer, train
 from llm3.tree import map_with_path
 from tests.helpers.tiny import LENGTH, make_params, model_config
-
-safetensors = pytest.importorskip("safetensors.numpy", reason="needs pip install 'llm3[hf]'")
 
 STAGE = "adapt"
 TEXTS = ["The quick brown fox.\n\tjumps  over", "<|eos|> is text, and <|bos|> as well", "naïve 数学 🙂", " ", ""]
@@ -69,4 +67,4 @@ def written(
 
 
 def tensors(path) -> dict[str, np.ndarray]:
-    return safetensors.load_file(path)
+    return load_file(path)
