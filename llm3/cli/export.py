@@ -20,10 +20,10 @@ from safetensors.numpy import save_file
 from llm3 import __version__, objectives
 from llm3.checkpoints.load import load_stage
 from llm3.cli.checks import check_export
-from llm3.cli.export_text import token_ids, write_generation, write_tokenizer
+from llm3.cli.export_text import padding_id, token_ids, write_generation, write_tokenizer
 from llm3.config.model_schema import ModelConfig
 from llm3.data.chat_templates import trained_template
-from llm3.data.tokenizer import SPECIALS, Tokenizer
+from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER, check_name, ordinary_permissions
 from llm3.interop.adapters import write_adapters
@@ -69,6 +69,7 @@ def export(
     if form == "adapters" and not model.adapters:
         raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
     head = has_place(load_family(family), model) and reads_documents(meta)
+    pad = padding_id(tokenizer, head and model.pool == "last")
     with new_directory(to) as directory:
         if form == "adapters":
             lines = write_adapters(directory, params, model, family, base, head, dtype)
@@ -81,15 +82,16 @@ def export(
                 max_length=meta.get("model_max_length") or meta["config"]["stage"]["sequence_length"],
                 labels=tuple(meta["labels"]) if head else (),
                 several_labels=bool(meta.get("label_sets")),
-                more=token_ids(template, tokenizer),
+                more={**(token_ids(template, tokenizer) if model.causal else {}), "pad_token_id": pad},
                 dtype=dtype,
                 max_shard_size=max_shard_size,
             )
             lines += about_head(model, head) + about_adapters(model, form)
-            lines += write_tokenizer(directory, workdir / TOKENIZER, template, head and model.causal)
-            lines += write_generation(directory, template, tokenizer)
+            lines += write_tokenizer(directory, workdir / TOKENIZER, template, head or not model.causal, pad)
+            lines += write_generation(directory, template, tokenizer) if model.causal else []
         if model.classes and (form == "adapters" or not head):
-            lines.append(write_head(directory, params, model, meta, head, dtype))
+            end = tokenizer.tokens[tokenizer.eos_id]
+            lines.append(write_head(directory, params, model, meta, head, dtype, end))
     print(f"{workdir / stage} step {meta['step']} -> {to}", *lines, sep="\n  ", flush=True)
     if push is not None:
         message = f"{stage} step {meta['step']}, written by llm3 {__version__}"
@@ -145,10 +147,11 @@ def about_adapters(model: ModelConfig, form: str) -> list[str]:
     return lines
 
 
-def write_head(directory: Path, params: dict, model: ModelConfig, meta: dict, head: bool, dtype: str) -> str:
+def write_head(directory: Path, params: dict, model: ModelConfig, meta: dict, head: bool, dtype: str, end: str) -> str:
     """Write head.safetensors: weight [C, D], bias [C], of the pooler too; returns a line on how to use it.
 
-    head: whether the family has a place for the head all the same, beside adapters.
+    head: whether the family has a place for the head all the same, beside adapters. end: the token that
+    ends a text.
     """
     tensors = {"weight": params["head"]["kernel"].T, "bias": params["head"]["bias"]}
     if model.pooler:
@@ -158,8 +161,9 @@ def write_head(directory: Path, params: dict, model: ModelConfig, meta: dict, he
     save_file(tensors, directory / "head.safetensors", metadata=about)
     hidden = "of each token"
     if reads_documents(meta):
-        end = f"at the final {SPECIALS[Tokenizer.eos_id]}"
-        hidden = {"last": end, "first": "at the first token", "mean": "averaged over all tokens"}[model.pool]
+        hidden = {"last": f"at the final {end}", "first": "at the first token", "mean": "averaged over all tokens"}[
+            model.pool
+        ]
     place = "with no place in transformers"
     if head:
         place = "whose bias transformers leaves out" if model.causal else "as in transformers' classifier"

@@ -91,7 +91,7 @@ def _named_by_model(name: str, files: Mapping[str, dict], valid: Collection[int]
     """The ids of the vocabulary that the configs name; those of many models name others, as -1 for none."""
     found = [files.get(file, {}).get(f"{name}_token_id") for file in NAMED_BY_MODEL]
     listed = [each if isinstance(each, list) else [each] for each in found]
-    return [number for each in listed for number in each if number in valid]
+    return [number for each in listed for number in each if number is not None and number in valid]
 
 
 def _known(where: str, token: Any, ids: Mapping[str, int]) -> int | None:

@@ -160,9 +160,10 @@ def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
     def one(path: str, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
         for size, name in zip(leaf.shape, names, strict=True):
             if name and size % shards(mesh, name, size):
+                pad = " (config.model.vocab_multiple pads the vocabulary)" if name == "vocab" else ""
                 raise UserError(
                     f"{path}: its axis '{name}' of size {size} cannot be cut into {axis_size(mesh, name)} "
-                    f"(mesh {dict(mesh.shape)}): choose a size that the mesh divides, another mesh, or "
+                    f"(mesh {dict(mesh.shape)}): choose a size that the mesh divides{pad}, another mesh, or "
                     f"config.mesh.rules.{name}=None, which leaves it whole"
                 )
         names = tuple(

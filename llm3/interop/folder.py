@@ -22,7 +22,7 @@ from llm3.interop.table import Place, layered
 VOCAB_AXIS = {"embed/embedding": 0, "lm_head/kernel": 1, "lm_head/bias": 0}  # of leaves that may be padded
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Folder:
     """A model of others. Nothing but headers is read before `read` and `digest` are asked for."""
 
@@ -56,7 +56,7 @@ class Folder:
         return digest.hexdigest()
 
     def read(self, path: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """A leaf in the shape, dtype and sharding of `like`; each device's part is read for itself.
+        """A leaf in the shape, dtype and sharding of `like`. Each part is read by itself, once for all its copies.
 
         Rows of the vocabulary beyond those of the files are zeros. Raises UserError for a leaf that the files lack, or
         that has another shape there.
@@ -67,17 +67,17 @@ class Folder:
         trimmed = tuple(min(a, b) if i == axis else b for i, (a, b) in enumerate(zip(shape, like.shape, strict=False)))
         if len(shape) != len(like.shape) or trimmed != shape:
             raise UserError(f"{self.name}: {path} is {list(shape)}; expected {list(like.shape)}")
-        pieces: dict[tuple[range, ...], np.ndarray] = {}  # devices with the same part share it
-
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None, "every device holds a part"
-            ranges = tuple(range(*each.indices(size)) for each, size in zip(index, like.shape, strict=True))
-            if ranges not in pieces:
-                pieces[ranges] = self._piece(path, ranges, like.dtype)
-            return pieces[ranges]
-
         sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.make_array_from_callback(like.shape, sharding, part, dtype=like.dtype)
+        copies: dict[tuple[range, ...], list[jax.Device]] = {}  # devices that hold the same part
+        for device, index in sharding.addressable_devices_indices_map(like.shape).items():
+            ranges = tuple(range(*each.indices(size)) for each, size in zip(index or (), like.shape, strict=True))
+            copies.setdefault(ranges, []).append(device)
+        parts = []
+        for ranges, devices in copies.items():  # one after the other, so that the host holds one part at a time
+            piece = self._piece(path, ranges, like.dtype)
+            parts += [jax.device_put(piece, device) for device in devices]
+            jax.block_until_ready(parts[-len(devices) :])
+        return jax.make_array_from_single_device_arrays(like.shape, sharding, parts)
 
     def _piece(self, path: str, ranges: tuple[range, ...], dtype: Any) -> np.ndarray:
         """A part of a leaf as a numpy array of this dtype."""

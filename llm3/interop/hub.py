@@ -97,13 +97,13 @@ def check_push(name: str) -> None:
 
 def push_folder(folder: Path, name: str, message: str) -> str:
     """Upload a folder to a repository of the Hub, a new one as private; returns its address. Raises UserError."""
-    from huggingface_hub import create_repo, upload_folder
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi
 
+    hub = HfApi()
     try:
-        address = create_repo(name, private=True, exist_ok=True)
-        upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
-    except (HfHubHTTPError, OSError) as error:
+        address = hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
+    except Exception as error:  # the errors of its HTTP client among them
         raise UserError(
             f"--push={name}: {folder} was written, but not uploaded: {' '.join(str(error).split())}"
         ) from None

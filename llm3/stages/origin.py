@@ -39,7 +39,7 @@ def load_config(
         return load.read(given)
     given = {"tokenizer": {}} | given
     config = load.read(given | {"model": STAND_IN})
-    check_stages(config)
+    check_stages(config, causal=None)
     fields = None
     if not (complete and only_planned and not _is_local(config)):
         fields = _known_fields(config, model, workdir)

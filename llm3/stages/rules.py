@@ -58,18 +58,11 @@ def _known(field: str, name: str, options: Collection[str]) -> None:
 
 def check(config: RunConfig) -> list[str]:
     """Check every stage against its rules; returns the names of the stages, parents first. Raises UserError."""
-    ordered = check_stages(config)
-    for name, evaluation in config.evaluations.items():
-        needed = declared("evals", evaluation.kind).CAUSAL
-        check_attention(needed, config.model.causal, f"config.evaluations.{name}.kind={evaluation.kind!r}")
-    for name, stage in config.stages.items():
-        needed = declared("objectives", stage.objective_name).CAUSAL
-        check_attention(needed, config.model.causal, f"config.stages.{name}.objective={stage.objective_name!r}")
-    return ordered
+    return check_stages(config, config.model.causal)
 
 
-def check_stages(config: RunConfig) -> list[str]:
-    """`check` without the model, which may come from elsewhere."""
+def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
+    """`check` for a model with causal or bidirectional attention; None: the model is not known yet."""
     stages = config.stages
     ordered: list[str] = []
     if not stages:
@@ -80,6 +73,7 @@ def check_stages(config: RunConfig) -> list[str]:
         where = f"config.evaluations.{name}"
         _known(f"{where}.kind", evaluation.kind, plugin_names("evals"))
         plugin, kind = declared("evals", evaluation.kind), f"{where}.kind={evaluation.kind!r}"
+        check_attention(plugin.CAUSAL, causal, kind)
         if plugin.WINDOWS:
             _known(f"{where}.source", evaluation.source, config.sources)
             window_kind(plugin.WINDOWS, config.sources[evaluation.source], kind, evaluation.source)
@@ -90,6 +84,7 @@ def check_stages(config: RunConfig) -> list[str]:
         where = f"config.stages.{name}"
         _known(f"{where}.objective", stage.objective_name, plugin_names("objectives"))
         plugin = declared("objectives", stage.objective_name)
+        check_attention(plugin.CAUSAL, causal, f"{where}.objective={stage.objective_name!r}")
         read_options(plugin, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
             _known(f"{where}.data", source, config.sources)
@@ -139,9 +134,12 @@ def check_no_source(evaluation: EvaluationConfig, where: str) -> None:
             raise UserError(f"{where}.{field}={value!r}: an evaluation of kind {evaluation.kind!r} has no source")
 
 
-def check_attention(needed: bool | None, causal: bool, what: str) -> None:
-    """Raise UserError if an objective or evaluation needs causal or bidirectional attention and the model differs."""
-    if needed is True and not causal:
+def check_attention(needed: bool | None, causal: bool | None, what: str) -> None:
+    """Raise UserError if an objective or evaluation needs causal or bidirectional attention and the model differs.
+
+    causal: None if the model is not known yet.
+    """
+    if needed is True and causal is False:
         raise UserError(f"{what}: a bidirectional model (model.causal=False) sees the tokens that it should predict")
     if needed is False and causal:
         raise UserError(f"{what}: needs a bidirectional model: model.causal=False, pool='mean' or 'first'")

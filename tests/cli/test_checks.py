@@ -15,7 +15,7 @@ REFUSED = {
     "run --config=FILE --workdir=W --config.stages.finetun.steps=5": "did you mean 'finetune'",
     "run --config=FILE --workdir=W --stages=finetun": "did you mean 'finetune'",
     "run --config=FILE --workdir=W --config.stages.finetune.objective=clasify": "did you mean 'classify'",
-    "run --config=FILE --workdir=W --config.stages.finetune.objective={'name':'masked','share':2}": "bidirectional",
+    "run --config=FILE --workdir=W --config.stages.posttrain.objective=masked": "bidirectional",
     "run --config=FILE --workdir=W --config.stages.posttrain.optimizer.name=adam": (
         "config.stages.posttrain.optimizer.name='adam': did you mean 'adamw'"
     ),

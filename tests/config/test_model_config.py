@@ -6,12 +6,14 @@ import json
 import pytest
 
 from llm3.config import load, schema
+from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.model_schema import AdapterConfig, ModelConfig, RopeScaling, check_length, read_model
 from llm3.errors import UserError
+from llm3.models.decoding import sample
+from llm3.stages.experiment import check_without_data
 from tests.helpers.tiny import model_config
 
 LEARNED = {"positions": "learned", "max_positions": 16}
-ENCODER = {"causal": False, "pool": "mean"}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,27 @@ def test_a_model_with_learned_positions_has_an_odd_head_and_no_longer_window_tha
     check_length(model_config(), 10**6, "any")
     with pytest.raises(UserError, match=r"^stages\.x\.sequence_length=17: .* at most 16 tokens"):
         check_length(config, 17, "stages.x.sequence_length")
+
+
+def test_windows_longer_than_the_learned_positions_are_refused_before_data_is_read(tmp_path):
+    fields = {"kind": "pretrain", "data": {"a": 1.0}, "steps": 1, "batch_size": 1}
+    run = schema.RunConfig(
+        model=ModelConfig(layers=1, d_model=8, heads=2, d_ff=8, **LEARNED),
+        tokenizer=TokenizerConfig(vocab_size=300),
+        sources={"a": SourceConfig(path="a")},
+        stages={"one": schema.StageConfig(**fields, sequence_length=16)},
+        evaluations={"bits": schema.EvaluationConfig("perplexity", "a", sequence_length=16)},
+        mesh=schema.MeshConfig(data=1),
+    )
+    check_without_data(run, tmp_path, ["one"])
+    longer = schema.StageConfig(**fields, sequence_length=17)
+    with pytest.raises(UserError, match=r"config\.stages\.one\.sequence_length=17"):
+        check_without_data(dataclasses.replace(run, stages={"one": longer}), tmp_path, ["one"])
+    evaluation = {"bits": schema.EvaluationConfig("perplexity", "a", sequence_length=17)}
+    with pytest.raises(UserError, match=r"config\.evaluations\.bits\.sequence_length=17"):
+        check_without_data(dataclasses.replace(run, evaluations=evaluation), tmp_path, ["one"])
+    with pytest.raises(UserError, match=r"prompt and max_tokens=17: .* at most 16 tokens"):
+        sample({}, model_config(**LEARNED), [1] * 8, max_tokens=9)
 
 
 def test_a_model_in_the_metadata_of_a_checkpoint_is_read_as_it_was():

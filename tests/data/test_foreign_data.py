@@ -1,5 +1,6 @@
 """Data encoded with tokenizers of others: row formats, windows, the cache and its round trip, metrics and the verbs."""
 
+import functools
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from llm3.errors import UserError
 from llm3.evals import choice as choice_eval
 from llm3.evals import generation, perplexity, pseudo_perplexity
 from llm3.evals import masked as masked_eval
-from llm3.models.decoding import sample
+from llm3.models.decoding import greedy, right_aligned, sample
 from llm3.objectives import Task, masked, prefix
 from llm3.registry import load_plugin, read_options
 from llm3.segments import segmented
@@ -97,13 +98,21 @@ def test_a_pair_of_texts_is_cut_between_its_own_special_tokens(kind, tmp_path):
 def test_the_span_of_an_answer_covers_its_characters(kind, tmp_path):
     found, context = foreign(kind), "Ünïcödé: the quick brown fox jumps, 漢字 and naïve café."
     for answer in ("quick brown", "漢字", "naïve", "Ünïcödé"):
-        record = {"question": "is it?", "context": context, "answers": [[answer, context.index(answer)]]}
+        record = {
+            "question": "is it so, or not? maybe",
+            "context": context,
+            "answers": [[answer, context.index(answer)]],
+        }
         row = span.encode(record, found, "")
         [(first, last)] = row.note["spans"]
         text = found.decode(row.tokens[first : last + 1])
         decoded = found.decode(found.encode(answer))
         assert decoded.strip() in text and len(text) <= len(decoded) + 3
     opened = built(kind, tmp_path, "span", (record,))
+    question = len(found.encode(record["question"]))
+    assert [
+        load_plugin(windows, "spans").WindowTable(opened, 2 * each).documents for each in (question, question - 1)
+    ] == [1, 0]
     window = load_plugin(windows, "spans").WindowTable(opened, 96)[0]
     at = np.flatnonzero(window.targets & 1)
     assert at.tolist() == [first] and window.tokens[0] == row.tokens[0] and window.weights[0] == 1
@@ -153,6 +162,9 @@ def test_generation_stops_at_each_end_token():
             generation, asked, tokenizer=found, params=changed, options=options, length=64, tie_embeddings=False
         )
         question = generation.read_question(context, 0, 32)
+        run = context.jit(functools.partial(greedy, stops=found.end_ids, max_tokens=8))
+        ends = np.full((1, 1), found.eos_id, np.int32)
+        assert run(*right_aligned([question.prompt], 32, 1), ends)["count"].tolist() == [[made.index(made[3])]]
         assert generation.generate_answers(context, [question], 32) == [found.decode(made[: made.index(made[3])])]
 
 

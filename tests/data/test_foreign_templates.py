@@ -6,13 +6,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm3.data.chat_templates import GUARD, end_of_turn, is_written, load_template, question, split_answers, written
+from llm3.data.chat_templates import (
+    GUARD,
+    encode_runs,
+    end_of_turn,
+    is_written,
+    load_template,
+    question,
+    split_answers,
+    written,
+)
 from llm3.data.formats import BadRow
 from llm3.data.tokenizer import Tokenizer
 from tests.helpers import tiny_foreign
 from tests.helpers.tiny_answers import DIALOGUE, TALK, encoded, runs
 from tests.helpers.tiny_foreign import CHATML, GEMMA, LLAMA2, LLAMA3, foreign
 
+# a token has characters of the prompt and of the answer
+SPACED = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}\
+{% generation %}{{ m.content }}{% endgeneration %}{{ '.' + eos_token }}\
+{% else %}{{ m.content + ' A: ' }}{% endif %}{% endfor %}"""
 TEMPLATES = {"qwen": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "llama2": LLAMA2}
 # Qwen 3: only the last answer has a thought; the header of each turn is made of parts
 QWEN3 = """{%- for m in messages %}{{- '<|im_' + 'start|>' + m.role + '\\n' }}
@@ -48,6 +61,19 @@ def test_tokens_and_answer_masks_equal_those_of_transformers(kind, contents, sys
     asked = question(contents[0], TEMPLATES[kind], foreign(kind))
     prompt = theirs.apply_chat_template(messages[-len(contents) :][:1], add_generation_prompt=True, return_dict=False)
     assert foreign(kind).encode_spans(asked.before, joint=True).ids == prompt
+
+
+def test_a_token_with_a_character_of_an_answer_belongs_to_it_as_in_transformers():
+    found, messages = foreign("llama3"), talk("the fox?", "the dog")["messages"]
+    made = transformers_tokenizer("llama3").apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True, chat_template=SPACED
+    )
+    answers = split_answers([(m["role"], m["content"]) for m in messages], SPACED, found)
+    [(before, lead, text, end)] = answers
+    tokens, mask = encode_runs([(before, False), ([*lead, text], True), (end[:-1], False)], found, joint=True)
+    assert tokens.tolist() == made["input_ids"][:-1]
+    assert mask.tolist() == [bool(each) for each in made["assistant_masks"][:-1]]
+    assert found.decode(tokens[mask]).startswith(" the dog"), "the space is the prompt's"
 
 
 def transformers_tokenizer(kind):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
@@ -55,7 +55,8 @@ def test_no_text_spells_a_special_token(kind, text):
 @each_kind
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=20))
-def test_a_text_has_the_tokens_that_the_tokenizers_library_gives_it(kind, text, tmp_path_factory):
+def test_a_text_has_the_tokens_that_the_tokenizers_library_gives_it(kind, text):
+    assume(not any(token in text for token in SPELLED))
     assert foreign(kind).encode(text) == library(kind).encode(text, add_special_tokens=False).ids
 
 

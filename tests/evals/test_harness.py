@@ -17,6 +17,7 @@ from tests.helpers.tiny_export import ADDED
 from tests.helpers.tiny_tasks import (
     CHOICES,
     CONFIG,
+    MODEL,
     PARAMS,
     PROMPTS,
     TEXTS,
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
 def context_of(folder=None, *tasks, length=LENGTH, template="", place=None, **changes):
     """The tiny model with tasks of the folder loaded."""
     options = harness.Options(tasks=tasks, include_path=str(folder or ""), bootstrap_iters=100, **changes)
-    fields = {"params": segmented(PARAMS, ((0, CONFIG.layers),)), "layers": 2, "tokenizer": TOKENIZER}
+    fields = {"params": segmented(PARAMS, ((0, CONFIG.layers),)), "tokenizer": TOKENIZER, **MODEL}
     made = make_context(harness, None, options=options, length=length, place=place, batch_size=8, **fields)
     prepared = harness.prepare(made.config, options, template) if tasks else None
     made = dataclasses.replace(made, prepared=prepared, template=template)
@@ -174,7 +175,9 @@ def answered(prompts, limits, end=(TOKENIZER.eos_id,), **changes) -> list[str]:
 
 def test_an_answer_is_greedy_up_to_the_first_stop_string_or_its_limit():
     prompts = [with_bos(row["q"]) for row in PROMPTS]
-    whole = [TOKENIZER.decode(likeliest(prompt, 40)) for prompt in prompts]
+    made = [[*likeliest(prompt, 40), TOKENIZER.eos_id] for prompt in prompts]
+    whole = [TOKENIZER.decode(each[: each.index(TOKENIZER.eos_id)]) for each in made]
+    assert max(each.index(TOKENIZER.eos_id) for each in made) == 40
     stops = [text[3:5] for text in whole]  # within tokens
     made = answered(prompts, [Answering(40, ["never", stop]) for stop in stops])
     assert made == [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
@@ -187,10 +190,10 @@ def test_an_answer_ends_at_an_end_token_and_at_the_end_of_its_turn():
     made = likeliest(prompt, 40)
     first = next(n for n in range(40) if made[n : n + 2] == made[4:6])
     assert answered([prompt], [Answering(40, [])], made[4:6]) == [TOKENIZER.decode(made[:first])]
-    last = next(n for n in range(1, 39) if made[n] not in made[:n] and made[n + 1] != made[n])
-    rows = np.array(PARAMS["embed"]["embedding"])  # tied: <eos> becomes what this token was
-    rows[[made[last], TOKENIZER.eos_id]] = rows[[TOKENIZER.eos_id, made[last]]]
-    params = context_of().params | {"embed": {"embedding": rows}}
+    last = next(n for n in range(3, 39) if made[n] not in made[:n] and made[n + 1] != made[n])
+    kernel, pair = np.array(PARAMS["lm_head"]["kernel"]), [TOKENIZER.eos_id, made[last]]
+    kernel[:, pair] = kernel[:, pair[::-1]]  # <eos> instead of this token
+    params = context_of().params | {"lm_head": {"kernel": kernel}}
     found = answered([prompt], [Answering(40, [])], (TOKENIZER.pad_id,), params=params)
     assert found == [TOKENIZER.decode(made[:last])]
 

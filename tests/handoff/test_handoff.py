@@ -151,8 +151,8 @@ def test_the_padding_of_the_vocabulary_is_no_token_when_it_grows(tmp_path, multi
     params = tiny.make_params(tiny.model_config(vocab_multiple=multiples[0], **options))
     write_parent(tmp_path, params)
     like = on_mesh(tiny.model_config(vocab_size=tiny.VOCAB + added, vocab_multiple=multiples[1], **options), {})
-    found = find(tmp_path)._replace(added=added, tokens=tiny.VOCAB + added)
-    loaded, account = handoff.load(found, like, "start")
+    change = VocabularyChange(known=tiny.VOCAB, added=added, rows=tiny.VOCAB, multiple=multiples[1])
+    loaded, account = handoff.load(find(tmp_path), like, "start", change)
     axes = {"embed/embedding": 0, "lm_head/bias": 0, "lm_head/kernel": 1}
     assert set(account.extended if added else account.padded) == set(axes)
     for path, axis in axes.items():

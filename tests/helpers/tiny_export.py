@@ -41,13 +41,21 @@ def model(**changes) -> tuple[ModelConfig, dict]:
 
 
 def write_run(
-    workdir, config: ModelConfig, params: dict, labels: tuple[str, ...] = (), step: int = 7, template: str = "", **meta
+    workdir,
+    config: ModelConfig,
+    params: dict,
+    labels: tuple[str, ...] = (),
+    step: int = 7,
+    template: str = "",
+    text: Tokenizer | None = None,
+    **meta,
 ) -> None:
-    """A run of one stage with a checkpoint, as far as `export` and `generate` read it."""
-    tokenizer().save(workdir / "tokenizer.json")
+    """A run of one stage with a checkpoint, as far as `export` and `generate` read it. text: its tokenizer."""
+    text = text or tokenizer()
+    text.save(workdir / "tokenizer.json")
     if template:
         (workdir / "chat_template.jinja").write_text(template)
-    meta |= {"model": as_dict(config), "labels": list(labels), "tokenizer_hash": tokenizer().hash}
+    meta |= {"model": as_dict(config), "labels": list(labels), "tokenizer_hash": text.hash}
     objective = meta.pop("objective", "classify" if config.classes else "causal")
     meta |= {"chat_template": template_hash(template)}
     meta["config"] = {"stage": {"sequence_length": LENGTH, "objective": objective}}

@@ -1,4 +1,4 @@
-"""Tiny random models of somebody else's, written without torch: a Llama with a byte-level BPE of its own, and a BERT."""
+"""Tiny random models of others, written without torch: a Llama with a byte-level BPE, and a BERT."""
 
 import json
 import pathlib

@@ -12,7 +12,8 @@ from tests.helpers import reference
 from tests.helpers.tiny import make_params, make_row, model_config
 
 TOKENIZER = train(["Is it so? Answer: yes Answer: no Answer: maybe not "] * 9, 330)
-CONFIG = model_config(vocab_size=TOKENIZER.vocab_size, layers=2)
+MODEL = {"layers": 2, "tie_embeddings": False}  # tied, a model of random parameters repeats itself
+CONFIG = model_config(vocab_size=TOKENIZER.vocab_size, **MODEL)
 PARAMS = make_params(CONFIG, seed=1)
 CHOICES = [
     {"q": "Is it so?", "choices": ["yes", "no", "maybe not"], "gold": 1},

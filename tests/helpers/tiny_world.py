@@ -57,6 +57,19 @@ def packed_logits(model: ModelConfig, params: dict, *documents: np.ndarray, leng
     return np.split(found, np.cumsum([len(each) for each in documents]))[:-1]
 
 
+def class_logits(model: ModelConfig, params: dict, text: np.ndarray) -> np.ndarray:
+    """llm3's class logits of the second document of a window, [C]."""
+
+    @jit
+    def run(params, tokens, positions, segments):
+        built = nnx.merge(abstract(model).graph, params)
+        return built.class_logits(built(tokens, positions, segments)[0], segments)
+
+    batch = packed(text[:5], text, length=len(text) + 8)
+    found = np.asarray(run(segmented(params, ((0, model.layers),)), *batch))[0]
+    return found[5 + (0 if model.pool == "first" else len(text) - 1)]
+
+
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors in the safetensors files of a folder."""
     return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}

@@ -2,14 +2,10 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from llm3.interop.folder import open_folder
-from llm3.models.transformer import abstract
-from llm3.segments import segmented
-from tests.helpers.tiny import jit
 from tests.helpers.tiny_hf import FAMILIES, VOCAB, logits, make, transformers
-from tests.helpers.tiny_world import completed, float32_model, packed, read_params, tensors, write_again
+from tests.helpers.tiny_world import class_logits, completed, float32_model, read_params, tensors, write_again
 
 NAMES = {0: "no", 1: "yes", 2: "maybe"}
 LABELS = {"num_labels": 3, "id2label": NAMES, "label2id": {label: i for i, label in NAMES.items()}}
@@ -24,26 +20,16 @@ def test_a_classifier_is_read_computed_and_written_with_its_labels(name, tmp_pat
     model.save_pretrained(tmp_path / "source")
     folder = open_folder(str(tmp_path / "source"), None, "model")
     assert folder.labels == ("no", "yes", "maybe")
+    ours = float32_model(folder)
     text = np.random.default_rng(0).integers(3, VOCAB, 12)
-    np.testing.assert_allclose(class_logits(folder, text), logits(model, text), atol=1e-4)
+    np.testing.assert_allclose(
+        class_logits(ours, completed(ours, read_params(folder)), text), logits(model, text), atol=1e-4
+    )
     to = write_again(folder, tmp_path / "to")
-    theirs, ours = tensors(tmp_path / "source"), tensors(to)
-    assert ours.keys() == theirs.keys()
+    theirs, written = tensors(tmp_path / "source"), tensors(to)
+    assert written.keys() == theirs.keys()
     for each, value in theirs.items():
-        np.testing.assert_array_equal(ours[each], value, err_msg=each)
+        np.testing.assert_array_equal(written[each], value, err_msg=each)
     found, info = transformers.AutoModelForSequenceClassification.from_pretrained(to, output_loading_info=True)
     assert not any(info.values()), info
     assert type(found).__name__ == type(model).__name__ and found.config.id2label == NAMES
-
-
-def class_logits(folder, text: np.ndarray) -> np.ndarray:
-    """llm3's class logits of the second document of a window, [C]."""
-    model, batch = float32_model(folder), packed(text[:5], text, length=20)
-
-    @jit
-    def run(params, tokens, positions, segments):
-        built = nnx.merge(abstract(model).graph, params)
-        return built.class_logits(built(tokens, positions, segments)[0], segments)
-
-    found = np.asarray(run(segmented(completed(model, read_params(folder)), ((0, model.layers),)), *batch))[0]
-    return found[5 + (0 if model.pool == "first" else len(text) - 1)]

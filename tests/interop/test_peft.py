@@ -13,8 +13,8 @@ from llm3.interop.folder import open_folder
 from llm3.models.transformer import abstract
 from llm3.segments import canonical
 from llm3.tree import flatten, unflatten
-from tests.helpers.tiny_hf import FAMILIES, VOCAB, logits, saved, tiny
-from tests.helpers.tiny_world import float32_model, packed_logits, read_params
+from tests.helpers.tiny_hf import FAMILIES, VOCAB, logits, make, saved, tiny
+from tests.helpers.tiny_world import class_logits, completed, float32_model, packed_logits, read_params
 
 peft = pytest.importorskip("peft", reason="needs pip install 'llm3[hf]'")
 
@@ -52,6 +52,26 @@ def test_peft_computes_the_logits_of_llm3(name, adapter, tmp_path):
     expected = packed_logits(model, params, text[:3], text, length=20)[1]
     np.testing.assert_allclose(logits(found, text), expected, atol=1e-4)
     assert np.abs(expected - logits(tiny(name), text)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "qwen3"])
+def test_peft_puts_the_head_into_transformers_classifier(name, tmp_path):
+    kind, _, fields = FAMILIES[name]
+    pad = 1 if name == "roberta" else 0
+    hf = make(kind, f"{kind}ForSequenceClassification", fields | {"num_labels": 3, "pad_token_id": pad})
+    hf.save_pretrained(tmp_path / "source")
+    folder = open_folder(str(tmp_path / "source"), None, "model")
+    model, params = adapted(name, folder, AdapterConfig(rank=2, alpha=6))
+    params = completed(model, params)
+    trained = {part: jax.tree.map(lambda x: x + 0.3, params[part]) for part in ("head", "pooler") if part in params}
+    write_adapters(tmp_path, params | trained, model, folder.family, None, True, "float32")
+    text = np.random.default_rng(1).integers(3, VOCAB, 12)
+    found = peft.PeftModel.from_pretrained(copy.deepcopy(hf), tmp_path / "medical").eval()
+    expected = class_logits(model, params | trained, text)
+    if model.causal:  # whose class has no bias
+        expected = expected - trained["head"]["bias"]
+    np.testing.assert_allclose(logits(found, text), expected, atol=1e-4)
+    assert np.abs(expected - logits(hf, text)).max() > 0.1
 
 
 def test_dora_on_a_part_of_a_fused_module_is_refused_by_name(tmp_path):

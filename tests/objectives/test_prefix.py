@@ -232,7 +232,7 @@ def test_the_prefix_of_a_document_ends_where_its_first_target_is_predicted():
         np.testing.assert_array_equal(marked, plain_prefix(row))
 
 
-def prefix_attention(config, weights, x, row):
+def prefix_attention(config, weights, x, row, layer):
     """As `reference.attention`, and every position also sees the prefix of its document."""
     query, key, value = (reference.project(weights[name], x) for name in ("query", "key", "value"))
     query = reference.rope(query, row.positions, config.rope_theta)

@@ -20,6 +20,7 @@ from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny_hlo import collective_bytes
 
 LAYERS, D, HEADS, KV, FF, VOCAB, T = 4, 64, 8, 8, 128, 320, 64
+WINDOWS = {"window": 8, "full_attention_layers": (1,), "window_rope_theta": 100.0}
 LORA = {"train": "lora", "adapters": {"x": AdapterConfig(rank=4)}, "start": {"stage": "a", "fresh": [".*/lora/.*"]}}
 
 
@@ -148,6 +149,8 @@ def test_logits_in_chunks_are_not_held_at_once():
         ({}, {"remat": "full", "logit_chunk": 16}),
         ({"micro_batches": 4}, {"remat": "dots", "tie_embeddings": False}),
         ({}, {"kv_heads": 4, "qk_norm": "head"}),
+        ({}, {"block": "sandwich", "attention_softcap": 5.0, "gated_mlp": False, "vocab_multiple": 8} | WINDOWS),
+        ({}, {"block": "parallel", "positions": "learned", "max_positions": T, "token_types": 2, "mlp_bias": True}),
     ],
     ids=str,
 )

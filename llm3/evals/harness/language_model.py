@@ -10,18 +10,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import tokenizers
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from llm3.data.chat_templates import encode_pieces, end_of_turn, prompt_pieces, prompt_text
 from llm3.data.template_rendering import TemplateError
-from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import processes
 from llm3.errors import UserError, counted
 from llm3.evals import EvalContext
 from llm3.evals.harness.requests import Continuation, answering, answers, log_likelihoods
-from llm3.files import TOKENIZER
 
 
 class LanguageModel(TemplateLM):
@@ -37,7 +34,6 @@ class LanguageModel(TemplateLM):
     def __init__(self, context: EvalContext):
         super().__init__()
         self._context, self.truncated = context, 0
-        self._begins = adds_bos(context.tokenizer)
         self.max_length, self.max_gen_toks = context.config.sequence_length, context.options.max_gen_toks
 
     @property
@@ -57,7 +53,7 @@ class LanguageModel(TemplateLM):
         else:
             tokens = tokenizer.encode(string)
         new = add_special_tokens or (add_special_tokens is None and tokens[:1] != tokenizer.starts)
-        return [*tokenizer.starts, *tokens] if new and self._begins else tokens
+        return [*tokenizer.starts, *tokens] if new and tokenizer.adds_bos else tokens
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """As lm-eval does; a continuation that is only a part of the context's last token is that token."""
@@ -131,11 +127,3 @@ class LanguageModel(TemplateLM):
                 f"evaluation 'harness': process {processes.index()} has other requests than process 0: expected the "
                 "same files of the tasks, and the same version of lm-eval, on every machine"
             )
-
-
-def adds_bos(tokenizer: Tokenizer) -> bool:
-    """Whether transformers begins each text with <bos>, by the tokenizer's files or as llm3 exports its own."""
-    if not tokenizer.foreign:
-        return True
-    backend = tokenizers.Tokenizer.from_str(tokenizer.files()[TOKENIZER])
-    return tokenizer.bos_id is not None and backend.encode("").ids[:1] == [tokenizer.bos_id]
