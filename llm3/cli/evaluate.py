@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli import run
+from llm3.config.model_schema import check_length
 from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig
 from llm3.data.chat_templates import kept_template, trained_template
 from llm3.data.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ def evaluate_tasks(
     compiled: Compiled = {}
     for name in names:
         params, model, meta = load_stage(workdir, name, mesh=mesh)
+        check_length(model, length, "--sequence_length")
         if not model.causal:
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
         template = trained_template(workdir, name, meta.get("chat_template"))

@@ -66,7 +66,7 @@ def generate(
             before = asked.before
         elif finished and not raw:
             before = written(prompt, tokenizer)
-        tokens = encode_pieces(before, tokenizer, joint=chats or finished)
+        tokens = encode_pieces(before, tokenizer, joint=chats or (finished and not raw))
         found = sample(jax.tree.map(jnp.asarray, params), model, tokens, stops=stops, **options)
         made = tokenizer.continuation(tokens, found)
         print(without_lead(text_of(asked.lead), made) if chats else prompt + made, flush=True)

@@ -63,8 +63,8 @@ def find_specials(
         pad = next(iter(_named_by_model("pad", files, valid)), eos)
     mask = known["mask"] if "mask" in known else next((ids[each] for each in MASKS if each in ids), None)
     ends: list[int | None] = [*_named_by_model("eos", files, valid)]
-    if "ends" in given:
-        ends = [_known("tokenizer.special.ends", each, ids) for each in given["ends"]]
+    if said := given.get("ends"):
+        ends = [_known("tokenizer.special.ends", each, ids) for each in ([said] if isinstance(said, str) else said)]
     kept = dict.fromkeys(each for each in (eos, *ends) if each is not None)
     return Specials(pad, known["bos"], eos, mask, tuple(kept))
 

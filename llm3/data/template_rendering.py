@@ -3,9 +3,10 @@
 Before a conversation is rendered, each special token in a message is broken by a character that is removed afterwards.
 A template gets the names that `transformers` defines: messages, add_generation_prompt, bos_token, eos_token and the
 other special tokens, tools and documents (both None), raise_exception and tojson. `{% generation %}` marks are ignored.
-The current time is not available, so that a row is the same text on any day.
+The current time is not available, so that a row is the same text on any day; a template that insists gets a fixed date.
 """
 
+import datetime
 import functools
 import json
 import re
@@ -18,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm3.data.tokenizer import OWN, SPECIALS, Pieces, Tokenizer
 
+DATE = datetime.date(2024, 7, 26)  # that of Llama 3's templates
 Turns = Sequence[tuple[str, str]]  # (role, content)
 
 # Characters of private use: one breaks special tokens in messages, one stands for an answer while a template renders.
@@ -104,6 +106,8 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
+    if "strftime_now is defined" not in template:  # SmolLM3's; others have a date of their own where there is no time
+        environment.globals["strftime_now"] = DATE.strftime
     return environment.from_string(template)
 
 

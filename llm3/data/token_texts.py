@@ -54,9 +54,11 @@ def is_lossless(content: Mapping[str, Any], vocabulary: Collection[str]) -> bool
     )
 
 
-def token_bytes(content: Mapping[str, Any], token: str) -> bytes:
-    """What a token of the model's vocabulary writes in running text; with the space before it, if it has one."""
+def token_bytes(content: Mapping[str, Any], token: str, added: Collection[str]) -> bytes:
+    """What a token writes in running text; with the space before it, if it has one. added: the added tokens."""
     model = content["model"]
+    if token in added and not is_byte_token(content, token):
+        return token.encode()  # stored as plain text, not as byte-level characters
     if is_byte_level(content) and all(character in BYTES for character in token):
         return bytes(BYTES[character] for character in token)
     if is_byte_token(content, token):
@@ -68,6 +70,13 @@ def token_bytes(content: Mapping[str, Any], token: str) -> bytes:
     if suffix and token.endswith(suffix):
         return (token.removesuffix(suffix) + " ").encode()
     return token.removeprefix(prefix).replace(SPACE, " ").encode()
+
+
+def unknown_token(content: Mapping[str, Any]) -> str:
+    """The token for what the vocabulary lacks; "" if there is none."""
+    model = content["model"]
+    number = model.get("unk_id")
+    return (model.get("unk_token") or "") if number is None else model["vocab"][number][0]
 
 
 def is_byte_token(content: Mapping[str, Any], token: str) -> bool:

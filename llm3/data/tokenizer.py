@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from llm3.config.data_schema import TokenizerConfig
 from llm3.data import token_texts
 from llm3.data.added_tokens import added_tokens
-from llm3.data.special_tokens import Specials, find_specials, post_processor_tokens
+from llm3.data.special_tokens import Specials, find_specials
 from llm3.data.token_texts import canonical
 from llm3.data.tokenizer_backends import OWN, SPECIALS, check_own, is_foreign, make_backend, vocabulary
 from llm3.data.tokenizer_files import KEPT, files_beside, read_object, template_of, tokenizer_file
@@ -53,6 +53,7 @@ class Tokenizer:
         said = content.pop(FOREIGN, None)
         self._content, self._said, self.foreign = content, said, said is not None
         self._json = canonical(content)
+        self._added = {each["content"] for each in content.get("added_tokens", ())}
         ids, marks = vocabulary(self._json), dict[str, str]()
         if said is None:
             check_own(content, ids)
@@ -83,12 +84,6 @@ class Tokenizer:
         """The token before a text that has none before it: bos, else eos."""
         return self.eos_id if self.bos_id is None else self.bos_id
 
-    @property
-    def adds_bos(self) -> bool:
-        """Whether a text alone gets bos before it: always by llm3's own tokenizers, else by the post-processor."""
-        first = post_processor_tokens(self._content.get("post_processor"))[:1]
-        return not self.foreign or (self.bos_id is not None and first == (self.tokens[self.bos_id],))
-
     @functools.cached_property
     def hash(self) -> str:
         """The sha256 of the canonical JSON and of the special tokens; the same on any machine."""
@@ -109,15 +104,11 @@ class Tokenizer:
 
         They are exactly those of the text if the tokenizer is lossless.
         """
-        added = {each["content"] for each in self._content.get("added_tokens", ())}
         written = [b""] * self.vocab_size
-        for text, number in self._ids.items():
-            if text in added and not token_texts.is_byte_token(self._content, text):
-                written[number] = text.encode()  # stored as plain text, not as byte-level characters
-            else:
-                written[number] = token_texts.token_bytes(self._content, text)
-        for number in self.specials.values():
-            written[number] = b""
+        for token, number in self._ids.items():
+            written[number] = (
+                b"" if token in self.specials else token_texts.token_bytes(self._content, token, self._added)
+            )
         return written
 
     @functools.cached_property
@@ -129,9 +120,7 @@ class Tokenizer:
     def is_text(self) -> np.ndarray:
         """bool [vocab_size], True for tokens that stand for text: all but special tokens, and the unknown token."""
         known = self.byte_lengths > 0
-        model = self._content["model"]
-        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
-        if unknown in self._ids:
+        if (unknown := token_texts.unknown_token(self._content)) in self._ids:
             known[self._ids[unknown]] = True
         return known
 
@@ -263,7 +252,7 @@ class Tokenizer:
             if special:
                 raise UserError(f"tokenizer.special={dict(special)}: {file} names its special tokens itself; remove it")
             return cls(text)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # bad JSON and bad UTF-8 are ValueErrors
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # bad JSON, or of another layout
             raise UserError(f"tokenizer: {file} cannot be read as a tokenizer.json: {error}") from error
 
     from_folder = load
@@ -311,6 +300,7 @@ def planned_size(config: TokenizerConfig) -> int:
     path = local_path(config.path, "config.tokenizer.path") if config.path else Path()
     if not config.path or not path.exists():
         return config.vocab_size + len(config.add)
+    path = tokenizer_file(path)
     return _size_of(path, path.stat().st_mtime_ns, json.dumps(config.special)) + len(config.add)
 
 

@@ -167,5 +167,5 @@ def _first(notes: list[Any]) -> range:
 
 
 def _example(context: EvalContext, document: int, note: dict[str, Any], prediction: str) -> dict[str, Any]:
-    question = context.tokenizer.decode(context.cache.document(document)[1 : note["context"] - 1])
+    question = context.tokenizer.decode(context.cache.document(document)[context.cache.starts : note["context"] - 1])
     return {"question": question, "answers": note["answers"], "prediction": prediction}

@@ -23,7 +23,7 @@ class Described(NamedTuple):
     """What a run keeps of a pretrained model."""
 
     model: str  # its folder or name, as the config gives it
-    revision: str | None
+    revision: str | None  # the commit of a model from the hub
     digest: str  # of the files; "" where none was computed yet
     family: str
     max_length: int | None  # the longest context that it was made for, in tokens
@@ -112,7 +112,10 @@ class Pretrained(NamedTuple):
 
 def find_pretrained(start: ModelStart, workdir: Path, where: str) -> Pretrained:
     """The model that `start` names. Raises UserError for a folder that cannot be read."""
-    kept, folder = kept_description(workdir), open_folder(start.model, start.revision, f"{where}.model")
+    kept, revision = kept_description(workdir), start.revision
+    if kept and kept.model == start.model:
+        revision = revision or kept.revision  # the hub may have a newer one by now
+    folder = open_folder(start.model, revision, f"{where}.model")
     expected = kept.digest if kept else ""
     leaves = {path: (shape, jnp.dtype(dtype)) for path, (shape, dtype) in folder.leaves.items()}
     parent = Pretrained(start, folder, expected, leaves)
@@ -159,7 +162,7 @@ def keep_description(parent: Pretrained, workdir: Path) -> None:
 def _described(start: ModelStart, folder: Folder, digest: str) -> Described:
     return Described(
         model=start.model,
-        revision=start.revision,
+        revision=folder.revision,
         digest=digest,
         family=folder.family,
         max_length=folder.max_length,

@@ -114,11 +114,21 @@ def open_folder(path_or_name: str, revision: str | None, where: str) -> Folder:
         described = read_object(path / "config.json")
         family = family_of_json(described)
         plugin = load_family(family)
-        fields = plugin.read_config(described)
+        fields = _fields(plugin, described)
         fetch_weights(path_or_name, path, commit)
         return _opened(path, path_or_name, commit, family, plugin, fields, described)
     except UserError as error:
         raise UserError(f"{where}={path_or_name!r}: {error}") from error
+
+
+def _fields(plugin: ModuleType, described: dict) -> dict[str, Any]:
+    """The fields of a ModelConfig that a config.json means. Raises UserError, also for values of a wrong type."""
+    try:
+        fields = plugin.read_config(described)
+        ModelConfig(**fields)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"config.json has a value that cannot be: {type(error).__name__}: {error}") from error
+    return fields
 
 
 def _opened(

@@ -139,6 +139,13 @@ def test_a_prompt_that_is_written_with_the_template_is_continued_with_its_specia
     assert end_of_turn(template, found)[-1] == (found.end_ids[1] if kind == "gemma" else found.eos_id)
 
 
+@pytest.mark.parametrize("date", ["strftime_now('%d')", "strftime_now('%d') if strftime_now is defined else '26'"])
+def test_a_date_is_the_same_on_any_day(date):
+    template = "{{ " + date + " }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (answer,) = split_answers([("user", "the"), ("assistant", "fox")], template, foreign("qwen"))
+    assert answer.before == ["26the"]
+
+
 def test_the_template_of_a_folder_comes_from_its_file_or_its_config(tmp_path):
     folder = tiny_foreign.qwen(tmp_path)
     assert Tokenizer.load(folder).chat_template == load_template(str(folder / "tokenizer_config.json")) == CHATML

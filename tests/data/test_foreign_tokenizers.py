@@ -39,7 +39,7 @@ def test_the_special_tokens_of_a_folder_are_found(kind):
     assert (*named, [found.tokens[i] for i in found.end_ids]) == NAMES[kind]
     assert found.starts == ([] if kind == "qwen" else [found.bos_id])
     assert found.prefix_id == (found.eos_id if kind == "qwen" else found.bos_id)
-    assert found.lossless == (kind == "llama3") and found.adds_bos == (kind in ("llama3", "bert"))
+    assert found.lossless == (kind == "llama3")
 
 
 @each_kind

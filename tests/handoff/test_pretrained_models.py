@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from llm3.__main__ import main
 from llm3.checkpoints.load import load_stage
@@ -60,16 +61,21 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A whole run from a pretrained model: posttrain died after its second step and was resumed."""
+def files(tmp_path_factory):
+    """A pretrained model, texts, and a config over both."""
     base = tmp_path_factory.mktemp("world")
     tiny.write_texts(base / "texts")
     folder = tiny_folder.write_folder(base / "model", tiny.documents())
     config = base / "config.py"
     config.write_text(CONFIG.replace("@", f"{base}/"))
-    command = ("run", f"--config={config}", f"--workdir={base / 'run'}")
-    done = tiny.process(command, deaths=["SIGKILL@saved:posttrain:2"])
-    return types.SimpleNamespace(base=base, folder=folder, config=str(config), run=base / "run", out=done.stdout)
+    return types.SimpleNamespace(base=base, folder=folder, config=str(config), run=base / "run")
+
+
+@pytest.fixture(scope="module")
+def world(files):
+    """A whole run from the model: posttrain died after its second step and was resumed."""
+    done = tiny.process(command(files, "run", files.run), deaths=["SIGKILL@saved:posttrain:2"])
+    return types.SimpleNamespace(**vars(files), out=done.stdout)
 
 
 def command(world, verb: str, workdir, *overrides: str) -> list[str]:
@@ -81,6 +87,7 @@ def meta_of(run, stage: str) -> dict:
     return checkpoints.meta(checkpoints.latest())
 
 
+@pytest.mark.slow
 def test_the_first_row_is_the_model_as_it_came(world):
     matrix = json.loads((world.run / "matrix.json").read_text())
     start, posttrain, finetune = matrix["rows"]
@@ -92,6 +99,7 @@ def test_the_first_row_is_the_model_as_it_came(world):
     assert "**posttrain**, from start:" in (world.run / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_frozen_leaves_are_those_of_the_files_and_layers_are_theirs(world):
     params, model, meta = load_stage(world.run, "posttrain")
     leaves, files = flatten(params), tiny_folder.tensors()
@@ -103,6 +111,7 @@ def test_frozen_leaves_are_those_of_the_files_and_layers_are_theirs(world):
     assert meta["fresh"] == [path for path in leaves if "/lora/" in path] and meta["dropped"] == []
 
 
+@pytest.mark.slow
 def test_the_lineage_names_the_model_its_family_and_the_digest_of_its_files(capsys, world):
     meta, child = meta_of(world.run, "posttrain"), meta_of(world.run, "finetune")
     kept = json.loads((world.run / "start" / "model.json").read_text())
@@ -122,12 +131,14 @@ def test_the_lineage_names_the_model_its_family_and_the_digest_of_its_files(caps
     assert lines.count(shown) == 2 and "    " + f"{world.run}/posttrain step 4" in "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(world, tmp_path):
     tiny.process(command(world, "run", tmp_path / "run"))
     assert "posttrain: resumes at step 2" in world.out
     assert tiny.digests(tmp_path / "run") == tiny.digests(world.run)
 
 
+@pytest.mark.slow
 def test_a_finished_run_needs_the_folder_no_more(capsys, world):
     away = world.base / "away"
     world.folder.rename(away)
@@ -149,6 +160,7 @@ SECOND = (
 )
 
 
+@pytest.mark.slow
 def test_another_run_takes_over_the_model_and_the_tokenizer_of_a_run_that_began_so(world, tmp_path):
     tiny.process(command(world, "run", tmp_path, SECOND.replace("RUN", str(world.run)), "model.scan_unroll=2"))
     meta = meta_of(tmp_path, "second")
@@ -157,10 +169,10 @@ def test_another_run_takes_over_the_model_and_the_tokenizer_of_a_run_that_began_
     assert Tokenizer.load(tmp_path / "tokenizer.json").hash == meta_of(world.run, "posttrain")["tokenizer_hash"]
 
 
-def test_a_plan_needs_no_weights(capsys, world, tmp_path):
-    assert main(command(world, "plan", tmp_path / "a", "stages.posttrain.train=top(1)")) == 0
+def test_a_plan_needs_no_weights(capsys, files, tmp_path):
+    assert main(command(files, "plan", tmp_path / "a", "stages.posttrain.train=top(1)")) == 0
     assert "embed/embedding" in (out := capsys.readouterr().out) and "[304, 16]" in out
-    assert main([*command(world, "plan", tmp_path / "b"), "--topology=h100x8", "--stages=posttrain"]) == 0
+    assert main([*command(files, "plan", tmp_path / "b"), "--topology=h100x8", "--stages=posttrain"]) == 0
     assert "posttrain on h100x8" in capsys.readouterr().out
 
 
@@ -179,6 +191,7 @@ def begun(world, tmp_path_factory):
 FROM_MODEL = "stages.finetune.start={'model': 'MODEL', 'fresh': ['head/.*', '.*/lora/.*']}"
 
 
+@pytest.mark.slow
 def test_a_model_may_be_moved_but_not_replaced_once_a_run_has_begun(capsys, world, begun, tmp_path):
     moved = shutil.copytree(world.folder, tmp_path / "moved")
     other = tiny_folder.write_folder(tmp_path / "other", tiny.documents(), seed=1)
@@ -195,7 +208,7 @@ def test_a_model_may_be_moved_but_not_replaced_once_a_run_has_begun(capsys, worl
             assert tiny.files(run) == before
 
 
-def test_a_task_head_in_the_files_is_loaded_measured_and_fitted_on(world, tmp_path):
+def test_a_task_head_in_the_files_is_loaded_measured_and_fitted_on(files, tmp_path):
     """Fine-tuning alone is a whole run. The classes in config.json have to be those of the data."""
     folder, classes = tmp_path / "model", {"0": "domain", "1": "general"}
     tiny_folder.write_folder(
@@ -205,7 +218,7 @@ def test_a_task_head_in_the_files_is_loaded_measured_and_fitted_on(world, tmp_pa
     tiny_folder.add_tensors(folder, {"score.weight": score})
     stage = {"kind": "finetune", "data": {"task": 1.0}, "objective": "classify", "sequence_length": 32, "batch_size": 8}
     stage |= {"start": {"model": str(folder)}, "steps": 1, "train": "biases"}
-    assert main(command(world, "run", tmp_path / "run", f"stages={ {'finetune': stage} }")) == 0
+    assert main(command(files, "run", tmp_path / "run", f"stages={ {'finetune': stage} }")) == 0
     start, finetune = json.loads((tmp_path / "run" / "matrix.json").read_text())["rows"]
     assert start["stage"] == "start" and None not in (start["task_accuracy"], finetune["task_accuracy"])
     params, _, meta = load_stage(tmp_path / "run", "finetune")
@@ -213,11 +226,11 @@ def test_a_task_head_in_the_files_is_loaded_measured_and_fitted_on(world, tmp_pa
     assert meta["labels"] == ["domain", "general"] and meta["fresh"] == []
 
 
-def test_new_tokens_take_the_spare_rows_and_start_at_the_mean_of_the_tokens(world, tmp_path):
+def test_new_tokens_take_the_spare_rows_and_start_at_the_mean_of_the_tokens(files, tmp_path):
     """The files have 304 rows for 300 tokens; with 6 new tokens, the embedding has 306."""
     words = [f"paracetamol{i}" for i in range(6)]
     run = [f"tokenizer.add={words}", "model.vocab_multiple=8", "stages.posttrain.steps=1", "evaluations={}"]
-    assert main([*command(world, "run", tmp_path, *run), "--stages=posttrain"]) == 0
+    assert main([*command(files, "run", tmp_path, *run), "--stages=posttrain"]) == 0
     params, model, meta = load_stage(tmp_path, "posttrain")
     rows, before = params["embed"]["embedding"], tiny_folder.tensors()["model.embed_tokens.weight"]
     assert (model.vocab_size, rows.shape) == (306, (312, 16)) and meta["extended"] == ["embed/embedding"]
@@ -272,18 +285,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_start_is_refused_on_one_line_and_leaves_no_trace(capsys, monkeypatch, tmp_path, world, case):
+def test_a_wrong_start_is_refused_on_one_line_and_leaves_no_trace(capsys, monkeypatch, tmp_path, files, case):
     overrides, message, *damage = WRONG[case]
     places = {"MODELS": tmp_path / "models", "MODEL": tmp_path / "model", "OTHER": tmp_path / "other"}
     for name in ("model", "other"):
-        shutil.copytree(world.folder, tmp_path / name)
-    places["LARGER"] = larger_tokenizer(tmp_path / "larger", world) if "LARGER" in str(overrides) else tmp_path
+        shutil.copytree(files.folder, tmp_path / name)
+    places["LARGER"] = larger_tokenizer(tmp_path / "larger", files) if "LARGER" in str(overrides) else tmp_path
     for change in damage:
         change(tmp_path / "model")
     before = tiny.files(tmp_path)
     monkeypatch.setattr("llm3.cli.run.evaluate_first_rows", lambda *_: pytest.fail("the run began"))
     text = "stages.posttrain.start.model=MODEL"
-    arguments = command(world, "run", tmp_path / "run", text, *overrides)
+    arguments = command(files, "run", tmp_path / "run", text, *overrides)
     for name, place in places.items():
         arguments = [each.replace(name, str(place)) if "--config." in each else each for each in arguments]
     assert main(arguments) == 2
@@ -295,8 +308,27 @@ def test_a_wrong_start_is_refused_on_one_line_and_leaves_no_trace(capsys, monkey
     assert tiny.files(tmp_path) == before
 
 
-def larger_tokenizer(folder, world):
-    tokenizer = Tokenizer.load(world.folder / "tokenizer.json").extended([f"word{i}" for i in range(10)])
+def larger_tokenizer(folder, files):
+    tokenizer = Tokenizer.load(files.folder / "tokenizer.json").extended([f"word{i}" for i in range(10)])
     folder.mkdir()
     tokenizer.save(folder / "tokenizer.json")
     return folder / "tokenizer.json"
+
+
+def test_an_export_has_the_layout_and_the_tokenizer_that_came(world, tmp_path, capsys):
+    for stage, form in (("posttrain", "base"), ("finetune", "merged"), ("posttrain", "adapters")):
+        to = tmp_path / f"{stage}-{form}"
+        flags = (f"--workdir={world.run}", f"--stage={stage}", f"--to={to}", f"--format={form}")
+        assert main(["export", *flags]) == 0
+    base, files = load_file(tmp_path / "posttrain-base" / "model.safetensors"), tiny_folder.tensors()
+    assert base.keys() == files.keys(), "only adapters were trained, and they are left out"
+    for name, value in files.items():
+        np.testing.assert_array_equal(base[name], value, err_msg=name)
+    described = json.loads((tmp_path / "finetune-merged" / "config.json").read_text())
+    assert described["architectures"] == ["LlamaForSequenceClassification"] and len(described["id2label"]) > 1
+    assert described["max_position_embeddings"] == 64
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        came = json.loads((world.folder / name).read_text())
+        assert json.loads((tmp_path / "posttrain-base" / name).read_text()) == came, name
+    assert (tmp_path / "posttrain-adapters" / "domain" / "adapter_model.safetensors").is_file()
+    assert "score.weight" in load_file(tmp_path / "finetune-merged" / "model.safetensors")

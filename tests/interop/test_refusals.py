@@ -118,6 +118,10 @@ def test_another_scaling_of_rotary_positions_is_refused(kind, tmp_path):
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),
         ("bert", {"is_decoder": True}, "is_decoder=True"),
         ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ("llama", {"num_attention_heads": 0}, "a value that cannot be"),
+        ("llama", {"hidden_size": "wide"}, "a value that cannot be"),
+        ("llama", {"rope_parameters": ["default"]}, "a value that cannot be"),
+        ("llama", {"num_attention_heads": 3}, "model.heads=3"),
         ("qwen3", {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 4}, "'chunked_attention'"),
     ],
 )

@@ -139,8 +139,7 @@ def test_decoding_with_a_cache_equals_reading_the_whole_text(name):
         np.testing.assert_allclose(logits[:, 0, :VOCAB], expected[:, i], atol=TOLERANCE)
 
 
-# masks and angles chosen by layer, one norm for both parts, learned positions and the leaves around the layers
-TRAINED = ("gemma", "phi", "bert", "modernbert")
+slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]  # noqa: E731
 DEVICES = {"fsdp": 2, "context": 2, "tensor": 2}
 
 
@@ -177,13 +176,13 @@ def assert_same(found, expected):
         np.testing.assert_allclose(gradients[path], gradient, atol=1e-4 * largest, err_msg=path)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ["gemma", "bert", *slow("olmo2", "neox", "phi", "modernbert")])
 def test_remat_unrolling_segments_and_chunks_change_neither_loss_nor_gradients(name):
     changes = {"remat": "full", "scan_unroll": 2, "logit_chunk": 5}
     assert_same(loss_and_gradients(name, ((0, 1), (1, 3)), **changes), loss_and_gradients(name))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ["gemma", "olmo2", "bert", *slow("neox", "phi", "modernbert")])
 def test_eight_devices_compute_the_gradients_of_one(name):
     assert_same(loss_and_gradients(name, sizes=tuple(DEVICES.items())), loss_and_gradients(name))
 

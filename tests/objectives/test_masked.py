@@ -204,7 +204,8 @@ def test_reading_the_hidden_places_only_changes_neither_loss_nor_gradients():
     assert float(found) == pytest.approx(float(value), rel=1e-6) and others.weight == sums.weight
     expected = flatten(canonical(gradients))
     for path, leaf in flatten(canonical(gradient)).items():
-        np.testing.assert_allclose(leaf, expected[path], atol=2e-5, err_msg=path)
+        scale = max(1, np.abs(expected[path]).max())  # rounding is relative to the largest terms of a sum
+        np.testing.assert_allclose(leaf, expected[path], atol=5e-5 * scale, err_msg=path)
 
 
 @pytest.mark.slow

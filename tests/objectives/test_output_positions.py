@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_all_positions(segments, changes):
     found, gradient = gradients(dataclasses.replace(config, max_output_positions=MOST), segments)
     assert found == pytest.approx(value, rel=1e-6)
     for path, leaf in expected.items():
-        np.testing.assert_allclose(gradient[path], leaf, atol=2e-5, err_msg=path)
+        np.testing.assert_allclose(gradient[path], leaf, atol=5e-5 * max(1, np.abs(leaf).max()), err_msg=path)
     assert np.abs(expected["layers/mlp/down/kernel"][-1]).max() > 1e-4
 
 
