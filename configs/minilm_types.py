@@ -55,12 +55,12 @@ def get_config(model="sentence-transformers/all-MiniLM-L6-v2"):
             start=dict(model=model, fresh=NO_LM_HEAD, drop=UNUSED),
             data=dict(medquad=1.0),
             objective="masked",
-            steps=300,
+            steps=200,
             batch_size=16,
             sequence_length=128,
             log_every=20,
             save_every=100,
-            optimizer=dict(name="adamw", learning_rate=2e-4, warmup_steps=30),
+            optimizer=dict(name="adamw", learning_rate=2e-4, warmup_steps=20),
         ),
         **{f"types_{seed}": fit("types", dict(stage="posttrain", fresh=["head/.*"]), seed) for seed in SEEDS},
         **{f"pubmedqa_{seed}": fit("pubmedqa", dict(stage="posttrain", fresh=["head/.*"]), seed) for seed in SEEDS},
@@ -68,7 +68,7 @@ def get_config(model="sentence-transformers/all-MiniLM-L6-v2"):
     )
     c.evaluations = dict(
         domain=dict(kind="masked", source="medquad", max_documents=200, sequence_length=128),
-        types=dict(kind="classification", source="types", split="test"),
+        types=dict(kind="classification", source="types", split="test", sequence_length=128),
         pubmedqa=dict(kind="classification", source="pubmedqa", split="test"),
     )
     return c
@@ -81,13 +81,13 @@ def fit(task, start, seed, **fields):
         start=start,
         data={task: 1.0},
         objective="classify",
-        steps=dict(types=200, pubmedqa=100)[task],
+        steps=dict(types=150, pubmedqa=100)[task],
         batch_size=8,
-        sequence_length=256,
+        sequence_length=128,
         log_every=20,
         save_every=200,
         seed=seed,
-        optimizer=dict(name="adamw", learning_rate=2e-4, warmup_steps=20),
+        optimizer=dict(name="adamw", learning_rate=2e-4, warmup_steps=15),
         **fields,
     )
 

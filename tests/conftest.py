@@ -28,6 +28,10 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
+def pytest_collection_finish():
+    forks.seldom_collect_garbage()
+
+
 def cpu_seconds() -> float:
     """User and system time of this process and of its children that have ended, those of a running server as well."""
     return sum(os.times()[:4]) + forks.cpu_seconds

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from llm3.config.data_schema import TokenizerConfig
 from llm3.data import token_texts
 from llm3.data.added_tokens import added_tokens
-from llm3.data.special_tokens import Specials, find_specials
+from llm3.data.special_tokens import Specials, find_specials, post_processor_tokens
 from llm3.data.token_texts import canonical
 from llm3.data.tokenizer_backends import OWN, SPECIALS, check_own, is_foreign, make_backend, vocabulary
 from llm3.data.tokenizer_files import KEPT, files_beside, read_object, template_of, tokenizer_file
@@ -83,6 +83,12 @@ class Tokenizer:
     def prefix_id(self) -> int:
         """The token before a text that has none before it: bos, else eos."""
         return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text alone gets bos before it: always by llm3's own tokenizers, else by the post-processor."""
+        first = post_processor_tokens(self._content.get("post_processor"))[:1]
+        return not self.foreign or (self.bos_id is not None and first == (self.tokens[self.bos_id],))
 
     @functools.cached_property
     def hash(self) -> str:

@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(len(jax.devices()) < 8, reaso
 
 MESHES = {
     "one device": {},
-    "data 8": {"data": 8},
     "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
 }

@@ -1,5 +1,6 @@
 """A run that begins with somebody else's model: its first row, hand-offs, lineage, resuming, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
 import types
@@ -12,6 +13,11 @@ from llm3.__main__ import main
 from llm3.checkpoints.load import load_stage
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.data.tokenizer import Tokenizer
+from llm3.handoff.parent import load
+from llm3.handoff.pretrained import find_pretrained
+from llm3.handoff.start import ModelStart
+from llm3.handoff.vocabulary import VocabularyChange
+from llm3.models.transformer import abstract_params
 from llm3.tree import flatten
 from tests.helpers import tiny_folder
 from tests.helpers import tiny_run as tiny
@@ -226,17 +232,19 @@ def test_a_task_head_in_the_files_is_loaded_measured_and_fitted_on(files, tmp_pa
     assert meta["labels"] == ["domain", "general"] and meta["fresh"] == []
 
 
-def test_new_tokens_take_the_spare_rows_and_start_at_the_mean_of_the_tokens(files, tmp_path):
-    """The files have 304 rows for 300 tokens; with 6 new tokens, the embedding has 306."""
-    words = [f"paracetamol{i}" for i in range(6)]
-    run = [f"tokenizer.add={words}", "model.vocab_multiple=8", "stages.posttrain.steps=1", "evaluations={}"]
-    assert main([*command(files, "run", tmp_path, *run), "--stages=posttrain"]) == 0
-    params, model, meta = load_stage(tmp_path, "posttrain")
+def test_new_tokens_take_the_spare_rows_and_start_at_the_mean_of_the_tokens(files, tmp_path, eight_devices):
+    """The files have 304 rows for 300 tokens; with 6 new tokens, the embedding has 306, padded for the mesh."""
+    parent = find_pretrained(ModelStart(str(files.folder), None, (), ()), tmp_path, "start")
+    model = dataclasses.replace(parent.model, vocab_size=306, vocab_multiple=8)
+    change = VocabularyChange(known=300, added=6, rows=304, multiple=8)
+    params, account = load(parent, abstract_params(model, eight_devices), "start", change)
     rows, before = params["embed"]["embedding"], tiny_folder.tensors()["model.embed_tokens.weight"]
-    assert (model.vocab_size, rows.shape) == (306, (312, 16)) and meta["extended"] == ["embed/embedding"]
+    assert rows.shape == (312, 16) and account.extended == ("embed/embedding",) and len(rows.sharding.device_set) == 8
     np.testing.assert_array_equal(rows[:300], before[:300])
     np.testing.assert_allclose(rows[300:306], [before[:300].mean(0)] * 6, atol=1e-6)
     np.testing.assert_array_equal(rows[306:], 0)
+    kept, _ = load(parent, abstract_params(parent.model, eight_devices), "start", VocabularyChange(known=300, rows=304))
+    np.testing.assert_array_equal(kept["embed"]["embedding"], before)
 
 
 def without(folder, name):

@@ -3,6 +3,7 @@
 `python forks.py` is that server: a request a line, in JSON, and an answer a line. A fork goes on in `tiny_run.run`.
 """
 
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,6 +129,23 @@ def _become(request: dict[str, Any]) -> None:
         os.dup2(os.open(request[stream], os.O_WRONLY), number)
     os.environ.update(request["variables"])
     jax.config.update("jax_num_cpu_devices", request["devices"])
+    keep_what_any_process_compiles()
+
+
+def keep_what_any_process_compiles() -> None:
+    """Of several processes, jax lets only the first one write what it has compiled; each needs programs of its own."""
+    from jax._src import compiler
+
+    if write := getattr(compiler, "_cache_write", None):
+        first = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0))
+        compiler._cache_write = types.FunctionType(write.__code__, vars(compiler) | {"distributed": first})
+
+
+def seldom_collect_garbage() -> None:
+    """What is imported stays, so a search for garbage need not look at it. With jax's trees, searches are a fifth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 if __name__ == "__main__":
@@ -134,4 +153,5 @@ if __name__ == "__main__":
         importlib.import_module(module)
     from tests.helpers import tiny_run
 
+    seldom_collect_garbage()
     tiny_run.run(_serve())

@@ -41,7 +41,10 @@ if "END" in os.environ:
 
 from llm3.__main__ import main
 from llm3.report.logs import MetricsWriter
+from tests.helpers import forks
 
+forks.keep_what_any_process_compiles()
+forks.seldom_collect_garbage()
 write = MetricsWriter.write
 
 def write_and_then(writer, step, line):

@@ -12,7 +12,7 @@ from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
 
-STEPS = 20
+STEPS, SAVES = 8, (3, 6, 8)
 LAYOUTS = {"1 x 1": (1, 1), "1 x 8": (1, 8), "2 x 2": (2, 2)}  # processes x devices of each
 MESHES = {
     "1 x 1": {},
@@ -29,11 +29,11 @@ def base(tmp_path_factory):
 
 
 def started(base, name, *more):
-    """A config of three stages of 20 steps, and the command that runs it in base/NAME."""
+    """A config of three stages of 8 steps, and the command that runs it in base/NAME."""
     extra = "\n".join(
         [
             "for stage in c.stages.values():",
-            f"    stage.update(steps={STEPS}, log_every=1, save_every=8)",
+            f"    stage.update(steps={STEPS}, log_every=1, save_every={SAVES[0]})",
             "c.stages.finetune.train = 'top(1)'",
         ]
     )
@@ -104,34 +104,44 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_with_the_same_losse
     (moved / stage / "evaluation.json").unlink()
     shutil.rmtree(moved / stage / "checkpoints" / str(STEPS))
     output = run(base, moved.name, layout, f"--stages={stage}")[0].stdout
-    assert f"{stage}: resumes at step 16" in output
+    assert f"{stage}: resumes at step {SAVES[-2]}" in output
     np.testing.assert_allclose(losses(moved, stage), losses(whole.workdir("1 x 1"), stage), rtol=0, atol=1e-5)
 
 
-def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command_goes_on(base, whole):
+@pytest.fixture(scope="module")
+def died(base):
+    """How the starts of one run ended: each process is killed once, then one gets SIGTERM, then the run ends.
+
+    Steps count from each start; at the first death, the save of step 6 has waited for that of step 3.
+    """
+    points = ({1: "SIGKILL@step::7"}, {0: "SIGKILL@step::10"}, {1: "SIGTERM@computing:finetune:3"}, None)
+    return [run(base, "died", "2 x 2", STAGES, status=None, points=each) for each in points]
+
+
+def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command_goes_on(base, whole, died):
     """First one, later the other, then to the end: bit for bit what the run that was not killed gave."""
-    for victim, step in ((1, 19), (0, 22)):  # of each start; at 19, the save of step 16 has waited for that of step 8
-        ended = run(base, "killed", "2 x 2", STAGES, status=None, points={victim: f"SIGKILL@step::{step}"})
+    for victim, ended in zip((1, 0), died, strict=False):
         assert ended[victim].status == -9
         assert ended[1 - victim].status not in (0, -9), "it is the harness that kills a process that does not end"
-    assert "pretrain: resumes at step" in ended[0].stdout
-    run(base, "killed", "2 x 2", STAGES)
-    assert tiny.digests(base / "killed") == tiny.digests(whole.workdir("2 x 2"))
+    assert "pretrain: resumes at step" in died[1][0].stdout
+    assert "posttrain" in died[2][0].stdout and "pretrain: resumes" not in died[2][0].stdout
+    assert tiny.digests(base / "died") == tiny.digests(whole.workdir("2 x 2"))
 
 
-def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_own(base, whole):
-    ended = run(base, "stopped", "2 x 2", STAGES, status=Exit.PREEMPTED, points={1: "SIGTERM@step::26"})
-    assert "Stopped by signal 15; everything is saved" in ended[0].stdout
-    done = run(base, "stopped", "2 x 2", STAGES)
+def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_own(base, whole, died):
+    *_, stopped, done = died
+    assert [each.status for each in stopped] == [Exit.PREEMPTED] * 2, stopped[0].stderr
+    assert "Stopped by signal 15; everything is saved" in stopped[0].stdout
+    assert [each.status for each in done] == [0, 0], done[0].stderr
     resumed = next(line for line in done[0].stdout.splitlines() if "resumes at step" in line)
-    assert resumed.startswith("posttrain: resumes at step ") and 6 <= int(resumed.split()[-1]) < STEPS
-    assert tiny.digests(base / "stopped") == tiny.digests(whole.workdir("2 x 2"))
+    assert resumed.startswith("finetune: resumes at step ") and 3 <= int(resumed.split()[-1]) < STEPS
+    assert tiny.digests(base / "died") == tiny.digests(whole.workdir("2 x 2"))
 
 
 @pytest.mark.parametrize("where", ["data", "step"])
-def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(base, whole, where):
-    points = {1: f"HANG@{where}::6"}
-    ended = run(base, f"hung {where}", "2 x 2", STAGES, "--config.hang_seconds=600", status=Exit.HUNG, points=points)
+def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(base, where):
+    more, points = ("--stages=pretrain", "--config.hang_seconds=600"), {1: f"HANG@{where}::2"}
+    ended = run(base, f"hung {where}", "2 x 2", *more, status=Exit.HUNG, points=points)
     for process, each in enumerate(ended):
         assert f"process {process} of 2" in each.stderr and "late: process 1\n" in each.stderr
         assert "Current thread" in each.stderr or "Thread 0x" in each.stderr

@@ -260,7 +260,7 @@ def test_of_two_processes_the_one_that_finds_no_space_says_so_and_the_other_ends
     """Orbax lets processes wait for one that has failed for many minutes."""
     workdir = disk.path / "run"
     disk.allow(int(share * taken(base / "whole" / "pretrain" / "checkpoints" / "8")))
-    ended = cluster.run(*command(base, workdir), devices=2)
+    ended = cluster.run(*command(base, workdir), "--stages=pretrain", devices=2)
     assert all(each.status for each in ended) and Exit.NOT_WRITTEN in [each.status for each in ended]
     told = next(each.stderr for each in ended if each.status == Exit.NOT_WRITTEN)
     assert f"was not written: {FULL}; " in told and "Traceback" not in told

@@ -129,39 +129,49 @@ def test_a_run_without_a_whole_report_has_something_left_to_do(tmp_path, whole):
     assert is_reported(tmp_path, names) and not is_reported(tmp_path, [*names, "another"])
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole):
-    """One run, killed in every stage: while texts are read, steps logged, checkpoints written, rows evaluated."""
-    config, workdir = tiny.write_config(whole.base / "killed.py", whole.base), whole.base / "killed"
-    cache = f"--config.cache_dir={whole.base / 'killed-cache'}"
-    command = ("run", f"--config={config}", f"--workdir={workdir}", cache)
-    points = ("tokenizer", "tokens", "log:pretrain:6", "saving:posttrain:4", "saved:finetune:8", "row:scratch")
-    done = tiny.process(command, deaths=[f"SIGKILL@{point}" for point in points])
-    assert "scratch: resumes at step 10" in done.stdout
-    assert_same_results(workdir, whole)
+@pytest.fixture(scope="module")
+def disturbed(whole):
+    """One run that is killed in every stage, damaged, and stopped by both signals; what its four last starts said.
 
+    It is killed while texts are read, steps logged, checkpoints written, rows evaluated.
+    """
+    config, workdir = tiny.write_config(whole.base / "disturbed.py", whole.base), whole.base / "disturbed"
+    command = ("run", f"--config={config}", f"--workdir={workdir}", f"--config.cache_dir={whole.base / 'own-cache'}")
 
-@pytest.mark.slow
-def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same(whole):
-    workdir = whole.base / "damaged"
-    command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
-    tiny.process(command, point="SIGKILL@saved:pretrain:8", status=-9)
+    def start(*deaths, point="", status=0, more=()):
+        deaths = [f"SIGKILL@{each}" for each in deaths]
+        return tiny.process((*command, *more), deaths=deaths, point=point, status=status).stdout
+
+    first = ("--stages=pretrain",)  # a start traces all stages that it is to train
+    start("tokenizer", "tokens", "log:pretrain:6", point="SIGKILL@saved:pretrain:8", status=-9, more=first)
     params = workdir / "pretrain" / "checkpoints" / "8" / "params"
     largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    interrupted = start("saving:posttrain:4", point="SIGINT@log:posttrain:6", status=130)
+    latest = [newest(workdir, "posttrain").latest()]
+    terminated = start(point="SIGTERM@log:finetune:4", status=75)
+    latest.append(newest(workdir, "finetune").latest())
+    done = start("saved:finetune:8", "row:scratch")
+    said = {"interrupted": interrupted, "terminated": terminated, "done": done}
+    return types.SimpleNamespace(workdir=workdir, latest=latest, **said)
 
-    stopped = tiny.process(command, point="SIGINT@log:posttrain:6", status=130)
-    assert "step 8 is damaged and was skipped" in stopped.stdout and "pretrain: resumes at step 4" in stopped.stdout
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole, disturbed):
+    assert "scratch: resumes at step 10" in disturbed.done
+    assert_same_results(disturbed.workdir, whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same(whole, disturbed):
+    damaged, interrupted = disturbed.interrupted.split(tiny.KILLED)
+    assert "step 8 is damaged and was skipped" in damaged and "pretrain: resumes at step 4" in damaged
     # the status says that nothing was raised; Orbax may log what became of its other reads of the damaged step
-    assert "Rerun the command to resume" in stopped.stdout
-    assert newest(workdir, "posttrain").latest() == 7
-
-    stopped = tiny.process(command, point="SIGTERM@log:finetune:4", status=75)
-    assert "posttrain: resumes at step 7" in stopped.stdout
-    assert newest(workdir, "finetune").latest() == 5
-
-    assert "finetune: resumes at step 5" in tiny.process(command).stdout
-    assert_same_results(workdir, whole)
+    assert "Rerun the command to resume" in interrupted
+    assert "posttrain: resumes at step 7" in disturbed.terminated
+    assert disturbed.latest == [7, 5], "a stop saves the step that it comes after"
+    assert "finetune: resumes at step 5" in disturbed.done
+    assert_same_results(disturbed.workdir, whole)
 
 
 @pytest.mark.slow

@@ -113,10 +113,10 @@ def whole(base):
 def killed(whole):
     """The same run, killed at every kind of point of "gradual" and in "nf4", and started again each time."""
     workdir = whole.base / "killed"
-    command = ("run", whole.common[0], f"--workdir={workdir}", "--stages=pretrain,gradual,nf4")
+    command = ("run", whole.common[0], f"--workdir={workdir}", "--config.stages.gradual.keep=9")
     points = [f"{point}:gradual{step}" for point, step in POINTS] + ["saved:nf4:6"]
-    command = (*command, "--config.stages.gradual.keep=9")
-    tiny.process(command, deaths=[f"SIGKILL@{point}" for point in points])
+    stages = ("pretrain,gradual", "pretrain,gradual,nf4")  # in turn: a start traces all stages that it is to train
+    tiny.process(*((*command, f"--stages={each}") for each in stages), deaths=[f"SIGKILL@{point}" for point in points])
     return workdir
 
 

@@ -160,14 +160,6 @@ def test_an_update_equals_the_masked_full_update(rules, with_embeddings):
     assert_update_is_the_masked_one(make_run(rules, "clipped"))
 
 
-@pytest.mark.slow
-@settings(max_examples=6, deadline=None)
-@given(rule_lists, st.booleans(), st.sampled_from(["none", "full", "dots"]), st.sampled_from([1, 8]))
-def test_an_update_equals_the_masked_full_update_for_many_rules(rules, with_embeddings, remat, devices):
-    rules += ("embeddings",) * with_embeddings
-    assert_update_is_the_masked_one(make_run(rules, "clipped", devices, remat=remat))
-
-
 def test_an_update_of_some_leaves_is_the_same_under_remat():
     assert_update_is_the_masked_one(make_run(RULE, "clipped", remat="full"))
 
