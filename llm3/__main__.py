@@ -152,6 +152,17 @@ VERBS = {
         "measure the token cache on a generated file, compared with datasets.map",
         (CACHE_ONLY, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
     ),
+    "bench-model": Verb(
+        "cli.bench_model:bench_model",
+        "measure reading and writing a pretrained model",
+        (
+            CACHE_ONLY,
+            flag("--model", metavar="NAME", help="a folder, or a name on the Hub (default: a generated model)"),
+            flag("--gigabytes", type=float, default=2, help="the size of the generated model (default: 2)"),
+            flag("--fsdp", type=int, default=1, metavar="N", help="the devices that share each leaf (default: 1)"),
+            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+        ),
+    ),
     "plan": Verb(
         "cli.plan:plan",
         "show what each stage trains and costs, without running it",

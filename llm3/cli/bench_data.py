@@ -3,7 +3,6 @@
 The same run compares the build with `datasets.map`, with the same tokenizer on a part of the text. Does not import jax.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -11,9 +10,7 @@ import os
 import random
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,12 @@ from llm3.data.sources import corpus
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
 from llm3.data.windows.stream import WindowTable
+from llm3.distributed import host_memory
 
 VOCAB_SIZE = 8192
 COMPARED_BYTES = 100_000_000  # max bytes of text in the comparison with `datasets.map`
 TIMES = 2  # number of alternating runs of both; the fastest counts
 BATCH_SIZE, SEQUENCE_LENGTH, BATCHES = 16, 256, 500
-SAMPLE_SECONDS = 0.05
 
 
 def bench_data(workdir: Path, gigabytes: float = 0.1) -> int:
@@ -61,7 +58,7 @@ def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
         size = write_text(file, documents, int(gigabytes * 1e9))
         write_text(part, documents, min(size, COMPARED_BYTES))
         del documents
-        with _peak_rss() as memory:
+        with host_memory.peak_of(host_memory.resident_bytes) as memory:
             before = time.perf_counter()
             built = _build(file, trained, directory / "cache")
             seconds = time.perf_counter() - before
@@ -73,8 +70,8 @@ def measure_cache(gigabytes: float, workdir: Path) -> dict[str, Any]:
             "processes": available_cores(),
             "seconds": seconds,
             "tokens_per_second": built.tokens / seconds,
-            "rss_before_bytes": memory["before"],
-            "peak_rss_bytes": memory["peak"],
+            "rss_before_bytes": memory.before,
+            "peak_rss_bytes": memory.peak,
             "batch_tokens_per_second": _batch_speed(built),
             "compared": _compared(part, trained, directory),
         }
@@ -169,36 +166,3 @@ def _encode(rows: dict[str, list[str]], file: Path) -> dict[str, list[list[int]]
 @functools.lru_cache(maxsize=1)
 def _loaded(file: Path) -> Tokenizer:
     return Tokenizer.load(file)
-
-
-@contextlib.contextmanager
-def _peak_rss() -> Iterator[dict[str, int | None]]:
-    """Yield {"before", "peak"}: bytes of this process and its descendants; "peak" is final after the context."""
-    has_proc = Path("/proc/self/statm").exists()
-    memory = {"before": _rss(os.getpid()) if has_proc else None, "peak": None}
-    ended = threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_SECONDS):
-            memory["peak"] = max(memory["peak"] or 0, _rss(os.getpid()))
-
-    thread = threading.Thread(target=sample)
-    if has_proc:
-        thread.start()
-    try:
-        yield memory
-    finally:
-        ended.set()
-        if has_proc:
-            thread.join()
-
-
-def _rss(process: int) -> int:
-    """Memory of a process and its descendants in bytes, shared pages counted for each; 0 for an ended process."""
-    try:
-        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        threads = list(Path(f"/proc/{process}/task").iterdir())
-        children = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(_rss, children))

@@ -36,6 +36,8 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         check_sampling(options)
     elif verb == "export":
         check_export(options)
+    elif verb == "bench-model":
+        check_bench_model(options)
     elif verb == "plan":
         if options["topology"]:
             from llm3.distributed import machines  # needs numpy
@@ -101,6 +103,16 @@ def check_export(options: Mapping[str, Any]) -> None:
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", size := options["max_shard_size"]):
         raise UserError(f"--max_shard_size={size}: expected a number and KB, MB, GB or TB, as in 5GB")
+
+
+def check_bench_model(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `bench-model` that are out of range."""
+    if (dtype := options["dtype"]) not in EXPORT_DTYPES:
+        raise UserError(f"--dtype={dtype}: {nearest(dtype, EXPORT_DTYPES)}")
+    if not options["gigabytes"] > 0:
+        raise UserError(f"--gigabytes={options['gigabytes']}: expected a number above 0")
+    if options["fsdp"] < 1:
+        raise UserError(f"--fsdp={options['fsdp']}: expected at least 1")
 
 
 def shard_of(shard: str) -> tuple[int, int]:

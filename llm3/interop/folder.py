@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import gc
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ from llm3.interop.shards import DTYPES, INDEX, Shards, read_object
 from llm3.interop.table import Place, layered
 
 VOCAB_AXIS = {"embed/embedding": 0, "lm_head/kernel": 1, "lm_head/bias": 0}  # of leaves that may be padded
+BLOCK = 2**18  # elements that are read at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,14 +77,16 @@ class Folder:
             copies.setdefault(ranges, []).append(device)
         parts = []
         for ranges, devices in copies.items():  # one after the other, so that the host holds one part at a time
-            piece = self._piece(path, ranges, like.dtype)
-            parts += [jax.device_put(piece, device) for device in devices]
-            jax.block_until_ready(parts[-len(devices) :])
+            parts += jax.block_until_ready(
+                jax.device_put([self._piece(path, ranges, like.dtype)] * len(devices), devices)
+            )
+            gc.collect(0)  # jax holds a numpy array that it has copied until the next collection
         return jax.make_array_from_single_device_arrays(like.shape, sharding, parts)
 
     def _piece(self, path: str, ranges: tuple[range, ...], dtype: Any) -> np.ndarray:
         """A part of a leaf as a numpy array of this dtype."""
-        piece = np.zeros([len(each) for each in ranges], dtype)
+        shape = [len(each) for each in ranges]
+        piece = np.zeros(math.prod(shape) + 1, dtype)[1:].reshape(shape)  # not aligned: on a CPU, jax copies it too
         known = tuple(
             range(each.start, min(each.stop, size)) for each, size in zip(ranges, self.leaves[path][0], strict=True)
         )
@@ -89,16 +94,24 @@ class Folder:
         if not inside.size:
             return piece
         if not layered(path):
-            inside[...] = self._of_layer(path, 0, known)
+            self._fill(inside, path, 0, known)
         for row, layer in enumerate(known[0] if layered(path) else ()):
-            inside[row] = self._of_layer(path, layer, known[1:])
+            self._fill(inside[row, ...], path, layer, known[1:])
         return piece
 
-    def _of_layer(self, path: str, layer: int, ranges: tuple[range, ...]) -> np.ndarray | float:
+    def _fill(self, piece: np.ndarray, path: str, layer: int, ranges: tuple[range, ...]) -> None:
+        """Put a part of one layer of a leaf into `piece`, some rows of its tensor at a time."""
         place = self.places[path]
         if (tensor := self.names.found.get(place.named(layer))) is None:  # ModernBERT's first norm, or a head's bias
-            return float(path.endswith("/scale"))
-        return place.view.read(self.shards.slices(tensor), ranges)
+            piece[...] = float(path.endswith("/scale"))
+            return
+        axis = place.view.order[0]  # the leaf's axis along the rows
+        count = len(ranges[axis])
+        step = max(1, BLOCK * count // piece.size)
+        for start in range(0, count, step):
+            index = (slice(None),) * axis + (slice(start, start + step),)
+            rows = tuple(each[start : start + step] if i == axis else each for i, each in enumerate(ranges))
+            piece[index] = place.view.read(self.shards.slices(tensor), rows)
 
 
 def open_folder(path_or_name: str, revision: str | None, where: str) -> Folder:

@@ -38,6 +38,8 @@ REFUSED = {
     "generate --workdir=NONE --prompt=x --temperature=-1": "--temperature=-1.0: expected at least 0",
     "generate --workdir=NONE --prompt=x": "--workdir=NONE: no such directory",
     "export --workdir=NONE --stage=a --to=b --format=merge": "did you mean 'merged'",
+    "bench-model --dtype=float23": "did you mean 'float32'",
+    "bench-model --gigabytes=0": "--gigabytes=0.0: expected a number above 0",
     "lineage --workdir=NONE": "--workdir=NONE: no such directory",
 }
 CALLS = """
