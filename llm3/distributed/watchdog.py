@@ -86,7 +86,8 @@ class Watchdog:
     def _end(self, place: Place, why: str) -> None:
         report = [f"process {processes.index()} of {processes.count()}: {place}: {why}"]
         processes.publish("hung", place)
-        others = {process: Place(*each) for process, each in processes.published("place").items()}
+        known = processes.published("place") | processes.published("hung")  # one may hang before its first "place"
+        others = {process: Place(*each) for process, each in known.items()}
         others[processes.index()] = place
         if processes.count() > 1:
             report += [f"  process {process}: {each}" for process, each in sorted(others.items())]

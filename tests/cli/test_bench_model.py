@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,8 @@ def test_anonymous_memory_grows_with_an_array():
     before = anonymous_bytes()
     if before is None:
         pytest.skip("no /proc")
-    array = np.ones(50_000_000, np.uint8)
+    array = mmap.mmap(-1, 50_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never memory that was free
+    for _ in range(50):
+        array.write(bytes(1_000_000))
     assert 45e6 < anonymous_bytes() - before < 60e6
-    del array
+    array.close()
