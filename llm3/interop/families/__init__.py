@@ -7,6 +7,6 @@ BASE: the prefix of names in the files that files of a model without any head la
 TABLE: the leaves; see `llm3.interop.table`.
 LEFT_OVER: patterns of names that files may have besides, and that are ignored.
 read_config(json): the fields of a ModelConfig. Raises UserError for what llm3 does not compute.
-write_config(model): the keys of config.json without those of text and labels. What it cannot express need not be
-  noticed: `llm3.interop.family.check_expresses` reads it again and compares.
+write_config(model): the keys of config.json without those of text and labels. It need not check what the family
+  cannot express: `llm3.interop.family.check_expresses` reads the result back and compares.
 """
