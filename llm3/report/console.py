@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llm3.report.units import count, duration, percent
@@ -103,3 +104,47 @@ def _bar(total: int, start: int, label: str, console: "Console | None") -> "tupl
     task = bar.add_task(label, total=total, completed=start, metrics="")
     bar.start()
     return bar, task
+
+
+SECONDS_BETWEEN_LINES = 30.0  # of a count that is written to a log
+
+
+@contextmanager
+def counting(
+    total: int,
+    label: str,
+    unit: str = "",
+    console: "Console | None" = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Count to `total` of a unit ("documents"); yields a function of the number that was done since its last call.
+
+    On a terminal, a bar that disappears at the end; otherwise a line every 30 seconds, so that a short count prints
+    nothing.
+    """
+    if console is None and not sys.stdout.isatty():
+        done, last = 0, clock()
+
+        def line(number: int) -> None:
+            nonlocal done, last
+            done += number
+            if (now := clock()) - last >= SECONDS_BETWEEN_LINES:
+                print(f"{label}: {done:,} of {total:,} {unit}".rstrip(), flush=True)
+                last = now
+
+        yield line
+        return
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn(unit),
+        progress.TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=total)
+        yield lambda number: bar.advance(task, number)

@@ -7,7 +7,8 @@ import shlex
 
 import pytest
 
-from llm3.__main__ import VERBS, parser
+from llm3.__main__ import parser
+from llm3.cli.verbs import VERBS
 from llm3.config.load import load, read, values
 from llm3.stages.origin import STAND_IN
 

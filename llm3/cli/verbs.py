@@ -1,0 +1,177 @@
+"""The verbs of the command line with their flags. Their functions are imported when they are called."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from llm3.files import local_path
+
+Flag = tuple[str, dict[str, Any]]
+
+
+class Verb(NamedTuple):
+    """A verb of the command line. call: "module:function"; the function gets the flags as keyword arguments."""
+
+    call: str
+    help: str
+    flags: tuple[Flag, ...]
+    clustered: bool = False  # several processes can run it together
+
+
+def flag(name: str, **options: Any) -> Flag:
+    """One command-line flag, with the options of `argparse`."""
+    return name, options
+
+
+def path_flag(name: str, **options: Any) -> Flag:
+    """A flag for a directory on this machine."""
+    return flag(name, type=partial(local_path, where=name), metavar="DIR", **options)
+
+
+def names(text: str) -> list[str]:
+    """The names that a flag lists."""
+    return text.split(",")
+
+
+CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
+OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
+WORKDIR = path_flag("--workdir", required=True, help="the run's files")
+CACHE_ONLY = path_flag("--workdir", default="runs/bench", help="where a token cache is written")
+STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
+STAGE = flag("--stage", required=True)
+PROCESSES = (
+    flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
+    flag(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="number of processes (SLURM, Open MPI and TPUs set it)",
+    ),
+    flag("--process", type=int, metavar="I", help="index of this process, from 0"),
+)
+
+VERBS = {
+    "run": Verb(
+        "cli.run:run", "train and evaluate the stages; run it again to resume", (CONFIG, WORKDIR, STAGES), True
+    ),
+    "eval": Verb(
+        "cli.evaluate:evaluate",
+        "evaluate the newest checkpoints of a run, by its config or by tasks of lm-eval",
+        (
+            flag("--config", metavar="FILE", help="the run's config file (with --tasks: only for its mesh)"),
+            WORKDIR,
+            STAGES,
+            flag("--tasks", type=names, metavar="A,B", help="tasks of lm-eval, instead of the config's evaluations"),
+            path_flag("--include_path", help="a folder with YAML files of tasks"),
+            flag("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"),
+            flag("--limit", type=float, metavar="N", help="documents of each task, or, below 1, their share"),
+            flag("--apply_chat_template", action="store_true", help="write prompts with the chat template"),
+            flag("--batch_size", type=int, metavar="N", help="requests in a batch (default: 16)"),
+            flag("--sequence_length", type=int, metavar="N", help="max tokens of a request (default: as trained)"),
+        ),
+        True,
+    ),
+    "generate": Verb(
+        "cli.generate:generate",
+        "sample from a stage, or from every stage of a run",
+        (
+            OPTIONAL_CONFIG,
+            WORKDIR,
+            flag("--stage", help="one stage (default: every stage)"),
+            flag("--prompt", required=True),
+            flag("--raw", action="store_true", help="continue the prompt: do not write it with the chat template"),
+            flag("--max_tokens", type=int, default=64),
+            flag("--temperature", type=float, default=0.8, help="0: always the most likely token"),
+            flag("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all"),
+            flag("--top_p", type=float, default=1.0),
+            flag("--seed", type=int, default=0),
+        ),
+    ),
+    "export": Verb(
+        "cli.export:export",
+        "write a stage as a directory that transformers or PEFT loads",
+        (
+            WORKDIR,
+            STAGE,
+            path_flag("--to", required=True, help="a new directory"),
+            flag(
+                "--format",
+                dest="form",
+                default="merged",
+                help="merged (default), base (without adapters) or adapters (for PEFT)",
+            ),
+            flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
+            flag("--base", help="the base model that the adapters name, for --format=adapters"),
+            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+            flag("--max_shard_size", default="5GB", help="write several files of at most this size (default: 5GB)"),
+            flag("--push", metavar="NAME", help="then upload the directory to this repository on the Hugging Face Hub"),
+        ),
+    ),
+    "bench": Verb(
+        "cli.bench:bench",
+        "time the step of one stage",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            flag("--stage", required=True, help="the stage whose step is timed"),
+            flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
+            flag("--alone", action="store_true", help="do not compare with full training"),
+        ),
+        True,
+    ),
+    "data": Verb(
+        "cli.data:data",
+        "show the documents of each stage as the model sees them, or tokenize a shard of them",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            STAGES,
+            flag("--shard", metavar="I/N", help="only tokenize shard I of N of the training documents into the cache"),
+        ),
+    ),
+    "overlap": Verb(
+        "cli.data:overlap", "show the overlap of the evaluations with the training data", (CONFIG, CACHE_ONLY, STAGES)
+    ),
+    "bench-data": Verb(
+        "cli.bench_data:bench_data",
+        "measure the token cache on a generated file, compared with datasets.map",
+        (CACHE_ONLY, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
+    ),
+    "bench-model": Verb(
+        "cli.bench_model:bench_model",
+        "measure reading and writing a pretrained model",
+        (
+            CACHE_ONLY,
+            flag("--model", metavar="NAME", help="a folder, or a name on the Hub (default: a generated model)"),
+            flag("--gigabytes", type=float, default=2, help="the size of the generated model (default: 2)"),
+            flag("--fsdp", type=int, default=1, metavar="N", help="the devices that share each leaf (default: 1)"),
+            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+        ),
+    ),
+    "plan": Verb(
+        "cli.plan:plan",
+        "show what each stage trains and costs, without running it",
+        (
+            CONFIG,
+            CACHE_ONLY,
+            STAGES,
+            flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
+            flag(
+                "--aot", action="store_true", help="also compile for that TPU: takes minutes per stage, needs llm3[aot]"
+            ),
+        ),
+    ),
+    "lineage": Verb(
+        "cli.lineage:lineage",
+        "show the parents of the stages of a run",
+        (
+            WORKDIR,
+            flag(
+                "--runs",
+                type=lambda names: [local_path(each, "--runs") for each in names.split(",")],
+                default=(),
+                metavar="DIR,...",
+                help="folders in which to look for parents that were moved",
+            ),
+        ),
+    ),
+}
