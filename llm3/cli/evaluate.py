@@ -25,7 +25,7 @@ from llm3.evals.harness import Options
 from llm3.files import CHECKPOINTS, TOKENIZER
 from llm3.report import table
 from llm3.segments import segmented
-from llm3.stages.evaluate import plain
+from llm3.stages.evaluate import plain, progress
 from llm3.stages.evaluation import without_source
 from llm3.tree import size
 
@@ -96,7 +96,8 @@ def evaluate_tasks(
         made = replace(made, template=template)
         console.print(f"{name}: evaluating step {meta['step']}, in windows of {length} tokens")
         one_segment = segmented(params, ((0, model.layers),))
-        metrics, _ = plain(name, made.name, made.measure(one_segment, model, tokenizer, mesh, compiled), console)
+        measured = made.measure(one_segment, model, tokenizer, mesh, compiled, progress(name))
+        metrics, _ = plain(name, made.name, measured, console)
         rows.append({"stage": name, **metrics, "params": size(params)})
     table.print_table(rows, [], console)
     return 0

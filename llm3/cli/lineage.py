@@ -40,8 +40,10 @@ def line(workdir: Path, link: dict, runs: Sequence[Path], depth: int) -> str:
         return f"{link['model']}{revision} (pretrained {link['family']}, files {link['params_digest'][:12]})"
     differs = "".join(f", {each}" for each in changes(link)) if depth else ""
     run, note = place(workdir, link, runs)
+    ended = link.get("early_stopping")
+    taken = f", the parameters of step {ended['result_step']}" if ended else ""
     return (
-        f"{run}/{link['stage']} step {link['step']} ({link['kind']}, "
+        f"{run}/{link['stage']} step {link['step']}{taken} ({link['kind']}, "
         f"{count(link['cost']['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs}){note}"
     )
 

@@ -60,3 +60,19 @@ def check_phases(data_schedule: Sequence[Any], steps: int, where: str) -> list[t
         phases.append((step, weights))
         before = step
     return phases
+
+
+def check_early_stopping(own: Mapping[str, Any], where: str) -> None:
+    """Raise UserError, starting with `where`, unless a stage that stops early evaluates what it stops by."""
+    for field in ("eval_every", "eval_documents", "patience", "min_delta"):
+        if not own[field] >= 0:
+            raise UserError(f"{where}.{field}={own[field]!r}: expected at least 0")
+    purposes = {
+        "eval_every": "the steps between evaluations",
+        "best": "the metric that should improve",
+        "patience": "the number of evaluations to wait for an improvement",
+    }
+    needed = [("eval_names", "eval_every"), ("eval_documents", "eval_every"), ("patience", "eval_every")]
+    for field, other in [*needed, ("patience", "best"), ("min_delta", "patience")]:
+        if own[field] and not own[other]:
+            raise UserError(f"{where}.{field}={own[field]!r}: needs {other}, {purposes[other]}")

@@ -6,7 +6,7 @@ This module does not import jax, so a misspelt field is reported before any devi
 import dataclasses
 from typing import Any
 
-from llm3.config.checks import check_optimizer, check_phases, check_warmup
+from llm3.config.checks import check_early_stopping, check_optimizer, check_phases, check_warmup
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.model_schema import AdapterConfig, ModelConfig
 from llm3.errors import UserError, at_least, one_of
@@ -103,6 +103,13 @@ class StageConfig:
     save_every: int = 100  # steps between checkpoints
     keep: int = 2  # number of latest checkpoints to keep
     best: str = ""  # also keep the checkpoint that is best by this metric, e.g. domain_bits_per_byte
+    eval_every: int = 0  # steps between evaluations while the stage trains; 0: evaluate only after it
+    eval_names: list[str] = dataclasses.field(default_factory=list)  # evaluations to run then; empty: all that apply
+    eval_documents: int = 0  # run them on a fixed pseudo-random sample of this many documents; 0: all
+    # end the stage after this many evaluations in a row without an improvement of `best`, and take the parameters of
+    # the best one as its result; 0: train all steps and take the last ones
+    patience: int = 0
+    min_delta: float = 0.0  # the least change of `best` that counts as an improvement
     baseline: bool = False  # report the stage separately from the main chain
 
     def __post_init__(self) -> None:
@@ -110,6 +117,7 @@ class StageConfig:
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
+        check_early_stopping(vars(self), "config: stages.*")
         if self.batch_size % self.micro_batches:
             raise UserError(
                 f"config: stages.*.batch_size={self.batch_size}: expected a multiple of micro_batches="

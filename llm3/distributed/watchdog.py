@@ -1,4 +1,4 @@
-"""Detects a hanging step, data read or save, reports where it hangs and which process is late, and ends the run."""
+"""Detects a hanging step, read, evaluation or save, reports where it is and which process is late, and ends the run."""
 
 import faulthandler
 import os
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llm3.distributed import processes
 from llm3.errors import Exit
 
-PHASES = ("reading data", "computing", "saving")  # the phases of a step, in this order
+PHASES = ("reading data", "computing", "evaluating", "saving")  # the phases of a step, in this order
 GRACE_SECONDS = 20.0  # time for the other processes to report their position
 LAST_SECONDS = 2.0
 

@@ -19,7 +19,8 @@ packing, padding or device count.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -35,10 +36,18 @@ from llm3.data.mixture import finite_batches
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
+from llm3.models.decoding import width_groups
 from llm3.models.transformer import abstract
 from llm3.registry import load_plugin
 
 Compiled = dict[tuple, Callable]
+# counting(total, unit): a context with a function that is told how many more of the total are done
+Counting = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+def uncounted(total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+    """A `Counting` that shows nothing."""
+    return nullcontext(lambda number: None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +56,7 @@ class EvalContext:
 
     params: on the devices, the layers as one segment. kind: the kind of windows. place: puts a batch of numpy arrays on
     the mesh. compiled: the jitted functions of earlier evaluations, see `jit`. template: the run's chat template or "".
-    prepared: the result of the plugin's `prepare`.
+    prepared: the result of the plugin's `prepare`. counting: shows how many windows or documents are done.
     """
 
     params: dict
@@ -61,6 +70,7 @@ class EvalContext:
     compiled: Compiled
     template: str = ""
     prepared: Any = None
+    counting: Counting = uncounted
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
         """The documents (of `cache`, if given) cut into windows."""
@@ -94,10 +104,22 @@ class EvalContext:
 
         `change` is applied to each batch on the host. `function`: see `jit`.
         """
-        run = self.jit(function)
-        for batch in finite_batches(self.table() if table is None else table, self.config.batch_size):
-            batch = change(batch)
-            yield batch, jax.device_get(run(self.place(batch), *arrays))
+        run, table = self.jit(function), self.table() if table is None else table
+        with self.counting(len(table), "windows") as advance:
+            rows = self.config.batch_size
+            for number, batch in enumerate(finite_batches(table, rows)):
+                batch = change(batch)
+                yield batch, jax.device_get(run(self.place(batch), *arrays))
+                advance(min(rows, len(table) - number * rows))
+
+    def groups(
+        self, lengths: Sequence[int], max_width: int, unit: str = "documents"
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield (width, numbers) of prompts of these lengths, a batch at a time: see `decoding.width_groups`."""
+        with self.counting(len(lengths), unit) as advance:
+            for width, numbers in width_groups(lengths, max_width, self.config.batch_size):
+                yield width, numbers
+                advance(len(numbers))
 
     def notes(self) -> list[dict[str, Any]]:
         """The note of each document, empty if it has none."""

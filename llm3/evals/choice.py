@@ -19,7 +19,7 @@ from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
 from llm3.evals import EvalContext
-from llm3.models.decoding import prefill, right_aligned, width_groups
+from llm3.models.decoding import prefill, right_aligned
 from llm3.models.transformer import Transformer
 
 WINDOWS = {"choice": "dialogue"}
@@ -111,7 +111,7 @@ def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]
     run, rows = context.jit(functools.partial(nats, choices=choices)), context.config.batch_size
     result = [np.empty(0)] * len(items)
     lengths = [len(each.prompt) for each in items]
-    for width, numbers in width_groups(lengths, context.config.sequence_length, rows):
+    for width, numbers in context.groups(lengths, context.config.sequence_length):
         chosen = [items[number] for number in numbers]
         prompts = right_aligned([each.prompt for each in chosen], width, rows)
         found = jax.device_get(run(*context.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]

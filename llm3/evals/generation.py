@@ -18,7 +18,7 @@ import numpy as np
 from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext
-from llm3.models.decoding import greedy, right_aligned, width_groups
+from llm3.models.decoding import greedy, right_aligned
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -107,7 +107,7 @@ def generate_answers(context: EvalContext, questions: list[Question], width: int
     run = context.jit(functools.partial(greedy, stops=stops, max_tokens=context.options.max_tokens))
     texts, rows = [""] * len(questions), context.config.batch_size
     longest = max(len(each.end) for each in questions)
-    for padded, numbers in width_groups([len(each.prompt) for each in questions], width, rows):
+    for padded, numbers in context.groups([len(each.prompt) for each in questions], width):
         chosen = [questions[number] for number in numbers]
         ends = np.full((rows, longest), stops[0], np.int32)
         for row, each in enumerate(chosen):

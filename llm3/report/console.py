@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llm3.report.units import count, duration, percent
@@ -23,6 +24,8 @@ def new_console(**options: Any) -> "Console":
 class Progress:
     """The progress of one stage from step `start` to step `total`; `label` is the name of the stage.
 
+    extra: {metric: its name in the line} of further metrics to show.
+
     On a terminal, a bar with the latest metrics; otherwise one line (at most 120 columns) per call of `log`. Use it as
     a context manager, or call `close`.
     """
@@ -34,8 +37,9 @@ class Progress:
         label: str = "",
         console: "Console | None" = None,
         clock: Callable[[], float] = time.monotonic,
+        extra: Mapping[str, str] = MappingProxyType({}),
     ):
-        self._total, self._label, self._clock = total, label, clock
+        self._total, self._label, self._clock, self._extra = total, label, clock, extra
         self._first = (start, clock())  # a step and its time, the reference point for the ETA
         self._compiled = False
         self._bar: progress.Progress | None = None
@@ -48,7 +52,8 @@ class Progress:
         Shown are loss, learning_rate, gradient_norm, tokens_per_second, mfu (fraction of the peak) and data_wait
         (fraction of the time spent waiting for data).
         """
-        text = "  ".join([*_formatted(metrics), *self._eta(step)])
+        more = [f"{label} {metrics[key]:.4g}" for key, label in self._extra.items() if metrics.get(key) is not None]
+        text = "  ".join([*_formatted(metrics), *more, *self._eta(step)])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, metrics=text)
         else:

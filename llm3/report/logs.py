@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,18 @@ from llm3.errors import NotWritten, UserError, writing
 from llm3.files import METRICS, write_atomic
 from llm3.report.units import plain
 
+# The groups of tags in TensorBoard; a metric of none of them belongs to "train", as the loss and the objective's own.
+GROUPS = {
+    "optim": ("learning_rate", "gradient_norm", "skipped_steps", "new_levels"),
+    "speed": (
+        *("tokens_per_second", "flops_per_second", "hardware_flops_per_second", "mfu", "hfu"),
+        *("data_wait", "step_seconds"),
+    ),
+}
+
 
 class MetricsWriter:
-    """Appends one JSON line per step to DIR/metrics.jsonl, and the same scalars to TensorBoard.
+    """Appends JSON lines to DIR/metrics.jsonl, and the same scalars, in groups of tags, to TensorBoard.
 
     resume_step: the step that training resumes from. Lines of later steps, and an incomplete last line of a killed
     process, are dropped, so that no step occurs twice. None: start an empty file.
@@ -31,17 +41,33 @@ class MetricsWriter:
             self._file = self._path.open("a", encoding="utf-8")
             self._board = _Board(directory, None if resume_step is None else resume_step + 1)
 
-    def write(self, step: int, metrics: dict) -> None:
+    def write(self, step: int, metrics: dict, group: str = "") -> None:
         """Append {"step": step, **metrics}. Numpy and jax scalars become numbers; NaN and inf become null.
 
-        Raises NotWritten if the disk refuses.
+        group: that of all the tags, such as "eval"; "": each tag has the group of its metric, as in train/loss. Raises
+        NotWritten if the disk refuses.
         """
         line = {"step": int(step), **{key: _finite(plain(value)) for key, value in metrics.items()}}
         with writing(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-            numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
-            self._board.write(line["step"], {key: value for key, value in numbers.items() if key != "step"})
+            numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+            tags = {f"{group or group_of(key)}/{key}": value for key, value in numbers.items()}
+            self._board.write(line["step"], tags)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Add a text, in Markdown, to TensorBoard. Raises NotWritten if the disk refuses."""
+        with writing(self._path):
+            self._board.text(step, tag, text)
+
+    def hyperparameters(self, config: dict, metrics: Iterable[str] = ()) -> None:
+        """Add a config to TensorBoard: as a text, and its values, by names like optimizer.ema, as hyperparameters.
+
+        metrics: the tags by which runs are compared. Raises NotWritten if the disk refuses.
+        """
+        with writing(self._path):
+            self._board.text(0, "config", f"```json\n{json.dumps(config, indent=2)}\n```")
+            self._board.hyperparameters(flat(config), list(metrics))
 
     def close(self) -> None:
         """Close both files. Raises NotWritten if the disk refuses."""
@@ -57,6 +83,22 @@ class MetricsWriter:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         with suppress(NotWritten) if kind else nullcontext():  # report the first error only
             self.close()
+
+
+def group_of(metric: str) -> str:
+    """The group of a metric's tag."""
+    return next((group for group, metrics in GROUPS.items() if metric in metrics), "train")
+
+
+def flat(config: dict, prefix: str = "") -> dict[str, str | bool | float]:
+    """The values of a nested config by path; a list is a text, and what is not set is left out."""
+    found: dict[str, str | bool | float] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            found[f"{prefix}{key}"] = value if isinstance(value, str | bool | int | float) else json.dumps(value)
+    return found
 
 
 class _Board:
@@ -76,11 +118,26 @@ class _Board:
         self._file.flush()
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        for name, value in numbers.items():
-            self._file.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._add(step, [scalar(name, value) for name, value in numbers.items()])
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        from tensorboardX.summary import text as summary
+
+        self._add(step, [summary(tag, text)])
+
+    def hyperparameters(self, values: dict[str, str | bool | float], metrics: list[str]) -> None:
+        from tensorboardX.summary import hparams
+
+        experiment, start, _ = hparams(values, dict.fromkeys(metrics, 0.0))
+        self._add(0, [experiment, start])
+
+    def _add(self, step: int, summaries: Iterable[Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        for summary in summaries:
+            self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._file.flush()
 
     def close(self) -> None:

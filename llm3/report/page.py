@@ -135,6 +135,8 @@ def stage_sentences(columns: list[Metric], parent: dict, row: dict) -> Iterator[
     ]
     if known := [text for value, text in costs if value is not None]:
         yield f"Cost: {', '.join(known)}."
+    if ended := row.get("early_stopping"):
+        yield f"The result is step {ended['result_step']} of {ended['stopped_at']}: {ended['why']}."
 
 
 def change(metric: Metric, before: float, after: float) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#6B6B6B"
+UNITS = ("nll", "bits_per_byte", "accuracy")  # of evaluations between steps, as their names end
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 Point = tuple[float, float, float]  # x, y, half of the error bar
 
@@ -47,10 +48,10 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
-    """One panel per stage: the training loss (nats per target) by step, as logged and smoothed.
+    """One panel per stage: the training loss (nats per target) by step, as logged and smoothed, and its validation.
 
-    histories: {stage: lines of `read_metrics`}; `validation_loss`, if present, is marked. Lines without a finite loss
-    are dropped, as are stages without any such line. Several lines of one step are averaged before smoothing.
+    histories: {stage: lines of `read_metrics`}. Lines without a finite loss are dropped, as are stages without any such
+    line. Several lines of one step are averaged before smoothing. Lines of evaluations: see `_validation`.
     """
     series = {stage: _points(lines, "loss") for stage, lines in histories.items()}
     series = {stage: points for stage, points in series.items() if points}
@@ -62,17 +63,37 @@ def plot_losses(path: Path | str, histories: dict[str, list[dict]]) -> None:
             axes.plot(steps, losses, ".", color=BLUE, alpha=0.35, markersize=6, markeredgewidth=0, label="train")
             steps, losses = zip(*_means(points), strict=True)
             axes.plot(steps, smooth(losses, len(losses) // 10 + 1), color=BLUE, linewidth=1.8, label="train, smoothed")
-            if held_out := _points(histories[stage], "validation_loss"):
-                axes.plot(*zip(*held_out, strict=True), "D", color=ORANGE, markersize=5, label="validation")
+            drawn = [axes, *_validation(axes, histories[stage])]
             axes.set_title(stage)
             axes.set_xlabel("step")
             axes.set_xlim(left=0)
             if index % columns == 0:
                 axes.set_ylabel("loss (nats per target)")
-            if index == 0:
-                axes.legend(loc="upper right")
+            if index == 0 or len(drawn) > 1:
+                handles = [handle for each in drawn for handle in each.get_legend_handles_labels()[0]]
+                drawn[-1].legend(handles=handles, loc="upper right", frameon=True, framealpha=0.8, edgecolor="none")
         for axes in grid[len(series) :]:
             axes.set_visible(False)
+
+
+def _validation(axes: "Axes", lines: list[dict]) -> "list[Axes]":
+    """Draw the evaluations between the steps of a stage: nats on the axis of the loss, other units on a second one.
+
+    That axis has bits per byte or, if there are none, accuracies. Returns it, if there is one.
+    """
+    keys = dict.fromkeys(key for line in lines if "loss" not in line for key in line)
+    points = {key: _means(_points(lines, key)) for key in keys if not key.endswith("majority_accuracy")}
+    found = {unit: [key for key in points if key.endswith(f"_{unit}") and points[key]] for unit in UNITS}
+    shown = [*found["nll"], *(found["bits_per_byte"] or found["accuracy"])]
+    second = axes.twinx() if len(shown) > len(found["nll"]) else None
+    for index, key in enumerate(shown):
+        own, colour = axes if second is None or key in found["nll"] else second, COLOURS[1 + index % 3]
+        own.plot(*zip(*points[key], strict=True), "o-", color=colour, markersize=4, label=words(key))
+    if second is None:
+        return []
+    second.spines["right"].set_visible(True)
+    second.set_ylabel("bits per byte" if found["bits_per_byte"] else "accuracy")
+    return [second]
 
 
 def plot_matrix(path: Path | str, rows: list[dict], baselines: list[dict]) -> None:

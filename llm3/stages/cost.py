@@ -35,7 +35,7 @@ def step_cost(
     """
     full, tokens = stage.full_training().phases(mesh)[0], stage.step_tokens
     forward, backward = phase.flops
-    seconds = [line["step_seconds"] for line in metrics or () if line["step"] > phase.first]
+    seconds = [line["step_seconds"] for line in metrics or () if line["step"] > phase.first and "step_seconds" in line]
     full_bytes = byte_report(full.abstract_state)
     return {
         "trainable_params": size(phase.abstract_state.trainable),

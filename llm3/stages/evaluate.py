@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +11,9 @@ from rich.console import Console
 from llm3.checkpoints.metadata import digests_of
 from llm3.distributed import memory, processes
 from llm3.errors import UserError, nearest
+from llm3.evals import Counting, uncounted
 from llm3.files import DETAILS, ROW, write_json
+from llm3.report.console import counting
 from llm3.segments import segmented
 from llm3.stages.evaluation import Evaluation, Subject, subject_of
 from llm3.stages.session import Session
@@ -18,11 +22,15 @@ from llm3.tree import combine_digests, flatten, size
 
 
 def measure(
-    session: Session, subject: Subject, params: dict, only: Evaluation | None = None
+    session: Session,
+    subject: Subject,
+    params: dict,
+    only: Evaluation | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Metrics and details of canonical parameters, from all evaluations that apply to the subject.
 
-    only: run just this evaluation. A non-finite metric becomes None.
+    only: run just this evaluation. alive: called after each batch. A non-finite metric becomes None.
     """
     name, model = subject.name, subject.model
     one_segment = segmented(params, ((0, model.layers),))
@@ -33,11 +41,28 @@ def measure(
         if not evaluation.applies(subject):
             continue
         with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
-            measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled)
+            shown = progress(f"{name}: {evaluation.name}", alive)
+            measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
         own_metrics, own_details = plain(name, evaluation.name, measured, session.console)
         metrics |= own_metrics
         details |= own_details
     return metrics, details
+
+
+def progress(label: str, alive: Callable[[], None] = lambda: None) -> Counting:
+    """Shows on the first process how much of an evaluation is done, and calls `alive` after each batch."""
+
+    @contextmanager
+    def shown(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        with counting(total, label, unit) if processes.is_first() else uncounted(total, unit) as advance:
+
+            def done(number: int) -> None:
+                alive()
+                advance(number)
+
+            yield done
+
+    return shown
 
 
 def plain(

@@ -1,6 +1,6 @@
 """An evaluation of a run, resolved: its plugin, options and documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -68,8 +68,26 @@ class Evaluation:
             return False
         return self.labels is None or subject.labels == self.labels
 
+    def sampled(self, documents: int, where: str) -> "Evaluation":
+        """This evaluation on a fixed sample of its documents; 0: on all. An evaluation without a source is not sampled.
+
+        Raises UserError, starting with `where`, if none of them fits into a window.
+        """
+        if self.cache is None or not 0 < documents < self.cache.documents:
+            return self
+        cache = self.cache.first(documents)
+        table = load_plugin(windows, self.kind).WindowTable(cache, self.config.sequence_length)
+        check_windows(table, f"{where}: evaluation {self.name!r}", self.config.sequence_length)
+        return replace(self, cache=cache)
+
     def measure(
-        self, params: dict, model: ModelConfig, tokenizer: Tokenizer, mesh: Mesh, compiled: evals.Compiled
+        self,
+        params: dict,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        compiled: evals.Compiled,
+        counting: evals.Counting = evals.uncounted,
     ) -> dict[str, Any]:
         """Metrics and details of parameters in one segment. compiled: compiled functions kept between calls."""
         return self.plugin.evaluate(
@@ -85,6 +103,7 @@ class Evaluation:
                 compiled=compiled,
                 template=self.template,
                 prepared=self.prepared,
+                counting=counting,
             )
         )
 

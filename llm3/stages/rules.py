@@ -116,7 +116,7 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
 
 
 def check_best(config: RunConfig, stage: StageConfig, where: str) -> None:
-    """Raise UserError unless `best` is a metric of an evaluation that fits the task head of the stage, or empty."""
+    """Raise UserError unless `best` and `eval_names` are empty or of evaluations that fit the stage's task head."""
     head = declared("objectives", stage.objective_name).HEAD
     plugins = {name: declared("evals", evaluation.kind) for name, evaluation in config.evaluations.items()}
     metrics = [
@@ -125,6 +125,22 @@ def check_best(config: RunConfig, stage: StageConfig, where: str) -> None:
     later = tuple(f"{name}_" for name, each in plugins.items() if not each.BETTER)  # known once it is prepared
     if stage.best and stage.best not in metrics and not stage.best.startswith(later):
         raise UserError(f"{where}.best={stage.best!r}: no such metric of this stage; {nearest(stage.best, metrics)}")
+    if stage.eval_every:
+        check_eval_names(stage, [name for name, each in plugins.items() if each.HEAD in ("", head)], where)
+
+
+def check_eval_names(stage: StageConfig, fitting: list[str], where: str) -> None:
+    """Raise UserError unless the stage validates with evaluations that fit its task head, and with that of `best`."""
+    if not fitting:
+        raise UserError(f"{where}.eval_every={stage.eval_every}: no evaluation of this config fits the stage")
+    for name in stage.eval_names:
+        if name not in fitting:
+            raise UserError(f"{where}.eval_names: no evaluation {name!r} of this stage; {nearest(name, fitting)}")
+    if stage.best and stage.eval_names and not stage.best.startswith(tuple(f"{name}_" for name in stage.eval_names)):
+        raise UserError(
+            f"{where}.best={stage.best!r}: its evaluation is not in eval_names={stage.eval_names}, which run while the "
+            "stage trains"
+        )
 
 
 def check_no_source(evaluation: EvaluationConfig, where: str) -> None:

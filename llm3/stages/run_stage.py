@@ -1,7 +1,6 @@
 """Runs one stage from its start (resumed, from a parent, or untrained) to its last checkpoint and its row."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import jax
 from llm3.checkpoints.metadata import scored
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Restored, Wanted
+from llm3.config.schema import as_dict
 from llm3.data.batch import Batch
 from llm3.distributed import memory, processes
 from llm3.distributed.preemption import StopRequest
@@ -23,18 +23,19 @@ from llm3.files import CHECKPOINTS, RECORD, write_json
 from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter, read_metrics
-from llm3.report.units import count, duration
+from llm3.report.units import count, duration, words
 from llm3.stages.cost import recipe, step_cost
-from llm3.stages.evaluate import best_metric, measure, write_row
+from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.parents import parent_label
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
-from llm3.training.loop import Hooks, train
+from llm3.stages.validation import Validation
+from llm3.training.loop import Hooks, Verdict, train
 from llm3.training.metrics import Cost, Meter
 from llm3.training.phase import Phase
-from llm3.training.step import TrainState
+from llm3.training.step import STEP_METRICS, TrainState
 from llm3.tree import flatten, size
 
 
@@ -47,8 +48,7 @@ def check_before_training(session: Session, stage: Stage, in_this_run: list[str]
             jax.eval_shape(phase.train_step, phase.abstract_state, stage.abstract_batch(session.mesh))
         except (TypeError, ValueError) as error:
             raise UserError(f"{stage.where}: the train step cannot be built: {error}") from error
-    if stage.config.best:
-        best_metric(experiment.evaluations, stage)
+    Validation(session, stage)
     checkpoints = Checkpoints(directory / CHECKPOINTS, read_only=True)
     for step in reversed(checkpoints.steps()):
         with suppress(DamagedCheckpoint):
@@ -67,7 +67,11 @@ class StageRun:
     meta: dict = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     temp_bytes: int | None = None  # temporary memory of the step, as counted by the compiler
-    complete: dict | None = None  # final parameters, if the stage had already reached its last step when it resumed
+    complete: dict | None = None  # the stage's result, if it was loaded from a checkpoint
+    validation: Validation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.validation = Validation(self.session, self.stage)
 
     @property
     def directory(self) -> Path:
@@ -81,6 +85,11 @@ class StageRun:
     def saves_deltas(self) -> bool:
         """Whether parameters are frozen; checkpoints then hold the trainable ones only, and a base holds the rest."""
         return bool(flatten(self.phases[0].abstract_state.frozen))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has ended, at its last step or early, and its result is saved."""
+        return self.meta.get("finished", False)
 
     def phase_of(self, done: int) -> Phase:
         """The phase of step `done`, counted from 1."""
@@ -109,12 +118,13 @@ class StageRun:
             say(f"{name}: {line}", style="bold red")
         self.meta, self.cost = own.meta, Cost(**own.meta["cost"])
         self.temp_bytes = own.meta["temp_bytes"]
-        self.complete = own.params if own.step == self.stage.config.steps else None
+        self.complete = own.params if self.finished else None
+        self.validation = Validation(self.session, self.stage, own.meta.get("validation"))
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
         say(f"{name}: resumes at step {own.step}")
         if (before := self.meta["model"]["compute_dtype"]) != phase.model.compute_dtype:
             say(f"{name}: compute dtype changes from {before} to {phase.model.compute_dtype}")
-        if self.saves_deltas and own.step < self.stage.config.steps:
+        if self.saves_deltas and not self.finished:
             self.checkpoints.save_base(own.params, self.meta, phase.partition.split(own.params)[0])
         return phase.state(own.params, own.opt, own.step), own.step
 
@@ -130,20 +140,25 @@ class StageRun:
         """The canonical parameters that the stage began with."""
         return self.checkpoints.base(self.phases[0].abstract_params)
 
-    def save(self, phase: Phase, done: int, state: TrainState) -> None:
-        """Begin to write a checkpoint of step `done`, scored by the config's `best` metric if it names one."""
-        metrics, value, best = None, None, self.stage.config.best
-        if best:
-            sign, evaluation = best_metric(self.session.experiment.evaluations, self.stage)
-            value = measure(self.session, subject_of(self.stage), phase.params(state), evaluation)[0][best]
-            value = None if value is None else sign * value
-            metrics = {best: math.inf if value is None else value}
+    def save(self, alive: Callable[[], None], phase: Phase, done: int, state: TrainState) -> None:
+        """Begin to write a checkpoint of step `done`, scored by the config's `best` metric if it was measured.
+
+        The last checkpoint of a stage holds its result. alive: called after each batch of an evaluation.
+        """
+        best, value = self.stage.config.best, self.validation.score(done, lambda: phase.params(state), alive)
+        if done == self.stage.config.steps or self.validation.stops:
+            self.meta |= {"finished": True} | self.validation.result(done)
+            if (taken := self.meta.get("early_stopping", {}).get("result_step", done)) != done:
+                value = self.validation.best.value
+                self.checkpoints.wait()
+                self.complete = self.checkpoints.load_params(taken, phase.abstract_params)
         self.cost.peak_bytes = max(memory.peak_bytes() or 0, self.cost.peak_bytes)
-        finished = done == self.stage.config.steps
         cost = {"cost": dict(vars(self.cost)), "temp_bytes": self.temp_bytes}
-        meta = self.meta | scored(best, value) | {"step": done, "finished": finished} | cost
-        delta = self.saves_deltas and not finished
+        meta = self.meta | scored(best, value) | {"step": done, "finished": self.finished} | cost
+        meta |= self.validation.state
+        delta = self.saves_deltas and not self.finished
         params = phase.trained(state) if delta else self.full_params(phase, state)
+        metrics = None if value is None else {best: value}
         self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, delta=delta)
 
     def batch(self, step: int) -> Batch:
@@ -155,7 +170,9 @@ class StageRun:
     def hooks(self, phase: Phase, done: int, writer: MetricsWriter | None, request: StopRequest) -> Iterator[Hooks]:
         """The loop's hooks for a phase from step `done` on. writer: None on all processes but the first."""
         config, mixture, console = self.stage.config, self.stage.data.mixture, self.session.console
-        with Progress(config.steps, done, self.stage.name) if writer else nullcontext() as progress:
+        watchdog, validation = Watchdog(self.session.config.hang_seconds), self.validation
+        extra = {name: words(name) for name in self.own_metrics(phase)} | validation.labels
+        with Progress(config.steps, done, self.stage.name, extra=extra) if writer else nullcontext() as progress:
 
             def on_log(done: int, line: dict) -> None:
                 if writer is None or progress is None:
@@ -164,7 +181,7 @@ class StageRun:
                 epochs = {f"epochs_{source}": seen for source, seen in mixture.epochs(done).items()}
                 line = {"learning_rate": rate} | line | epochs
                 writer.write(done, line)
-                progress.log(done, line)
+                progress.log(done, line | validation.shown)
                 if skipped := line["skipped_steps"]:
                     why = "no labels, or non-finite or spiking loss or gradient"
                     console.print(f"{self.stage.name}: skipped {counted(skipped, 'step')} ({why})")
@@ -172,11 +189,27 @@ class StageRun:
                     spikes = f"{config.guard.accept_after} spikes in a row"
                     console.print(f"{self.stage.name}: the guard accepts a new level after {spikes}")
 
-            watchdog = Watchdog(self.session.config.hang_seconds)
+            def on_eval(done: int, state: TrainState) -> Verdict:
+                metrics = validation.measure(done, phase.params(state), partial(watchdog.at, done, "evaluating"))
+                if writer is not None:
+                    writer.write(done, metrics, group="eval")
+                console.print(validation.sentence(done))
+                return validation.verdict(done)
+
+            def on_save(done: int, state: TrainState) -> None:
+                self.save(partial(watchdog.at, done, "saving"), phase, done, state)
+
+            called = (validation.due, on_log, on_eval, on_save)
             try:
-                yield Hooks(config.log_every, config.save_every, on_log, partial(self.save, phase), request, watchdog)
+                yield Hooks(config.log_every, config.save_every, *called, request, watchdog)
             except Diverged as error:
                 raise Diverged(f"{self.stage.name}: {error}. {self.advice(error.first)}") from None
+
+    def own_metrics(self, phase: Phase) -> list[str]:
+        """The metrics that the objective computes besides the loss."""
+        batch = self.stage.abstract_batch(self.session.mesh)
+        _, metrics = jax.eval_shape(phase.train_step, phase.abstract_state, batch)
+        return [name for name in metrics if name not in STEP_METRICS]
 
     def advice(self, first: int) -> str:
         """What a user can do about a stage that diverged at step `first`, and whose config must not change."""
@@ -212,8 +245,11 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             write_json(directory / RECORD, stage.record)
         phase = run.phase_of(done)
         with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
+            if writer and not done:
+                compared = ["train/loss", *(f"eval/{key}" for key in run.validation.labels)]
+                writer.hyperparameters(as_dict(config), compared)
             for each in run.phases:
-                if request.signal or done >= each.stop or done < each.first:
+                if request.signal or run.finished or done >= each.stop or done < each.first:
                     continue
                 if each.first and done == each.first:
                     state = each.following(phase, state, run.base())
@@ -224,22 +260,26 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
         checkpoints.wait()
-        if request.signal or done < config.steps:
+        if request.signal or not run.finished:
             return False
         params = run.full_params(phase, state)
-    write_row(session, subject_of(stage), params, row_facts(run, phase))
+    if ended := run.meta.get("early_stopping"):
+        session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
+    write_row(session, subject_of(stage), params, row_facts(run, phase, done))
     return True
 
 
-def row_facts(run: StageRun, phase: Phase) -> dict[str, Any]:
-    """The keys of a row besides metrics: cost and provenance."""
+def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
+    """The keys of a row besides metrics: cost and provenance of a stage that ended at step `done`."""
     stage, session = run.stage, run.session
+    ended = {key: run.meta[key] for key in ("early_stopping",) if key in run.meta}
     lines = read_metrics(run.directory) if processes.is_first() else []
     return (
         vars(run.cost)
         | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
-        | {"steps": stage.config.steps, "parent": parent_label(stage.config), "seed": stage.given_seed}
-        | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(stage.config.steps)}
+        | {"steps": done, "parent": parent_label(stage.config), "seed": stage.given_seed}
+        | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(done)}
+        | ended
     )
 
 

@@ -9,8 +9,10 @@ from llm3.config.schema import RunConfig, as_dict
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, RECORD, local_path, read_json
 
-# Fields that may change when a run resumes: they affect logs and checkpoints, not results.
-FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "best"})
+# Fields that may change when a run resumes: they affect logs and checkpoints, not results. Those of the validation
+# decide the result of a stage that stops early, and of no other.
+FREE_FIELDS = frozenset({"log_every", "save_every", "keep"})
+VALIDATION_FIELDS = frozenset({"best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"})
 FREE_GUARD_FIELDS = frozenset({"stop_after"})
 
 
@@ -21,7 +23,8 @@ def stage_record(config: RunConfig, name: str) -> dict:
     shared = {key: record[key] for key in ("seed", "model", "tokenizer", "evaluations")}
     used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values() if each.source}
     shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | _drawn(stage, record["stages"]))}
-    own = {key: value for key, value in stage.items() if key not in FREE_FIELDS}
+    free = FREE_FIELDS if stage.get("patience") else FREE_FIELDS | VALIDATION_FIELDS
+    own = {key: value for key, value in stage.items() if key not in free}
     if own:
         own["guard"] = {key: value for key, value in own["guard"].items() if key not in FREE_GUARD_FIELDS}
     return json.loads(json.dumps(shared | ({"stage": own} if own else {})))

@@ -1,4 +1,4 @@
-"""The training loop: batch, step, log, save."""
+"""The training loop: batch, step, log, evaluate, save."""
 
 import time
 from collections.abc import Callable
@@ -17,16 +17,26 @@ from llm3.training.step import TrainState
 IN_FLIGHT = 2  # number of steps that the host may run ahead of the devices
 
 
+class Verdict(NamedTuple):
+    """What an evaluation between steps decides: to save the step, or to end the stage with it."""
+
+    save: bool = False
+    stop: bool = False
+
+
 class Hooks(NamedTuple):
     """What the loop calls besides the step.
 
-    It calls on_log(step, line) every `log_every` steps, and on_save(step, state) every `save_every` steps, at the end
-    and before a requested stop. Steps are counted from 1.
+    It calls on_eval(step, state) where `evaluates(step)`; on_log(step, line) every `log_every` steps and before each
+    evaluation and save; and on_save(step, state) every `save_every` steps, at the end, before a requested stop, and
+    where an evaluation asks for it. Steps are counted from 1.
     """
 
     log_every: int
     save_every: int
+    evaluates: Callable[[int], bool]
     on_log: Callable[[int, dict], None]
+    on_eval: Callable[[int, TrainState], Verdict]
     on_save: Callable[[int, TrainState], None]
     request: StopRequest
     watchdog: Watchdog
@@ -41,10 +51,11 @@ def train(
     hooks: Hooks,
     stop_after: int,
 ) -> tuple[TrainState, int]:
-    """Train for `steps` = (start, stop); returns the state and the step reached, before `stop` after a stop request.
+    """Train for `steps` = (start, stop); returns the state and the step reached.
 
-    `make_batch(step)` returns the batch on the devices. Raises Diverged, before the next save, once the guard has
-    skipped `stop_after` non-finite steps since the last accepted step.
+    It ends before `stop` after a stop request, or where an evaluation ends the stage. `make_batch(step)` returns the
+    batch on the devices. Raises Diverged, before the next save, once the guard has skipped `stop_after` non-finite
+    steps since the last accepted step.
     """
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
@@ -60,11 +71,17 @@ def train(
             meter.pending.append(metrics)
             if len(meter.pending) >= IN_FLIGHT:
                 jax.block_until_ready(meter.pending[-IN_FLIGHT])
-            ending = hooks.request.at_step() or done == stop
-            saving = ending or done % hooks.save_every == 0
-            if saving or done % hooks.log_every == 0:
-                hooks.on_log(done, meter.log_line())
-                check_guard(meter, done, stop_after)
+            verdict = Verdict()
+            if hooks.evaluates(done):
+                log(done, meter, hooks, stop_after)
+                watchdog.at(done, "evaluating")
+                verdict = hooks.on_eval(done, state)
+                meter.since = time.perf_counter()  # step times exclude evaluations
+            # after the evaluation, during which a signal may have arrived
+            ending = hooks.request.at_step() or done == stop or verdict.stop
+            saving = ending or verdict.save or done % hooks.save_every == 0
+            if meter.pending and (saving or done % hooks.log_every == 0):
+                log(done, meter, hooks, stop_after)
             if saving:
                 watchdog.at(done, "saving")
                 hooks.on_save(done, state)
@@ -72,6 +89,12 @@ def train(
             if ending:
                 return state, done
     return state, start
+
+
+def log(done: int, meter: Meter, hooks: Hooks, stop_after: int) -> None:
+    """Log the steps since the last log line. Raises Diverged as `train`."""
+    hooks.on_log(done, meter.log_line())
+    check_guard(meter, done, stop_after)
 
 
 def check_guard(meter: Meter, done: int, stop_after: int) -> None:

@@ -47,6 +47,10 @@ def _over_micro_batches(
     return jax.lax.scan(body, zeros, (cut, keys))[0]
 
 
+# the metrics of a step besides those of the objective
+STEP_METRICS = ("loss", "grad_norm", "weight", "tokens", "skipped", "new_level", "non_finite_in_a_row")
+
+
 def make_train_step(
     graph: nnx.GraphDef,
     loss: LossFunction,

@@ -26,6 +26,22 @@ REFUSED = {
     ),
     "run --config=FILE --workdir=W --config.tokenizer.chat_template={%if": "tokenizer.chat_template: line 1",
     "run --config=FILE --workdir=W --config.stages.finetune.best=task_acuracy": "did you mean 'task_accuracy'",
+    "run --config=FILE --workdir=W --config.stages.finetune.patience=3": "finetune.patience=3: needs eval_every",
+    "run --config=FILE --workdir=W --config.stages.finetune.patience=3 --config.stages.finetune.eval_every=5": (
+        "config.stages.finetune.patience=3: needs best, the metric that should improve"
+    ),
+    "run --config=FILE --workdir=W --config.stages.finetune.min_delta=0.1": "finetune.min_delta=0.1: needs patience",
+    "run --config=FILE --workdir=W --config.stages.finetune.eval_documents=9": "eval_documents=9: needs eval_every",
+    "run --config=FILE --workdir=W --config.stages.finetune.eval_every=-1": "finetune.eval_every=-1: expected at least",
+    "run --config=FILE --workdir=W --config.stages.finetune.eval_every=5 "
+    "--config.stages.finetune.eval_names=['tsk']": "no evaluation 'tsk' of this stage; did you mean 'task'",
+    "run --config=FILE --workdir=W --config.stages.pretrain.eval_every=5 "
+    "--config.stages.pretrain.eval_names=['task']": "no evaluation 'task' of this stage; valid: domain, general",
+    "run --config=FILE --workdir=W --config.stages.finetune.eval_every=5 --config.stages.finetune.best=task_accuracy "
+    "--config.stages.finetune.eval_names=['domain']": "its evaluation is not in eval_names=['domain']",
+    "run --config=FILE --workdir=W --config.stages.pretrain.eval_every=5 --config.evaluations={}": (
+        "config.stages.pretrain.eval_every=5: no evaluation of this config fits the stage"
+    ),
     "run --config=FILE --workdir=W --config.stages.pretrain.data_schedule=[[99,{'domain':1}]]": "10 steps",
     "run --config=FILE --workdir=W --config.evaluations.domain.options={'x':1}": "domain.options.x: no such option",
     "run --config=FILE --workdir=W --config.mesh.rules={'lenght':'context'}": "did you mean 'length'",

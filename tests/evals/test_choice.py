@@ -17,7 +17,7 @@ from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config
 from tests.helpers.tiny_answers import AnswerCache, encoded
-from tests.helpers.tiny_cache import make_context
+from tests.helpers.tiny_cache import COUNTED, make_context
 
 TOKENIZER = tokenizer.train(["Is it so? Answer: yes Answer: no Answer: maybe not "] * 9, 330)
 CONFIG = model_config(vocab_size=TOKENIZER.vocab_size, layers=2)
@@ -76,7 +76,10 @@ def test_metrics_are_those_of_a_hand_computation(rows, source):
     if source is FIXED:
         expected["macro_f1"] = sklearn.metrics.f1_score(right, chosen["accuracy"], average="macro")
     expected |= {"majority_accuracy": max(right.count(each) for each in right) / len(right)}
+    COUNTED.clear()
     assert metrics(rows, source) == pytest.approx(expected | {"items": len(rows), "truncated": 0})
+    distinct = 1 if source is FIXED else len({tuple(row["options"]) for row in rows})
+    assert {"documents": len(rows) + distinct} == COUNTED, "of the neutral prompt and of each item"
 
 
 @pytest.mark.parametrize(

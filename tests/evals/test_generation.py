@@ -17,7 +17,7 @@ from llm3.models.decoding import greedy, right_aligned, sample
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, model_config
 from tests.helpers.tiny_answers import DIALOGUE, TALK, AnswerCache, encoded, questions
-from tests.helpers.tiny_cache import BYTES, make_context
+from tests.helpers.tiny_cache import BYTES, COUNTED, make_context
 
 MODEL = {"layers": 2, "tie_embeddings": False}
 CONFIG = model_config(vocab_size=BYTES.vocab_size, **MODEL)
@@ -54,7 +54,9 @@ def one_by_one() -> list[str]:
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_answers_are_those_of_greedy_sampling_one_prompt_at_a_time_whatever_the_batch(batch_size):
+    COUNTED.clear()
     assert written(questions(PAIRS, BYTES), batch_size=batch_size) == one_by_one()
+    assert {"documents": len(PAIRS)} == COUNTED
     assert len(set(one_by_one())) > 5
 
 

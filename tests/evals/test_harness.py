@@ -12,7 +12,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError
 from llm3.evals import harness
 from llm3.segments import segmented
-from tests.helpers.tiny_cache import make_context
+from tests.helpers.tiny_cache import COUNTED, make_context
 from tests.helpers.tiny_export import ADDED
 from tests.helpers.tiny_tasks import (
     CHOICES,
@@ -182,7 +182,9 @@ def test_an_answer_is_greedy_up_to_the_first_stop_string_or_its_limit():
     made = answered(prompts, [Answering(40, ["never", stop]) for stop in stops])
     assert made == [text[: text.index(stop)] for text, stop in zip(whole, stops, strict=True)]
     assert answered(prompts, [Answering(40, [])] * 3) == whole  # in two turns of 32 tokens
+    COUNTED.clear()
     assert answered(prompts[:1], [Answering(5, [])]) == [TOKENIZER.decode(likeliest(prompts[0], 5))]
+    assert COUNTED == {"requests": 1}
 
 
 def test_an_answer_ends_at_an_end_token_and_at_the_end_of_its_turn():

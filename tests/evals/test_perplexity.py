@@ -9,13 +9,14 @@ import pytest
 
 from llm3 import evals
 from llm3.data.packing import empty_window, mark_segment
+from llm3.data.windows import pieces
 from llm3.distributed.sharding import place_batch, tree_shardings
 from llm3.evals import perplexity
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import make_documents, make_params, model_config
-from tests.helpers.tiny_cache import MemoryCache, make_context, plain
+from tests.helpers.tiny_cache import COUNTED, MemoryCache, make_context, plain
 
 TAGS = ["north", "south", "never"]
 
@@ -64,7 +65,9 @@ def bits_per_byte_by_hand(chosen=slice(None)) -> float:
 
 @pytest.mark.parametrize(("length", "batch_size"), [(8, 4), (16, 4), (24, 1)])
 def test_bits_per_byte_is_total_nats_over_total_bytes_however_batched_and_packed(length, batch_size):
+    COUNTED.clear()
     found = metrics(length=length, batch_size=batch_size)
+    assert {"windows": len(pieces.WindowTable(cache(), length))} == COUNTED
     assert found == {"bits_per_byte": pytest.approx(bits_per_byte_by_hand(), rel=1e-5)}
 
 

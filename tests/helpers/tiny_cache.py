@@ -1,5 +1,8 @@
 """Documents in memory, as a token cache holds them, and a model to test on them."""
 
+import collections
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +16,16 @@ from tests.helpers.tiny import make_params, model_config
 
 BYTES = train([], 260)  # a token for every byte
 COMPILED: dict = {}  # what any test compiled
+COUNTED: collections.Counter = collections.Counter()  # what evaluations showed as done, by unit, since it was cleared
+
+
+@contextmanager
+def counted(total: int, unit: str):
+    """What shows the progress of an evaluation here: a count that ends, without an error, at its total."""
+    done: list[int] = []
+    yield done.append
+    assert sum(done) == total and min(done, default=1) > 0
+    COUNTED[unit] += total
 
 
 class MemoryCache:
@@ -74,4 +87,5 @@ def make_context(
         tokenizer=tokenizer,
         place=place or (lambda batch: jax.tree.map(jnp.asarray, batch)),
         compiled=COMPILED,
+        counting=counted,
     )

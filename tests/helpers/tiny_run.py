@@ -146,8 +146,9 @@ def die_at(point: str) -> None:
     """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: hangs). WHAT is one of
 
     step: so many steps have been made, over all stages; computing: the devices are at this step; data: the batch of a
-    step is read, in any stage; log: a line of metrics has been written; row: a stage is trained and its row is about
-    to be written; tokenizer: it is about to be trained; tokens: the first text of a cache has been encoded;
+    step is read, in any stage; log: a line of metrics has been written; evaluating: a step is about to be evaluated;
+    row: a stage is trained and its row is about to be written; tokenizer: it is about to be trained; tokens: the first
+    text of a cache has been encoded;
     saving: a save has begun, in the background; part: its files are written, none of its parts is in place;
     commit: all are, and the checkpoint itself is not; committed: it is, and no older one is deleted; saved: all is done
     (saving_base, saved_base: of the base of a stage; the others: with step 0);
@@ -203,7 +204,7 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     from llm3.distributed import preemption
     from llm3.handoff import parent as handoff
     from llm3.report import logs
-    from llm3.stages import run_stage
+    from llm3.stages import run_stage, validation
 
     def of_step(checkpoints, at, *_) -> bool:
         return of_stage(checkpoints) and at == step
@@ -214,7 +215,10 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     def once_done(applies: Callable[..., bool]) -> Callable[..., bool]:
         return lambda checkpoints, *args: applies(checkpoints, *args) and checkpoints.wait() is None
 
-    def of_writer(writer, at, _) -> bool:
+    def of_validation(validation, at, *_) -> bool:
+        return validation._stage.name == stage and at == step
+
+    def of_writer(writer, at, *_, **__) -> bool:
         return pathlib.Path(writer._path).parent.name == stage and at == step
 
     unfinished = f"{stage}/{'checkpoints' if step else stage_checkpoints.BASE}/{step}.orbax-checkpoint-tmp"
@@ -223,6 +227,7 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
         "step": (preemption.StopRequest, "at_step", lambda request: request.steps == step, False),
         "data": (mixture.Mixture, "batch", lambda _, at, *__: at == step, False),
         "log": (logs.MetricsWriter, "write", of_writer, False),
+        "evaluating": (validation.Validation, "measure", of_validation, True),
         "saving": (checkpoints, "save", of_step, False),
         "part": (os, "rename", lambda source, _: f"{unfinished}/" in str(source), True),
         "commit": (os, "rename", lambda source, _: str(source).endswith(unfinished), True),

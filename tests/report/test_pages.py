@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 from rich.console import Console
-from tensorboardX.proto.event_pb2 import Event
 
 from llm3.errors import UserError
 from llm3.report import units
@@ -197,7 +196,7 @@ def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
 
 def test_plots_do_without_data_and_with_values_that_are_not_finite(tmp_path):
     plot_losses(tmp_path / "none.png", {})
-    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0, "validation_loss": 2.0}]
+    lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}]
     plot_losses(tmp_path / "some.png", {"a": lines})
     plot_matrix(tmp_path / "bare.png", [{"stage": "a"}], [])
     assert len(list(tmp_path.iterdir())) == 3
@@ -227,41 +226,10 @@ def test_resuming_repairs_a_torn_line_and_repeats_no_step(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(10, 1.0), (20, 1.0), (30, 2.0)]
 
 
-def test_a_new_start_leaves_no_metrics_of_an_older_run(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(10, {"loss": 1.0})
-    (events,) = tmp_path.glob("events.*")
-    events.rename(tmp_path / "events.out.tfevents.1")  # files are named by the second
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(10, {"loss": 2.0})
-    assert read_metrics(tmp_path) == [{"step": 10, "loss": 2.0}]
-    assert scalars(tmp_path) == [(10, "loss", 2.0)]
-
-
 def test_a_line_that_is_broken_in_the_middle_of_the_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nrubbish\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: .*rubbish"):
         read_metrics(tmp_path)
-
-
-def test_tensorboard_gets_the_same_scalars(tmp_path):
-    with MetricsWriter(tmp_path) as writer:
-        writer.write(10, {"loss": 2.5, "mfu": None})
-        writer.write(20, {"loss": 1.5})
-    assert scalars(tmp_path) == [(10, "loss", 2.5), (20, "loss", 1.5)]
-
-
-def scalars(directory):
-    """(step, name, value) from the records of the event files: 8 bytes of length, 4 of its checksum, data, 4 more."""
-    found = []
-    for path in sorted(directory.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            data = data[16 + size :]
-    return found
 
 
 METRICS = {

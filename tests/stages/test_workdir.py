@@ -4,6 +4,7 @@ import pytest
 
 from llm3.__main__ import main
 from llm3.config import load as configfile
+from llm3.errors import UserError
 from llm3.files import RECORD, write_json
 from llm3.stages import workdir
 from tests.helpers import tiny_run as tiny
@@ -55,6 +56,8 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
         "stages.pretrain.save_every=5",
         "stages.pretrain.log_every=1",
         "stages.pretrain.keep=9",
+        "stages.pretrain.eval_every=5",
+        "stages.pretrain.best=general_bits_per_byte",
         "stages.finetune.steps=99",
         "mesh.fsdp=2",
         "sources.task.max_documents=9",
@@ -67,6 +70,17 @@ def test_fields_that_do_not_affect_a_stage_may_change_when_it_resumes(begun, fil
         record = workdir.stage_record(configfile.load(file, ["evaluations={}"]), "pretrain")
         write_json(begun / "pretrain" / RECORD, record)
     workdir.check_record(begun, config, "pretrain")
+
+
+def test_what_decides_where_a_stage_stops_early_must_not_change(begun, file):
+    stops = ["stages.pretrain.eval_every=5", "stages.pretrain.best=general_bits_per_byte", "stages.pretrain.patience=2"]
+    with pytest.raises(UserError, match=r"stage\.patience: saved None, now 2"):
+        workdir.check_record(begun, configfile.load(file, stops), "pretrain")
+    write_json(begun / "pretrain" / RECORD, workdir.stage_record(configfile.load(file, stops), "pretrain"))
+    for field in ("eval_every=6", "eval_documents=3", "best=domain_bits_per_byte", "eval_names=['general']"):
+        with pytest.raises(UserError, match=rf"stage\.{field.split('=')[0]}: saved"):
+            workdir.check_record(begun, configfile.load(file, [*stops, f"stages.pretrain.{field}"]), "pretrain")
+    workdir.check_record(begun, configfile.load(file, [*stops, "stages.pretrain.save_every=5"]), "pretrain")
 
 
 def test_differences_name_the_field():

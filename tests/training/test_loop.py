@@ -1,6 +1,7 @@
 """The metrics of the loop, and how it ends."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from llm3.distributed.preemption import StopRequest
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged
-from llm3.training.loop import Hooks, train
+from llm3.training.loop import Hooks, Verdict, train
 from llm3.training.metrics import Cost, Meter
 
 
@@ -42,7 +43,7 @@ def test_a_log_line_of_skipped_steps_only_has_no_loss():
     assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_steps"] == 1
 
 
-def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
+def run(start=0, stop=10, request=None, ask_at=None, bad_from=None, evaluate=None, every=0):
     """The steps at which a loop logged and saved, its batches, and its last step."""
     logged, saved, batches, request = [], [], [], request or StopRequest()
     run.seen = logged, saved
@@ -57,7 +58,9 @@ def run(start=0, stop=10, request=None, ask_at=None, bad_from=None):
     hooks = Hooks(
         log_every=3,
         save_every=4,
+        evaluates=lambda done: bool(every) and done % every == 0,
         on_log=lambda done, line: logged.append(done),
+        on_eval=lambda done, state: evaluate(done),
         on_save=lambda done, state: saved.append(done),
         request=request,
         watchdog=Watchdog(0),
@@ -77,6 +80,60 @@ def test_a_resumed_loop_reads_the_remaining_batches():
 
 def test_a_requested_stop_saves_after_the_step_in_flight():
     assert run(ask_at=6) == ([3, 4, 6], [4, 6], list(range(6)), 6)
+
+
+def test_the_loop_logs_evaluates_and_then_saves_where_an_evaluation_asks_for_it():
+    seen = []
+
+    def evaluate(done):
+        seen.append((done, list(run.seen[0]), list(run.seen[1])))
+        return Verdict(save=done == 5)
+
+    assert run(every=5, evaluate=evaluate) == ([3, 4, 5, 6, 8, 9, 10], [4, 5, 8, 10], list(range(10)), 10)
+    assert seen == [(5, [3, 4, 5], [4]), (10, [3, 4, 5, 6, 8, 9, 10], [4, 5, 8])]
+
+
+def test_an_evaluation_ends_the_loop_with_a_save():
+    assert run(every=3, evaluate=lambda done: Verdict(stop=done == 6)) == ([3, 4, 6], [4, 6], list(range(6)), 6)
+
+
+def test_a_stop_that_is_requested_during_an_evaluation_saves_its_step():
+    request = StopRequest()
+
+    def evaluate(done):
+        request.signal = 15
+        return Verdict()
+
+    assert run(every=5, evaluate=evaluate, request=request) == ([3, 4, 5], [4, 5], list(range(5)), 5)
+
+
+def test_step_times_exclude_evaluations(monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    lines = []
+
+    def step(state, batch):
+        clock.now += 1.0
+        return state, metrics(np.float64(1.0), 1.0)
+
+    def evaluate(done, state):
+        assert watchdog.place()[:2] == (done, "evaluating")
+        clock.now += 1000.0
+        return Verdict()
+
+    watchdog = Watchdog(0)
+    hooks = Hooks(
+        log_every=3,
+        save_every=100,
+        evaluates=lambda done: done % 2 == 0,
+        on_log=lambda _, line: lines.append(line),
+        on_eval=evaluate,
+        on_save=lambda *_: None,
+        request=StopRequest(),
+        watchdog=watchdog,
+    )
+    train(step, 0, lambda i: i, Meter(Cost(), 1.0, 1.0, None), (0, 6), hooks, stop_after=3)
+    assert [line["step_seconds"] for line in lines] == [1.0] * len(lines) and len(lines) == 4
 
 
 def test_a_loop_with_too_many_non_finite_steps_in_a_row_ends_without_another_save():

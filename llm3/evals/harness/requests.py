@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.evals import EvalContext
-from llm3.models.decoding import greedy, padded_width, right_aligned, width_groups
+from llm3.models.decoding import greedy, padded_width, right_aligned
 from llm3.models.transformer import Transformer
 
 STEP = 32  # tokens that are generated between two looks at the stop strings
@@ -61,7 +61,7 @@ def log_likelihoods(context: EvalContext, items: Sequence[Continuation]) -> list
     length, rows, run = context.config.sequence_length, context.config.batch_size, context.jit(token_nats)
     read = [[*each.context, *each.tokens][-length - 1 :][:-1] for each in items]
     result = [(0.0, False)] * len(items)
-    for width, numbers in width_groups([len(each) for each in read], length, rows):
+    for width, numbers in context.groups([len(each) for each in read], length, unit="requests"):
         scored = [items[number].tokens for number in numbers]
         tokens, segments = np.zeros((2, rows, width), np.int32)
         at, targets = np.zeros((2, rows, padded_width(max(map(len, scored)), width, MIN_TARGETS)), np.int32)
@@ -90,7 +90,7 @@ def answers(
     texts, unfinished = [""] * len(prompts), list(range(len(prompts)))
     while unfinished:
         read = [[*prompts[number], *made[number]] for number in unfinished]
-        for width, places in width_groups([len(each) for each in read], context.config.sequence_length, rows):
+        for width, places in context.groups([len(each) for each in read], context.config.sequence_length, "requests"):
             ends = np.tile(np.array(end, np.int32), (rows, 1))
             arrays = (*right_aligned([read[place] for place in places], width, rows), ends)
             found = jax.device_get(run(*context.place(arrays)))

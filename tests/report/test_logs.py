@@ -1,0 +1,79 @@
+"""What TensorBoard shows of a stage, read back from the records of its event files."""
+
+import json
+
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+from llm3.report.logs import MetricsWriter, read_metrics
+
+
+def events(directory):
+    """(step, value) from the records of the event files: 8 bytes of length, 4 of its checksum, data, 4 more."""
+    found = []
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value) for value in event.summary.value]
+            data = data[16 + size :]
+    return found
+
+
+def scalars(directory):
+    values = [(step, value) for step, value in events(directory) if not value.HasField("metadata")]
+    return [(step, value.tag, value.simple_value) for step, value in values]
+
+
+def test_a_new_start_leaves_no_metrics_of_an_older_run(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 1.0})
+    (file,) = tmp_path.glob("events.*")
+    file.rename(tmp_path / "events.out.tfevents.1")  # files are named by the second
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, {"loss": 2.0})
+    assert read_metrics(tmp_path) == [{"step": 10, "loss": 2.0}]
+    assert scalars(tmp_path) == [(10, "train/loss", 2.0)]
+
+
+def test_scalars_have_grouped_tags_and_flat_names_in_the_file(tmp_path):
+    line = {"loss": 2.5, "mfu": None, "learning_rate": 0.5, "step_seconds": 0.25, "accuracy": 0.75}
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(10, line)
+        writer.write(10, {"domain_bits_per_byte": 1.5, "loss": 1.25}, group="eval")
+    assert scalars(tmp_path) == [
+        (10, "train/loss", 2.5),
+        (10, "optim/learning_rate", 0.5),
+        (10, "speed/step_seconds", 0.25),
+        (10, "train/accuracy", 0.75),
+        (10, "eval/domain_bits_per_byte", 1.5),
+        (10, "eval/loss", 1.25),
+    ]
+    assert read_metrics(tmp_path) == [{"step": 10, **line}, {"step": 10, "domain_bits_per_byte": 1.5, "loss": 1.25}]
+
+
+def test_texts_and_hyperparameters_are_there(tmp_path):
+    config = {"steps": 10, "optimizer": {"name": "adamw", "ema": 0.5, "options": {}}, "seed": None, "train": ["lora"]}
+    with MetricsWriter(tmp_path) as writer:
+        writer.hyperparameters(config, ["eval/domain_bits_per_byte"])
+        writer.text(10, "samples/0", "*Once* upon")
+    texts = {
+        (step, value.tag): value.tensor.string_val[0].decode()
+        for step, value in events(tmp_path)
+        if value.metadata.plugin_data.plugin_name == "text"
+    }
+    assert texts[10, "samples/0/text_summary"] == "*Once* upon"
+    assert json.loads(texts[0, "config/text_summary"].removeprefix("```json").removesuffix("```")) == config
+    plugin = {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for _, value in events(tmp_path)
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+    found = plugin["_hparams_/session_start_info"].session_start_info.hparams
+    assert set(found) == {"steps", "optimizer.name", "optimizer.ema", "train"}
+    assert found["steps"].number_value == 10 and found["optimizer.name"].string_value == "adamw"
+    assert found["train"].string_value == '["lora"]'
+    experiment = plugin["_hparams_/experiment"].experiment
+    assert {each.name for each in experiment.hparam_infos} == set(found)
+    assert [each.name.tag for each in experiment.metric_infos] == ["eval/domain_bits_per_byte"]

@@ -1,0 +1,177 @@
+"""Evaluations while a stage trains: what they measure, that they change no bit, and where they end a stage."""
+
+import types
+
+import jax
+import pytest
+
+from llm3.__main__ import main
+from llm3.checkpoints.stage_checkpoints import Checkpoints
+from tests.helpers import tiny_cluster
+from tests.helpers import tiny_run as tiny
+
+SHARED = """fast = dict(learning_rate=0.05, schedule="constant")
+c.evaluations = dict(
+    general=c.evaluations.general, few=dict(c.evaluations.general, max_documents=3),
+    task=dict(c.evaluations.task, split="validation"),
+)
+fit = dict(
+    c.stages.finetune.to_dict(), frozen="nf4", adapters=dict(x=dict(rank=2, dora=True)), train=["lora", "head/.*"],
+    unfreeze=[[6, "top(1)"]], steps=8, save_every=2, optimizer=dict(fast, ema=0.5),
+)
+c.stages = dict(pretrain=dict(c.stages.pretrain.to_dict(), steps=24, optimizer=fast, save_every=4), finetune=fit)
+start = lambda **more: dict(stage="pretrain", fresh=["head/.*", ".*/lora/.*"], **more)
+"""
+# the first stage stops early; the second one goes on from its result
+VALIDATING = """c.stages.finetune.update(start=start(), eval_every=3, best="task_nll")
+c.stages.pretrain.update(eval_every=3, eval_names=["general"], eval_documents=3)
+c.stages.pretrain.update(best="general_bits_per_byte", patience=2, min_delta=0.02)
+"""
+BEST, STOPPED = 12, 18
+# the same training without evaluations; the second stage starts from the step that is the result above
+PLAIN = f"""c.stages.finetune.update(start=start(step={BEST}))
+c.stages.pretrain.update(save_every=3, keep=9)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    tiny.write_texts(directory / "texts")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """An uninterrupted run with validation."""
+    config, workdir = tiny.write_config(base / "config.py", base, SHARED + VALIDATING), base / "whole"
+    command = ("run", f"--config={config}", f"--workdir={workdir}")
+    done = tiny.process(command, command, ("lineage", f"--workdir={workdir}"), plots=True)
+    output, again, lineage, _ = done.stdout.split(tiny.NEXT)
+    return types.SimpleNamespace(workdir=workdir, config=config, output=output, again=again, lineage=lineage)
+
+
+def checkpoints(workdir, stage="pretrain") -> Checkpoints:
+    return Checkpoints(workdir / stage / "checkpoints", read_only=True)
+
+
+def measured(workdir, stage) -> dict[int, dict]:
+    """{step: the metrics of its evaluation}"""
+    lines = [line for line in tiny.metrics(workdir / stage) if "loss" not in line]
+    assert len({line["step"] for line in lines}) == len(lines)
+    return {line.pop("step"): line for line in lines}
+
+
+def test_evaluations_between_steps_are_lines_of_their_own_and_in_the_log(whole):
+    found = measured(whole.workdir, "pretrain")
+    assert list(found) == [3, 6, 9, BEST, 15, STOPPED]
+    assert {tuple(each) for each in found.values()} == {("general_bits_per_byte",)}
+    assert list(measured(whole.workdir, "finetune")) == [3, 6, 8], "also after the last step"
+    value = found[BEST]["general_bits_per_byte"]
+    assert f"pretrain: step {BEST}: general_bits_per_byte {value:.4g}, the best so far\n" in whole.output
+    lines = [line for line in whole.output.splitlines() if line.startswith("pretrain  ") and "/24 " in line]
+    assert "bpb" not in lines[0] and f"general bpb {value:.4g}" in next(line for line in lines if " 14/24 " in line)
+    assert [line["step"] for line in tiny.metrics(whole.workdir / "pretrain") if "loss" in line][-2:] == [16, STOPPED]
+
+
+def test_the_sample_of_an_evaluation_is_the_one_of_max_documents(whole):
+    row = tiny.rows(whole.workdir)["pretrain"]  # of the same parameters
+    sampled = measured(whole.workdir, "pretrain")[BEST]["general_bits_per_byte"]
+    assert sampled == pytest.approx(row["few_bits_per_byte"], rel=1e-6) != row["general_bits_per_byte"]
+
+
+def test_the_average_of_the_weights_is_evaluated_where_a_stage_keeps_one(whole):
+    row, last = tiny.rows(whole.workdir)["finetune"], measured(whole.workdir, "finetune")[8]
+    for name in ("task_nll", "task_accuracy", "general_bits_per_byte"):
+        assert last[name] == pytest.approx(row[name], rel=1e-5)
+
+
+def test_a_stage_that_stops_early_leaves_the_parameters_of_its_best_step(whole):
+    found = {step: each["general_bits_per_byte"] for step, each in measured(whole.workdir, "pretrain").items()}
+    assert min(found, key=found.get) == BEST and found[BEST] < found[9] - 0.02
+    row, kept = tiny.rows(whole.workdir)["pretrain"], checkpoints(whole.workdir)
+    ended = row["early_stopping"]
+    assert ended["why"] == "general_bits_per_byte has not improved in 2 evaluations"
+    assert (ended["stopped_at"], ended["result_step"], row["steps"]) == (STOPPED, BEST, STOPPED)
+    assert kept.steps() == [16, STOPPED], "the result is in the last checkpoint: the one of the best step is free to go"
+    meta = kept.meta(STOPPED)
+    assert meta["finished"] and meta["early_stopping"] == ended and meta["params_digest"] == row["params_digest"]
+    assert meta["scored"] == {"name": "general_bits_per_byte", "value": found[BEST]}
+    assert f"pretrain: the result is step {BEST}: {ended['why']}" in whole.output
+    assert f"The result is step {BEST} of {STOPPED}: {ended['why']}." in (whole.workdir / "report.md").read_text()
+
+
+def test_a_child_starts_from_the_result_and_its_lineage_says_which_step_that_is(whole):
+    parent, link = checkpoints(whole.workdir), checkpoints(whole.workdir, "finetune").meta(8)["lineage"][0]
+    assert link["params_digest"] == parent.meta(STOPPED)["params_digest"]
+    assert link["early_stopping"] == parent.meta(STOPPED)["early_stopping"]
+    assert whole.lineage.count(f"pretrain step {STOPPED}, the parameters of step {BEST} (pretrain") == 2
+
+
+def test_a_stage_that_has_stopped_early_is_finished(whole):
+    assert "Nothing left to do: pretrain, finetune are finished" in whole.again
+
+
+def test_without_patience_the_result_is_the_last_step_and_the_best_one_is_kept(whole):
+    found = {step: each["task_nll"] for step, each in measured(whole.workdir, "finetune").items()}
+    best, kept = min(found, key=found.get), checkpoints(whole.workdir, "finetune")
+    assert "early_stopping" not in kept.meta(8)
+    assert kept.steps() == sorted({best, 6, 8})
+    assert {step: (kept.meta(step)["scored"] or {}).get("value") for step in kept.steps()} == {
+        step: found.get(step) for step in kept.steps()
+    }
+
+
+@pytest.mark.slow
+def test_evaluations_between_steps_change_no_bit_of_what_is_trained(base, whole):
+    """Parameters after every third step of the one stage, and after adapters, NF4 and an average in the other."""
+    config, workdir = tiny.write_config(base / "plain.py", base, SHARED + PLAIN), base / "plain"
+    tiny.process(("run", f"--config={config}", f"--workdir={workdir}"))
+    steps = checkpoints(workdir)
+    assert steps.meta(BEST)["params_digest"] == tiny.digests(whole.workdir)["pretrain"]
+    assert tiny.digests(workdir)["finetune"] == tiny.digests(whole.workdir)["finetune"]
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_around_evaluations_stops_at_the_same_step_with_the_same_bits(base, whole):
+    workdir = base / "disturbed"
+    command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
+    deaths = ["evaluating:pretrain:9", "log:pretrain:15", "saved:pretrain:16", "evaluating:pretrain:18"]
+    deaths = [f"SIGKILL@{each}" for each in (*deaths, "commit:pretrain:18", "saved:pretrain:18")]
+    said = tiny.process(command, deaths=deaths, point="SIGTERM@evaluating:finetune:3", status=75).stdout
+    assert f"pretrain: resumes at step {STOPPED}" in said
+    assert checkpoints(workdir, "finetune").latest() == 3, "the step at which the signal came during an evaluation"
+    tiny.process(command, deaths=["SIGKILL@evaluating:finetune:8"])
+    assert tiny.digests(workdir) == tiny.digests(whole.workdir)
+    for stage in ("pretrain", "finetune"):
+        assert measured(workdir, stage) == measured(whole.workdir, stage)
+        last = checkpoints(workdir, stage).latest()
+        own, expected = (checkpoints(each, stage).meta(last) for each in (workdir, whole.workdir))
+        for key in ("validation", "early_stopping", "scored", "params_digest", "opt_digests"):
+            assert own.get(key) == expected.get(key), key
+    assert tiny.rows(workdir)["pretrain"]["early_stopping"] == tiny.rows(whole.workdir)["pretrain"]["early_stopping"]
+
+
+@pytest.mark.slow
+def test_several_processes_stop_at_the_same_step_and_save_during_an_evaluation(base, whole):
+    workdir = base / "two"
+    command = ["run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain"]
+    for each in tiny_cluster.run(*command, points={1: "SIGTERM@evaluating:pretrain:6"}):
+        assert each.status == 75, each.stderr
+    assert 6 <= checkpoints(workdir).latest() < BEST
+    for each in tiny_cluster.run(*command):
+        assert each.status == 0, each.stderr
+    row, expected = tiny.rows(workdir)["pretrain"], tiny.rows(whole.workdir)["pretrain"]
+    assert row["early_stopping"] == expected["early_stopping"]
+    assert row["general_bits_per_byte"] == pytest.approx(expected["general_bits_per_byte"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_evaluations_compile_once_on_any_mesh(base, caplog):
+    config, workdir = tiny.write_config(base / "eight.py", base, SHARED + VALIDATING), base / "eight"
+    options = ("--config.mesh.fsdp=2", "--config.stages.pretrain.steps=6", "--config.stages.pretrain.eval_every=1")
+    with jax.log_compiles():
+        assert main(["run", f"--config={config}", f"--workdir={workdir}", "--stages=pretrain", *options]) == 0
+    assert len(measured(workdir, "pretrain")) == 6
+    compiled = [each for each in caplog.messages if each.startswith("Compiling") and "on_every_host" in each]
+    assert len(compiled) == 1, "for the row of the untrained model"
