@@ -6,7 +6,8 @@
 #   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh log     # follow a run after a lost connection
 #   TPU=my-slice ZONE=us-east5-a launch/tpu_vm.sh stop
 #
-# All workers must be able to write to the workdir: on Filestore, or in a bucket that each of them mounts.
+# All workers must be able to write to the workdir: on Filestore, or in a bucket that each of them mounts. The token cache
+# is in the home of each worker, which builds its own; with LLM3_CACHE_DIR=/mnt/cache, they share one.
 # shellcheck disable=SC2016  # the workers expand the single-quoted scripts
 set -euo pipefail
 
@@ -15,6 +16,7 @@ TPU=${TPU:-}                # the name of the slice
 ZONE=${ZONE:-}              # its zone
 PROJECT=${PROJECT:-}        # its project (default: gcloud's)
 DIRECTORY=${DIRECTORY:-llm3} # the tree's directory in the home of each worker
+LLM3_CACHE_DIR=${LLM3_CACHE_DIR:-} # the token cache (default: in the home of each worker)
 
 fail() {
     printf 'launch/tpu_vm.sh: %s\n' "$1" >&2
@@ -45,7 +47,8 @@ install='
     LLM3_ACCELERATOR=tpu "$0/launch/setup.sh"'
 start='
     cd "$0"
-    export LLM3_ACCELERATOR=tpu
+    export LLM3_ACCELERATOR=tpu LLM3_CACHE_DIR=$1
+    shift
     : >run.log # before `tail` looks for it
     setsid nohup .venv/bin/python -m llm3 "$@" >>run.log 2>&1 </dev/null &
     echo $! >run.pid
@@ -63,7 +66,7 @@ case ${1:-} in
         on_all_workers "$stop"
         gcloud compute tpus tpu-vm scp "$archive/llm3.tar.gz" "$TPU:" "${where[@]}"
         on_all_workers "$install"
-        on_all_workers "$start" "$@"
+        on_all_workers "$start" "$LLM3_CACHE_DIR" "$@"
         ;;
     *) fail "expected run, log or stop" ;;
 esac

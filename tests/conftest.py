@@ -1,6 +1,7 @@
 """Eight fake devices and quick compilation, before any test starts a backend; and what the tests cost."""
 
 import collections
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ os.environ.setdefault("XLA_FLAGS", forks.FLAGS)
 import jax
 import pytest
 
+from llm3.data.cache.place import VARIABLE
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 COMPILED = "LLM3_TEST_COMPILED"  # a directory for what processes of tests have compiled, of one run of the suite
@@ -21,11 +24,12 @@ SPENT = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
-    """One directory for all workers, which inherit the environment of the process that starts them."""
+    """Directories for all workers, which inherit the environment of the process that starts them."""
     config.stash[SPENT] = cpu_seconds()
     if not hasattr(config, "workerinput"):
-        directory = os.environ[COMPILED] = tempfile.mkdtemp(prefix="llm3-test-compiled-")
-        config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+        for variable in (COMPILED, VARIABLE):  # the cache of tests that name none: never that of the user
+            directory = os.environ[variable] = tempfile.mkdtemp(prefix="llm3-test-")
+            config.add_cleanup(functools.partial(shutil.rmtree, directory, ignore_errors=True))
 
 
 def pytest_collection_finish():

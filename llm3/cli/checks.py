@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
+from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS
 from llm3.registry import check_installed, declared
@@ -20,11 +22,14 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 def check(verb: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for a command line that cannot succeed. options: the flags, with `config` read."""
     config: RunConfig | None = options.get("config")
-    workdir: Path = options["workdir"]
+    workdir: Path = options.get("workdir", Path())
     if config is not None:
         names = rules.chosen(config, options.get("stages"))
         if verb == "bench" and (stage := options["stage"]) not in names:
             raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+        for source in config.sources.values():
+            if not (config.data_dir and source.local):
+                check_split_names(source)
         if "{%" in (template := config.tokenizer.chat_template):
             from llm3.data.chat_templates import load_template  # needs jinja
 
@@ -47,11 +52,19 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             raise UserError("--aot: expected --topology=NAME as well, a TPU")
     elif verb == "data" and options["shard"]:
         shard_of(options["shard"])
+    elif verb == "cache":
+        check_cache(options)
     elif verb in ("run", "eval"):
         check_evaluations(config, options)
     if verb in ("generate", "export", "lineage", "eval"):
         for name in (options["stages"] if options.get("tasks") else None) or [options.get("stage")]:
             check_workdir(workdir, name)
+
+
+def check_split_names(source: SourceConfig) -> None:
+    """Raise UserError for files of several splits that a source does not tell apart."""
+    given = expanded(source)
+    with_named_splits(given, source_name(given))
 
 
 def check_workdir(workdir: Path, stage: str | None) -> None:
@@ -113,6 +126,30 @@ def check_bench_model(options: Mapping[str, Any]) -> None:
         raise UserError(f"--gigabytes={options['gigabytes']}: expected a number above 0")
     if options["fsdp"] < 1:
         raise UserError(f"--fsdp={options['fsdp']}: expected at least 1")
+
+
+def check_cache(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `cache` that are unknown, out of range or missing."""
+    action, limits = options["action"], ("older_than", "max_gb", "everything")
+    if action not in ("ls", "prune"):
+        raise UserError(f"cache {action}: {nearest(action, ('ls', 'prune'))}")
+    given = [flag for flag in (*limits, "dry_run") if options[flag] is not None and options[flag] is not False]
+    if action == "ls" and given:
+        raise UserError(f"cache ls: --{given[0].replace('everything', 'all')} is a flag of `cache prune`")
+    if action == "prune" and not set(given) & set(limits):
+        raise UserError("cache prune: expected --older_than=30d, --max_gb=100 or --all, perhaps with --dry_run")
+    if options["older_than"] is not None:
+        seconds_of(options["older_than"])
+    if options["max_gb"] is not None and not options["max_gb"] >= 0:
+        raise UserError(f"--max_gb={options['max_gb']}: expected a number of at least 0")
+
+
+def seconds_of(age: str) -> float:
+    """The seconds of an age like "30d", "12h" or "2w". Raises UserError."""
+    units = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", age)):
+        raise UserError(f"--older_than={age}: expected a number and m, h, d or w (minutes to weeks), as in 30d")
+    return float(found[1]) * units[found[2]]
 
 
 def shard_of(shard: str) -> tuple[int, int]:

@@ -35,7 +35,8 @@ def names(text: str) -> list[str]:
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
 WORKDIR = path_flag("--workdir", required=True, help="the run's files")
-CACHE_ONLY = path_flag("--workdir", default="runs/bench", help="where a token cache is written")
+RUN = path_flag("--workdir", default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
+SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", required=True)
 PROCESSES = (
@@ -111,7 +112,7 @@ VERBS = {
         "time the step of one stage",
         (
             CONFIG,
-            CACHE_ONLY,
+            RUN,
             flag("--stage", required=True, help="the stage whose step is timed"),
             flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
             flag("--alone", action="store_true", help="do not compare with full training"),
@@ -123,24 +124,36 @@ VERBS = {
         "show the documents of each stage as the model sees them, or tokenize a shard of them",
         (
             CONFIG,
-            CACHE_ONLY,
+            RUN,
             STAGES,
             flag("--shard", metavar="I/N", help="only tokenize shard I of N of the training documents into the cache"),
         ),
     ),
     "overlap": Verb(
-        "cli.data:overlap", "show the overlap of the evaluations with the training data", (CONFIG, CACHE_ONLY, STAGES)
+        "cli.data:overlap", "show the overlap of the evaluations with the training data", (CONFIG, RUN, STAGES)
+    ),
+    "cache": Verb(
+        "cli.cache:cache",
+        "list what the cache of all runs holds (ls), or remove what no process uses (prune)",
+        (
+            flag("action", metavar="ls|prune"),
+            path_flag("--cache_dir", help="another cache than the user's (see config.cache_dir)"),
+            flag("--older_than", metavar="AGE", help="remove what was not used for so long, as in 30d, 12h or 2w"),
+            flag("--max_gb", type=float, metavar="N", help="then remove the least recently used above N GB"),
+            flag("--all", action="store_true", dest="everything", help="remove all"),
+            flag("--dry_run", action="store_true", help="only say what would be removed"),
+        ),
     ),
     "bench-data": Verb(
         "cli.bench_data:bench_data",
         "measure the token cache on a generated file, compared with datasets.map",
-        (CACHE_ONLY, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
+        (SCRATCH, flag("--gigabytes", type=float, default=0.1, help="the size of the file (default: 0.1)")),
     ),
     "bench-model": Verb(
         "cli.bench_model:bench_model",
         "measure reading and writing a pretrained model",
         (
-            CACHE_ONLY,
+            SCRATCH,
             flag("--model", metavar="NAME", help="a folder, or a name on the Hub (default: a generated model)"),
             flag("--gigabytes", type=float, default=2, help="the size of the generated model (default: 2)"),
             flag("--fsdp", type=int, default=1, metavar="N", help="the devices that share each leaf (default: 1)"),
@@ -152,7 +165,7 @@ VERBS = {
         "show what each stage trains and costs, without running it",
         (
             CONFIG,
-            CACHE_ONLY,
+            RUN,
             STAGES,
             flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
             flag(

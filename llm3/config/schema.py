@@ -186,7 +186,7 @@ class RunConfig:
     seed: int = 0  # seed of all random choices
     hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
     check_memory: bool = True  # reject a stage whose step needs more memory than a device has
-    cache_dir: str = ""  # directory of the token cache; empty: inside the workdir
+    cache_dir: str = ""  # directory of the cache; empty: $LLM3_CACHE_DIR, else $XDG_CACHE_HOME/llm3, else ~/.cache/llm3
     # directory of local copies of sources (see sources.*.local); empty: read each source from its path
     data_dir: str = ""
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -72,10 +73,12 @@ def cached_contamination(
 ) -> Contamination:
     """The result of `find_contamination`, from a file in `directory` if it was computed before."""
     training = list(training)
-    texts = [FORMAT, n, evaluation.fingerprint, *sorted(each.fingerprint for each in training)]
+    rows = hashlib.sha256(np.asarray(evaluation.rows, np.int64).tobytes()).hexdigest()  # which the result names
+    texts = [FORMAT, n, evaluation.fingerprint, rows, *sorted(each.fingerprint for each in training)]
     file = directory / f"contamination-{hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}.json"
     try:
         known = json.loads(file.read_text())
+        os.utime(file)  # when it was last used
         return Contamination(**known | {"worst": tuple((row, share) for row, share in known["worst"])})
     except (OSError, ValueError, TypeError, KeyError):  # missing or damaged: compute it again
         found = find_contamination(evaluation, training, n)

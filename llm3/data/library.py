@@ -1,8 +1,11 @@
 """The data of a run: sources by name, tokenized once, and cut into windows for each objective or evaluation."""
 
 import hashlib
+import importlib.metadata
 import itertools
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from llm3.config.data_schema import SourceConfig
@@ -98,9 +101,14 @@ def trained_tokenizer(
         if name not in configs:
             raise UserError(f"tokenizer.sources: {name!r}: {nearest(name, configs)}")
     splits = [sources.open_split(configs[name], "train", cache_dir=cache_dir) for name in names]
-    key = hashlib.sha256(json.dumps([vocab_size, train_bytes, *(each.key for each in splits)]).encode()).hexdigest()
+    library = f"tokenizers {importlib.metadata.version('tokenizers')}"  # its versions may choose other merges
+    settings = [vocab_size, train_bytes, library, *(each.key for each in splits)]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     file = cache_dir / f"tokenizer-{key[:16]}.json"
-    if not file.is_file():
+    if file.is_file():
+        with suppress(OSError):  # read-only
+            os.utime(file)  # when it was last used
+    else:
         cache.check_writable(cache_dir, "the tokenizer")
         texts = itertools.chain.from_iterable(each.texts() for each in splits)
         tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)

@@ -11,6 +11,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import RunConfig
 from llm3.data import tokenizer as tokenizers
+from llm3.data.cache.place import cache_directory
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
@@ -118,7 +119,7 @@ def chosen_dtype(config: RunConfig) -> str:
 
 def read_library(config: RunConfig, workdir: Path) -> Library:
     """The sources of a run with its tokenizer; does not tokenize documents yet. Raises UserError."""
-    cache_dir = local_path(config.cache_dir, "config.cache_dir") if config.cache_dir else workdir / "cache"
+    cache_dir = cache_directory(config.cache_dir, workdir)
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
     tokenizer = load_tokenizer(config, local, workdir, cache_dir)
     return Library(local, tokenizer, cache_dir, read_template(config.tokenizer.chat_template, workdir, tokenizer))

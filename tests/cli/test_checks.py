@@ -46,6 +46,12 @@ REFUSED = {
     "run --config=FILE --workdir=W --config.evaluations.domain.options={'x':1}": "domain.options.x: no such option",
     "run --config=FILE --workdir=W --config.mesh.rules={'lenght':'context'}": "did you mean 'length'",
     "run --config=FILE --workdir=W --config.sources.general.filters=['is_long']": "expected 'module:function'",
+    "data --config=FILE --config.sources.general.data_files=texts/*.jsonl": "data_files=dict(train=['texts/",
+    "cache prune": "expected --older_than=30d, --max_gb=100 or --all",
+    "cache prun": "did you mean 'prune'",
+    "cache ls --all": "--all is a flag of `cache prune`",
+    "cache prune --older_than=30": "--older_than=30: expected a number and m, h, d or w",
+    "cache prune --max_gb=-1": "--max_gb=-1.0: expected a number of at least 0",
     "eval --config=FILE --workdir=NONE": "no such directory",
     "bench --config=FILE --stage=finetun": "did you mean 'finetune'",
     "data --config=FILE --shard=3/2": "expected I/N",
@@ -70,6 +76,9 @@ for line in json.load(sys.stdin):
 
 def test_every_refusal_comes_before_jax_and_says_its_place_once(tmp_path):
     file = str(tiny.write_config(tmp_path / "config.py", tmp_path))
+    (tmp_path / "texts").mkdir()
+    for name in ("domain-train", "domain-test", "more"):
+        (tmp_path / "texts" / f"{name}.jsonl").touch()
     lines = [[part.replace("FILE", file) for part in line.split(" ")] for line in REFUSED]
     done = subprocess.run(
         [sys.executable, "-c", CALLS], input=json.dumps(lines), capture_output=True, text=True, cwd=tmp_path,

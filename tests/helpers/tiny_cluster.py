@@ -24,10 +24,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(*command: object, processes: int = 2, devices: int = 2, points: Mapping[int, str] | None = None) -> list[Ended]:
+def run(
+    *command: object,
+    processes: int = 2,
+    devices: int = 2,
+    points: Mapping[int, str] | None = None,
+    caches: Mapping[int, str] | None = None,
+) -> list[Ended]:
     """Run one command line in `processes` processes of `devices` devices each.
 
-    points: {process: where it gets a signal}, as in `tiny_run.die_at`.
+    points: {process: where it gets a signal}, as in `tiny_run.die_at`. caches: {process: its LLM3_CACHE_DIR}.
     """
     port, started = free_port(), []
     for index in range(processes):
@@ -35,6 +41,7 @@ def run(*command: object, processes: int = 2, devices: int = 2, points: Mapping[
             "LLM3_COORDINATOR": f"127.0.0.1:{port}",
             "LLM3_PROCESSES": str(processes),
             "LLM3_PROCESS": str(index),
+            **({"LLM3_CACHE_DIR": caches[index]} if caches else {}),
         }
         arguments = json.dumps([[str(each) for each in command]])
         started.append(forks.Fork([(points or {}).get(index, ""), arguments], several, devices))

@@ -31,6 +31,11 @@ class ListRecords:
         content = [[str(r) if isinstance(r, BadRow) else r for r in batch] for batch in self.batches]
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
+    @property
+    def texts_key(self) -> str:
+        """That of the same records without labels."""
+        return dataclasses.replace(self, batches=tuple(map(without_labels, self.batches))).key
+
     def why_empty(self) -> str:
         return "it has no rows"
 
@@ -46,6 +51,14 @@ class ListRecords:
                 time.sleep(0.01)
         first = sum(map(len, self.batches[:part]))
         yield from enumerate(self.batches[part], start=first)
+
+
+def without_labels(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Records without their labels."""
+    return tuple(
+        each if isinstance(each, BadRow) else {name: value for name, value in each.items() if name != "labels"}
+        for each in batch
+    )
 
 
 def texts_in_parts(*batches: list[str]) -> ListRecords:

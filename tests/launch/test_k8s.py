@@ -105,6 +105,7 @@ def test_the_volume_of_the_workdir_is_claimed_and_lasts(manifest):
     [mount] = [each for each in container(manifest)["volumeMounts"] if each["name"] in claims]
     assert claims[mount["name"]]["claimName"] == manifest["PersistentVolumeClaim"]["metadata"]["name"]
     assert f"--workdir={mount['mountPath']}/quickstart" in container(manifest)["args"]
+    assert {"name": "LLM3_CACHE_DIR", "value": f"{mount['mountPath']}/cache"} in container(manifest)["env"]
     assert pod["terminationGracePeriodSeconds"] >= 300
 
 

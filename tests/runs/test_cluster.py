@@ -1,5 +1,6 @@
 """Runs on several devices and in several processes: the same losses, and no kind of death that changes them."""
 
+import pathlib
 import shutil
 import types
 
@@ -8,6 +9,7 @@ import pytest
 
 from llm3.errors import Exit
 from tests.helpers import tiny_cluster as cluster
+from tests.helpers import tiny_records
 from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
@@ -41,11 +43,11 @@ def started(base, name, *more):
     return ("run", f"--config={config}", f"--workdir={base / name}", *more)
 
 
-def run(base, name, layout, *more, status=0, points=None):
+def run(base, name, layout, *more, status=0, points=None, caches=None):
     processes, devices = LAYOUTS[layout]
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in MESHES[layout].items()]
     command = started(base, name, *mesh, *more)
-    ended = cluster.run(*command, processes=processes, devices=devices, points=points)
+    ended = cluster.run(*command, processes=processes, devices=devices, points=points, caches=caches)
     if status is not None:
         assert [each.status for each in ended] == [status] * processes, "\n".join(each.stderr for each in ended)
     return ended
@@ -56,9 +58,11 @@ STAGES = "--stages=pretrain,posttrain,finetune"
 
 @pytest.fixture(scope="module")
 def whole(base):
-    """The three stages on each layout."""
-    outputs = {layout: run(base, layout, layout, STAGES) for layout in LAYOUTS}
-    return types.SimpleNamespace(outputs=outputs, workdir=lambda layout: base / layout)
+    """The three stages on each layout; two processes do not share a cache, as on hosts that do not share homes."""
+    outputs = {layout: run(base, layout, layout, STAGES) for layout in list(LAYOUTS)[:2]}
+    caches = {index: str(base / f"cache of {index}") for index in range(2)}
+    outputs["2 x 2"] = run(base, "2 x 2", "2 x 2", STAGES, "--config.cache_dir=", caches=caches)
+    return types.SimpleNamespace(outputs=outputs, workdir=lambda layout: base / layout, caches=list(caches.values()))
 
 
 def losses(workdir, stage):
@@ -80,6 +84,12 @@ def test_every_layout_gives_the_same_figures(whole):
             for key in ("general_bits_per_byte", "domain_bits_per_byte", "task_accuracy", "tokens", "flops"):
                 expected = row[key] and pytest.approx(row[key], rel=1e-4)
                 assert rows[layout][stage][key] == expected, (layout, stage, key)
+
+
+def test_each_process_builds_what_it_does_not_share_with_the_first(whole):
+    first, second = (tiny_records.files(pathlib.Path(each)) for each in whole.caches)
+    tokens = {name: content for name, content in first.items() if name.startswith("tokens-")}
+    assert tokens and tokens == {name: content for name, content in second.items() if name.startswith("tokens-")}
 
 
 def test_the_first_process_speaks_and_the_others_are_silent(whole):

@@ -29,6 +29,7 @@ import rich.progress
 from llm3 import config_folder
 from llm3.data import formats
 from llm3.data.cache import shards
+from llm3.data.cache.known import known_tokens
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.registry import load_plugin
@@ -43,7 +44,10 @@ ABANDONED_SECONDS = 24 * 3600  # age of the last write, from which on a temporar
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A cache to build in `target`, and what reading and encoding its parts needs. It is sent to worker processes."""
+    """A cache to build in `target`, and what reading and encoding its parts needs. It is sent to worker processes.
+
+    same_texts: caches of the same rows with the same tokenizer, e.g. for other labels, whose tokens are taken over
+    """
 
     records: Any
     row_format: str
@@ -51,6 +55,7 @@ class Job:
     template: str
     target: Path
     temporary: Path
+    same_texts: tuple[Path, ...] = ()
 
 
 def build_shards(
@@ -168,9 +173,9 @@ def _build_shard(job: Job, number: int, part: Any) -> int:
         return number
     made = job.temporary / target.name
     made.mkdir()
-    shards.write_shard(
-        made, job.records, part, load_plugin(formats, job.row_format), _tokenizer(job.tokenizer_file), job.template
-    )
+    row_format, tokenizer = load_plugin(formats, job.row_format), _tokenizer(job.tokenizer_file)
+    known = known_tokens([each / target.name for each in job.same_texts], row_format, tokenizer)
+    shards.write_shard(made, job.records, part, row_format, tokenizer, job.template, known)
     shards.publish(made, target)
     return number
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm3.data.cache import build as cache_build
-from llm3.data.cache import shards
+from llm3.data.cache import holds, shards
 from llm3.data.cache.build import MANIFEST
 from llm3.data.cache.labels import UNKNOWN, check_unknown, read_labels
 from llm3.data.cache.reader import ShardReader
@@ -205,8 +205,11 @@ def check_writable(cache_dir: Path, what: str) -> None:
 
 
 def _key(records: Any, row_format: str, tokenizer: Tokenizer, template: str) -> str:
-    settings = json.dumps([records.key, row_format, tokenizer.hash, template, FORMAT])
-    return hashlib.sha256(settings.encode()).hexdigest()
+    return _digest([records.key, row_format, tokenizer.hash, template, FORMAT])
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _build_missing(
@@ -226,12 +229,16 @@ def _build_missing(
     if not parts:
         raise UserError(f"source {records.name}: it has no rows")
     share, shares = shard or (1, 1)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    texts = _digest([records.texts_key, row_format, tokenizer.hash, template, FORMAT])
+    made_of = {"source": records.name, "split": records.split, "folder": os.getcwd(), "texts": texts}
+    held = holds.begin(target, made_of)
     cache_build.remove_abandoned(target.parent)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + "."))
     try:
         tokenizer.save(temporary / "tokenizer.json")
-        job = cache_build.Job(records, row_format, temporary / "tokenizer.json", template, target, temporary)
+        job = cache_build.Job(
+            records, row_format, temporary / "tokenizer.json", template, target, temporary, same_texts(target, texts)
+        )
         metadata = cache_build.build_shards(job, parts, range(share - 1, len(parts), shares), workers, progress)
         if metadata is not None:
             settings = json.dumps([FORMAT, tokenizer.hash, row_format, template])
@@ -239,12 +246,23 @@ def _build_missing(
         return metadata is not None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            held.close()
+        if not any(target.glob("shard-*")):  # nothing was built
+            holds.removed(target, target)
+
+
+def same_texts(target: Path, texts: str) -> tuple[Path, ...]:
+    """Other entries of the cache with the same texts and tokenizer, and other labels or another choice of rows."""
+    others = (each for each in sorted(target.parent.glob("tokens-*")) if each != target and not each.suffix)
+    return tuple(each for each in others if holds.read_source(each).get("texts") == texts)
 
 
 def _open(
     directory: Path, key: str, records: Any, tokenizer: Tokenizer, labels: list[str] | None, max_bad_share: float
 ) -> TokenCache:
     """Open a complete cache. Raises `cache_build.DAMAGE_ERRORS` for missing or damaged files."""
+    held = holds.hold(directory)
     manifest = shards.read_with_digest(directory / MANIFEST)
     if manifest["key"] != key:
         raise ValueError(f"{MANIFEST} belongs to another cache")
@@ -257,7 +275,7 @@ def _open(
         field: np.asarray(np.load(directory / f"{field}.npy", mmap_mode="r"))
         for field in ("document_bytes", "rows", "keys")
     }
-    reader = ShardReader(directory, manifest)
+    reader = ShardReader(directory, manifest, held)
     opened = TokenCache(
         reader=reader,
         offsets=reader.offsets,

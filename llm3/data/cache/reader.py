@@ -5,7 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,7 +17,9 @@ OPEN_FILES = 64  # files that stay mapped
 class ShardReader:
     """The stored documents of all shards, in order of shards. Files are mapped when they are first read."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]):
+    def __init__(self, directory: Path, manifest: dict[str, Any], held: BinaryIO | None = None):
+        """held: the lock on the directory (see `holds.hold`), kept as long as this object."""
+        self._held = held
         self._directory = directory
         self._shards, self._files = manifest["shards"], manifest["files"]
         self._dtype = np.dtype(self._shards[0]["dtype"])

@@ -5,7 +5,7 @@ import collections
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,15 +29,16 @@ ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # rows are encoded in batche
 
 
 class _BatchEncoder:
-    """A tokenizer that encodes a batch of texts, with all threads, when the first of them is asked for."""
+    """A tokenizer that encodes a batch of texts, with all threads, when the first unknown one is asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]):
-        self._tokenizer, self._texts = tokenizer, list(dict.fromkeys(texts))
-        self._known: dict[str, list[int]] | None = None
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], known: Mapping[str, list[int]]):
+        self._tokenizer, self._known = tokenizer, dict(known)
+        self._texts = [text for text in dict.fromkeys(texts) if text not in known]
 
     def encode(self, text: str) -> list[int]:
-        if self._known is None:
-            self._known = dict(zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True))
+        if text not in self._known and self._texts:
+            self._known |= zip(self._texts, self._tokenizer.encode_batch(self._texts), strict=True)
+            self._texts = []
         ids = self._known.get(text)
         return self._tokenizer.encode(text) if ids is None else ids
 
@@ -129,15 +130,28 @@ class _ShardBuilder:
 
 
 def write_shard(
-    directory: Path, records: Any, part: Any, row_format: ModuleType, tokenizer: Tokenizer, template: str
+    directory: Path,
+    records: Any,
+    part: Any,
+    row_format: ModuleType,
+    tokenizer: Tokenizer,
+    template: str,
+    known: Callable[[int], list[list[int]]] = lambda row: [],
 ) -> None:
-    """Tokenize a part into an empty directory: the same bytes for the same part, on any machine."""
+    """Tokenize a part into an empty directory: the same bytes for the same part, on any machine.
+
+    known: the tokens of the texts of a row, as far as another cache has them.
+    """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     shard = _ShardBuilder(records.name, dtype)
     shard.round_trip = None if tokenizer.lossless else RoundTrip()
     for rows in _together(records.read_part(part), row_format):
-        usable = (record for _, record in rows if not isinstance(record, BadRow))
-        encoder = _BatchEncoder(tokenizer, (text for record in usable for text in row_format.texts(record)))
+        usable = [(row, row_format.texts(record)) for row, record in rows if not isinstance(record, BadRow)]
+        found: dict[str, list[int]] = {}
+        for row, texts in usable:
+            if len(encoded := known(row)) == len(texts):
+                found |= zip(texts, encoded, strict=True)
+        encoder = _BatchEncoder(tokenizer, (text for _, texts in usable for text in texts), found)
         for row, record in rows:
             if isinstance(record, BadRow):
                 shard.add_bad(row, record)

@@ -6,6 +6,8 @@ A plugin has
     encode(record, tokenizer, template) -> Document      its tokens; template: a chat template, or ""
     texts(record) -> list of str                         the texts that a tokenizer is trained on
     resolve(rows, source, where) -> source (optional)    the source with what only all rows together tell
+    encoded_texts(tokens, tokenizer) -> lists of ids     (optional) the tokens of each of `texts(record)`, out of its
+                                                         document: for other labels, nothing is tokenized again
 
 `read_row` and `encode` raise BadRow for an unusable row. They depend on their arguments only, so that a row becomes the
 same bytes in any process.

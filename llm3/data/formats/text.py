@@ -49,6 +49,13 @@ def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Do
     )
 
 
+def encoded_texts(tokens: np.ndarray, tokenizer: Tokenizer) -> list[list[int]]:
+    """The tokens of each of `texts(record)`, taken out of a document that `encode` made of the record."""
+    tokens = tokens[len(tokenizer.starts) :]
+    parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id) + 1)
+    return [part[:-1].tolist() for part in parts[:-1]]
+
+
 def texts(record: Mapping[str, Any]) -> list[str]:
     """The text, or both texts of a pair."""
     return [record[name] for name in ("text", "pair") if name in record]

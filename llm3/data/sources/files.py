@@ -23,6 +23,7 @@ from llm3.data.sources.json_arrays import JsonArrays, is_json_array
 from llm3.data.sources.lines import Lines, is_archive
 from llm3.data.sources.plain_text import Paragraphs, WholeFiles
 from llm3.data.sources.slices import Slices, sliced
+from llm3.data.sources.split_names import source_name
 from llm3.errors import UserError, nearest, say
 
 FIELDS = {"delimiter": "csv", "quote": "csv", "sample_by": "text"}  # field of a source -> the only files that it suits
@@ -138,11 +139,6 @@ def _content_key(files: Sequence[str], cache_dir: Path) -> str:
         return content_digest(files, cache_dir)
     systems = [(file, *fsspec.core.url_to_fs(file)) for file in files]
     return json.dumps([[file, system.ukey(path)] for file, system, path in systems])
-
-
-def source_name(source: SourceConfig) -> str:
-    """The name of a source in messages."""
-    return " ".join(str(part) for part in (source.path, source.name, source.data_dir, source.data_files) if part)
 
 
 def unknown_split(source: SourceConfig, split: str, unknown: str, valid: list[str]) -> str:

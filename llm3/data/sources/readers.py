@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import datasets
 import pandas
 
 from llm3.config.data_schema import SourceConfig
+from llm3.data.cache.holds import COPIES, hold_for_life
 from llm3.data.sources import corpus
 from llm3.data.sources.digests import content_digest
 from llm3.data.sources.files import (
@@ -35,15 +37,14 @@ from llm3.data.sources.files import (
     open_files,
     say_sample_by,
     set_options,
-    source_name,
     unknown_split,
 )
+from llm3.data.sources.split_names import FILE_LOADERS, check_folder, source_name
 from llm3.data.sources.tables import LATIN1, READ_ERRORS, DatasetStream, DatasetTable
 from llm3.errors import UserError
 
 BUILTIN = "builtin:"
 Reader = FileReader | DatasetTable | DatasetStream
-FILE_LOADERS = ("arrow", "csv", "json", "parquet", "text")  # builders of `datasets` for local files
 TABLE_OPTIONS: dict[str, dict[str, Any]] = {
     # invalid UTF-8 costs only its row, and nothing is null but an empty cell
     "csv": {"encoding": LATIN1, "keep_default_na": False, "na_values": [""], "index_col": False},
@@ -56,18 +57,24 @@ def open_reader(source: SourceConfig, split: str, cache_dir: Path) -> Reader:
     if source.path.startswith(BUILTIN):
         check_kind(source, "built-in")
         table = corpus.load_corpus(source.path.removeprefix(BUILTIN), split, cache_dir)
-        return DatasetTable(table, [*Path(table.cache_files[0]["filename"]).parts[-2:]])
+        file = Path(table.cache_files[0]["filename"])
+        hold_for_life(file.parent)
+        return DatasetTable(table, [*file.parts[-2:]])
     for path in _local_files(source):
         check_file(path, source, may_be_empty=glob.has_magic(str(path)) or source.sample_by == "document")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     if source.path in FILE_LOADERS:  # otherwise opening a local file contacts the hub
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-    root = _writable(cache_dir) / "datasets"
+    root = _writable(cache_dir) / COPIES
+    hold_for_life(root, create=True)
     files_of = _literal_files(source)
     options: dict[str, Any] = {"data_files": files_of, "data_dir": source.data_dir, "cache_dir": str(root)}
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, **options)
+        if not source.data_files and (local := _local_splits(builder)):
+            folder = Path("" if source.path in FILE_LOADERS else source.path, source.data_dir or "")
+            check_folder(local, folder, source_name(source))
         own = open_files(builder, source, split, root, cache_dir)
         return own or _open_table(builder, source, split, options, cache_dir)
     except READ_ERRORS as error:
@@ -101,6 +108,8 @@ def _open_table(
     if source.streaming:
         return DatasetStream(builder.as_streaming_dataset(split=split), key, source_name(source), latin1)
     builder.download_and_prepare()
+    with suppress(OSError):
+        os.utime(builder.cache_dir)  # when it was last used
     return DatasetTable(builder.as_dataset(split=split), key, latin1)
 
 

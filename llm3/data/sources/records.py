@@ -37,6 +37,7 @@ class Records:
     name: str  # for messages
     split: str  # "train", "validation" or "test"
     key: str  # digest of the files, the split and all settings that change records
+    texts_key: str  # the same without labels and without the choice of rows: what decides the texts of a row
     reader: Reader
     held_out: selection.HeldOut | None
     sample: int  # the most records; 0: all

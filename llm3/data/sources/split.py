@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from llm3.config.data_schema import SourceConfig
 from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import corpus, hooks, selection
-from llm3.data.sources.files import nearest_beside, source_name
+from llm3.data.sources.files import nearest_beside
 from llm3.data.sources.readers import Reader, open_reader
 from llm3.data.sources.records import Records
+from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest, one_of
 from llm3.files import local_path
 
@@ -38,8 +38,9 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
     read later. Raises UserError for files, fields, splits and functions that do not exist or cannot be read.
     """
     one_of("split", split, corpus.SPLITS)
-    source = expanded(source)
-    where = f"source {source_name(source)}"
+    given = expanded(source)
+    name = source_name(given)
+    source, where = with_named_splits(given, name), f"source {name}"
     from_train = split != "test" and not source.validation
     wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
     held_out = None
@@ -65,17 +66,22 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
         with contextlib.suppress(UserError):  # many evaluation sets have no train split
             train = open_reader(source, source.train, Path(cache_dir))
     settings |= {"train": train.key} if train else {}
-    key = json.dumps([reader.key, settings, functions, side, sample], sort_keys=True)
+    unlabelled = {field: value for field, value in settings.items() if field not in ("label", "tag")}
     return Records(
         source,
-        _split_name(source, source.train if from_train else wanted),
+        _split_name(given, source.train if from_train else wanted),
         split,
-        hashlib.sha256(key.encode()).hexdigest(),
+        _digest([reader.key, settings, functions, side, sample]),
+        _digest([reader.key, unlabelled, functions]),
         reader,
         held_out,
         sample,
         train,
     )
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _split_name(source: SourceConfig, split: str) -> str:
@@ -84,20 +90,6 @@ def _split_name(source: SourceConfig, split: str) -> str:
     if isinstance(files, dict):
         files = files.get(split.partition("[")[0], files)
     return source_name(dataclasses.replace(source, data_files=files))
-
-
-def expanded(source: SourceConfig) -> SourceConfig:
-    """The source with a leading "~" of its paths expanded."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {split: one(each) for split, each in value.items()}
-        if isinstance(value, list):
-            return [one(each) for each in value]
-        return os.path.expanduser(value) if isinstance(value, str) else value
-
-    paths = {field: one(getattr(source, field)) for field in ("path", "data_files", "data_dir")}
-    return dataclasses.replace(source, **paths)
 
 
 def use_local_copy(source: SourceConfig, data_dir: str) -> SourceConfig:
