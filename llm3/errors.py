@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,9 +96,14 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 row", "2,000 rows"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: "1 row", "2,000 rows"; plural: one that is not the noun with an "s"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def together(errors: Sequence[UserError]) -> UserError:
+    """One error that says all, each on a line of its own."""
+    return errors[0] if len(errors) == 1 else UserError("\n".join(dict.fromkeys(map(str, errors))))
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

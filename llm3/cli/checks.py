@@ -21,6 +21,8 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for a command line that cannot succeed. options: the flags, with `config` read."""
+    if "workdir" not in options:
+        return
     config: RunConfig | None = options.get("config")
     workdir: Path = options.get("workdir", Path())
     if config is not None:
@@ -44,6 +46,8 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
     elif verb == "bench-model":
         check_bench_model(options)
     elif verb == "plan":
+        if options["price"] is not None and not options["price"] >= 0:
+            raise UserError(f"--price={options['price']}: expected the price of a device-hour, at least 0")
         if options["topology"]:
             from llm3.distributed import machines  # needs numpy
 

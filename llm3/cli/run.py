@@ -40,7 +40,7 @@ from llm3.stages.evaluation import subject_of
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model
 from llm3.stages.parents import first_rows
-from llm3.stages.run_stage import check_before_training, run_stage
+from llm3.stages.run_stage import check_all_before_training, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
 from llm3.stages.workdir import check_record, differences, stage_record
@@ -110,8 +110,7 @@ def intact_checkpoint(workdir: Path, order: list[str]) -> str:
 
 def begin(session: Session, to_train: list[str]) -> None:
     """Check all stages to train, then write the files of the run and evaluate the model that it begins with."""
-    for name in to_train:
-        check_before_training(session, session.experiment.stages[name], to_train)
+    check_all_before_training(session, to_train)
     keep_model(session)
     if processes.is_first():
         for name in first_rows(session.config):

@@ -1,6 +1,7 @@
 """The verbs of the command line with their flags. Their functions are imported when they are called."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3.files import local_path
@@ -51,6 +52,19 @@ PROCESSES = (
 )
 
 VERBS = {
+    "init": Verb(
+        "cli.init:init",
+        "write a config for your own files",
+        (
+            flag("--template", default="", help="pretrain, domain, classify or chat (default: as the files suggest)"),
+            flag("--general", metavar="PATH", help="general text: a file, a folder, or builtin:python"),
+            flag("--domain", metavar="PATH", help="text of a domain: a file or a folder"),
+            flag("--task", metavar="PATH", help="labelled texts, questions with answers, or conversations"),
+            flag("--label", default="", metavar="COLUMN", help="the column of --task with the classes"),
+            flag("--text", default="", metavar="COLUMN", help="its column with the text, or '{one} {another}'"),
+            flag("--out", type=partial(local_path, where="--out"), default=Path("my_config.py"), metavar="FILE"),
+        ),
+    ),
     "run": Verb(
         "cli.run:run", "train and evaluate the stages; run it again to resume", (CONFIG, WORKDIR, STAGES), True
     ),
@@ -162,12 +176,13 @@ VERBS = {
     ),
     "plan": Verb(
         "cli.plan:plan",
-        "show what each stage trains and costs, without running it",
+        "show what each stage trains and costs, and what `run` would refuse, without running it",
         (
             CONFIG,
             RUN,
             STAGES,
             flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
+            flag("--price", type=float, metavar="N", help="of a device for an hour: what the stages cost"),
             flag(
                 "--aot", action="store_true", help="also compile for that TPU: takes minutes per stage, needs llm3[aot]"
             ),

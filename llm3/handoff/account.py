@@ -4,11 +4,13 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 from llm3.config.model_schema import ModelConfig
-from llm3.errors import UserError, listed, nearest
+from llm3.errors import UserError, counted, listed, nearest
 from llm3.handoff.start import AnyStart
+from llm3.handoff.suggest import shortest_rules
 from llm3.handoff.vocabulary import NO_CHANGE, VOCABULARY_AXES, VocabularyChange
 
 
@@ -61,24 +63,20 @@ def account_for(
             if not any(re.fullmatch(rule, path) for path in paths):
                 raise UserError(f"{where}.{name}: {rule!r} matches no leaf; {nearest(rule, paths)}")
     kept = set(parent) - dropped
-    problems = [
-        f"  {path} {model[path]}: not in the parent; name it in start.fresh to initialize it"
-        for path in sorted(set(model) - fresh - kept)
-    ]
-    problems += [
-        f"  {path} {parent[path]}: not in this model; name it in start.drop to discard it"
-        for path in sorted(kept - set(model))
-    ]
     loaded = sorted((set(model) - fresh) & kept)
     fitted = [path for path in loaded if tuple(model[path]) == change.shape(path, parent[path])]
     extended = [path for path in fitted if path in VOCABULARY_AXES and change.added]
     padded = [path for path in fitted if tuple(model[path]) != tuple(parent[path]) and path not in extended]
-    problems += [
+    new, left = set(model) - fresh - kept, kept - set(model)
+    problems = [
         f"  {path}: {model[path]} in this model, {parent[path]} in the parent; use the parent's model config, or "
         f"name it in start.fresh to initialize it"
         for path in loaded
         if path not in fitted
     ]
+    problems += _unnamed(new, model, "not in the parent") + _unnamed(left, parent, "not in this model")
+    if ready := ready_rules(start, new, left, kept, model):
+        problems.append(f"  if that is meant, add to start: {ready}")
     if problems:
         raise UserError(f"{where}: {start.title} does not fit this model:\n" + "\n".join(problems))
     return Account(
@@ -89,6 +87,23 @@ def account_for(
         padded=tuple(padded),
         cast={},
     )
+
+
+def _unnamed(paths: set[str], shapes: dict[str, tuple[int, ...]], reason: str) -> list[str]:
+    """The line of an error for leaves that no rule names."""
+    if not paths:
+        return []
+    return [f"  {counted(len(paths), 'leaf', 'leaves')} {reason}: {listed(f'{p} {shapes[p]}' for p in sorted(paths))}"]
+
+
+def ready_rules(start: AnyStart, new: set[str], left: set[str], kept: set[str], model: Collection[str]) -> str:
+    """The rules of a start and those for leaves that it does not name yet, as a config writes them.
+
+    new: leaves of the model alone. left: leaves of the parent alone. kept: leaves of the parent that are not dropped.
+    """
+    fresh = [*start.fresh, *shortest_rules(new, set(model) & kept)] if new else []
+    drop = [*start.drop, *shortest_rules(left, set(model) & kept)] if left else []
+    return ", ".join(f"{name}={rules!r}" for name, rules in (("fresh", fresh), ("drop", drop)) if rules)
 
 
 # fields that change no result

@@ -40,6 +40,21 @@ def find_folder(name: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
+def weights_are_here(name: str, revision: str | None) -> bool:
+    """Whether the weights of a model are in a folder or in the Hub's cache, without looking on the Hub."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not NAME.fullmatch(name):
+            return True  # no model: whoever opens it says so
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(found, str):
+            return False
+        folder = Path(found).parent
+    return all((folder / file).is_file() for file in set((read_index(folder) or {}).values()) or [SINGLE])
+
+
 def fetch_weights(name: str, folder: Path, revision: str | None) -> None:
     """Download the weights of a model that `find_folder` found on the Hub, unless they are in its cache."""
     if revision is not None:

@@ -31,6 +31,34 @@ def duration(seconds: float | None) -> str:
     raise AssertionError(seconds)
 
 
+def seconds(value: float | None) -> str:
+    """A time of any size, with three significant digits and its unit: 428 ns, 12.3 µs, 346 ms, 1.23 s, 2m 05s."""
+    if value is None:
+        return NOT_APPLICABLE
+    for factor, unit in ((1e-9, "ns"), (1e-6, "µs"), (1e-3, "ms"), (1, "s")):
+        if abs(value) < 999.5 * factor and unit != "s":
+            return f"{digits(value / factor)} {unit}"
+    return f"{digits(value)} s" if abs(value) < 59.95 else duration(value)
+
+
+def bytes_text(value: float | None) -> str:
+    """Bytes with three significant digits and their decimal unit: 31.1 kB, 1.20 GB; memory is in GiB instead."""
+    if value is None:
+        return NOT_APPLICABLE
+    text = count(value)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
+def memory_text(value: float | None) -> str:
+    """Bytes of memory with three significant digits and their binary unit: 256 B, 32.0 KiB, 1.20 GiB."""
+    if value is None:
+        return NOT_APPLICABLE
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(value) >= factor:
+            return f"{digits(value / factor)} {unit}"
+    return f"{value:.0f} B"
+
+
 def gibibytes(value: float | None) -> str:
     """Bytes in GiB, with two decimals and no unit."""
     return NOT_APPLICABLE if value is None else f"{value / 2**30:.2f}"
@@ -48,7 +76,8 @@ def milliseconds(seconds: float | None) -> str:
 
 def digits(value: float) -> str:
     """Three significant digits, but three decimals at most and no powers of ten: 0.012, 0.346, 12.3, 1234."""
-    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(abs(value)))))}f}" if value else "0"
+    rounded = float(f"{value:.3g}")  # 0.9999 has as many decimals as 1.00
+    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(abs(rounded)))))}f}" if value else "0"
 
 
 def percent(share: float | None) -> str:

@@ -18,7 +18,7 @@ from llm3.distributed import memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.distributed.watchdog import Watchdog
-from llm3.errors import Diverged, UserError, counted
+from llm3.errors import Diverged, UserError, counted, together
 from llm3.files import CHECKPOINTS, RECORD, write_json
 from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
@@ -55,6 +55,18 @@ def check_before_training(session: Session, stage: Stage, in_this_run: list[str]
             return check_same_data(directory, stage, experiment.tokenizer.hash, checkpoints.meta(step))
     if parent is not None:
         parent.verify(f"{stage.where}.start")
+
+
+def check_all_before_training(session: Session, names: list[str]) -> None:
+    """Check all stages to train. Raises UserError with the problems of all of them."""
+    problems = []
+    for name in names:
+        try:
+            check_before_training(session, session.experiment.stages[name], names)
+        except UserError as error:
+            problems.append(error)
+    if problems:
+        raise together(problems)
 
 
 @dataclass

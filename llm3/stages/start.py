@@ -1,5 +1,6 @@
 """The start of a stage: finds its parent, checks it before training, and loads its parameters."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from llm3.handoff.account import Account, account_for, check_function
 from llm3.handoff.checkpoint import find_checkpoint
 from llm3.handoff.parent import Parent
 from llm3.handoff.pretrained import find_pretrained
-from llm3.handoff.start import NAMED_STEPS, AnyStart, ModelStart, read_start
+from llm3.handoff.start import NAMED_STEPS, AnyStart, ModelStart, Start, read_start
 from llm3.handoff.vocabulary import NO_CHANGE, VocabularyChange
 from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, init
 from llm3.segments import canonical
 from llm3.stages.experiment import Experiment
+from llm3.stages.parents import parent_name
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
@@ -107,6 +109,14 @@ def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) ->
     if "head/kernel" in account.loaded:
         handoff.check_labels(labels, stage.labels, where)
     return parent
+
+
+def check_own_parent(stages: Mapping[str, Stage], stage: Stage) -> None:
+    """Raise UserError if the leaves of a stage do not follow from those of its parent among `stages`, if it has one."""
+    if isinstance(stage.start, Start) and parent_name(stage.config) in stages:
+        own = stages[stage.start.stage]
+        account = account_for(_shapes(stage.model), _shapes(own.model), stage.start, f"{stage.where}.start")
+        check_function(own.model, stage.model, account, f"{stage.where}.start")
 
 
 def vocabulary_change(experiment: Experiment, parent: Parent, where: str) -> VocabularyChange:

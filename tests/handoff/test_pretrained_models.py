@@ -279,9 +279,9 @@ WRONG = {
     "replay": (("stages.posttrain.replay=0.1",), "the data of a pretrained model is not known"),
     "a missing head": (
         ("stages.finetune.start={'model': 'MODEL', 'fresh': ['.*/lora/.*']}",),
-        "head/kernel (16, 2): not in the parent; name it in start.fresh",
+        "add to start: fresh=['.*/lora/.*', 'head/.*']",
     ),
-    "missing adapters": ((start(fresh=[]),), "lora/domain/a (2, 16, 2): not in the parent"),
+    "missing adapters": ((start(fresh=[]),), "add to start: fresh=['.*/lora/domain/.*']"),
     "a tokenizer of another model": (
         ("tokenizer.path=LARGER",),
         "config.tokenizer: the tokenizer has 310 tokens, but the model to start from has an embedding of 304 rows",

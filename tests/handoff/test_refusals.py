@@ -96,17 +96,18 @@ WRONG = {
         (start("posttrain"), "model.layers=3"),
     ),
     "another leaf": Wrong(
-        (r"layers/attention/key_norm/scale \(2, 8\): not in the parent; name it in start.fresh",),
+        (r"2 leaves not in the parent: layers/attention/key_norm/scale \(2, 8\)", r"fresh=\['head/\.\*', '.*norm/"),
         (start("posttrain"), "model.qk_norm=head"),
     ),
     "head not declared fresh": Wrong(
-        (r"head/kernel \(16, 2\): not in the parent; name it in start.fresh",), (start("posttrain", fresh=[]),)
+        (r"not in the parent: head/bias \(2,\), head/kernel \(16, 2\)", r"add to start: fresh=\['head/\.\*'\]$"),
+        (start("posttrain", fresh=[]),),
     ),
     "head left over": Wrong(
         (r"start\.fresh: 'head/\.\*' matches no leaf",), (start("finetune", step=8), *AS_POSTTRAIN)
     ),
     "head not declared dropped": Wrong(
-        (r"head/kernel \(16, 2\): not in this model; name it in start\.drop",),
+        (r"not in this model: head/bias \(2,\), head/kernel \(16, 2\)", r"add to start: drop=\['head/\.\*'\]$"),
         (start("finetune", step=8, fresh=[]), *AS_POSTTRAIN),
     ),
     "fresh matches nothing": Wrong(
@@ -124,11 +125,11 @@ WRONG = {
         (start("finetune", step=8, fresh=[]), "stages.finetune.data={'three': 1.0}"),
     ),
     "a leaf is missing": Wrong(
-        (rf"{NORM} \(16,\): not in the parent; name it in start.fresh",),
+        (rf"1 leaf not in the parent: {NORM} \(16,\)", r"fresh=\['head/\.\*', 'final_norm/\.\*'\]"),
         damage=rewritten(lambda leaves: {path: leaf for path, leaf in leaves.items() if path != NORM}),
     ),
     "a leaf is left over": Wrong(
-        (r"lm_head/kernel \(16, 300\): not in this model; name it in start.drop",),
+        (r"1 leaf not in this model: lm_head/kernel \(16, 300\)", r"add to start: drop=\['lm_head/\.\*'\]$"),
         damage=rewritten(lambda leaves: leaves | {"lm_head/kernel": np.ones((16, 300), np.float32)}),
     ),
     "a leaf of integers": Wrong(
