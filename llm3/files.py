@@ -25,6 +25,7 @@ RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
+PREDICTIONS = "predictions"  # folder: the results of each evaluation item by item
 
 PLOTS = ("loss.png", "matrix.png", "seeds.png")
 # In the run directory, so no stage's name
@@ -55,15 +56,15 @@ def check_name(name: object, where: str) -> None:
     )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees either the old content or the new one. Raises OSError.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file, a text in UTF-8, so that a reader sees either the old content or the new one. Raises OSError.
 
     Missing folders are created. Several processes may write the same file at once: the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):

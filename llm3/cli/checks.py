@@ -37,7 +37,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
 
             load_template(template)
         if verb == "run":
-            for name in [*first_rows(config), *names]:
+            for name in [*first_rows(config, workdir), *names]:
                 check_record(workdir, config, name)
     if verb == "generate":
         check_sampling(options)
@@ -82,8 +82,20 @@ def check_workdir(workdir: Path, stage: str | None) -> None:
         raise UserError(f"{workdir} holds no stage {stage!r}; {nearest(stage, found)}")
 
 
+def check_new_folder(out: Path, workdir: Path) -> None:
+    """Raise UserError unless `out` can be written without a change of the run or of any file."""
+    if out.resolve().is_relative_to(workdir.resolve()):
+        raise UserError(f"--out={out}: it is in the run {workdir}, which stays as it is; expected another folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: it is a file; expected a new or an empty folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out={out}: it is not empty; expected a new or an empty folder")
+
+
 def check_evaluations(config: RunConfig | None, options: Mapping[str, Any]) -> None:
     """Raise UserError for flags of `eval` that do not fit together, and for a library that is not installed."""
+    if (out := options.get("out")) is not None:
+        check_new_folder(out, options["workdir"])
     if tasks := options.get("tasks"):
         check_installed(declared("evals", "harness"), f"--tasks={','.join(tasks)}")
         for flag in ("batch_size", "sequence_length"):

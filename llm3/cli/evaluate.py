@@ -1,19 +1,21 @@
 """The verb `eval`: the newest checkpoints of a run, by its config's evaluations or by tasks of lm-eval."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.cli import run
 from llm3.config.model_schema import check_length
-from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig
+from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig, as_dict
 from llm3.data.chat_templates import kept_template, trained_template
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import processes
@@ -24,11 +26,17 @@ from llm3.evals import Compiled
 from llm3.evals.harness import Options
 from llm3.files import CHECKPOINTS, TOKENIZER
 from llm3.report import table
+from llm3.report.console import new_console
 from llm3.segments import segmented
-from llm3.stages.evaluate import plain, progress
-from llm3.stages.evaluation import without_source
+from llm3.stages import rules
+from llm3.stages.evaluate import Measured, evaluate_subject, plain, progress, write_results
+from llm3.stages.evaluation import subject_of, without_source
+from llm3.stages.experiment import prepare
+from llm3.stages.session import Session
+from llm3.stages.workdir import differences
 from llm3.tree import size
 
+Deliver = Callable[[list[tuple[dict[str, Any], Measured]]], int]
 LEAST_ROWS = 16  # requests in a batch, if the mesh divides that
 
 
@@ -39,17 +47,23 @@ def evaluate(
     tasks: list[str] | None = None,
     batch_size: int | None = None,
     sequence_length: int | None = None,
+    as_json: bool = False,
+    out: Path | None = None,
     **options: Any,
 ) -> int:
-    """Print the rows of the chosen stages (default: all that are trained); writes no files.
+    """Print the rows of the chosen stages (default: all that are trained); writes nothing into the run.
 
     tasks: evaluate these tasks of lm-eval instead of the config's evaluations; a config then only gives the mesh.
     batch_size: requests in a batch. sequence_length: max tokens of a request (default: the longest window that one of
-    the stages was trained on). options: of the evaluation `harness`. Raises UserError.
+    the stages was trained on). as_json: print a line of JSON for each stage instead of a table, with its details. out:
+    a new folder for rows, details and predictions, laid out as in a run. options: of the evaluation `harness`. Raises
+    UserError.
     """
+    console = new_console(soft_wrap=True, quiet=not processes.is_first(), stderr=as_json)
+    deliver = partial(_deliver, console, as_json, out)
     if not tasks:
         assert config is not None  # see `llm3.cli.checks`
-        return run.evaluate(config, workdir, stages)
+        return evaluate_config(config, workdir, stages, console, deliver)
     names = stages or trained_stages(workdir)
     mesh_config = config.mesh if config else MeshConfig()
     with naming_flags():
@@ -57,7 +71,48 @@ def evaluate(
     with rules_in_force(rules_of(mesh_config.rules)):
         mesh = make_mesh(vars(mesh_config), across_hosts=mesh_config.across_hosts, islands=processes.islands())
         with jax.set_mesh(mesh):
-            return evaluate_tasks(workdir, names, chosen, batch_size, sequence_length, mesh)
+            return evaluate_tasks(workdir, names, chosen, batch_size, sequence_length, mesh, console, deliver)
+
+
+def _deliver(console: Console, as_json: bool, out: Path | None, results: list[tuple[dict[str, Any], Measured]]) -> int:
+    """Print rows, and write them with their details and predictions if asked to."""
+
+    def write() -> None:
+        for row, measured in results if out is not None else ():
+            assert out is not None
+            write_results(out / row["stage"], row, measured.details, measured.predictions)
+
+    processes.broadcast_from_first(write)
+    if as_json and processes.is_first():
+        for row, measured in results:
+            print(json.dumps(row | {"details": measured.details}, allow_nan=False))
+    if not as_json:
+        table.print_table([row for row, _ in results], [], console)
+    if out is not None:
+        console.print(f"Rows, details and predictions: {out}")
+    return 0
+
+
+def evaluate_config(
+    config: RunConfig, workdir: Path, stages: list[str] | None, console: Console, deliver: Deliver
+) -> int:
+    """Evaluate the newest checkpoints of a run with the config's evaluations. Raises UserError."""
+    order = [name for name in rules.chosen(config, stages) if stages or (workdir / name / CHECKPOINTS).is_dir()]
+    if not order or not workdir.is_dir():
+        raise UserError(f"{workdir} holds no trained stage of this config yet")
+    session = Session(processes.on_first_then_all(lambda: prepare(config, workdir, order)), console)
+    results = []
+    with session.on_mesh():
+        for name, stage in session.experiment.stages.items():
+            params, model, meta = load_stage(workdir, name, mesh=session.mesh)
+            now = replace(
+                stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
+            )
+            if lines := differences(as_dict(model), as_dict(now), "model"):
+                raise UserError(f"{workdir / name} holds another model than this config:\n" + "\n".join(lines))
+            row, measured = evaluate_subject(session, subject_of(stage), params)
+            results.append((row | {"step": meta["step"]}, measured))
+    return deliver(results)
 
 
 @contextmanager
@@ -72,10 +127,17 @@ def naming_flags() -> Iterator[None]:
 
 
 def evaluate_tasks(
-    workdir: Path, names: list[str], options: Options, batch_size: int | None, sequence_length: int | None, mesh: Mesh
+    workdir: Path,
+    names: list[str],
+    options: Options,
+    batch_size: int | None,
+    sequence_length: int | None,
+    mesh: Mesh,
+    console: Console,
+    deliver: Deliver,
 ) -> int:
-    """Print one row for each stage, with the tasks of the options as columns. Raises UserError."""
-    console, rows = run.make_console(), []
+    """Deliver one row for each stage, with the tasks of the options as columns. Raises UserError."""
+    results = []
     length, pieces = sequence_length or max(trained_length(workdir, name) for name in names), axis_size(mesh, "batch")
     rows_of_batch = batch_size or pieces * -(-LEAST_ROWS // pieces)
     config = EvaluationConfig("harness", batch_size=rows_of_batch, sequence_length=length)
@@ -97,10 +159,9 @@ def evaluate_tasks(
         console.print(f"{name}: evaluating step {meta['step']}, in windows of {length} tokens")
         one_segment = segmented(params, ((0, model.layers),))
         measured = made.measure(one_segment, model, tokenizer, mesh, compiled, progress(name))
-        metrics, _ = plain(name, made.name, measured, console)
-        rows.append({"stage": name, **metrics, "params": size(params)})
-    table.print_table(rows, [], console)
-    return 0
+        found = plain(name, made.name, measured, console)
+        results.append(({"stage": name, **found.metrics, "params": size(params), "step": meta["step"]}, found))
+    return deliver(results)
 
 
 def trained_length(workdir: Path, name: str) -> int:

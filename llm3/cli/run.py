@@ -1,17 +1,15 @@
-"""The verbs `run` and `eval`: train and evaluate the stages in order, then write a report."""
+"""The verb `run`: train and evaluate the stages in order, then write a report."""
 
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from llm3.checkpoints.load import load_stage
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import RunConfig, StageConfig, as_dict
+from llm3.config.schema import RunConfig, StageConfig
 from llm3.distributed import processes
 from llm3.distributed.lock import lock
 from llm3.distributed.preemption import stop_on_signals
@@ -21,13 +19,11 @@ from llm3.files import (
     CHECKPOINTS,
     DETAILS,
     MATRIX,
-    RECORD,
     REPORT,
     ROW,
     TOKENIZER,
     read_json,
     write_atomic,
-    write_json,
 )
 from llm3.planning.fit import check_fits
 from llm3.report import page, table
@@ -35,15 +31,15 @@ from llm3.report.console import new_console
 from llm3.report.logs import read_metrics
 from llm3.stages import rules
 from llm3.stages.cost import with_full_step_seconds
-from llm3.stages.evaluate import evaluate_subject
-from llm3.stages.evaluation import subject_of
+from llm3.stages.evaluated import Entries, current
 from llm3.stages.experiment import prepare
-from llm3.stages.first_rows import evaluate_first_rows, keep_model
-from llm3.stages.parents import first_rows
+from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
+from llm3.stages.later import evaluate_outdated, is_current
+from llm3.stages.parents import first_rows, parent_labels
 from llm3.stages.run_stage import check_all_before_training, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
-from llm3.stages.workdir import check_record, differences, stage_record
+from llm3.stages.workdir import check_record
 
 
 def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
@@ -53,14 +49,14 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     """
     console = make_console()
     order = rules.chosen(config, stages)
-    first = first_rows(config)
+    first = first_rows(config, workdir)
     for name in [*first, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
     to_train = processes.broadcast_from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
-    if not to_train and processes.broadcast_from_first(lambda: is_reported(workdir, [*first, *order])):
+    if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order)):
         finished = "is finished" if len(order) == 1 else "are finished"
         console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir / REPORT}")
         return 0
@@ -75,6 +71,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
         request = held.enter_context(stop_on_signals())
         with session.on_mesh():
             begin(session, to_train)
+            evaluate_outdated(session, first, [name for name in order if name not in to_train])
             for stage in (experiment.stages[name] for name in to_train):
                 if request.signal or not run_stage(stage, session, request):
                     signal = f"Stopped by signal {request.signal}"
@@ -82,7 +79,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
                     return request.exit
         check_ancestry(workdir, order)
         if processes.is_first():
-            report(config, workdir, session.facts(), console)
+            report(config, workdir, session.facts(), console, experiment.evaluation_entries)
     return 0
 
 
@@ -113,8 +110,7 @@ def begin(session: Session, to_train: list[str]) -> None:
     check_all_before_training(session, to_train)
     keep_model(session)
     if processes.is_first():
-        for name in first_rows(session.config):
-            write_json(session.workdir / name / RECORD, stage_record(session.config, name))
+        write_records(session)
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         if template := session.experiment.library.template:
@@ -129,25 +125,14 @@ def make_console() -> Console:
     return new_console(soft_wrap=True, quiet=not processes.is_first())
 
 
-def evaluate(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
-    """Evaluate the newest checkpoints of a run with the config's evaluations and print the table; writes no files."""
-    console = make_console()
-    order = [name for name in rules.chosen(config, stages) if stages or (workdir / name / CHECKPOINTS).is_dir()]
-    if not order or not workdir.is_dir():
-        raise UserError(f"{workdir} holds no trained stage of this config yet")
-    session = Session(processes.on_first_then_all(lambda: prepare(config, workdir, order)), console)
-    rows = []
-    with session.on_mesh():
-        for name, stage in session.experiment.stages.items():
-            params, model, _ = load_stage(workdir, name, mesh=session.mesh)
-            now = replace(
-                stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
-            )
-            if lines := differences(as_dict(model), as_dict(now), "model"):
-                raise UserError(f"{workdir / name} holds another model than this config:\n" + "\n".join(lines))
-            rows.append(evaluate_subject(session, subject_of(stage), params)[0])
-    table.print_table(rows, [], console)
-    return 0
+def is_complete(config: RunConfig, workdir: Path, order: list[str]) -> bool:
+    """Whether these stages and the rows before them are in the report, with all evaluations of the config."""
+    first = [
+        name
+        for name in first_rows(config, workdir)
+        if (workdir / name / ROW).is_file() or not unreadable(config, workdir, name)
+    ]
+    return is_reported(workdir, [*first, *order]) and is_current(config, workdir, [*first, *order])
 
 
 def is_reported(workdir: Path, names: list[str]) -> bool:
@@ -162,16 +147,22 @@ def step_shape(stage: StageConfig) -> tuple:
     return (stage.batch_size, stage.sequence_length, str(stage.objective), stage.micro_batches, stage.data)
 
 
-def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> None:
-    """Print the matrix of all finished stages, and write it with report.md and the plots."""
+def report(config: RunConfig, workdir: Path, facts: dict, console: Console, evaluations: Entries) -> None:
+    """Print the matrix of all finished stages, and write it with report.md and the plots.
+
+    evaluations: those of the config, which are shown.
+    """
     rows: list[dict] = []
     baselines: list[dict] = []
     histories: dict[str, list[dict]] = {}
-    first = first_rows(config)
+    details: dict[str, dict | None] = {}
+    first, parents = first_rows(config, workdir), parent_labels(config, workdir)
     for name in [*first, *rules.check(config)]:
         row = read_json(workdir / name / ROW)
         if row is None:
             continue
+        row, details[name] = current(workdir / name, row, read_json(workdir / name / DETAILS), evaluations)
+        row["parent"] = parents.get(name)
         baseline = name not in first and config.stages[name].baseline
         (baselines if baseline else rows).append(row)
         if name not in first:
@@ -181,7 +172,6 @@ def report(config: RunConfig, workdir: Path, facts: dict, console: Console) -> N
     timed = with_full_step_seconds(rows + baselines, shapes, full)
     rows, baselines = timed[: len(rows)], timed[len(rows) :]
     table.print_table(rows, baselines, console)
-    details = {row["stage"]: read_json(workdir / row["stage"] / DETAILS) for row in rows + baselines}
     command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
     title = f"Run {workdir.name}"
     with writing(workdir / REPORT):

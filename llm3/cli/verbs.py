@@ -82,6 +82,8 @@ VERBS = {
             flag("--apply_chat_template", action="store_true", help="write prompts with the chat template"),
             flag("--batch_size", type=int, metavar="N", help="requests in a batch (default: 16)"),
             flag("--sequence_length", type=int, metavar="N", help="max tokens of a request (default: as trained)"),
+            flag("--json", action="store_true", dest="as_json", help="a line of JSON for each stage"),
+            path_flag("--out", help="a new directory for the rows, with details and predictions"),
         ),
         True,
     ),

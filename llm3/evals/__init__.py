@@ -8,7 +8,9 @@ A plugin has
 - `Options` (optional): a frozen dataclass;
 - `check_tokenizer(tokenizer, options)` (optional): raises UserError if the tokenizer lacks a token that it needs;
 - `evaluate(context) -> {name: float or int (a metric), None (it does not apply), dict or list (details for the
-  report)}`. `<metric>_stderr` is the standard error of a metric.
+  report)}`. `<metric>_stderr` is the standard error of a metric. The entry "predictions" has the results of single
+  documents as columns, from which the metrics can be computed: see `llm3.report.predictions` and docs/evaluation.md.
+  An evaluation of several tasks has such columns for each, as {task: columns}.
 
 Optional, for a plugin without a source: `REQUIRES`, {package that it imports: the extra of llm3 that installs it};
 `prepare(config, options, template)`, called once, before any device is used, for `EvalContext.prepared`; and
@@ -19,7 +21,8 @@ packing, padding or device count.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -48,6 +51,28 @@ Counting = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 def uncounted(total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
     """A `Counting` that shows nothing."""
     return nullcontext(lambda number: None)
+
+
+def segment_sums(values: jax.Array, batch: Batch, segments: int) -> jax.Array:
+    """The sums of values [B, T] over the segments 1 to `segments` of each window: [B, segments].
+
+    Sums of masked values, unlike scattered ones, are added in the same order on every run.
+    """
+    inside = batch.segments[:, None, :] == jnp.arange(1, segments + 1)[:, None]
+    return jnp.sum(jnp.where(inside, values[:, None, :], 0), axis=-1)
+
+
+def by_item(columns: Mapping[str, np.ndarray | list[Any]], rows: np.ndarray) -> dict[str, Any]:
+    """Columns as predictions: with `item`, the row of each document in its source, and in that order.
+
+    rows: int64 [items], of the documents of the columns (`TokenCache.rows`).
+    """
+    order = np.argsort(rows, kind="stable")
+    sorted_columns = {
+        name: values[order] if isinstance(values, np.ndarray) else [values[place] for place in order]
+        for name, values in columns.items()
+    }
+    return {"item": np.asarray(rows, np.int64)[order]} | sorted_columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +145,39 @@ class EvalContext:
             for width, numbers in width_groups(lengths, max_width, self.config.batch_size):
                 yield width, numbers
                 advance(len(numbers))
+
+    def by_document(
+        self,
+        function: Callable[..., dict[str, jax.Array]],
+        *arrays: Any,
+        table: Windows | None = None,
+        change: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> dict[str, np.ndarray]:
+        """The results of `function` for the documents of the cache, summed over their pieces: float64 [documents, ...].
+
+        `function(..., segments=S)` returns arrays [B, S, ...]: of the segments 1 to S of each window, as by
+        `segment_sums`. Other arguments: see `each`.
+        """
+        table, rows = self.table() if table is None else table, self.config.batch_size
+        # a power of two, so that evaluations of like documents share their compiled function
+        run = functools.partial(function, segments=1 << (max(table.max_pieces, 1) - 1).bit_length())
+        totals: dict[str, np.ndarray] = {}
+        for number, (_, result) in enumerate(self.each(run, *arrays, table=table, change=change)):
+            found = [(row, segment, document) for row, segment, document, _ in self.pieces(table, number * rows)]
+            row, segment, document = np.array(found).T
+            for name, value in result.items():
+                total = totals.setdefault(name, np.zeros((self.cache.documents, *value.shape[2:])))
+                np.add.at(total, document, value[row, segment - 1].astype(np.float64))
+        return totals
+
+    def pieces(self, table: Windows, first: int) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+        """The pieces of documents in the batch that begins with window `first`.
+
+        Yields (row of the batch, segment, document, (first, stop) token of the document).
+        """
+        for row in range(min(self.config.batch_size, len(table) - first)):
+            for segment, document, span in table.documents_of(first + row):
+                yield row, segment, document, span
 
     def notes(self) -> list[dict[str, Any]]:
         """The note of each document, empty if it has none."""

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 
 from llm3.data.formats.choice import encode_choice
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
-from llm3.evals import EvalContext
+from llm3.evals import EvalContext, by_item
 from llm3.models.decoding import prefill, right_aligned
 from llm3.models.transformer import Transformer
 
@@ -167,7 +168,24 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
     if all(note["choices"] == notes[0]["choices"] for note in notes):
         result["macro_f1"] = macro_f1(correct, chosen["accuracy"])
     majority = float(np.bincount(correct).max() / len(notes))
-    return result | {"majority_accuracy": majority, "items": len(notes), "truncated": truncated}
+    result |= {"majority_accuracy": majority, "items": len(notes), "truncated": truncated}
+    right = {name: (each == correct).astype(np.float64) for name, each in chosen.items()}
+    columns = _columns(notes, correct, chosen["accuracy"], scores["accuracy"]) | {"score": right.pop("accuracy")}
+    return result | {"predictions": by_item(columns | right, context.cache.rows)}
+
+
+def _columns(
+    notes: list[dict[str, Any]], correct: np.ndarray, chosen: np.ndarray, given: list[np.ndarray]
+) -> dict[str, Any]:
+    """Columns of predictions. given: the log-likelihoods of the choices of each item."""
+    shares = [scipy.special.softmax(each) for each in given]
+    return {
+        "truth": [note["choices"][number] for note, number in zip(notes, correct, strict=True)],
+        "prediction": [note["choices"][number] for note, number in zip(notes, chosen, strict=True)],
+        "nats": np.array([-each[number] for each, number in zip(given, correct, strict=True)]),
+        "confidence": np.array([each[number] for each, number in zip(shares, chosen, strict=True)]),
+        "log_likelihoods": given,
+    }
 
 
 def _neutral(prompt: Pieces, text: str) -> str:

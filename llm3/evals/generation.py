@@ -17,7 +17,7 @@ import numpy as np
 
 from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
-from llm3.evals import EvalContext
+from llm3.evals import EvalContext, by_item
 from llm3.models.decoding import greedy, right_aligned
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
@@ -84,6 +84,19 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
         "items": len(questions),
         "truncated": sum(each.truncated for each in questions),
         "examples": shown,
+        "predictions": by_item(_columns(questions, answers, scores), context.cache.rows),
+    }
+
+
+def _columns(questions: list[Question], answers: list[str], scores: list[dict[str, float]]) -> dict[str, Any]:
+    """Columns of predictions; `score` is the exact match."""
+    metrics = {name: np.array([each[name] for each in scores]) for name in scores[0]}
+    return {
+        "truth": [each.references[0] for each in questions],
+        "references": [each.references for each in questions],
+        "prediction": answers,
+        "score": metrics.pop("exact_match"),
+        **metrics,
     }
 
 

@@ -2,15 +2,15 @@
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm3.data.batch import Batch
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, check_share
-from llm3.evals import EvalContext
+from llm3.evals import EvalContext, by_item, segment_sums
 from llm3.models.transformer import Transformer
 from llm3.objectives.masked import choose
 
@@ -35,11 +35,12 @@ class Options:
         check_share("share", self.share)
 
 
-def sums(model: Transformer, batch: Batch) -> dict[str, jax.Array]:
-    """The loss of the hidden tokens in nats, and the number of them that are guessed right."""
+def sums(model: Transformer, batch: Batch, *, segments: int) -> dict[str, jax.Array]:
+    """By segment: the loss of the hidden tokens in nats, the number of them, and of those that are guessed right."""
     hidden, _ = model(batch.tokens, batch.positions, batch.segments)
     nats, correct = model.score(hidden, batch.targets)
-    return {"nats": jnp.sum(nats * batch.weights), "correct": jnp.sum(correct * batch.weights)}
+    parts = {"nats": nats * batch.weights, "correct": correct * batch.weights, "tokens": batch.weights}
+    return {name: segment_sums(values, batch, segments) for name, values in parts.items()}
 
 
 def hide(batch: Batch, options: Options, tokenizer: Tokenizer) -> Batch:
@@ -62,22 +63,35 @@ def check_tokenizer(tokenizer: Tokenizer, options: Options) -> None:
     tokenizer.need_mask()
 
 
-def evaluate(context: EvalContext) -> dict[str, float | int]:
+def evaluate(context: EvalContext) -> dict[str, Any]:
     """accuracy and nll (in nats) of the hidden tokens; majority_accuracy: accuracy of always guessing the most frequent
     of them; items: their number. All are replaced by the mask token, unlike in training.
 
     Raises UserError if there is no token to hide.
     """
-    counts, totals = np.zeros(context.tokenizer.vocab_size, np.int64), {"nats": 0.0, "correct": 0.0}
-    for batch, found in context.each(sums, change=lambda batch: hide(batch, context.options, context.tokenizer)):
-        counts += np.bincount(batch.targets[batch.weights > 0], minlength=len(counts))
-        totals = {name: total + float(found[name]) for name, total in totals.items()}
+    counts = np.zeros(context.tokenizer.vocab_size, np.int64)
+
+    def change(batch: Batch) -> Batch:
+        changed = hide(batch, context.options, context.tokenizer)
+        counts[:] += np.bincount(changed.targets[changed.weights > 0], minlength=len(counts))
+        return changed
+
+    found = context.by_document(sums, change=change)
     items = int(counts.sum())
     if not items:
         raise UserError(f"evaluation masked: {context.config.source} has too little text to hide any token")
+    has_items = found["tokens"] > 0
+    nats, correct, tokens = (found[name][has_items] for name in ("nats", "correct", "tokens"))
+    columns = {
+        "score": correct / tokens,
+        "nats": nats,
+        "tokens": tokens.astype(np.int64),
+        "correct": correct.astype(np.int64),
+    }
     return {
-        "accuracy": totals["correct"] / items,
-        "nll": totals["nats"] / items,
+        "accuracy": float(correct.sum() / items),
+        "nll": float(nats.sum() / items),
         "majority_accuracy": float(counts.max() / items),
         "items": items,
+        "predictions": by_item(columns, context.cache.rows[has_items]),
     }

@@ -15,7 +15,7 @@ import numpy as np
 
 from llm3.data.batch import Batch
 from llm3.errors import UserError, nearest
-from llm3.evals import EvalContext
+from llm3.evals import EvalContext, by_item
 from llm3.evals.generation import normalised, token_f1, words
 from llm3.models.transformer import Transformer
 from llm3.objectives.span import span_logits
@@ -115,18 +115,16 @@ def best_span(starts: np.ndarray, ends: np.ndarray, max_tokens: int) -> tuple[fl
 
 def predictions(context: EvalContext) -> list[str]:
     """The predicted answer of each document; "": no answer."""
-    table, batch_size = context.table(), context.config.batch_size
+    table = context.table()
     best = [(-np.inf, 0, 0)] * context.cache.documents
     none = np.full(context.cache.documents, np.inf)
     for number, (batch, result) in enumerate(context.each(logits, table=table)):
-        first_window = number * batch_size
-        for row in range(min(batch_size, len(table) - first_window)):
-            for segment, document, (first, stop) in table.documents_of(first_window + row):
-                bos, *_, eos = np.flatnonzero(batch.segments[row] == segment)
-                starts, ends = result["logits"][row, eos - (stop - first) : eos].T
-                score, start, end = best_span(starts, ends, context.options.max_answer_tokens)
-                best[document] = max(best[document], (score, first + start, first + end))
-                none[document] = min(none[document], float(result["logits"][row, bos].sum()))
+        for row, segment, document, (first, stop) in context.pieces(table, number * context.config.batch_size):
+            bos, *_, eos = np.flatnonzero(batch.segments[row] == segment)
+            starts, ends = result["logits"][row, eos - (stop - first) : eos].T
+            score, start, end = best_span(starts, ends, context.options.max_answer_tokens)
+            best[document] = max(best[document], (score, first + start, first + end))
+            none[document] = min(none[document], float(result["logits"][row, bos].sum()))
     answers = []
     for document, (score, start, end) in enumerate(best):
         answered = none[document] - score <= context.options.no_answer_threshold
@@ -159,7 +157,16 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
         if not unanswerable.all():
             answered = zip(("exact_match", "f1"), scores[~unanswerable].mean(axis=0).tolist(), strict=True)
             details["answerable"] = dict(answered)
-    return {"exact_match": exact, "f1": f1, "items": len(notes), **details}
+    columns: dict[str, Any] = {
+        "truth": [next(iter(note["answers"]), "") for note in notes],
+        "references": [list(note["answers"]) for note in notes],
+        "prediction": found,
+        "score": scores[:, 0],
+        "f1": scores[:, 1],
+    }
+    return {"exact_match": exact, "f1": f1, "items": len(notes), **details} | {
+        "predictions": by_item(columns, context.cache.rows)
+    }
 
 
 def _first(notes: list[Any]) -> range:

@@ -110,18 +110,25 @@ def standard_error(row: dict, metric: Metric) -> float | None:
 
 
 def parent_of(rows: list[dict], row: dict) -> dict | None:
-    """The parent row of `row`: the stage named by its `parent` key, or without that key the previous row."""
-    if row.get("parent"):
+    """The parent row of `row`: the one named by its `parent` key, or without that key the previous row."""
+    if "parent" in row:
         return next((other for other in rows if other["stage"] == row["parent"]), None)
     index = next((i for i, other in enumerate(rows) if other is row), 0)
     return rows[index - 1] if index else None
 
 
+def comparable(row: dict, other: dict, evaluation: str) -> bool:
+    """Whether two rows were measured alike on the same data, as far as both tell: by their `evaluation_digests`."""
+    digests = [(each.get("evaluation_digests") or {}).get(evaluation) for each in (row, other)]
+    return None in digests or digests[0] == digests[1]
+
+
 def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[dict]]:
     """`rows` and `baselines` with all keys of the schema, and with the change of bits per byte since the parent.
 
-    The parent is `parent_of`; a baseline without a `parent` key has none. A given change is kept. Raises ValueError for
-    a value that is not finite: a value that does not apply is None.
+    The parent is `parent_of`; a baseline without a `parent` key has none. A given change is kept. There is no change
+    since a parent that was measured on other data, or otherwise. Raises ValueError for a value that is not finite: a
+    value that does not apply is None.
     """
     rows, baselines = (
         [{key: plain(value) for key, value in row.items()} for row in part] for part in (rows, baselines)
@@ -132,7 +139,9 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
     def completed(row: dict, parent: dict | None) -> dict:
         filled: dict[str, Any] = {key: row.get(key) for key in [*keys, *changes]}
         for change, key in changes.items():
-            if filled[change] is None and parent and None not in (row.get(key), parent.get(key)):
+            evaluation = key.removesuffix("_pseudo_bits_per_byte").removesuffix("_bits_per_byte")
+            measured = parent and None not in (row.get(key), parent.get(key)) and comparable(row, parent, evaluation)
+            if filled[change] is None and parent and measured:
                 filled[change] = row[key] - parent[key]
         for key, value in filled.items():
             if isinstance(value, float) and not math.isfinite(value):

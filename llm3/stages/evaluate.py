@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -14,11 +15,27 @@ from llm3.errors import UserError, nearest
 from llm3.evals import Counting, uncounted
 from llm3.files import DETAILS, ROW, write_json
 from llm3.report.console import counting
+from llm3.report.predictions import Columns, write_predictions
 from llm3.segments import segmented
+from llm3.stages.evaluated import majority
 from llm3.stages.evaluation import Evaluation, Subject, subject_of
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.tree import combine_digests, flatten, size
+
+
+class Measured(NamedTuple):
+    """Results by names that begin with that of the evaluation. predictions: see `llm3.report.predictions`."""
+
+    metrics: dict[str, float | None]
+    details: dict[str, Any]
+    predictions: dict[str, Columns]
+
+    def add(self, other: "Measured") -> None:
+        """Add the results of other evaluations."""
+        self.metrics.update(other.metrics)
+        self.details.update(other.details)
+        self.predictions.update(other.predictions)
 
 
 def measure(
@@ -27,15 +44,14 @@ def measure(
     params: dict,
     only: Evaluation | None = None,
     alive: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Metrics and details of canonical parameters, from all evaluations that apply to the subject.
+) -> Measured:
+    """The results of canonical parameters, from all evaluations that apply to the subject.
 
     only: run just this evaluation. alive: called after each batch. A non-finite metric becomes None.
     """
     name, model = subject.name, subject.model
     one_segment = segmented(params, ((0, model.layers),))
-    metrics: dict[str, float | None] = {}
-    details: dict[str, Any] = {}
+    found = Measured({}, {}, {})
     tokenizer, compiled = session.experiment.tokenizer, session.compiled_evaluations
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(subject):
@@ -43,10 +59,8 @@ def measure(
         with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
             shown = progress(f"{name}: {evaluation.name}", alive)
             measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
-        own_metrics, own_details = plain(name, evaluation.name, measured, session.console)
-        metrics |= own_metrics
-        details |= own_details
-    return metrics, details
+        found.add(plain(name, evaluation.name, measured, session.console))
+    return found
 
 
 def progress(label: str, alive: Callable[[], None] = lambda: None) -> Counting:
@@ -65,25 +79,27 @@ def progress(label: str, alive: Callable[[], None] = lambda: None) -> Counting:
     return shown
 
 
-def plain(
-    stage: str, evaluation: str, measured: dict[str, Any], console: Console
-) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """The result of an evaluation as metrics and details, with the evaluation's name in front of the keys.
+def plain(stage: str, evaluation: str, measured: dict[str, Any], console: Console) -> Measured:
+    """The result of an evaluation, with the evaluation's name in front of the keys.
 
     A metric that is not finite is printed, and None.
     """
-    metrics: dict[str, float | None] = {}
-    details: dict[str, Any] = {}
+    found = Measured({}, {}, {})
     for name, value in measured.items():
         key = f"{evaluation}_{name}" if evaluation else name
+        if name == "predictions":
+            several = all(isinstance(each, Mapping) for each in value.values())
+            tasks = {f"{evaluation}_{task}".lstrip("_"): columns for task, columns in value.items()}
+            found.predictions.update(tasks if several else {evaluation: value})
+            continue
         if isinstance(value, dict | list):
-            details[key] = value
+            found.details[key] = value
             continue
         if value is not None and not math.isfinite(value):
             console.print(f"{stage}: {key} is {value}", style="bold red")
             value = None
-        metrics[key] = value
-    return metrics, details
+        found.metrics[key] = value
+    return found
 
 
 def evaluation_fields(name: str) -> list[str]:
@@ -92,33 +108,43 @@ def evaluation_fields(name: str) -> list[str]:
     return [f"{where}.batch_size", f"{where}.sequence_length", "config.mesh.fsdp (more devices)"]
 
 
-def evaluate_subject(session: Session, subject: Subject, params: dict) -> tuple[dict, dict]:
-    """The row of the matrix for canonical parameters, and the details."""
+def evaluate_subject(session: Session, subject: Subject, params: dict) -> tuple[dict[str, Any], Measured]:
+    """The row of the matrix for canonical parameters, and what it is made of."""
     session.console.print(f"{subject.name}: evaluating")
     started = time.perf_counter()
-    metrics, details = measure(session, subject, params)
-    constant = [value for key, value in metrics.items() if key.endswith("_majority_accuracy")]
+    measured = measure(session, subject, params)
     return {
         "stage": subject.name,
-        **metrics,
-        "majority_accuracy": constant[0] if len(constant) == 1 else None,
+        **measured.metrics,
+        "majority_accuracy": majority(measured.metrics),
         "params": size(params),
-        "params_digest": combine_digests(digests_of(flatten(params))),
+        "params_digest": digest_of(params),
         "evaluation_seconds": time.perf_counter() - started,
-    }, details
+        "evaluations": session.experiment.evaluation_entries,
+    }, measured
+
+
+def digest_of(params: dict) -> str:
+    """The digest of canonical parameters, as in the metadata of their checkpoint."""
+    return combine_digests(digests_of(flatten(params)))
 
 
 def write_row(session: Session, subject: Subject, params: dict, cost: dict) -> None:
     """Evaluate the parameters and save the row, with their cost."""
-    row, details = evaluate_subject(session, subject, params)
+    row, measured = evaluate_subject(session, subject, params)
     directory = session.workdir / row["stage"]
+    processes.broadcast_from_first(lambda: write_results(directory, row | cost, measured.details, measured.predictions))
 
-    def write() -> None:
-        if details:
-            write_json(directory / DETAILS, details)
-        write_json(directory / ROW, row | cost)
 
-    processes.broadcast_from_first(write)
+def write_results(
+    directory: Path, row: dict[str, Any], details: dict[str, Any], predictions: Mapping[str, Columns]
+) -> None:
+    """Write the files of a row; the row itself, which marks them complete, last. directory: of the stage."""
+    for name, columns in predictions.items():
+        write_predictions(directory, name, columns)
+    if details:
+        write_json(directory / DETAILS, details)
+    write_json(directory / ROW, row)
 
 
 def best_metric(evaluations: list[Evaluation], stage: Stage) -> tuple[int, Evaluation]:

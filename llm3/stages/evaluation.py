@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from llm3 import evals
+from llm3 import evals, objectives
 from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig
 from llm3.data import windows
 from llm3.data.cache.cache import TokenCache
@@ -36,6 +36,13 @@ class Subject(NamedTuple):
 def subject_of(stage: Stage) -> Subject:
     """A trained stage, for its evaluations."""
     return Subject(stage.name, stage.model, stage.lm_head, stage.objective.HEAD, stage.labels)
+
+
+def subject_of_checkpoint(name: str, model: ModelConfig, meta: dict) -> Subject:
+    """The stage of a checkpoint, by its metadata."""
+    objective = meta["config"]["stage"]["objective"]
+    head = load_plugin(objectives, objective["name"] if isinstance(objective, dict) else objective).HEAD
+    return Subject(name, model, meta["lm_head"], head, meta["labels"])
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from llm3.errors import UserError
 from llm3.files import INIT, TOKENIZER, local_path
 from llm3.handoff.start import ModelStart
 from llm3.interop.folder import open_folder
+from llm3.stages.evaluated import Entries, definition, entry
 from llm3.stages.evaluation import Evaluation, read_evaluation
 from llm3.stages.model import init_model, vocabulary_size
 from llm3.stages.parents import origin
@@ -63,6 +64,14 @@ class Experiment:
         add = self.config.tokenizer.add
         return self.tokenizer.without(add).hash if add else None
 
+    @property
+    def evaluation_entries(self) -> Entries:
+        """What a row keeps of each evaluation, by name."""
+        return {
+            each.name: entry(definition(self.config, each.name), each.cache.fingerprint if each.cache else "")
+            for each in self.evaluations
+        }
+
     def round_trips(self) -> dict[str, RoundTrip]:
         """{source of a stage: how much of its texts their tokens hold}; {} if the tokenizer loses nothing."""
         caches = {name: each for stage in self.stages.values() for name, each in stage.data.caches.items()}
@@ -97,6 +106,16 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     dtype = chosen_dtype(config)
     computed = {stage.name: stage.computed_in(dtype) for stage in stages}
     return Experiment(config, workdir, library, computed, evaluations, dtype)
+
+
+def read_evaluation_data(config: RunConfig, workdir: Path) -> dict[str, str]:
+    """{evaluation with a source: the fingerprint of its documents}. Raises UserError."""
+    library, found = read_library(config, workdir), {}
+    for name, own in config.evaluations.items():
+        if own.source:
+            cache = library.cache(own.source, own.split)
+            found[name] = (cache.first(own.max_documents) if own.max_documents else cache).fingerprint
+    return found
 
 
 def check_without_data(config: RunConfig, workdir: Path, order: list[str]) -> None:

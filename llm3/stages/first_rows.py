@@ -1,32 +1,65 @@
-"""The rows that are measured before anything trains: of the pretrained model, and of the untrained one."""
+"""The rows that are measured before anything trains: of the parents that are no stage of the run."""
 
 import re
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+from llm3.config.schema import RunConfig
 from llm3.distributed import processes
-from llm3.files import INIT, ROW, START, read_json
+from llm3.errors import UserError
+from llm3.files import INIT, RECORD, ROW, START, read_json, write_json
+from llm3.handoff.checkpoint import Checkpoint, find_checkpoint
 from llm3.handoff.pretrained import Pretrained, find_pretrained, keep_description
 from llm3.models.transformer import abstract_params, init
 from llm3.stages.evaluate import write_row
-from llm3.stages.evaluation import Subject
+from llm3.stages.evaluation import Subject, subject_of_checkpoint
 from llm3.stages.model import has_lm_leaves
-from llm3.stages.parents import first_rows, model_starts
+from llm3.stages.parents import first_rows, model_starts, other_runs
 from llm3.stages.session import Session
 from llm3.stages.start import loaded_params
+from llm3.stages.workdir import stage_record
 from llm3.tree import flatten
 
 NO_COST = {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0}
+FromOutside = TypeVar("FromOutside", Checkpoint, Pretrained)
 
 
 def evaluate_first_rows(session: Session) -> None:
-    """Write the rows of the pretrained and of the untrained model, unless they exist. Raises UserError."""
-    for name in first_rows(session.config):
-        if not _is_measured(session, name):
-            write_row(session, *MEASURED[name](session), NO_COST)
+    """Write the rows of all that stages start from and that is no stage here, unless they exist. Raises UserError.
+
+    A stage of another run that is not there any more has no row; the stages that began with it need it no more.
+    """
+    for name in first_rows(session.config, session.workdir):
+        if _is_measured(session, name):
+            continue
+        if lost := processes.broadcast_from_first(partial(unreadable, session.config, session.workdir, name)):
+            session.console.print(f"{name}: no row, since the parent cannot be read: {lost}")
+            continue
+        write_row(session, *subject_and_params(session, name), _facts(session, name))
 
 
-def _is_measured(session: Session, name: str) -> bool:
-    return processes.broadcast_from_first(lambda: bool(read_json(session.workdir / name / ROW)))
+def write_records(session: Session) -> None:
+    """Write down the config that each of the first rows is computed from, unless that has been done."""
+    for name in first_rows(session.config, session.workdir):
+        if not (path := session.workdir / name / RECORD).is_file():
+            write_json(path, stage_record(session.config, name))
+
+
+def unreadable(config: RunConfig, workdir: Path, name: str) -> str:
+    """Why what a first row is measured on cannot be read; "" if it can."""
+    models, others = model_starts(config), other_runs(config, workdir)
+    try:
+        if name == START:
+            stage, model = next(iter(models.items()))
+            find_pretrained(model, workdir, f"config.stages.{stage}.start")
+        elif name in others:
+            stage, start = others[name]
+            find_checkpoint(start, f"config.stages.{stage}.start")
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def keep_model(session: Session) -> None:
@@ -37,9 +70,26 @@ def keep_model(session: Session) -> None:
         return
 
 
-def _untrained(session: Session) -> tuple[Subject, dict]:
-    model = session.experiment.init_model
-    return Subject(INIT, model), init(model, session.experiment.init_seed, session.mesh)
+def subject_and_params(session: Session, name: str) -> tuple[Subject, dict]:
+    """What a first row is measured on, and its canonical parameters. Raises UserError."""
+    if name == INIT:
+        model = session.experiment.init_model
+        return Subject(INIT, model), init(model, session.experiment.init_seed, session.mesh)
+    return _pretrained(session) if name == START else _other_run(session, name)
+
+
+def _is_measured(session: Session, name: str) -> bool:
+    """Whether there is the row; of a stage of another run, whether it is of what that stage is now."""
+    others = other_runs(session.config, session.workdir)
+
+    def look() -> bool:
+        row = read_json(session.workdir / name / ROW)
+        if not row or name not in others or unreadable(session.config, session.workdir, name):
+            return bool(row)
+        parent = find_checkpoint(others[name][1], f"config.stages.{others[name][0]}.start")
+        return row["origin"]["params_digest"] == parent.meta["params_digest"]
+
+    return processes.broadcast_from_first(look)
 
 
 def _pretrained(session: Session) -> tuple[Subject, dict]:
@@ -57,11 +107,39 @@ def _pretrained(session: Session) -> tuple[Subject, dict]:
     return subject, params
 
 
-def with_all_leaves(parent: Pretrained, model: dict) -> Pretrained:
+def _other_run(session: Session, name: str) -> tuple[Subject, dict]:
+    """A stage of another run with its own model, head and adapters, and the vocabulary of this run."""
+    stage, start = other_runs(session.config, session.workdir)[name]
+    where, own = f"config.stages.{stage}.start", session.experiment.init_model
+    parent = find_checkpoint(start, where)
+    model = replace(
+        parent.model,
+        vocab_size=own.vocab_size,
+        vocab_multiple=own.vocab_multiple,
+        compute_dtype=own.compute_dtype,
+        max_output_positions=0,
+    )
+    abstract = abstract_params(model, session.mesh)
+    params, _ = loaded_params(
+        session, with_all_leaves(parent, flatten(abstract)), abstract, model, session.experiment.init_seed, where
+    )
+    return subject_of_checkpoint(name, model, parent.meta), params
+
+
+def _facts(session: Session, name: str) -> dict[str, Any]:
+    """The keys of a first row besides metrics. That of a stage of another run has the cost of its chain there."""
+    others = other_runs(session.config, session.workdir)
+    if name not in others:
+        return NO_COST | {"parent": None}
+    stage, start = others[name]
+    parent = find_checkpoint(start, f"config.stages.{stage}.start")
+    chain = [link.get("cost") or {} for link in parent.lineage(session.workdir)]
+    cost = {key: sum(each.get(key) or 0 for each in chain) for key in ("tokens", "flops", "seconds")}
+    return cost | {"parent": None, "origin": parent.describe(session.workdir)}
+
+
+def with_all_leaves(parent: FromOutside, model: dict) -> FromOutside:
     """The parent with a start that names every leaf that only it, or only the model, has."""
     fresh = tuple(re.escape(path) for path in model if path not in parent.leaves)
     drop = tuple(re.escape(path) for path in parent.leaves if path not in model)
     return parent._replace(start=parent.start._replace(fresh=fresh, drop=drop))
-
-
-MEASURED = {INIT: _untrained, START: _pretrained}

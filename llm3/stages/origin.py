@@ -14,7 +14,7 @@ from llm3.config.schema import RunConfig
 from llm3.errors import UserError
 from llm3.files import INIT, RECORD, START, read_json
 from llm3.handoff.start import AnyStart, ModelStart
-from llm3.stages.parents import model_starts, origin
+from llm3.stages.parents import model_starts, origin, other_runs
 from llm3.stages.rules import check_stages
 
 NEEDED = tuple(each.name for each in dataclasses.fields(ModelConfig) if each.default is dataclasses.MISSING)
@@ -79,7 +79,9 @@ def _known_fields(config: RunConfig, given: dict, workdir: Path) -> dict[str, An
 
     name, start = found
     where = f"config.stages.{name}.start"
-    record = read_json(workdir / (START if isinstance(start, ModelStart) else INIT) / RECORD)
+    # runs of an older version kept what they took over from another run beside the untrained model
+    rows = [START] if isinstance(start, ModelStart) else [*other_runs(config, workdir), INIT]
+    record = next((found for row in rows if (found := read_json(workdir / row / RECORD))), None)
     try:
         fields = record["model"] if record else _fields_of(start, workdir, where)
     except UserError:

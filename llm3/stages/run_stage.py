@@ -27,7 +27,7 @@ from llm3.report.units import count, duration, words
 from llm3.stages.cost import recipe, step_cost
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
-from llm3.stages.parents import parent_label
+from llm3.stages.parents import parent_labels
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
@@ -284,12 +284,13 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
 def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
     """The keys of a row besides metrics: cost and provenance of a stage that ended at step `done`."""
     stage, session = run.stage, run.session
+    parent = parent_labels(session.config, session.workdir)[stage.name]
     ended = {key: run.meta[key] for key in ("early_stopping",) if key in run.meta}
     lines = read_metrics(run.directory) if processes.is_first() else []
     return (
         vars(run.cost)
         | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
-        | {"steps": done, "parent": parent_label(stage.config), "seed": stage.given_seed}
+        | {"steps": done, "parent": parent, "seed": stage.given_seed}
         | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(done)}
         | ended
     )

@@ -17,17 +17,47 @@ FREE_GUARD_FIELDS = frozenset({"stop_after"})
 
 
 def stage_record(config: RunConfig, name: str) -> dict:
-    """The part of the config that decides a stage's result; for a name that is no stage, the part that all share."""
+    """The part of the config that decides a stage's result; for a name that is no stage, the part that all share.
+
+    Evaluations are a part only where a stage chooses a step by one of them.
+    """
     record = as_dict(config)
     stage = record["stages"].get(name, {})
-    shared = {key: record[key] for key in ("seed", "model", "tokenizer", "evaluations")}
-    used = set(tokenizer_sources(config)) | {each.source for each in config.evaluations.values() if each.source}
+    shared = {key: record[key] for key in ("seed", "model", "tokenizer")}
+    judges = {key: record["evaluations"][key] for key in [judge(stage.get("best", ""), config)] if key}
+    if judges:
+        shared["evaluations"] = judges
+    used = set(tokenizer_sources(config)) | {each["source"] for each in judges.values() if each["source"]}
     shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | _drawn(stage, record["stages"]))}
     free = FREE_FIELDS if stage.get("patience") else FREE_FIELDS | VALIDATION_FIELDS
     own = {key: value for key, value in stage.items() if key not in free}
     if own:
         own["guard"] = {key: value for key, value in own["guard"].items() if key not in FREE_GUARD_FIELDS}
     return json.loads(json.dumps(shared | ({"stage": own} if own else {})))
+
+
+def judge(best: str, config: RunConfig) -> str | None:
+    """The evaluation whose metric a stage's `best` is; None: it has none."""
+    names = (name for name in config.evaluations if best.startswith(f"{name}_"))
+    return max(names, key=len, default=None)
+
+
+def of_training(saved: dict, now: dict) -> tuple[dict, dict]:
+    """Two records of a stage, each with only those evaluations, and their sources, that both have.
+
+    Other evaluations have no part in training: records of an older version hold all of them, and `best` may change.
+    """
+    common = saved.get("evaluations", {}).keys() & now.get("evaluations", {}).keys()
+
+    def reduced(record: dict, other: dict) -> dict:
+        evaluations = record.get("evaluations", {})
+        only_measured = {own["source"] for name, own in evaluations.items() if name not in common} - other[
+            "sources"
+        ].keys()
+        sources = {name: own for name, own in record["sources"].items() if name not in only_measured}
+        return record | {"sources": sources, "evaluations": {name: evaluations[name] for name in common}}
+
+    return reduced(saved, now), reduced(now, saved)
 
 
 def _drawn(stage: dict, stages: dict[str, dict]) -> set[str]:
@@ -96,7 +126,7 @@ def check_record(workdir: Path, config: RunConfig, name: str) -> None:
     if saved is None:
         return
     now = stage_record(config, name)
-    if lines := differences(without_moved_parent(workdir, name, saved, now), now):
+    if lines := differences(*of_training(without_moved_parent(workdir, name, saved, now), now)):
         raise UserError(
             f"{workdir} holds {name!r} with another config:\n" + "\n".join(lines) + "\n"
             "Nothing was changed. Use another --workdir, or restore the saved values."

@@ -17,7 +17,7 @@ from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config
 from tests.helpers.tiny_answers import AnswerCache, encoded
-from tests.helpers.tiny_cache import COUNTED, make_context
+from tests.helpers.tiny_cache import COUNTED, make_context, without_predictions
 
 TOKENIZER = tokenizer.train(["Is it so? Answer: yes Answer: no Answer: maybe not "] * 9, 330)
 CONFIG = model_config(vocab_size=TOKENIZER.vocab_size, layers=2)
@@ -42,6 +42,10 @@ def cache_of(rows, source) -> AnswerCache:
 
 
 def metrics(rows, source, **options) -> dict:
+    return without_predictions(evaluated(rows, source, **options))
+
+
+def evaluated(rows, source, **options) -> dict:
     return choice.evaluate(make_context(choice, cache_of(rows, source), **{**MODEL, "length": LENGTH} | options))
 
 
@@ -71,15 +75,28 @@ def scores_by_hand(rows, source, neutral: str = "Answer:") -> dict[str, list[lis
 @pytest.mark.parametrize(("rows", "source"), [(ROWS, FIXED), (OWN_ROWS, OWN)])
 def test_metrics_are_those_of_a_hand_computation(rows, source):
     right = [row["label"] for row in rows]
-    chosen = {name: [np.argmax(each) for each in lists] for name, lists in scores_by_hand(rows, source).items()}
+    scores = scores_by_hand(rows, source)
+    chosen = {name: [np.argmax(each) for each in lists] for name, lists in scores.items()}
     expected = {name: np.mean(np.array(each) == right) for name, each in chosen.items()}
     if source is FIXED:
         expected["macro_f1"] = sklearn.metrics.f1_score(right, chosen["accuracy"], average="macro")
     expected |= {"majority_accuracy": max(right.count(each) for each in right) / len(right)}
     COUNTED.clear()
-    assert metrics(rows, source) == pytest.approx(expected | {"items": len(rows), "truncated": 0})
+    found = evaluated(rows, source)
     distinct = 1 if source is FIXED else len({tuple(row["options"]) for row in rows})
     assert {"documents": len(rows) + distinct} == COUNTED, "of the neutral prompt and of each item"
+    columns = found.pop("predictions")
+    assert found == pytest.approx(expected | {"items": len(rows), "truncated": 0})
+    by_row = np.argsort(cache_of(rows, source).rows)
+    choices = [row.get("options") or source.choices for row in rows]
+    for name, numbers in (("truth", right), ("prediction", chosen["accuracy"])):
+        assert columns[name] == [choices[place][numbers[place]] for place in by_row]
+    assert found["accuracy"] == columns["score"].mean() == np.mean(np.equal(columns["truth"], columns["prediction"]))
+    assert found["per_character_accuracy"] == columns["per_character_accuracy"].mean()
+    nats = [-scores["accuracy"][place][right[place]] for place in by_row]
+    np.testing.assert_allclose(columns["nats"], nats, rtol=1e-4)
+    powers = np.exp(scores["accuracy"][by_row[0]])
+    assert columns["confidence"][0] == pytest.approx(powers.max() / powers.sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

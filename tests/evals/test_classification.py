@@ -1,6 +1,7 @@
 """Classification metrics against scikit-learn and hand computations, however documents are batched and placed."""
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import CLASSES, make_params, model_config
-from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain, without_predictions
 
 NAMES = ["ache", "burn", "cut", "dent", "easy"]
 SETS = [[], [0], [0, 2], [1, 3, 4], [4]]  # the last class is in two of them
@@ -84,6 +85,23 @@ def calibration_error(true: np.ndarray, p: np.ndarray) -> float:
     return error
 
 
+def test_metrics_of_single_labels_can_be_computed_from_the_predictions():
+    found = classification.evaluate(measured("decoder"))
+    columns = found["predictions"]
+    truth, p = columns["truth"], columns["probabilities"]
+    assert columns["item"].tolist() == sorted(cache().rows)
+    assert truth == [NAMES[cache().labels[place]] for place in np.argsort(cache().rows)]
+    assert columns["prediction"] == [NAMES[each] for each in p.argmax(axis=-1)]
+    assert found["accuracy"] == columns["score"].mean() == sklearn.metrics.accuracy_score(truth, columns["prediction"])
+    assert found["macro_f1"] == pytest.approx(sklearn.metrics.f1_score(truth, columns["prediction"], average="macro"))
+    assert found["nll"] == pytest.approx(sklearn.metrics.log_loss(truth, p, labels=NAMES))
+    assert found["nll"] == columns["nats"].mean()
+    true = np.array([NAMES.index(each) for each in truth])
+    assert found["brier"] == pytest.approx(np.sum((p - np.eye(CLASSES)[true]) ** 2, axis=-1).mean())
+    assert found["ece"] == pytest.approx(calibration_error(true, p), abs=1e-6)
+    assert columns["confidence"].astype(np.float32).tolist() == p.max(axis=-1).tolist() and columns["classes"] == NAMES
+
+
 @each_model
 def test_the_calibration_error_is_of_fifteen_bins_over_the_whole_set(kind):
     p, true = probabilities_by_hand(kind), cache().labels
@@ -95,21 +113,8 @@ def test_the_calibration_error_is_of_fifteen_bins_over_the_whole_set(kind):
 
 
 def test_confidences_are_told_apart_up_to_one():
-    confidences, right = np.array([0.92, 0.98, 1.0], np.float32), [False, True, True]
-    others = (1 - confidences) / 2
-    logits = np.log(np.stack([confidences, others, others], axis=-1) + 1e-12)[None]
-
-    class Told:
-        def __call__(self, *_, key=None):
-            return None, None
-
-        def class_logits(self, *_):
-            return logits
-
-    targets = np.array([[0 if each else 1 for each in right]])
-    batch = reference.Batch(*[np.zeros((1, 3), np.int32)] * 3, targets, np.ones((1, 3), np.float32))
-    found = classification.single_label_metrics(jax.device_get(classification.sums(Told(), batch)), ["a", "b", "c"])
-    assert found["ece"] == pytest.approx((0.92 + 0.02 + 0) / 3, abs=1e-5)
+    confidences, right = np.array([0.92, 0.98, 1.0]), np.array([False, True, True])
+    assert classification.calibration_error(confidences, right) == pytest.approx((0.92 + 0.02 + 0) / 3)
 
 
 @pytest.mark.parametrize(("kind", "batch_size"), [("decoder", 1), ("encoder", 32)])
@@ -130,6 +135,13 @@ def test_metrics_of_several_labels_agree_with_scikit_learn(kind, batch_size):
     for name, *expected in zip(NAMES, *columns, strict=True):
         assert list(found["per_class"][name].values()) == pytest.approx(expected)
     assert not {"confusion", "brier", "ece", "majority_accuracy"} & found.keys()
+    columns, members = found["predictions"], lambda text: [NAMES.index(each) for each in json.loads(text)]
+    order = np.argsort(cache(several=True).rows)
+    assert [members(each) for each in columns["truth"]] == [SETS[label] for label in cache().labels[order]]
+    assert [members(each) for each in columns["prediction"]] == [
+        np.flatnonzero(p[each] > 0.5).tolist() for each in order
+    ]
+    assert (found["accuracy"], found["nll"]) == pytest.approx((columns["score"].mean(), columns["nats"].mean()))
 
 
 def test_label_sets_that_training_never_had_are_those_of_the_evaluated_documents():
@@ -144,13 +156,14 @@ def test_label_sets_that_training_never_had_are_those_of_the_evaluated_documents
 
 def test_metrics_of_counts_agree_with_scikit_learn_also_for_classes_that_never_occur():
     true, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 0, 1, 1, 4, 0])
-    confusion = sklearn.metrics.confusion_matrix(true, predicted, labels=range(6)).astype(float)
-    totals = {"confusion": confusion, "nats": np.float64(6), "brier": np.float64(3), "bins": np.ones((15, 3))}
-    found = classification.single_label_metrics(totals, list("abcdef"))
+    logits = np.log(0.1 + 0.4 * np.eye(6)[predicted])  # 0.5 for the predicted class, 0.1 for each other one
+    found = classification.single_label_metrics(logits, true, list("abcdef"))
     assert found["accuracy"] == pytest.approx(0.5)
     expected = sklearn.metrics.f1_score(true, predicted, average="macro", zero_division=0)
     assert found["macro_f1"] == pytest.approx(expected)
-    assert (found["majority_accuracy"], found["nll"], found["brier"], found["items"]) == (0.5, 1.0, 0.5, 6)
+    assert (found["majority_accuracy"], found["items"]) == (0.5, 6)
+    assert found["nll"] == pytest.approx(-(np.log(0.5) + np.log(0.1)) / 2)
+    assert found["brier"] == pytest.approx((0.25 + 5 * 0.01 - 0.01 + 0.01 + 0.25 + 0.81 + 4 * 0.01) / 2)
     assert found["per_class"]["f"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
 
 
@@ -168,7 +181,13 @@ def test_metrics_are_the_same_on_eight_devices(eight_devices, several):
         placed = jax.tree.map(jax.device_put, params, tree_shardings(eight_devices, whole.shapes, whole.axes))
         place = functools.partial(place_batch, eight_devices)
         found = classification.evaluate(measured("decoder", several, params=placed, place=place, batch_size=8))
-    for name, value in expected.items():
+    for name, values in found.pop("predictions").items():
+        expected_values = expected["predictions"][name]
+        if isinstance(values, np.ndarray):
+            np.testing.assert_allclose(values, expected_values, rtol=1e-4)
+        else:
+            assert values == expected_values
+    for name, value in without_predictions(expected).items():
         if isinstance(value, (int, float)):
             assert found[name] == pytest.approx(value, rel=1e-4), name
         else:

@@ -113,6 +113,9 @@ def test_metrics_are_means_over_the_items_beside_the_best_constant_answer():
     rows = [{"question": each, "answer": several} for each, several in zip(QUESTIONS, answers, strict=True)]
     cache = AnswerCache([encoded(row, DIALOGUE, BYTES) for row in rows])
     found = generation.evaluate(evaluation_of(cache))
+    columns = found["predictions"]
+    assert found["exact_match"] == columns["score"].mean()
+    assert [found[name] for name in ("f1", "rouge_l")] == [columns[name].mean() for name in ("f1", "rouge_l")]
     assert found["exact_match"] == pytest.approx(2 / 7)
     assert found["majority_exact_match"] == pytest.approx(5 / 7)
     assert found["items"] == 7 and found["truncated"] == 0

@@ -12,7 +12,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError
 from llm3.evals import harness
 from llm3.segments import segmented
-from tests.helpers.tiny_cache import COUNTED, make_context
+from tests.helpers.tiny_cache import COUNTED, make_context, without_predictions
 from tests.helpers.tiny_export import ADDED
 from tests.helpers.tiny_tasks import (
     CHOICES,
@@ -110,6 +110,13 @@ def test_accuracies_and_their_standard_errors_are_those_of_scores_computed_by_ha
     assert found["picks_acc"] == pytest.approx(right.mean()) and found["picks_acc_norm"] == pytest.approx(normed.mean())
     assert found["picks_acc_stderr"] == pytest.approx(right.std(ddof=1) / np.sqrt(len(CHOICES)))
     assert found["picks_items"] == len(CHOICES) and found["truncated"] == 0
+    columns = found["predictions"]["picks"]
+    assert columns["score"].tolist() == right.tolist() and columns["acc_norm"].tolist() == normed.tolist()
+    assert columns["truth"] == [row["choices"][row["gold"]] for row in CHOICES]
+    assert [a == b for a, b in zip(columns["truth"], columns["prediction"], strict=True)] == right.astype(bool).tolist()
+    before = with_bos(f"{CHOICES[0]['q']}\nAnswer:")
+    whole = with_bos(f"{CHOICES[0]['q']}\nAnswer: {columns['truth'][0]}")
+    assert columns["nats"][0] == pytest.approx(-log_likelihood(before, whole[len(before) :])[0], rel=1e-5)
 
 
 def test_a_metric_that_is_no_mean_has_a_standard_error_by_resampling(folder):
@@ -219,7 +226,8 @@ def test_few_shot_examples_come_before_the_question_and_are_the_same_each_time(f
 
 def test_an_evaluation_of_the_same_tasks_again_gives_the_same_result(folder):
     context = context_of(folder, "shots", "reads")
-    assert harness.evaluate(context) == harness.evaluate(context)
+    one, other = (without_predictions(harness.evaluate(context)) for _ in range(2))
+    assert one == other
 
 
 def test_a_limit_is_a_number_or_a_share_of_the_documents(folder, monkeypatch):

@@ -12,15 +12,15 @@ from llm3.models.transformer import abstract
 from tests.helpers.tiny import LENGTH, VOCAB, make_batch, model_config
 from tests.helpers.tiny_jaxpr import largest_with_axis
 
-ROWS, CHUNK, CHOICES = 4, 4, 3
+ROWS, CHUNK, CHOICES, SEGMENTS = 4, 4, 3, 4
 BATCH, TEXT = make_batch(ROWS), np.ones(VOCAB, bool)
 TAILS = [np.zeros((ROWS, CHOICES * LENGTH), dtype) for dtype in (np.int32, np.int32, np.float32)]
 PROMPTS = np.zeros((ROWS, LENGTH), np.int32), np.full((ROWS, 1), LENGTH, np.int32)
 FUNCTIONS = {
     "choice": lambda model: choice.nats(model, *PROMPTS, *TAILS, choices=CHOICES),
-    "masked": lambda model: masked.sums(model, BATCH),
-    "perplexity": lambda model: perplexity.sums(model, BATCH, TEXT),
-    "pseudo_perplexity": lambda model: pseudo_perplexity.sums(model, BATCH, TEXT, mask_id=3, max_segments=LENGTH),
+    "masked": lambda model: masked.sums(model, BATCH, segments=SEGMENTS),
+    "perplexity": lambda model: perplexity.sums(model, BATCH, TEXT, segments=SEGMENTS),
+    "pseudo_perplexity": lambda model: pseudo_perplexity.sums(model, BATCH, TEXT, mask_id=3, segments=SEGMENTS),
 }
 
 

@@ -17,7 +17,7 @@ from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import make_params, make_row, model_config, stack
-from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, plain, without_predictions
 
 ENCODER = {"causal": False, "pool": "mean"}
 WORDS = ["the", "cat", "naïve", "中文", "mat,", "and", "so", "👍"]
@@ -31,9 +31,15 @@ def documents(count: int = 9) -> list:
     return [plain(BYTES.bos_id, *BYTES.encode(text), BYTES.eos_id) for text in texts]
 
 
-def metrics(plugin, order=None, options=None, **changes) -> dict[str, float]:
+def evaluated(plugin, order=None, options=None, **changes) -> dict:
     cache = MemoryCache([documents()[i] for i in (order or range(len(documents())))])
+    if order:
+        cache.rows = cache.rows[order]
     return plugin.evaluate(make_context(plugin, cache, options=options, **ENCODER | {"length": 32} | changes))
+
+
+def metrics(*arguments, **changes) -> dict[str, float]:
+    return without_predictions(evaluated(*arguments, **changes))
 
 
 @functools.cache
@@ -76,7 +82,12 @@ def hidden_by_hand(options: masked.Options) -> dict[str, float]:
 
 @pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
 def test_masked_metrics_are_those_of_each_piece_alone(options):
-    assert metrics(masked, options=options) == pytest.approx(hidden_by_hand(options), rel=1e-5)
+    found = evaluated(masked, options=options)
+    columns = found.pop("predictions")
+    assert found == pytest.approx(hidden_by_hand(options), rel=1e-5)
+    tokens = columns["tokens"]
+    assert found["items"] == tokens.sum() and found["nll"] == columns["nats"].sum() / tokens.sum()
+    assert found["accuracy"] == pytest.approx(np.average(columns["score"], weights=tokens))
 
 
 @pytest.mark.parametrize("options", [masked.Options(), masked.Options(0.4, True, seed=3)], ids=str)
@@ -90,7 +101,12 @@ def test_the_share_of_the_text_is_hidden_whatever_the_sizes_of_documents(options
 @pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
 def test_metrics_do_not_depend_on_batch_size_or_packing(plugin):
     shuffled = np.random.default_rng(0).permutation(len(documents())).tolist()
-    assert metrics(plugin, order=shuffled, batch_size=3) == pytest.approx(metrics(plugin), rel=1e-5)
+    found, expected = evaluated(plugin, order=shuffled, batch_size=3), evaluated(plugin)
+    columns, others = found.pop("predictions"), expected.pop("predictions")
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert columns.keys() == others.keys() and columns["item"].tolist() == sorted(columns["item"])
+    for name, values in columns.items():
+        np.testing.assert_allclose(values, others[name], rtol=1e-5)
 
 
 @pytest.mark.parametrize("plugin", [masked, pseudo_perplexity], ids=lambda plugin: plugin.__name__.split(".")[-1])
@@ -116,7 +132,11 @@ def test_pseudo_perplexity_hides_each_token_in_turn():
             hidden[place] = BYTES.mask_id
             nats += reference.nats(logits_of(hidden)[place], piece[place])
             count, size = count + 1, size + BYTES.byte_lengths[piece[place]]
-    assert metrics(pseudo_perplexity) == {
+    found = evaluated(pseudo_perplexity)
+    columns = found.pop("predictions")
+    assert [columns[name].sum() for name in ("nats", "tokens", "bytes")] == pytest.approx([nats, count, size], rel=1e-5)
+    assert found["pseudo_perplexity"] == math.exp(columns["nats"].sum() / count)
+    assert found == {
         "pseudo_perplexity": pytest.approx(math.exp(nats / count), rel=1e-4),
         "pseudo_bits_per_byte": pytest.approx(nats / math.log(2) / size, rel=1e-5),
         "items": count,

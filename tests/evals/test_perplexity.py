@@ -16,7 +16,7 @@ from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers import reference
 from tests.helpers.tiny import make_documents, make_params, model_config
-from tests.helpers.tiny_cache import COUNTED, MemoryCache, make_context, plain
+from tests.helpers.tiny_cache import COUNTED, MemoryCache, make_context, plain, without_predictions
 
 TAGS = ["north", "south", "never"]
 
@@ -38,8 +38,12 @@ def cache(documents=tuple(DOCUMENTS), tags=None) -> MemoryCache:
     return MemoryCache(sized, tags, TAGS if tags is not None else ())
 
 
-def metrics(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict[str, float]:
+def evaluated(documents=tuple(DOCUMENTS), tags=None, **changes) -> dict:
     return perplexity.evaluate(make_context(perplexity, cache(documents, tags), tokenizer=Bytes(), **changes))
+
+
+def metrics(*arguments, **changes) -> dict[str, float]:
+    return without_predictions(evaluated(*arguments, **changes))
 
 
 @functools.cache
@@ -66,17 +70,24 @@ def bits_per_byte_by_hand(chosen=slice(None)) -> float:
 @pytest.mark.parametrize(("length", "batch_size"), [(8, 4), (16, 4), (24, 1)])
 def test_bits_per_byte_is_total_nats_over_total_bytes_however_batched_and_packed(length, batch_size):
     COUNTED.clear()
-    found = metrics(length=length, batch_size=batch_size)
+    found = evaluated(length=length, batch_size=batch_size)
+    columns = found.pop("predictions")
     assert {"windows": len(pieces.WindowTable(cache(), length))} == COUNTED
     assert found == {"bits_per_byte": pytest.approx(bits_per_byte_by_hand(), rel=1e-5)}
+    assert found["bits_per_byte"] == columns["nats"].sum() / (math.log(2) * columns["bytes"].sum())
+    by_row = totals_by_hand()[np.argsort(cache().rows)]
+    np.testing.assert_allclose(np.stack([columns["nats"], columns["bytes"]], axis=1), by_row, rtol=1e-5)
+    assert columns["item"].tolist() == sorted(cache().rows)
 
 
 def test_each_tag_that_occurs_has_its_own_bits_per_byte_beside_those_of_all():
     tags = np.arange(16) % 3 == 0
-    found = metrics(tags=tags.astype(int))
+    found = evaluated(tags=tags.astype(int))
     assert found["bits_per_byte"] == pytest.approx(bits_per_byte_by_hand(), rel=1e-5)
     expected = {"north": bits_per_byte_by_hand(~tags), "south": bits_per_byte_by_hand(tags)}
     assert found["by_tag"] == pytest.approx(expected, rel=1e-5)
+    named = [TAGS[int(tag)] for tag in tags]
+    assert found["predictions"]["tag"] == [named[place] for place in np.argsort(cache().rows)]
 
 
 def test_a_mean_of_the_metrics_of_documents_would_be_another_one():

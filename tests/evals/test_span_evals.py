@@ -18,7 +18,7 @@ from llm3.data.windows.spans import END, START
 from llm3.errors import UserError
 from llm3.evals import span
 from llm3.registry import read_options
-from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context, without_predictions
 
 SOURCE = SourceConfig("x", text="context", prompt="question", answers="answers")
 CONTEXT = "In 1850 the town had 12 mills; by 1900, there were 31."
@@ -67,10 +67,16 @@ def test_a_perfect_predictor_is_perfect_in_windows_of_any_length(length, batch_s
     assert found["no_answer"] == {"share": 0.2, "predicted": 0.2, "exact_match": 1.0}
     assert found["answerable"] == {"exact_match": 1.0, "f1": 1.0}
     assert found["examples"][0] == {"question": "How many in 1850?", "answers": ["12", "12 mills"], "prediction": "12"}
+    columns = found["predictions"]
+    assert columns["item"].tolist() == [0, 3, 6, 9, 12]  # the documents are stored in the opposite order
+    assert columns["truth"] == columns["prediction"] == ["short", "瑞士", "", "1900", "12"]
+    assert columns["references"][-1] == ["12", "12 mills"]
+    assert columns["score"].tolist() == columns["f1"].tolist() == [1.0] * 5
 
 
 def test_where_every_question_has_an_answer_nothing_is_said_of_those_without():
-    assert span.evaluate(oracle(cache_of(*ROWS[:2]))).keys() == {"exact_match", "f1", "items", "examples"}
+    found = without_predictions(span.evaluate(oracle(cache_of(*ROWS[:2]))))
+    assert found.keys() == {"exact_match", "f1", "items", "examples"}
 
 
 def test_tokens_wider_than_an_answer_cost_what_lies_beside_it():

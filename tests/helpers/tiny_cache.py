@@ -38,6 +38,8 @@ class MemoryCache:
         self.offsets = np.cumsum([0, *(len(each.tokens) for each in documents)])
         self.labels = None if labels is None else np.array(labels, np.int32)
         self.label_names, self.label_sets = list(label_names), label_sets
+        self.rows = 3 * np.arange(len(documents))[::-1]  # stored in another order than in the source
+        self.document_bytes = np.array([each.text_bytes for each in documents], np.int64)
 
     @property
     def documents(self) -> int:
@@ -68,6 +70,11 @@ class MemoryCache:
 def plain(*tokens) -> Document:
     """A document of these tokens, a byte each but for the special ones, with nothing else to it."""
     return Document(np.array(tokens, np.int32), None, sum(token >= len(SPECIALS) for token in tokens))
+
+
+def without_predictions(result: dict) -> dict:
+    """The metrics and details of an evaluation."""
+    return {name: value for name, value in result.items() if name != "predictions"}
 
 
 def make_context(

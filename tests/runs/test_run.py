@@ -1,6 +1,8 @@
 """Whole runs: what they leave, and that no kind of death changes what they compute."""
 
 import json
+import math
+import shutil
 import types
 
 import pytest
@@ -9,6 +11,7 @@ from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.run import is_reported
 from llm3.report.matrix import KEYS
+from llm3.report.predictions import read_predictions
 from llm3.tree import params_digest
 from tests.helpers import tiny_run as tiny
 
@@ -101,13 +104,14 @@ def answers(whole):
     done = tiny.process(
         whole.command,
         ("eval", *common),
+        ("eval", *common, "--json", f"--out={whole.base / 'out'}"),
         ("generate", common[1], *prompt),
         ("generate", *common, *prompt, "--stage=pretrain"),
         ("bench", common[0], f"--workdir={whole.base / 'bench'}", "--stage=pretrain", "--json"),
         ("plan", *common, "--stages=finetune", "--config.stages.finetune.train=top(1)"),
         ("lineage", common[1]),
     )
-    names = ("again", "eval", "generate", "generate_stage", "bench", "plan", "lineage")
+    names = ("again", "eval", "eval_json", "generate", "generate_stage", "bench", "plan", "lineage")
     outputs = dict(zip(names, done.stdout.split(tiny.NEXT), strict=False))
     return types.SimpleNamespace(**outputs, unchanged=tiny.files(whole.workdir) == before)
 
@@ -127,6 +131,112 @@ def test_a_run_without_a_whole_report_has_something_left_to_do(tmp_path, whole):
         assert not is_reported(tmp_path, names)
         (tmp_path / name).write_bytes((whole.workdir / name).read_bytes())
     assert is_reported(tmp_path, names) and not is_reported(tmp_path, [*names, "another"])
+
+
+def test_the_metrics_of_a_row_can_be_computed_from_its_predictions(whole):
+    for stage, row in tiny.rows(whole.workdir).items():
+        for name in ("general", "domain"):
+            columns = read_predictions(whole.workdir / stage, name)
+            assert len(columns["item"]) == 4 and list(columns["item"]) == sorted(set(columns["item"]))
+            found = columns["nats"].sum() / (math.log(2) * columns["bytes"].sum())
+            assert found == pytest.approx(row[f"{name}_bits_per_byte"], rel=1e-12)
+        columns = read_predictions(whole.workdir / stage, "task")
+        assert (columns is None) == (row["task_accuracy"] is None)
+        if columns is not None:
+            means = columns["score"].mean(), columns["nats"].mean()
+            assert means == pytest.approx((row["task_accuracy"], row["task_nll"]), rel=1e-12)
+            assert set(columns["truth"]) == set(columns["classes"]) == {"general", "domain"}
+
+
+def test_eval_prints_and_writes_the_rows_where_asked(whole, answers):
+    out = whole.base / "out"
+    lines = [json.loads(line) for line in answers.eval_json.splitlines() if line]
+    printed = {row["stage"]: row for row in lines}
+    assert list(printed) == list(tiny.STAGES)
+    for stage, row in printed.items():
+        saved = json.loads((whole.workdir / stage / "evaluation.json").read_text())
+        assert json.loads((out / stage / "evaluation.json").read_text()).items() <= row.items()
+        same = ("general_bits_per_byte", "domain_bits_per_byte", "task_accuracy", "params_digest", "evaluations")
+        assert [row.get(key) for key in same] == [saved.get(key) for key in same] and row["step"] == 10
+        assert bool(row["details"]) == (stage in ("finetune", "scratch"))
+        for file in (whole.workdir / stage / "predictions").iterdir():
+            assert (out / stage / "predictions" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("out", ["{run}", "{run}/pretrain/new", "{base}", "{config}"])
+def test_eval_writes_neither_into_the_run_nor_into_a_folder_with_files(whole, capsys, out):
+    before = tiny.files(whole.workdir)
+    flag = "--out=" + out.format(run=whole.workdir, base=whole.base, config=whole.config)
+    assert main(["eval", *whole.command[1:], flag]) == 2
+    assert "--out=" in capsys.readouterr().err and tiny.files(whole.workdir) == before
+
+
+@pytest.fixture(scope="module")
+def later(whole):
+    """The finished run with other evaluations: one is new, one has changed, one is gone; and then with other data."""
+    base, workdir = whole.base / "later", whole.base / "later" / "run"
+    shutil.copytree(whole.workdir, workdir)
+    shutil.copytree(whole.base / "texts", base / "texts")
+    changed = """c.evaluations.domain.max_documents = 5
+c.evaluations.extra = dict(c.evaluations.general.to_dict(), split="test")
+del c.evaluations.task
+c.cache_dir = c.cache_dir.replace("/later/", "/")
+for source in c.sources.values():
+    source.data_files = {split: file.replace("/later/", "/") for split, file in source.data_files.items()}
+"""
+    config = tiny.write_config(base / "config.py", base, changed)
+    command = ("run", f"--config={config}", f"--workdir={workdir}")
+    before = tiny.files(workdir)
+    first, again, _ = tiny.process(command, command).stdout.split(tiny.NEXT)
+    return types.SimpleNamespace(workdir=workdir, before=before, after=tiny.files(workdir), first=first, again=again)
+
+
+def test_an_evaluation_that_is_added_later_is_run_for_finished_stages_without_touching_them(whole, later):
+    training = [
+        name for name in later.before if "/checkpoints/" in name or name.endswith(("metrics.jsonl", "config.json"))
+    ]
+    assert len(training) > 20
+    for name in training:
+        assert later.after[name] == later.before[name]
+    rows, old = tiny.rows(later.workdir), tiny.rows(whole.workdir)
+    for stage in ("init", *tiny.STAGES):
+        assert f"{stage}: evaluating extra, which its row lacks" in later.first
+        assert rows[stage]["extra_bits_per_byte"] > 0
+        assert rows[stage]["general_bits_per_byte"] == old[stage]["general_bits_per_byte"]
+        assert rows[stage]["params_digest"] == old[stage]["params_digest"]
+        assert rows[stage]["tokens"] == old[stage]["tokens"] and rows[stage]["seconds"] == old[stage]["seconds"]
+        assert read_predictions(later.workdir / stage, "extra") is not None
+    assert "Nothing left to do" in later.again
+
+
+def test_an_evaluation_that_has_changed_is_run_again_and_one_that_is_gone_is_kept_but_not_shown(whole, later):
+    assert later.first.count("again, since it has changed: evaluation.max_documents: saved 4, now 5") == 5
+    rows = tiny.rows(later.workdir)
+    assert not any(key.startswith("task_") and value is not None for row in rows.values() for key, value in row.items())
+    assert "per class" in (whole.workdir / "report.md").read_text()
+    assert "per class" not in (later.workdir / "report.md").read_text()
+    for stage in tiny.STAGES:
+        row, old = (json.loads((run / stage / "evaluation.json").read_text()) for run in (later.workdir, whole.workdir))
+        assert row.get("task_accuracy") == old.get("task_accuracy")
+        assert len(read_predictions(later.workdir / stage, "domain")["item"]) == 5
+        path = f"{stage}/predictions/task.parquet"
+        assert later.after.get(path) == later.before.get(path)
+
+
+def test_a_row_is_measured_again_if_its_data_has_changed(later, whole):
+    from llm3.config.load import load
+    from llm3.stages.later import is_current
+
+    config, names = load(str(later.workdir.parent / "config.py")), ["init", *tiny.STAGES]
+    assert is_current(config, later.workdir, names)
+    row = later.workdir / "pretrain" / "evaluation.json"
+    before = row.read_text()
+    fingerprint = json.loads(before)["evaluations"]["extra"]["data"]
+    row.write_text(before.replace(fingerprint, "0" * 64))
+    try:
+        assert not is_current(config, later.workdir, names)
+    finally:
+        row.write_text(before)
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +297,17 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
     )
     expected = tiny.digests(whole.workdir)
     assert tiny.digests(parent) == {stage: expected[stage] for stage in ("init", "pretrain")}
-    assert tiny.digests(child) == {stage: digest for stage, digest in expected.items() if stage != "pretrain"}
+    own = {stage: digest for stage, digest in expected.items() if stage != "pretrain"}
+    assert tiny.digests(child) == own | {"parent-pretrain": expected["pretrain"]}
     assert newest(child, "finetune").meta(10)["lineage"][0]["run"] == str(parent)
-    # a parent outside of the run is no row of it: nothing is said of a change since "the row before"
-    row = tiny.rows(child)["posttrain"]
-    assert row["parent"] == f"{parent}/pretrain" and row["general_bits_per_byte_change"] is None
-    assert tiny.rows(whole.workdir)["posttrain"]["general_bits_per_byte_change"] is not None
+    # a parent outside of the run has a row, measured by the run's evaluations, and the cost that it had there
+    rows, there = tiny.rows(child), tiny.rows(whole.workdir)
+    assert rows["posttrain"]["parent"] == "parent-pretrain"
+    metrics = ("general_bits_per_byte", "domain_bits_per_byte", "tokens", "flops")
+    assert [rows["parent-pretrain"][key] for key in metrics] == [there["pretrain"][key] for key in metrics]
+    change = "general_bits_per_byte_change"
+    assert rows["posttrain"][change] == there["posttrain"][change] is not None
+    assert rows["parent-pretrain"][change] is None
 
 
 @pytest.mark.slow

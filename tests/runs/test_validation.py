@@ -42,13 +42,21 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(base):
-    """An uninterrupted run with validation."""
+def first(base):
+    """The first stage of a run with validation, uninterrupted."""
     config, workdir = tiny.write_config(base / "config.py", base, SHARED + VALIDATING), base / "whole"
-    command = ("run", f"--config={config}", f"--workdir={workdir}")
-    done = tiny.process(command, command, ("lineage", f"--workdir={workdir}"), plots=True)
-    output, again, lineage, _ = done.stdout.split(tiny.NEXT)
-    return types.SimpleNamespace(workdir=workdir, config=config, output=output, again=again, lineage=lineage)
+    command = ("run", f"--config={config}", f"--workdir={workdir}", "--stages=pretrain")
+    output, again, _ = tiny.process(command, command).stdout.split(tiny.NEXT)
+    return types.SimpleNamespace(workdir=workdir, config=config, output=output, again=again)
+
+
+@pytest.fixture(scope="module")
+def whole(first):
+    """That run with its second stage."""
+    workdir = f"--workdir={first.workdir}"
+    done = tiny.process(("run", f"--config={first.config}", workdir), ("lineage", workdir))
+    lineage = done.stdout.split(tiny.NEXT)[1]
+    return types.SimpleNamespace(workdir=first.workdir, config=first.config, lineage=lineage)
 
 
 def checkpoints(workdir, stage="pretrain") -> Checkpoints:
@@ -62,34 +70,35 @@ def measured(workdir, stage) -> dict[int, dict]:
     return {line.pop("step"): line for line in lines}
 
 
-def test_evaluations_between_steps_are_lines_of_their_own_and_in_the_log(whole):
-    found = measured(whole.workdir, "pretrain")
+def test_evaluations_between_steps_are_lines_of_their_own_and_in_the_log(first):
+    found = measured(first.workdir, "pretrain")
     assert list(found) == [3, 6, 9, BEST, 15, STOPPED]
     assert {tuple(each) for each in found.values()} == {("general_bits_per_byte",)}
-    assert list(measured(whole.workdir, "finetune")) == [3, 6, 8], "also after the last step"
     value = found[BEST]["general_bits_per_byte"]
-    assert f"pretrain: step {BEST}: general_bits_per_byte {value:.4g}, the best so far\n" in whole.output
-    lines = [line for line in whole.output.splitlines() if line.startswith("pretrain  ") and "/24 " in line]
+    assert f"pretrain: step {BEST}: general_bits_per_byte {value:.4g}, the best so far\n" in first.output
+    lines = [line for line in first.output.splitlines() if line.startswith("pretrain  ") and "/24 " in line]
     assert "bpb" not in lines[0] and f"general bpb {value:.4g}" in next(line for line in lines if " 14/24 " in line)
-    assert [line["step"] for line in tiny.metrics(whole.workdir / "pretrain") if "loss" in line][-2:] == [16, STOPPED]
+    assert [line["step"] for line in tiny.metrics(first.workdir / "pretrain") if "loss" in line][-2:] == [16, STOPPED]
 
 
-def test_the_sample_of_an_evaluation_is_the_one_of_max_documents(whole):
-    row = tiny.rows(whole.workdir)["pretrain"]  # of the same parameters
-    sampled = measured(whole.workdir, "pretrain")[BEST]["general_bits_per_byte"]
+def test_the_sample_of_an_evaluation_is_the_one_of_max_documents(first):
+    row = tiny.rows(first.workdir)["pretrain"]  # of the same parameters
+    sampled = measured(first.workdir, "pretrain")[BEST]["general_bits_per_byte"]
     assert sampled == pytest.approx(row["few_bits_per_byte"], rel=1e-6) != row["general_bits_per_byte"]
 
 
-def test_the_average_of_the_weights_is_evaluated_where_a_stage_keeps_one(whole):
+@pytest.mark.slow
+def test_the_average_of_the_weights_is_evaluated_where_a_stage_keeps_one_also_after_the_last_step(whole):
+    assert list(measured(whole.workdir, "finetune")) == [3, 6, 8]
     row, last = tiny.rows(whole.workdir)["finetune"], measured(whole.workdir, "finetune")[8]
     for name in ("task_nll", "task_accuracy", "general_bits_per_byte"):
         assert last[name] == pytest.approx(row[name], rel=1e-5)
 
 
-def test_a_stage_that_stops_early_leaves_the_parameters_of_its_best_step(whole):
-    found = {step: each["general_bits_per_byte"] for step, each in measured(whole.workdir, "pretrain").items()}
+def test_a_stage_that_stops_early_leaves_the_parameters_of_its_best_step(first):
+    found = {step: each["general_bits_per_byte"] for step, each in measured(first.workdir, "pretrain").items()}
     assert min(found, key=found.get) == BEST and found[BEST] < found[9] - 0.02
-    row, kept = tiny.rows(whole.workdir)["pretrain"], checkpoints(whole.workdir)
+    row, kept = tiny.rows(first.workdir)["pretrain"], checkpoints(first.workdir)
     ended = row["early_stopping"]
     assert ended["why"] == "general_bits_per_byte has not improved in 2 evaluations"
     assert (ended["stopped_at"], ended["result_step"], row["steps"]) == (STOPPED, BEST, STOPPED)
@@ -97,10 +106,11 @@ def test_a_stage_that_stops_early_leaves_the_parameters_of_its_best_step(whole):
     meta = kept.meta(STOPPED)
     assert meta["finished"] and meta["early_stopping"] == ended and meta["params_digest"] == row["params_digest"]
     assert meta["scored"] == {"name": "general_bits_per_byte", "value": found[BEST]}
-    assert f"pretrain: the result is step {BEST}: {ended['why']}" in whole.output
-    assert f"The result is step {BEST} of {STOPPED}: {ended['why']}." in (whole.workdir / "report.md").read_text()
+    assert f"pretrain: the result is step {BEST}: {ended['why']}" in first.output
+    assert f"The result is step {BEST} of {STOPPED}: {ended['why']}." in (first.workdir / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_child_starts_from_the_result_and_its_lineage_says_which_step_that_is(whole):
     parent, link = checkpoints(whole.workdir), checkpoints(whole.workdir, "finetune").meta(8)["lineage"][0]
     assert link["params_digest"] == parent.meta(STOPPED)["params_digest"]
@@ -108,10 +118,11 @@ def test_a_child_starts_from_the_result_and_its_lineage_says_which_step_that_is(
     assert whole.lineage.count(f"pretrain step {STOPPED}, the parameters of step {BEST} (pretrain") == 2
 
 
-def test_a_stage_that_has_stopped_early_is_finished(whole):
-    assert "Nothing left to do: pretrain, finetune are finished" in whole.again
+def test_a_stage_that_has_stopped_early_is_finished(first):
+    assert "Nothing left to do: pretrain is finished" in first.again
 
 
+@pytest.mark.slow
 def test_without_patience_the_result_is_the_last_step_and_the_best_one_is_kept(whole):
     found = {step: each["task_nll"] for step, each in measured(whole.workdir, "finetune").items()}
     best, kept = min(found, key=found.get), checkpoints(whole.workdir, "finetune")

@@ -61,15 +61,27 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
         "stages.finetune.steps=99",
         "mesh.fsdp=2",
         "sources.task.max_documents=9",
+        "sources.domain.max_documents=9",  # of an evaluation, which is run again
+        "evaluations.general.max_documents=9",
+        "evaluations={}",
+        "stages.pretrain.best=domain_bits_per_byte",
     ],
 )
 def test_fields_that_do_not_affect_a_stage_may_change_when_it_resumes(begun, file, override):
-    config = configfile.load(file, [override])
-    if override.startswith("sources.task"):
-        config = configfile.load(file, [override, "evaluations={}"])
-        record = workdir.stage_record(configfile.load(file, ["evaluations={}"]), "pretrain")
-        write_json(begun / "pretrain" / RECORD, record)
-    workdir.check_record(begun, config, "pretrain")
+    workdir.check_record(begun, configfile.load(file, [override]), "pretrain")
+
+
+def test_the_evaluation_that_chooses_a_step_belongs_to_the_stage(tmp_path, file):
+    best = "stages.pretrain.best=domain_bits_per_byte"
+    write_json(tmp_path / "pretrain" / RECORD, workdir.stage_record(configfile.load(file, [best]), "pretrain"))
+    for allowed in ("evaluations.general.max_documents=9", "stages.pretrain.best=''"):
+        workdir.check_record(tmp_path, configfile.load(file, [best, allowed]), "pretrain")
+    for refused, line in (
+        ("evaluations.domain.max_documents=9", "evaluations.domain.max_documents: saved 4, now 9"),
+        ("sources.domain.max_documents=9", "sources.domain.max_documents: saved 0, now 9"),
+    ):
+        with pytest.raises(UserError, match=line):
+            workdir.check_record(tmp_path, configfile.load(file, [best, refused]), "pretrain")
 
 
 def test_what_decides_where_a_stage_stops_early_must_not_change(begun, file):

@@ -86,8 +86,10 @@ def evaluate(context: "EvalContext") -> dict[str, Any]:
 
     A group that has metrics of its own stands for its tasks; the details `tasks` have all of them, `settings` what they
     depend on. A value that does not apply is None. truncated: the number of requests whose beginning was cut.
+    predictions: columns of each task by its name, with which the names of its metrics begin.
     """
     from llm3.evals.harness.language_model import LanguageModel
+    from llm3.evals.harness.samples import predictions
     from llm3.evals.harness.tasks import run_tasks
 
     model = LanguageModel(context)
@@ -99,9 +101,10 @@ def evaluate(context: "EvalContext") -> dict[str, Any]:
         if line["task"] not in inside:
             name = metric_name(line["task"], line["metric"], line["filter"])
             result |= {name: line["value"], f"{name}_stderr": line["stderr"]}
-            result[f"{metric_name(line['task'], 'items', line['filter'])}"] = line["items"]
+            result[metric_name(line["task"], "items", line["filter"])] = line["items"]
     settings = {"lm_eval": importlib.metadata.version("lm_eval"), "sequence_length": context.config.sequence_length}
-    return result | {"truncated": model.truncated, "tasks": lines, "settings": settings}
+    columns = predictions(found["samples"], lambda task, filtered: metric_name(task, "", filtered).removesuffix("_"))
+    return result | {"truncated": model.truncated, "tasks": lines, "settings": settings, "predictions": columns}
 
 
 def _lines(found: dict[str, Any]) -> Iterator[dict[str, Any]]:

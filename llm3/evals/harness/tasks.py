@@ -99,7 +99,7 @@ def run_tasks(model: Any, loaded: dict[str, Any], options: "Options") -> dict[st
             task_dict=loaded,
             limit=options.limit or None,
             bootstrap_iters=options.bootstrap_iters,
-            log_samples=False,
+            log_samples=True,
             system_instruction=options.system_instruction or None,
             apply_chat_template=options.apply_chat_template,
             fewshot_as_multiturn=options.fewshot_as_multiturn,
