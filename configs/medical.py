@@ -6,9 +6,9 @@ General text, then MedQuAD's answers (Ben Abacha and Demner-Fushman 2019) with a
 with 2,000 labels: classify the type of question (of 15) that an answer belongs to. Six methods fit the task from the
 same parent, with three seeds each: `full`; `top2`, the upper two layers; `middle2`, the middle two; `biases` (BitFit,
 Ben Zaken et al. 2022); `lora` (Hu et al. 2022); `qlora`, the same over a frozen model in 4 bits (Dettmers et al. 2023).
-The report shows the cost of each ("What it takes") and the differences between seeds ("Over seeds"). The learning rates
-were chosen on the validation split (703 items, one seed, in factors of about two, the best between two worse ones);
-`qlora` uses the learning rate of `lora`.
+The report shows the cost of each ("Cost of a step") and tests the differences over seeds ("The stages compared"). The
+learning rates were chosen on the validation split (703 items, one seed, in factors of about two, the best between two
+worse ones); `qlora` uses the learning rate of `lora`.
 
 With `data_dir`, rows are read from DIR/general/{train,validation}.jsonl (field text) and
 DIR/medical/medquad/{train,validation,test}.jsonl (fields answer, question_type); without, from the Hugging Face hub.

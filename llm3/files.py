@@ -17,19 +17,21 @@ REPORT = "report.md"
 MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence marks a complete report
 INIT = "init"  # the folder of the untrained model, and its name as a parent
 START = "start"  # the folder of the pretrained model that a run starts from
+RESOLVED = "config.resolved.json"  # every field of the config of the last session
+SESSIONS = "sessions.json"  # when and where `run` worked on the run, and how long
 MODEL = "model.json"  # in START: what the run keeps of that model
 
 # In a stage folder
 CHECKPOINTS = "checkpoints"
 RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # what the stage writes after the prompts of the config
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
 PREDICTIONS = "predictions"  # folder: the results of each evaluation item by item
 
-PLOTS = ("loss.png", "matrix.png", "seeds.png")
 # In the run directory, so no stage's name
-RESERVED = frozenset({INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, *PLOTS})
+RESERVED = frozenset({INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, RESOLVED, SESSIONS})
 
 
 def local_path(text: str | Path, where: str) -> Path:

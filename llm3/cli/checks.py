@@ -21,10 +21,8 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for a command line that cannot succeed. options: the flags, with `config` read."""
-    if "workdir" not in options:
-        return
     config: RunConfig | None = options.get("config")
-    workdir: Path = options.get("workdir", Path())
+    workdir: Path = options.get("workdir") or Path()
     if config is not None:
         names = rules.chosen(config, options.get("stages"))
         if verb == "bench" and (stage := options["stage"]) not in names:
@@ -36,7 +34,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             from llm3.data.chat_templates import load_template  # needs jinja
 
             load_template(template)
-        if verb == "run":
+        if verb in ("run", "report"):
             for name in [*first_rows(config, workdir), *names]:
                 check_record(workdir, config, name)
     if verb == "generate":
@@ -60,9 +58,11 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         check_cache(options)
     elif verb in ("run", "eval"):
         check_evaluations(config, options)
-    if verb in ("generate", "export", "lineage", "eval"):
+    if verb in ("generate", "export", "lineage", "eval", "report"):
         for name in (options["stages"] if options.get("tasks") else None) or [options.get("stage")]:
             check_workdir(workdir, name)
+    for run in options.get("runs", ()) if verb == "compare" else ():
+        check_workdir(run, None, "")
 
 
 def check_split_names(source: SourceConfig) -> None:
@@ -71,10 +71,10 @@ def check_split_names(source: SourceConfig) -> None:
     with_named_splits(given, source_name(given))
 
 
-def check_workdir(workdir: Path, stage: str | None) -> None:
+def check_workdir(workdir: Path, stage: str | None, flag: str = "--workdir=") -> None:
     """Raise UserError unless the run has stages that began to train, and the given one among them."""
     if not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: no such directory; expected one that `run` wrote")
+        raise UserError(f"{flag}{workdir}: no such directory; expected one that `run` wrote")
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if not found:
         raise UserError(f"{workdir} holds no trained stage yet")

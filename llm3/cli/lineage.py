@@ -29,39 +29,57 @@ def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
         meta = checkpoints.meta(step)
         console.print(f"\n{name}")
         for depth, link in enumerate([*meta["lineage"], {"run": ".", "stage": name, **meta}]):
-            console.print(f"  {'  ' * depth}{line(workdir, link, runs, depth)}")
+            text, style = line(workdir, link, runs, depth)
+            console.print(f"  {'  ' * depth}{text}", style=style)
     return 0
 
 
-def line(workdir: Path, link: dict, runs: Sequence[Path], depth: int) -> str:
-    """An ancestor on one line: a pretrained model, or a stage with what differs from its own parent."""
+GONE, EARLY = "bold red", "yellow"  # the styles of what is no longer there, and of a stage that ended before its steps
+
+
+def line(workdir: Path, link: dict, runs: Sequence[Path], depth: int) -> tuple[str, str]:
+    """An ancestor on one line, and its style: a pretrained model, or a stage with what differs from its own parent.
+
+    A line of something that is gone begins with a mark.
+    """
     if "model" in link and "stage" not in link:
         revision = f" at {link['revision']}" if link["revision"] else ""
-        return f"{link['model']}{revision} (pretrained {link['family']}, files {link['params_digest'][:12]})"
+        text = f"{link['model']}{revision} (pretrained {link['family']}, files {link['params_digest'][:12]})"
+        gone = Path(link["model"]).is_absolute() and not Path(link["model"]).is_dir()
+        return (f"[gone] {text}; it is no longer there", GONE) if gone else (text, "")
     differs = "".join(f", {each}" for each in changes(link)) if depth else ""
-    run, note = place(workdir, link, runs)
-    ended = link.get("early_stopping")
-    taken = f", the parameters of step {ended['result_step']}" if ended else ""
-    return (
-        f"{run}/{link['stage']} step {link['step']}{taken} ({link['kind']}, "
+    run, note, gone = place(workdir, link, runs)
+    ended = ended_early(link)
+    text = (
+        f"{run}/{link['stage']} step {link['step']}{ended} ({link['kind']}, "
         f"{count(link['cost']['tokens'])} tokens, parameters {link['params_digest'][:12]}{differs}){note}"
     )
+    return (f"[gone] {text}", GONE) if gone else (text, EARLY if ended else "")
 
 
-def place(workdir: Path, link: dict, runs: Sequence[Path]) -> tuple[Path, str]:
-    """The run that holds an ancestor now, found by its digest if it was moved, and a note if it was.
+def ended_early(link: dict) -> str:
+    """A note on a stage that stopped early, or that is not finished."""
+    if ended := link.get("early_stopping"):
+        note = f", the parameters of step {ended['result_step']}"
+        early = ended["stopped_at"] < (link.get("steps") or 0)
+        return f"{note} [stopped early: {ended['why']}]" if early else note
+    if link.get("finished") is False and link["step"] < link.get("steps", 0):
+        return f" [unfinished: of {link['steps']}]"
+    return ""
+
+
+def place(workdir: Path, link: dict, runs: Sequence[Path]) -> tuple[Path, str, bool]:
+    """The run that holds an ancestor now, found by its digest if it was moved, a note if it was, and if it is gone.
 
     In the lineage of a checkpoint, "." is the run of the checkpoint.
     """
     recorded = (workdir / link["run"]).resolve()
-    if recorded == workdir.resolve():
-        return recorded, ""
-    for run in _candidates(workdir, recorded, runs):
+    for run in [recorded] if recorded == workdir.resolve() else _candidates(workdir, recorded, runs):
         if holds(run, link):
-            return run, "" if run == recorded else f"; it was at {recorded}"
+            return run, "" if run == recorded else f"; it was at {recorded}", False
     if (recorded / link["stage"] / CHECKPOINTS).is_dir():
-        return recorded, "; this step is no longer there"
-    return recorded, "; it is no longer there: --runs=DIR looks for it in DIR"
+        return recorded, "; this step is no longer there", True
+    return recorded, "; it is no longer there: --runs=DIR looks for it in DIR", True
 
 
 def _candidates(workdir: Path, recorded: Path, runs: Sequence[Path]) -> Iterator[Path]:

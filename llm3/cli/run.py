@@ -1,7 +1,5 @@
 """The verb `run`: train and evaluate the stages in order, then write a report."""
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -9,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.schema import RunConfig, StageConfig
+from llm3.cli.report import write_report
+from llm3.config.schema import RunConfig, as_dict
 from llm3.distributed import processes
 from llm3.distributed.lock import lock
 from llm3.distributed.preemption import stop_on_signals
@@ -17,28 +16,27 @@ from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
-    DETAILS,
     MATRIX,
     REPORT,
+    RESOLVED,
     ROW,
     TOKENIZER,
     read_json,
     write_atomic,
+    write_json,
 )
 from llm3.planning.fit import check_fits
-from llm3.report import page, table
 from llm3.report.console import new_console
-from llm3.report.logs import read_metrics
 from llm3.stages import rules
-from llm3.stages.cost import with_full_step_seconds
-from llm3.stages.evaluated import Entries, current
+from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
 from llm3.stages.later import evaluate_outdated, is_current
-from llm3.stages.parents import first_rows, parent_labels
+from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_all_before_training, run_stage
 from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
+from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
 
 
@@ -66,20 +64,31 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
     with ExitStack() as held:
         held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
-        experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
+        log, watch = SessionLog(workdir, to_train), Stopwatch()
+        with watch.part("tokenize"):
+            experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
         session = Session(experiment, console)
         request = held.enter_context(stop_on_signals())
         with session.on_mesh():
-            begin(session, to_train)
+            with watch.part("prepare"):
+                begin(session, to_train)
+            facts = session.facts() if processes.is_first() else {}
+            if processes.is_first():
+                log.write(facts, watch.seconds)
+            evaluate_first_rows(session)
             evaluate_outdated(session, first, [name for name in order if name not in to_train])
             for stage in (experiment.stages[name] for name in to_train):
-                if request.signal or not run_stage(stage, session, request):
+                trained = not request.signal and run_stage(stage, session, request)
+                if processes.is_first():
+                    log.write(facts, watch.seconds)
+                if not trained:
                     signal = f"Stopped by signal {request.signal}"
                     console.print(f"{signal}; everything is saved. Rerun the command to resume.")
                     return request.exit
         check_ancestry(workdir, order)
         if processes.is_first():
-            report(config, workdir, session.facts(), console, experiment.evaluation_entries)
+            log.write(facts, watch.seconds)
+            write_report(config, workdir, console)
     return 0
 
 
@@ -106,7 +115,7 @@ def intact_checkpoint(workdir: Path, order: list[str]) -> str:
 
 
 def begin(session: Session, to_train: list[str]) -> None:
-    """Check all stages to train, then write the files of the run and evaluate the model that it begins with."""
+    """Check all stages to train, then write the files of the run."""
     check_all_before_training(session, to_train)
     keep_model(session)
     if processes.is_first():
@@ -116,8 +125,8 @@ def begin(session: Session, to_train: list[str]) -> None:
         if template := session.experiment.library.template:
             with writing(session.workdir / CHAT_TEMPLATE):
                 write_atomic(session.workdir / CHAT_TEMPLATE, template)
+        write_json(session.workdir / RESOLVED, as_dict(session.config))
         session.print_header()
-    evaluate_first_rows(session)
 
 
 def make_console() -> Console:
@@ -140,42 +149,3 @@ def is_reported(workdir: Path, names: list[str]) -> bool:
     matrix = read_json(workdir / MATRIX) or {"rows": [], "baselines": []}
     reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
     return reported.issuperset(names) and (workdir / REPORT).is_file()
-
-
-def step_shape(stage: StageConfig) -> tuple:
-    """The fields that decide the cost of a step, besides the trainable parameters."""
-    return (stage.batch_size, stage.sequence_length, str(stage.objective), stage.micro_batches, stage.data)
-
-
-def report(config: RunConfig, workdir: Path, facts: dict, console: Console, evaluations: Entries) -> None:
-    """Print the matrix of all finished stages, and write it with report.md and the plots.
-
-    evaluations: those of the config, which are shown.
-    """
-    rows: list[dict] = []
-    baselines: list[dict] = []
-    histories: dict[str, list[dict]] = {}
-    details: dict[str, dict | None] = {}
-    first, parents = first_rows(config, workdir), parent_labels(config, workdir)
-    for name in [*first, *rules.check(config)]:
-        row = read_json(workdir / name / ROW)
-        if row is None:
-            continue
-        row, details[name] = current(workdir / name, row, read_json(workdir / name / DETAILS), evaluations)
-        row["parent"] = parents.get(name)
-        baseline = name not in first and config.stages[name].baseline
-        (baselines if baseline else rows).append(row)
-        if name not in first:
-            histories[name] = read_metrics(workdir / name)
-    shapes = {name: step_shape(stage) for name, stage in config.stages.items()}
-    full = {name for name, stage in config.stages.items() if rules.trains_all(stage) and not stage.adapters}
-    timed = with_full_step_seconds(rows + baselines, shapes, full)
-    rows, baselines = timed[: len(rows)], timed[len(rows) :]
-    table.print_table(rows, baselines, console)
-    command = shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
-    title = f"Run {workdir.name}"
-    with writing(workdir / REPORT):
-        page.write_report(
-            workdir, rows, baselines, histories, title=title, command=command, facts=facts, details=details
-        )
-    console.print(f"Report: {workdir / REPORT}")

@@ -87,6 +87,12 @@ VERBS = {
         ),
         True,
     ),
+    "report": Verb("cli.report:report", "write the report of a run again, without devices", (OPTIONAL_CONFIG, WORKDIR)),
+    "compare": Verb(
+        "cli.compare:compare",
+        "show two runs side by side, and what differs between them",
+        (flag("runs", nargs=2, type=partial(local_path, where="compare"), metavar="DIR", help="the files of a run"),),
+    ),
     "generate": Verb(
         "cli.generate:generate",
         "sample from a stage, or from every stage of a run",

@@ -5,6 +5,7 @@ A plugin has
 - `HEAD`, the task head that it reads, as in `llm3.objectives`;
 - `CAUSAL`: the attention that it needs (None: either);
 - `BETTER`: {metric by which the best checkpoint can be chosen: "higher" or "lower"};
+- `PER_TOKEN` (optional): True if its metrics depend on the tokenizer, so that other tokenizers cannot be compared;
 - `Options` (optional): a frozen dataclass;
 - `check_tokenizer(tokenizer, options)` (optional): raises UserError if the tokenizer lacks a token that it needs;
 - `evaluate(context) -> {name: float or int (a metric), None (it does not apply), dict or list (details for the

@@ -17,6 +17,7 @@ from llm3.objectives.masked import choose
 WINDOWS = {"text": "pieces"}
 HEAD = ""
 CAUSAL = False
+PER_TOKEN = True
 BETTER = {"accuracy": "higher", "nll": "lower"}
 
 

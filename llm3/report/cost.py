@@ -1,5 +1,8 @@
 """The bytes, FLOPs and time of a step of each stage, compared with full fine-tuning of the same model."""
 
+import statistics
+from typing import Any
+
 from llm3.report.units import NOT_APPLICABLE, count, mebibytes, milliseconds
 
 LEGEND = (
@@ -68,3 +71,19 @@ def savings(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     rows: as returned by `complete`.
     """
     return [head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in measured(rows)]
+
+
+def with_full_step_seconds(rows: list[dict], shapes: dict[str, Any], full: set[str]) -> list[dict]:
+    """The rows with `full_step_seconds`: the step time of the run's full-training stages with the same step shape.
+
+    shapes: {stage: what decides the cost of its step besides the trainable parameters}. full: names of the stages that
+    train all parameters.
+    """
+
+    def full_seconds(row: dict) -> float | None:
+        own = shapes.get(row["stage"])
+        alike = [other for other in rows if other["stage"] in full and shapes[other["stage"]] == own]
+        seconds = [other["step_seconds"] for other in alike if other.get("step_seconds")]
+        return statistics.mean(seconds) if seconds else None
+
+    return [row | {"full_step_seconds": full_seconds(row)} for row in rows]

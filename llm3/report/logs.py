@@ -145,11 +145,15 @@ class _Board:
 
 
 def read_metrics(directory: Path | str) -> list[dict]:
-    """The lines of DIR/metrics.jsonl, oldest first; empty if there is no file.
+    """The lines of DIR/metrics.jsonl, as `read_json_lines`."""
+    return read_json_lines(Path(directory) / METRICS)
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The lines of a file, oldest first; empty if there is no file.
 
     An incomplete last line is dropped. Raises UserError for any other line that cannot be parsed.
     """
-    path = Path(directory) / METRICS
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -1,15 +1,15 @@
-"""The report page of a run: the gain and cost of each stage, in sentences computed from the rows."""
+"""The report page of a run: a verdict, then the gain, the cost and the details of each stage, from its rows."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm3.files import MATRIX, REPORT, write_atomic
-from llm3.report import cost, seeds
+from llm3.report import comparisons, cost, examples, seeds, settings, time_spent, verdict
 from llm3.report.details import in_detail, repeated
-from llm3.report.matrix import Metric, complete, majority, metrics_of, parent_of, standard_error, write_matrix
-from llm3.report.plots import plot_losses, plot_matrix, plot_seeds
-from llm3.report.replicates import Recipe, collapsed, recipes, unreplicated
+from llm3.report.figures import figures, image, task_section
+from llm3.report.material import Material
+from llm3.report.matrix import Metric, metrics_of, write_matrix
+from llm3.report.replicates import unreplicated
 from llm3.report.table import (
     ERRORS_NOTE,
     METRIC_NAMES,
@@ -22,90 +22,106 @@ from llm3.report.table import (
 )
 from llm3.report.units import count, duration, gibibytes, percent, words
 
-
-def write_report(
-    directory: Path | str,
-    rows: list[dict],
-    baselines: list[dict],
-    histories: dict[str, list[dict]],
-    *,
-    title: str,
-    command: str,
-    facts: dict,
-    details: Mapping[str, dict | None] | None = None,
-) -> None:
-    """Write DIR/report.md with DIR/matrix.json, DIR/matrix.png and DIR/loss.png; with replicates, DIR/seeds.png.
-
-    rows, baselines: as in `llm3.report.matrix`. histories: as in `plot_losses`. command: the command of the run. facts:
-    {name: value} to list, e.g. device, versions and seed. details: {stage: evaluation results beyond single numbers};
-    the page shows those of the last stage. Raises ValueError for a metric that is not finite.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    full_rows, full_baselines = complete(rows, baselines)
-    plot_matrix(directory / "matrix.png", collapsed(full_rows), collapsed(full_baselines))
-    found = recipes([*full_rows, *full_baselines])
-    plot_losses(directory / "loss.png", merged(histories, found))
-    if found:
-        plot_seeds(directory / "seeds.png", found)
-    text = page(rows, baselines, title=title, command=command, facts=facts, details=details)
-    write_atomic(directory / REPORT, text)
-    write_matrix(directory / MATRIX, rows, baselines)  # last, since it marks the report as complete
-
-
-def page(
-    rows: list[dict],
-    baselines: list[dict],
-    *,
-    title: str,
-    command: str,
-    facts: dict,
-    details: Mapping[str, dict | None] | None = None,
-) -> str:
-    """The text of report.md."""
-    rows, baselines = complete(rows, baselines)
-    shown, shown_baselines = collapsed(rows), collapsed(baselines)
-    single = unreplicated(rows)
-    parts = [f"# {title}", markdown(shown, shown_baselines), LEGEND]
-    if any_errors([*shown, *shown_baselines]):
-        parts.append(f"{ERRORS_NOTE}.")
-    if len(single) < len(rows):
-        parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
-    parts += ["![Metrics by stage](matrix.png)", "## Gain and cost of each stage"]
-    for row in single:
-        if (parent := parent_of(rows, row)) is not None:
-            sentences = stage_sentences(metrics_of(rows), parent, row)
-            parts += [f"**{row['stage']}**, from {parent['stage']}:", "\n".join(f"- {line}" for line in sentences)]
-    if tasks := [f"- {line}" for line in task_sentences(single, unreplicated(baselines))]:
-        parts += ["## The tasks", "\n".join(tasks)]
-    if compared := seeds.section([*rows, *baselines]):
-        parts += [*compared, "![Accuracy by trained parameters](seeds.png)"]
-    heads, lines = cost.savings([*shown, *shown_baselines])
-    if lines:
-        parts += ["## Cost of a step", markdown_table(heads, lines), cost.LEGEND]
-    parts += in_detail(rows, details or {})
-    parts += repeated([*single, *unreplicated(baselines)])
-    parts += ["## Training", "![Loss by step](loss.png)"]
-    parts += ["## How to reproduce it", f"```bash\n{command}\n```"]
-    if facts:
-        parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def merged(histories: dict[str, list[dict]], found: list[Recipe]) -> dict[str, list[dict]]:
-    """The histories, with those of each recipe merged into one, sorted by step."""
-    names = {row["stage"]: recipe.label for recipe in found for row in recipe.rows}
-    joined: dict[str, list[dict]] = {}
-    for stage, lines in histories.items():
-        joined.setdefault(names.get(stage, stage), []).extend(lines)
-    return {name: sorted(lines, key=lambda line: line["step"]) for name, lines in joined.items()}
-
-
 LEGEND = (
     "Bits per byte: lower is better; in brackets, the change since the parent of the stage. Rows in italics are "
     "baselines, outside the chain of stages. Tokens, FLOPs and time cover the training steps only, without "
     "compilation, saving and evaluation. Peak memory is the peak of the process while the stage trained; on an "
     "accelerator, the peak of a device since the process started."
+)
+
+
+def write_report(directory: Path | str, material: Material) -> None:
+    """Write DIR/report.md with its plots, and DIR/matrix.json. Raises ValueError for a metric that is not finite."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures(material).items():
+        draw(directory / name)
+    write_atomic(directory / REPORT, page(material))
+    # last, since it marks the report as complete
+    write_matrix(directory / MATRIX, material.given_rows, material.given_baselines)
+
+
+def page(material: Material) -> str:
+    """The text of report.md."""
+    return "\n\n".join(part for section in SECTIONS for part in section(material)) + "\n"
+
+
+def title_section(material: Material) -> list[str]:
+    """The title."""
+    return [f"# {material.title}"]
+
+
+def matrix_section(material: Material) -> list[str]:
+    """The table of all stages, and its plot."""
+    shown, baselines = material.shown, material.shown_baselines
+    parts = [markdown(shown, baselines), LEGEND]
+    if any_errors([*shown, *baselines]):
+        parts.append(f"{ERRORS_NOTE}.")
+    if len(shown) + len(baselines) < len(material.stages):
+        parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
+    plot = image(material, "matrix.png", "Metrics by stage")
+    note = "Error bars: 95 % intervals, over the items of an evaluation or, of a mean, over its seeds."
+    return [*parts, *plot, *([note] if plot else [])]
+
+
+def stages_section(material: Material) -> list[str]:
+    """What each stage gained, lost and cost."""
+    parts = ["## Gain and cost of each stage"]
+    for row in material.single:
+        if (parent := material.parent(row)) is not None:
+            sentences = stage_sentences(metrics_of(material.rows), parent, row)
+            parts += [f"**{row['stage']}**, from {parent['stage']}:", "\n".join(f"- {line}" for line in sentences)]
+    return parts if len(parts) > 1 else []
+
+
+def seeds_section(material: Material) -> list[str]:
+    """Means over seeds, and the plot of all seeds."""
+    found = seeds.section(material)
+    return [*found, *image(material, "seeds.png", "Every seed by recipe")] if found else []
+
+
+def step_section(material: Material) -> list[str]:
+    """The cost of a step."""
+    heads, lines = cost.savings([*material.shown, *material.shown_baselines])
+    return ["## Cost of a step", markdown_table(heads, lines), cost.LEGEND] if lines else []
+
+
+def details_section(material: Material) -> list[str]:
+    """Results beyond single numbers, and epochs."""
+    single = [*material.single, *unreplicated(material.baselines)]
+    return [*in_detail(material.rows, material.details), *repeated(single)]
+
+
+def training_section(material: Material) -> list[str]:
+    """The curves."""
+    plots = image(material, "loss.png", "Loss by step")
+    return ["## Training", *plots] if plots else []
+
+
+def reproduce_section(material: Material) -> list[str]:
+    """The command, and where it ran."""
+    facts = "\n".join(f"- {name}: {value}" for name, value in material.facts.items())
+    return ["## How to reproduce it", f"```bash\n{material.command}\n```", *([facts] if facts else [])]
+
+
+Section = Callable[[Material], list[str]]
+SECTIONS: tuple[Section, ...] = (
+    title_section,
+    verdict.section,
+    matrix_section,
+    stages_section,
+    comparisons.section,
+    seeds_section,
+    task_section,
+    examples.errors_section,
+    examples.samples_section,
+    step_section,
+    time_spent.wall_section,
+    time_spent.chain_section,
+    details_section,
+    training_section,
+    reproduce_section,
+    settings.section,
 )
 
 
@@ -147,46 +163,3 @@ def change(metric: Metric, before: float, after: float) -> str:
     name = "bits per byte" if metric.name == "bits_per_byte" else words(metric.name)
     relative = f" ({100 * (after - before) / before:+.1f} %)" if before else ""
     return f"{before:.3f} → {after:.3f} {name}{relative}"
-
-
-def task_sentences(rows: list[dict], baselines: list[dict]) -> Iterator[str]:
-    """The last accuracy of each task compared with the majority class and each baseline. Rows are complete."""
-    for metric in metrics_of([*rows, *baselines]):
-        scored = [row for row in rows if row[metric.key] is not None]
-        if metric.name not in ("accuracy", "acc") or not scored:
-            continue
-        last, name = scored[-1], words(metric.evaluation)
-        text = f"**{name}**: {accuracy(last, metric)} after {last['stage']}"
-        if metric.name == "accuracy" and (chance := majority(last, metric.evaluation)) is not None:
-            text += f", against {percent(chance)} for the majority class"
-        yield f"{text}."
-        for row in baselines:
-            if row[metric.key] is not None:
-                yield f"**{name}**, {last['stage']} against {row['stage']}: {versus(last, row, metric)}"
-
-
-def accuracy(row: dict, metric: Metric) -> str:
-    """An accuracy with its standard error, if the number of items is known."""
-    error = standard_error(row, metric)
-    if error is None:
-        return percent(row[metric.key])
-    items = row[f"{metric.evaluation}_items"]
-    return f"{percent(row[metric.key])} (standard error {100 * error:.1f} points, {items} items)"
-
-
-def versus(row: dict, other: dict, metric: Metric) -> str:
-    """The difference between `row` and the baseline `other`, and whether it is significant for this many items."""
-    difference = row[metric.key] - other[metric.key]
-    text = (
-        f"{percent(row[metric.key])} against {accuracy(other, metric)}, a difference of {100 * difference:+.1f} points"
-    )
-    errors = [error for each in (row, other) if (error := standard_error(each, metric)) is not None]
-    if len(errors) == 2 and any(errors):
-        ratio = abs(difference) / math.hypot(*errors)
-        verdict = "outside" if ratio > 1.96 else "inside"
-        text += (
-            f" ({ratio:.1f} standard errors of the items, unpaired, one seed: {verdict} the 95 % interval of chance)"
-        )
-    if row["tokens"] is not None and other["tokens"] is not None:
-        text += f"; the baseline saw {count(other['tokens'])} tokens, {row['stage']} {count(row['tokens'])}"
-    return f"{text}."

@@ -1,11 +1,8 @@
 """Replicates: stages that differ only in the seed, and estimates over their seeds."""
 
-import math
 import re
 from itertools import takewhile
 from typing import NamedTuple
-
-CONFIDENCE = 0.95
 
 
 class Recipe(NamedTuple):
@@ -34,11 +31,6 @@ class Estimate(NamedTuple):
     mean: float
     half_width: float
     seeds: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return abs(self.mean) > self.half_width
 
 
 def recipes(rows: list[dict]) -> list[Recipe]:
@@ -97,17 +89,8 @@ def _mean_row(recipe: Recipe) -> dict:
 
 def estimate(values: list[float]) -> Estimate | None:
     """The mean of independent values with the 95 % interval of Student's t (n - 1 degrees of freedom); None below 2."""
-    from scipy.stats import t
+    from llm3.report.statistics import over_seeds
 
-    if len(values) < 2:
+    if (found := over_seeds(values)) is None:
         return None
-    mean = sum(values) / len(values)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return Estimate(mean, quantile * deviation / math.sqrt(len(values)), len(values))
-
-
-def paired(recipe: Recipe, reference: Recipe, key: str) -> Estimate | None:
-    """The difference `recipe` - `reference`, paired over their common seeds."""
-    ours, theirs = recipe.values(key), reference.values(key)
-    return estimate([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
+    return Estimate(found.value, found.high - found.value, found.pairs)

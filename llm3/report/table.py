@@ -18,7 +18,15 @@ WIDTH = 120
 ERRORS_NOTE = "± is one standard error over the documents of an evaluation"
 REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only in their seed"
 
-METRIC_NAMES = {"bits_per_byte": "bits/byte", "macro_f1": "macro F1", "rouge_l": "ROUGE-L", "f1": "F1"}
+METRIC_NAMES = {
+    "bits_per_byte": "bits/byte",
+    "macro_f1": "macro F1",
+    "rouge_l": "ROUGE-L",
+    "f1": "F1",
+    "nll": "NLL, nats",
+    "brier": "Brier",
+    "ece": "ECE",
+}
 PERCENTAGES = ("accuracy", "acc", "acc_norm", "macro_f1", "exact_match", "f1", "rouge_l")
 
 
@@ -125,6 +133,11 @@ def _table(
     for line in baseline_cells:
         table.add_row(*(line[column] for column in columns), style="italic")
     return table
+
+
+def plain_table(heads: list[str], lines: list[list[str]]) -> "Table":
+    """A rich table of texts."""
+    return _table(heads, lines, [], range(len(heads)))
 
 
 def markdown(rows: list[dict], baselines: list[dict]) -> str:

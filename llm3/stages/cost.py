@@ -87,16 +87,15 @@ def recipe(stage: Stage) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def with_full_step_seconds(rows: list[dict], shapes: dict[str, Any], full: set[str]) -> list[dict]:
-    """The rows with `full_step_seconds`: the step time of the run's full-training stages with the same step shape.
+def chain_cost(lineage: list[dict], own: dict[str, Any]) -> dict[str, Any]:
+    """The training of a stage and of all its ancestors: "tokens", "flops" and "seconds".
 
-    shapes: {stage: step shape}, from `step_shape`. full: names of the stages that train all parameters.
+    "stages" are the names of the ancestors, the first one first; "unknown" those whose cost nobody recorded, which are
+    not in the sums. lineage: of a checkpoint. own: the cost of the stage.
     """
-
-    def full_seconds(row: dict) -> float | None:
-        own = shapes.get(row["stage"])
-        alike = [other for other in rows if other["stage"] in full and shapes[other["stage"]] == own]
-        seconds = [other["step_seconds"] for other in alike if other.get("step_seconds")]
-        return statistics.mean(seconds) if seconds else None
-
-    return [row | {"full_step_seconds": full_seconds(row)} for row in rows]
+    known = [link["cost"] for link in lineage if link.get("cost")]
+    return {
+        "stages": [link["stage"] if "stage" in link else link["model"] for link in lineage],
+        "unknown": [link.get("stage") or link["model"] for link in lineage if not link.get("cost")],
+        **{key: sum(each[key] for each in [*known, own]) for key in ("tokens", "flops", "seconds")},
+    }

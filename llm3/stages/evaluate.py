@@ -58,7 +58,8 @@ def measure(
             continue
         with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
             shown = progress(f"{name}: {evaluation.name}", alive)
-            measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
+            with session.watch.part("evaluate"):
+                measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
         found.add(plain(name, evaluation.name, measured, session.console))
     return found
 
@@ -130,9 +131,11 @@ def digest_of(params: dict) -> str:
 
 
 def write_row(session: Session, subject: Subject, params: dict, cost: dict) -> None:
-    """Evaluate the parameters and save the row, with their cost."""
+    """Evaluate the parameters and save the row, with their cost. Adds the time of it to `wall_seconds`."""
     row, measured = evaluate_subject(session, subject, params)
     directory = session.workdir / row["stage"]
+    spent: dict[str, float] = cost.get("wall_seconds", {})
+    cost = cost | {"wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + row["evaluation_seconds"]}}
     processes.broadcast_from_first(lambda: write_results(directory, row | cost, measured.details, measured.predictions))
 
 

@@ -1,5 +1,7 @@
 """An evaluation of a run, resolved: its plugin, options and documents."""
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -113,6 +115,18 @@ class Evaluation:
                 counting=counting,
             )
         )
+
+
+def data_digest(plugin: ModuleType, cache: TokenCache | None) -> str:
+    """A digest of the documents of an evaluation; "" without documents.
+
+    Runs with other tokenizers have the same one, unless the plugin's metrics depend on the tokenizer.
+    """
+    if cache is None:
+        return ""
+    if getattr(plugin, "PER_TOKEN", False):
+        return cache.fingerprint
+    return hashlib.sha256(cache.keys.tobytes() + json.dumps(cache.label_names).encode()).hexdigest()
 
 
 def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluation:

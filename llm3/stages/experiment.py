@@ -7,6 +7,7 @@ from typing import cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from llm3 import evals
 from llm3.config.data_schema import SourceConfig
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import RunConfig
@@ -23,8 +24,9 @@ from llm3.errors import UserError
 from llm3.files import INIT, TOKENIZER, local_path
 from llm3.handoff.start import ModelStart
 from llm3.interop.folder import open_folder
+from llm3.registry import load_plugin
 from llm3.stages.evaluated import Entries, definition, entry
-from llm3.stages.evaluation import Evaluation, read_evaluation
+from llm3.stages.evaluation import Evaluation, data_digest, read_evaluation
 from llm3.stages.model import init_model, vocabulary_size
 from llm3.stages.parents import origin
 from llm3.stages.stage import Stage, folded_seed, plan_stage, read_stage
@@ -68,7 +70,7 @@ class Experiment:
     def evaluation_entries(self) -> Entries:
         """What a row keeps of each evaluation, by name."""
         return {
-            each.name: entry(definition(self.config, each.name), each.cache.fingerprint if each.cache else "")
+            each.name: entry(definition(self.config, each.name), data_digest(each.plugin, each.cache))
             for each in self.evaluations
         }
 
@@ -109,12 +111,13 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
 
 
 def read_evaluation_data(config: RunConfig, workdir: Path) -> dict[str, str]:
-    """{evaluation with a source: the fingerprint of its documents}. Raises UserError."""
+    """{evaluation with a source: the digest of its documents}. Raises UserError."""
     library, found = read_library(config, workdir), {}
     for name, own in config.evaluations.items():
         if own.source:
             cache = library.cache(own.source, own.split)
-            found[name] = (cache.first(own.max_documents) if own.max_documents else cache).fingerprint
+            documents = cache.first(own.max_documents) if own.max_documents else cache
+            found[name] = data_digest(load_plugin(evals, own.kind), documents)
     return found
 
 

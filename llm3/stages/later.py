@@ -100,9 +100,11 @@ def _write(session: Session, directory: Path, found: Measured, wanted: list[str]
     details = without(read_json(directory / DETAILS) or {}, wanted, known) | found.details
     row = without(row, wanted, known) | found.metrics
     shown = {key: value for key, value in row.items() if owner(key, known) in now}
+    spent: dict[str, float] = row.get("wall_seconds", {})
     row |= {
         "majority_accuracy": majority(shown),
         "evaluation_seconds": row.get("evaluation_seconds", 0.0) + seconds,
+        "wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + seconds},
         "evaluations": saved | {name: now[name] for name in wanted},
     }
     write_results(directory, row, details, found.predictions)

@@ -24,13 +24,14 @@ from llm3.handoff.parent import Parent
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration, words
-from llm3.stages.cost import recipe, step_cost
+from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.parents import parent_labels
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
+from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.validation import Validation
 from llm3.training.loop import Hooks, Verdict, train
 from llm3.training.metrics import Cost, Meter
@@ -130,6 +131,7 @@ class StageRun:
             say(f"{name}: {line}", style="bold red")
         self.meta, self.cost = own.meta, Cost(**own.meta["cost"])
         self.temp_bytes = own.meta["temp_bytes"]
+        self.session.watch.add(own.meta.get("wall_seconds", {}))
         self.complete = own.params if self.finished else None
         self.validation = Validation(self.session, self.stage, own.meta.get("validation"))
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
@@ -165,7 +167,11 @@ class StageRun:
                 self.checkpoints.wait()
                 self.complete = self.checkpoints.load_params(taken, phase.abstract_params)
         self.cost.peak_bytes = max(memory.peak_bytes() or 0, self.cost.peak_bytes)
-        cost = {"cost": dict(vars(self.cost)), "temp_bytes": self.temp_bytes}
+        cost = {
+            "cost": dict(vars(self.cost)),
+            "temp_bytes": self.temp_bytes,
+            "wall_seconds": self.session.watch.seconds,
+        }
         meta = self.meta | scored(best, value) | {"step": done, "finished": self.finished} | cost
         meta |= self.validation.state
         delta = self.saves_deltas and not self.finished
@@ -209,7 +215,8 @@ class StageRun:
                 return validation.verdict(done)
 
             def on_save(done: int, state: TrainState) -> None:
-                self.save(partial(watchdog.at, done, "saving"), phase, done, state)
+                with self.session.watch.part("save"):
+                    self.save(partial(watchdog.at, done, "saving"), phase, done, state)
 
             called = (validation.due, on_log, on_eval, on_save)
             try:
@@ -252,7 +259,9 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     memory.reset_peak()
     with Checkpoints(directory / CHECKPOINTS, keep=config.keep, best=config.best or None) as checkpoints:
         run = StageRun(session, stage, checkpoints)
-        state, done = run.begin(parent)
+        watch = session.watch = Stopwatch()
+        with watch.part("prepare"):
+            state, done = run.begin(parent)
         if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
             write_json(directory / RECORD, stage.record)
         phase = run.phase_of(done)
@@ -266,12 +275,14 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 if each.first and done == each.first:
                     state = each.following(phase, state, run.base())
                 phase = each
-                step = compile_step(run, phase, done)
+                with watch.part("compile"):
+                    step = compile_step(run, phase, done)
                 meter = Meter(run.cost, phase.flops_per_step, phase.hardware_flops_per_step, session.peak_flops)
-                with run.hooks(phase, done, writer, request) as hooks:
+                with run.hooks(phase, done, writer, request) as hooks, watch.part("train"):
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
-        checkpoints.wait()
+        with watch.part("save"):
+            checkpoints.wait()
         if request.signal or not run.finished:
             return False
         params = run.full_params(phase, state)
@@ -292,6 +303,7 @@ def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
         | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
         | {"steps": done, "parent": parent, "seed": stage.given_seed}
         | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(done)}
+        | {"wall_seconds": session.watch.seconds, "chain": chain_cost(run.meta["lineage"], vars(run.cost))}
         | ended
     )
 

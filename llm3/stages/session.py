@@ -22,6 +22,7 @@ from llm3.models.kernels import dot
 from llm3.stages.cost import memory_fields
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
+from llm3.stages.stopwatch import Stopwatch
 from llm3.training.phase import Phase
 
 
@@ -41,6 +42,7 @@ class Session:
         self.peak_flops = peak and peak * jax.device_count()
         self.unknown_peak = unknown_peak(kind)
         self.compiled_evaluations: evals.Compiled = {}
+        self.watch = Stopwatch()  # of the stage that runs, or of the run before its first stage
         self._phases: dict[str, list[Phase]] = {}
 
     @contextmanager

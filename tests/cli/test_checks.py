@@ -64,6 +64,8 @@ REFUSED = {
     "bench-model --dtype=float23": "did you mean 'float32'",
     "bench-model --gigabytes=0": "--gigabytes=0.0: expected a number above 0",
     "lineage --workdir=NONE": "--workdir=NONE: no such directory",
+    "report --workdir=NONE": "--workdir=NONE: no such directory",
+    "compare NONE NONE": "NONE: no such directory",
 }
 CALLS = """
 import contextlib, io, json, sys
@@ -125,3 +127,10 @@ def test_a_command_whose_output_is_closed_from_the_start_runs(monkeypatch):
     with watched_output(goes_on=False):
         print("nobody reads this", flush=True)
     assert sys.stdout is None
+
+
+@pytest.mark.parametrize("verb", ["report", "compare"])
+def test_a_verb_that_reads_files_of_a_run_needs_no_devices(verb):
+    script = f"import sys, llm3.cli.{verb}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"jax", "flax", "orbax", "matplotlib"} & set(loaded)

@@ -257,7 +257,7 @@ def run_quickly(parent, workdir: Path, stage: str, *overrides: str) -> str:
     short = quickly(stage)
     command = ["run", f"--config={parent.config}", f"--workdir={workdir}", f"--stages={stage}"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr("llm3.cli.run.report", lambda *_: None)
+        patch.setattr("llm3.cli.run.write_report", lambda *_: None)
         patch.setattr("llm3.cli.run.evaluate_first_rows", lambda _: None)
         assert main([*command, *(f"--config.{each}" for each in (*overrides, *short))]) == 0
     return out.getvalue()
@@ -336,7 +336,7 @@ def test_lineage_shows_what_was_extended_and_finds_a_moved_parent_by_its_digest(
     moved = shutil.copytree(child.workdir, tmp_path / "moved" / "child")
     assert main(["lineage", f"--workdir={moved}"]) == 0
     first = capsys.readouterr().out.splitlines()[2]
-    assert f"{child.run}/pretrain step" in first and "no longer there: --runs=DIR" in first
+    assert first.startswith(f"  [gone] {child.run}/pretrain step") and "no longer there: --runs=DIR" in first
     assert main(["lineage", f"--workdir={moved}", f"--runs={parent.base}"]) == 0
     first, second = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
     assert f"{parent.run}/pretrain step" in first and f"{moved}/posttrain step 2" in second

@@ -16,8 +16,9 @@ from llm3.models.transformer import abstract
 from llm3.optim.frozen import make_storage
 from llm3.optim.partition import make_partition
 from llm3.registry import load_plugin
+from llm3.report.cost import with_full_step_seconds
 from llm3.segments import canonical
-from llm3.stages.cost import byte_report, with_full_step_seconds
+from llm3.stages.cost import byte_report
 from llm3.training.phase import build, tied_head_notes
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of

@@ -1,7 +1,6 @@
 """The cost of partial fine-tuning compared with full fine-tuning, and statistics over seeds."""
 
 import io
-import itertools
 import json
 
 import numpy as np
@@ -10,6 +9,9 @@ from rich.console import Console
 from scipy import stats
 
 from llm3.report import replicates, units
+from llm3.report.comparisons import comparisons
+from llm3.report.entries import entries, main_measure
+from llm3.report.material import Material
 from llm3.report.matrix import complete, read_matrix
 from llm3.report.page import page, write_report
 from llm3.report.table import print_table
@@ -67,12 +69,13 @@ def printed(rows, baselines=()):
 
 
 def sentences(rows, baselines=()):
-    return page(rows, list(baselines), title="T", command="run it", facts={})
+    return page(Material(rows, list(baselines), title="T"))
 
 
-def cells(text, name):
-    """The cells of the last table row of `text` that is called `name`."""
-    line = [line for line in text.splitlines() if line.startswith(f"| {name} |")][-1]
+def cells(text, name, head=""):
+    """The cells of the last table row of `text` that is called `name`, if given of the first table with this `head`."""
+    part = text.split(f"| {head} |")[1].split("\n\n")[0] if head else text
+    line = [line for line in part.splitlines() if line.startswith(f"| {name} |")][-1]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
@@ -130,7 +133,7 @@ def test_replicates_are_one_row_of_means_on_the_terminal_with_a_note():
 def test_the_matrix_keeps_the_row_of_every_seed(tmp_path):
     rows = replicated("full", "top2")
     histories = {row["stage"]: [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}] for row in rows}
-    write_report(tmp_path, rows, [], histories, title="T", command="run it", facts={})
+    write_report(tmp_path, Material(rows, histories=histories))
     kept, _ = read_matrix(tmp_path / "matrix.json")
     assert [row["stage"] for row in kept] == [row["stage"] for row in rows]
     assert [row["seed"] for row in kept] == [None, 0, 1, 2, 0, 1, 2]
@@ -140,7 +143,7 @@ def test_the_matrix_keeps_the_row_of_every_seed(tmp_path):
 
 
 def test_without_replicates_there_is_no_plot_over_seeds(tmp_path):
-    write_report(tmp_path, [stage("a", seed=0, recipe="x")], [], {}, title="T", command="run it", facts={})
+    write_report(tmp_path, Material([stage("a", seed=0, recipe="x")]))
     assert not (tmp_path / "seeds.png").exists()
 
 
@@ -158,39 +161,32 @@ def test_an_interval_is_that_of_students_t(values):
 
 def test_differences_are_paired_by_seed_to_the_recipe_that_trains_all():
     text = sentences(replicated("full", "top2", "biases"))
-    assert "Differences from full, paired by seed" in text
     differences = np.array(ACCURACIES["top2"]) - np.array(ACCURACIES["full"])
-    half = stats.t.ppf(0.975, 2) * stats.sem(differences)
-    assert cells(text.split("Differences from full")[1].split("## ")[0], "top2")[1] == (
-        f"{100 * differences.mean():.1f} ± {100 * half:.1f}"
-    )
+    (low, high), mean = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences)), differences.mean()
+    row = cells(text, "top2 - full", "accuracy, points")
+    assert row[1:4] == [f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]", "3 seeds", "t over seeds"]
+    p = {name: stats.ttest_rel(ACCURACIES[name], ACCURACIES["full"]).pvalue for name in ("top2", "biases")}
+    assert row[4] == f"{2 * p['top2']:.2g}", "two tests in this table"
+    assert (row[5], cells(text, "biases - full", "accuracy, points")[5]) == ("worse", "no difference shown")
+
+
+def test_differences_with_other_seeds_are_wider():
     shuffled = [
         row | {"seed": 2 - row["seed"]} if row["stage"].startswith("top2") else row
-        for row in complete(replicated("full", "top2"), [])[0]
+        for row in replicated("full", "top2")
     ]
-    wider = replicates.paired(*reversed(replicates.recipes(shuffled)), "task_accuracy")
-    assert wider.mean == pytest.approx(differences.mean())
-    assert wider.half_width > half
-
-
-def test_no_difference_is_claimed_whose_interval_includes_zero():
-    text = sentences(replicated("full", "top2", "biases"))
-    top2, biases = (
-        next(line for line in text.splitlines() if line.startswith(f"- {name} compared with"))
-        for name in ("top2", "biases")
-    )
-    assert "task accuracy is 4.2 points lower" in top2
-    assert "no significant difference in task accuracy, change of general bits/byte" in biases
-    assert "points" not in biases
-    assert "step time is 50.0 ms lower" in biases
+    of = [
+        comparisons(made, entries(made, "task"), main_measure(made, "task"))[0].difference
+        for made in (Material(replicated("full", "top2")), Material(shuffled))
+    ]
+    assert of[0].value == pytest.approx(of[1].value)
+    assert of[1].high - of[1].low > of[0].high - of[0].low
 
 
 def test_the_page_says_what_the_intervals_are_of():
     text = sentences(replicated("full", "top2"))
     assert "all seeds start from one parent (posttrain) and are scored on the same items" in text
-    assert "Task is scored on 815 items" in text
-    assert "the majority class has 30.0 %" in text
-    assert "about 1.6 points (standard error)" in text
+    assert "815 items; the most frequent class alone has 30.0 %." in text
 
 
 def test_only_equal_recipes_with_several_seeds_are_replicates():
@@ -229,11 +225,11 @@ def test_replicated_baselines_are_compared_as_well():
     ]
     text = sentences(rows, scratch)
     assert "*scratch x3*" in text
-    assert "- scratch compared with full: task accuracy is 20.0 points lower" in text
+    assert cells(text, "scratch - full", "accuracy, points")[1].startswith("-20.0 [")
 
 
 def test_the_losses_of_a_recipe_are_smoothed_as_the_mean_of_its_seeds():
-    from llm3.report.page import merged
+    from llm3.report.figures import merged
     from llm3.report.plots import _means
 
     rows, _ = complete(replicated("full"), [])
@@ -243,23 +239,17 @@ def test_the_losses_of_a_recipe_are_smoothed_as_the_mean_of_its_seeds():
     assert _means([(line["step"], line["loss"]) for line in joined["full"]]) == [(1, 1.0), (2, 1.0)]
 
 
-def test_names_in_the_plot_over_seeds_hide_nothing(tmp_path, monkeypatch):
+def test_the_plot_over_seeds_has_every_seed_of_every_recipe(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    from llm3.report.plots import plot_seeds
+    from llm3.report.seeds_plot import plot_seeds
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
     rows, _ = complete(replicated("full", "top2", "biases"), [])
-    twin = [
-        row | {"stage": row["stage"].replace("biases", "twin"), "recipe": "q"}
-        for row in rows
-        if "biases" in row["stage"]
-    ]
-    plot_seeds(tmp_path / "seeds.png", replicates.recipes([*rows, *twin]))
-    (figure,) = drawn
-    for axes in (each for each in figure.axes if each.get_visible()):
-        names = [text for text in axes.texts if text.get_text()]
-        assert sorted(text.get_text() for text in names) == ["biases", "full", "top2", "twin"]
-        boxes = [text.get_window_extent() for text in names]
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    plot_seeds(tmp_path / "seeds.png", replicates.recipes(rows))
+    accuracy = next(each for each in drawn[0].axes if each.get_xlabel() == "task accuracy, %")
+    names = [label.get_text() for label in accuracy.get_yticklabels()]
+    assert names == ["full (1.00M)", "biases (20.0k)", "top2 (250k)"]
+    points = [sorted(line.get_xdata()) for line in accuracy.lines if line.get_marker() == "o"]
+    assert points == [sorted(100 * value for value in ACCURACIES[name.split()[0]]) for name in names]

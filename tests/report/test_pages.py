@@ -15,9 +15,11 @@ from llm3.errors import UserError
 from llm3.report import units
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter, read_metrics
+from llm3.report.material import Material
 from llm3.report.matrix import KEYS, read_matrix, write_matrix
+from llm3.report.matrix_plot import plot_matrix
 from llm3.report.page import page, write_report
-from llm3.report.plots import plot_losses, plot_matrix, smooth
+from llm3.report.plots import plot_losses, smooth
 from llm3.report.table import markdown, print_table
 
 
@@ -57,7 +59,7 @@ def printed(rows, baselines, **options):
 
 
 def sentences(rows, baselines=()):
-    return page(rows, list(baselines), title="T", command="run it", facts={"seed": 0})
+    return page(Material(rows, list(baselines), title="T", command="run it", facts={"seed": 0}))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +154,6 @@ def test_sentences_say_what_was_gained_forgotten_and_paid():
     assert "Domain: 2.300 → 1.800 bits per byte (-21.7 %)." in text
     assert "Forgetting: general text costs 0.100 bits a byte more than after pretrain." in text
     assert "1.23M tokens, 3.40T FLOPs, 2m 05s, 1.50 GiB at the peak, 1.20M of 3.40M parameters trained." in text
-    assert "75.0 % (standard error 2.2 points, 400 items) after finetune, against 31.0 % for the majority" in text
-    assert "a difference of +25.0 points (7.6 standard errors of the items, unpaired, one seed: outside" in text
-    assert "the baseline saw 600k tokens, finetune 1.23M." in text
     assert text.count("Forgetting") == 2, "an untrained parent has nothing to forget"
 
 
@@ -164,8 +163,9 @@ def test_sentences_stay_true_where_every_stage_made_things_worse():
     assert "General: 2.000 → 3.000 bits per byte (+50.0 %)." in text
     assert "Task: accuracy 50.0 % → 40.0 % (-10.0 points)." in text
     assert "Forgetting: none; no text costs more bits than after a." in text
-    assert "30.0 % (standard error 2.3 points, 400 items) after b, against 31.0 % for the majority class." in text
-    assert "a difference of -2.0 points (0.6 standard errors of the items, unpaired, one seed: inside" in text
+    assert text.startswith(
+        "# T\n\n**task: init has the highest accuracy, 50.0 %, where the most frequent class has 31.0 %"
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,8 @@ def test_a_page_omits_values_that_the_rows_lack(keys):
 
 def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
     histories = {"pretrain": [{"step": step, "loss": 5.0 / step} for step in range(1, 30)], "empty": []}
-    write_report(tmp_path / "r", ROWS, BASELINES, histories, title="T", command="run it", facts={"seed": 0})
+    material = Material(ROWS, BASELINES, "T", "run it", histories, facts={"seed": 0})
+    write_report(tmp_path / "r", material)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
         "loss.png",
         "matrix.json",
@@ -194,12 +195,17 @@ def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
         assert (tmp_path / "r" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_plots_do_without_data_and_with_values_that_are_not_finite(tmp_path):
-    plot_losses(tmp_path / "none.png", {})
+def test_plots_do_without_values_that_are_missing_or_not_finite(tmp_path):
     lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}]
     plot_losses(tmp_path / "some.png", {"a": lines})
-    plot_matrix(tmp_path / "bare.png", [{"stage": "a"}], [])
-    assert len(list(tmp_path.iterdir())) == 3
+    plot_matrix(tmp_path / "bare.png", [{"stage": "a", "x_accuracy": 0.5}, {"stage": "b"}], [])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nothing_is_drawn_of_a_run_without_metrics_or_losses(tmp_path):
+    write_report(tmp_path, Material([{"stage": "a"}]))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}
+    assert "![" not in (tmp_path / "report.md").read_text()
 
 
 def test_smoothing_is_a_centred_mean_of_the_same_length():
@@ -268,6 +274,9 @@ def test_a_terminal_gets_a_bar_with_the_latest_metrics():
 
 
 def test_importing_the_report_loads_no_slow_library():
-    script = "import sys, llm3.report.page, llm3.report.logs, llm3.report.console; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"matplotlib", "rich", "tensorboardX", "jax", "numpy"} & set(loaded)
+    script = "import sys, llm3.report.{}, llm3.report.logs, llm3.report.console; print(*sys.modules)"
+    slow = {"matplotlib", "rich", "tensorboardX", "jax", "scipy"}
+    for module, others in (("units", {"numpy"}), ("page", set()), ("compare", set())):
+        command = [sys.executable, "-c", script.format(module)]
+        loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert not (slow | others) & set(loaded)

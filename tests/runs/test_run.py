@@ -99,6 +99,9 @@ def test_a_checkpoint_tells_its_lineage_back_to_the_first_stage(whole):
 @pytest.fixture(scope="module")
 def answers(whole):
     """What the verbs say of the finished run, and whether they leave it as it was."""
+    copy = shutil.copytree(whole.workdir, whole.base / "copied" / "whole")
+    for written in ("report.md", "matrix.json", *(path.name for path in copy.glob("*.png"))):
+        (copy / written).unlink()
     common, prompt = whole.command[1:], ("--prompt=The president", "--max_tokens=4", "--seed=1")
     before = tiny.files(whole.workdir)
     done = tiny.process(
@@ -110,10 +113,15 @@ def answers(whole):
         ("bench", common[0], f"--workdir={whole.base / 'bench'}", "--stage=pretrain", "--json"),
         ("plan", *common, "--stages=finetune", "--config.stages.finetune.train=top(1)"),
         ("lineage", common[1]),
+        ("report", f"--workdir={copy}"),
+        ("compare", whole.workdir, copy),
     )
-    names = ("again", "eval", "eval_json", "generate", "generate_stage", "bench", "plan", "lineage")
+    names = (
+        *("again", "eval", "eval_json", "generate", "generate_stage", "bench", "plan", "lineage"),
+        *("report", "compare"),
+    )
     outputs = dict(zip(names, done.stdout.split(tiny.NEXT), strict=False))
-    return types.SimpleNamespace(**outputs, unchanged=tiny.files(whole.workdir) == before)
+    return types.SimpleNamespace(**outputs, copy=copy, unchanged=tiny.files(whole.workdir) == before)
 
 
 def test_the_same_command_again_says_so_and_does_nothing(answers):
@@ -386,3 +394,46 @@ def test_lineage_goes_back_to_the_first_pretraining_step(whole, answers):
     chain = answers.lineage.split("\nfinetune\n")[1].split("\n\n")[0].splitlines()
     assert [f"/{stage} step 10" in line for stage, line in zip(tiny.STAGES, chain, strict=False)] == [True] * 3
     assert all(digests[stage][:12] in line for stage, line in zip(tiny.STAGES, chain, strict=False))
+
+
+def test_report_writes_the_page_and_the_matrix_again_from_the_files_of_a_run(whole, answers):
+    for name in ("report.md", "matrix.json"):
+        assert (answers.copy / name).read_bytes() == (whole.workdir / name).read_bytes()
+    assert {path.name for path in answers.copy.glob("*.png")} == {path.name for path in whole.workdir.glob("*.png")}
+    assert "Report:" in answers.report and "finetune" in answers.report
+
+
+def test_compare_shows_two_runs_side_by_side(answers):
+    tables = [part.splitlines() for part in answers.compare.split("\n\n")]
+    accuracy = next(lines for lines in tables if lines[0] == "task accuracy, %")
+    assert [line.split()[0] for line in accuracy[3:]] == ["finetune", "scratch"]
+    assert all(line.split()[1] == line.split()[2] for line in accuracy[3:])
+    assert "data unknown" not in answers.compare and "other data" not in answers.compare
+    assert answers.compare.count("no difference\n") == 2, "in their configs, and in code and tokenizer"
+
+
+def test_a_row_has_the_wall_time_of_each_part_and_the_cost_of_its_chain(whole):
+    rows = tiny.rows(whole.workdir)
+    for stage in tiny.STAGES:
+        spent = rows[stage]["wall_seconds"]
+        assert list(spent) == ["prepare", "compile", "train", "save", "evaluate"]
+        assert spent["train"] >= rows[stage]["seconds"] and min(spent.values()) > 0
+    chain = [rows[stage] for stage in ("pretrain", "posttrain", "finetune")]
+    assert rows["finetune"]["chain"]["tokens"] == sum(row["tokens"] for row in chain)
+    assert rows["finetune"]["chain"]["stages"] == ["pretrain", "posttrain"]
+
+
+def test_a_report_names_the_commit_and_links_the_resolved_config(whole):
+    text = (whole.workdir / "report.md").read_text()
+    assert "- commit: " in text and "(config.resolved.json)" in text and "  sequence_length = 32" in text
+    resolved = json.loads((whole.workdir / "config.resolved.json").read_text())
+    assert resolved["stages"]["pretrain"]["steps"] == 10
+    assert [each["stages"] for each in json.loads((whole.workdir / "sessions.json").read_text())] == [[*tiny.STAGES]]
+
+
+@pytest.mark.slow
+def test_wall_time_adds_up_over_the_starts_of_a_run(disturbed):
+    sessions = json.loads((disturbed.workdir / "sessions.json").read_text())
+    assert "scratch" in sessions[-1]["stages"] and len(sessions) >= 3
+    for row in (tiny.rows(disturbed.workdir)[stage] for stage in tiny.STAGES):
+        assert row["wall_seconds"]["train"] >= row["seconds"]

@@ -1,0 +1,147 @@
+"""The sections of the report beside the comparisons: plots, single items, time, cost and settings."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llm3.config import load
+from llm3.config.schema import as_dict
+from llm3.report import examples, settings, time_spent
+from llm3.report.figures import bounds, confusions, figures, reliabilities
+from llm3.report.material import Material
+from llm3.report.page import page, write_report
+from llm3.report.plots import figure, first_of_row, row_sizes
+from llm3.report.statistics import calibration_error, wilson
+from tests.helpers import tiny_report, tiny_run
+from tests.helpers.tiny_report import CLASSES, SHARES, task
+
+
+def confusion(stage):
+    columns = task(stage)
+    counts = np.zeros((3, 3), int)
+    for truth, prediction in zip(columns["truth"], columns["prediction"], strict=True):
+        counts[CLASSES.index(truth), CLASSES.index(prediction)] += 1
+    return {"task_confusion": {"classes": CLASSES, "counts": counts.tolist()}}
+
+
+@pytest.fixture(scope="module")
+def run():
+    histories = {name: [{"step": step, "loss": 3 / step} for step in range(1, 9)] for name in ("pretrain", *SHARES)}
+    details = {name: confusion(name) for name in SHARES}
+    return tiny_report.material(title="Run tiny", command="run it", histories=histories, details=details)
+
+
+@pytest.mark.parametrize(("panels", "sizes"), [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])])
+def test_no_slot_of_a_figure_is_empty(tmp_path, panels, sizes):
+    assert row_sizes(panels, 3) == sizes
+    with figure(tmp_path / "a.png", panels, 3, size=(1, 1)) as axes:
+        assert len(axes) == panels
+        right = max(each.get_subplotspec().colspan.stop for each in axes)
+        ends = {each.get_subplotspec().colspan.stop for each in axes if each.get_subplotspec().is_last_col()}
+        assert ends == {right}
+        lefts = [index for index in range(panels) if axes[index].get_subplotspec().is_first_col()]
+    assert [index for index in range(panels) if first_of_row(index, panels, 3)] == lefts
+
+
+def test_a_report_has_a_plot_for_each_part_and_equal_files_when_written_again(tmp_path, run):
+    for name in ("one", "two"):
+        write_report(tmp_path / name, run)
+    plots = {"matrix.png", "loss.png", "seeds.png", "confusion_task.png", "reliability_task.png"}
+    assert set(figures(run)) == plots
+    one, two = (tiny_run.files(tmp_path / name) for name in ("one", "two"))
+    assert set(one) == plots | {"report.md", "matrix.json"}
+    assert {name: content for name, (_, content) in one.items()} == {
+        name: content for name, (_, content) in two.items()
+    }
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert all(text.count(f"]({name})") == 1 for name in plots)
+    assert text.splitlines()[2].startswith("**task: ")
+
+
+def test_the_heat_map_adds_up_the_seeds_of_a_recipe(run):
+    classes, counts = confusions(run, "task")
+    assert classes == CLASSES and list(counts) == ["full", "top", "scratch"]
+    seeds = [np.array(confusion(f"full_{seed}")["task_confusion"]["counts"]) for seed in range(3)]
+    assert np.array_equal(counts["full"], sum(seeds)) and counts["full"].sum() == 360
+
+
+def test_the_reliability_diagram_shows_the_calibration_error_of_the_predictions(run):
+    bins = reliabilities(run, "task")
+    assert list(bins) == ["full", "top", "scratch"]
+    columns = task("scratch")
+    edges = np.ceil(columns["confidence"] * 15)
+    parts = [edges == edge for edge in np.unique(edges)]
+    gaps = [abs((columns["score"] - columns["confidence"])[part].sum()) for part in parts]
+    assert calibration_error(bins["scratch"]) == pytest.approx(sum(gaps) / 120)
+
+
+def test_error_bars_are_intervals_over_seeds_of_a_recipe_and_over_items_of_a_stage(run):
+    ends = bounds(run)
+    assert ends["scratch", "task_accuracy"] == wilson(task("scratch")["score"].sum(), 120)[1:]
+    low, high = ends["full x3", "task_accuracy"]
+    values = [task(f"full_{seed}")["score"].mean() for seed in range(3)]
+    assert (low + high) / 2 == pytest.approx(np.mean(values))
+    assert {stage for stage, _ in ends} == {"init", "pretrain", "full x3", "top x3", "scratch"}
+
+
+def test_the_most_confident_errors_of_the_last_stage_are_listed(run):
+    text = "\n".join(examples.errors_section(run))
+    columns = task("top_0")
+    wrong = np.flatnonzero(columns["score"] == 0)
+    first = wrong[np.argmax(columns["confidence"][wrong])]
+    lines = text.split("| :-- | :-- | :-- | :-- |\n")[1].splitlines()
+    assert lines[0].split(" | ")[:3] == [f"| {2 * first}", columns["truth"][first], columns["prediction"][first]]
+    assert len(lines) == min(len(wrong), examples.ERRORS)
+    assert f"{len(wrong)} of 120 are wrong" in text
+
+
+def test_samples_of_the_last_step_stand_side_by_side():
+    line = {"step": 5, "prompt": "Once", "text": "upon"}
+    samples = {"pretrain": [line | {"text": "old"}, line | {"step": 9}], "finetune": [line | {"text": "a | b\n" * 99}]}
+    (_, prompt, table) = examples.samples_section(Material([], samples=samples))
+    assert prompt == "After *Once*:"
+    assert table.splitlines()[2] == "| pretrain | upon |" and "old" not in table
+    assert table.splitlines()[3].endswith("… |") and "a \\| b a" in table
+    assert examples.samples_section(Material([])) == []
+
+
+def test_wall_time_is_summed_by_part_over_seeds_stages_and_sessions():
+    spent = {"compile": 3.0, "train": 60.0, "evaluate": 10.0}
+    rows = [each | {"wall_seconds": spent} for each in tiny_report.rows()]
+    made = Material(rows, wall_seconds={"tokenize": 5.0}, sessions=[("2026-01-01", 100.0), ("2026-01-02", 500.0)])
+    parts = time_spent.wall_section(made)
+    assert "|  | tokenizing | compiling | training | evaluating | sum |" in parts[1]
+    assert "| full x3 | - | 9.0s | 3m 00s | 30.0s | 3m 39s |" in parts[1]
+    assert "| **all** | 5.0s | 24.0s | 8m 00s | 1m 20s | 9m 49s |" in parts[1]
+    assert parts[3] == "2 sessions, the first from 2026-01-01: 10m 00s in all."
+    assert time_spent.wall_section(Material([{"stage": "a"}])) == []
+
+
+def test_the_cost_of_a_chain_names_its_stages_and_what_nobody_recorded():
+    chain = {"stages": ["SmolLM2", "posttrain"], "unknown": ["SmolLM2"], "tokens": 5e6, "flops": 1e15, "seconds": 90.0}
+    text = "\n".join(time_spent.chain_section(Material([{"stage": "finetune", "chain": chain}, {"stage": "old"}])))
+    assert "| SmolLM2 → posttrain → finetune (without SmolLM2) | 5.00M | 1.00P | 1m 30s |" in text
+    assert "old" not in text
+
+
+MEDICAL = str(tiny_run.ROOT / "configs" / "medical.py")
+
+
+def test_only_fields_that_are_no_defaults_are_shown_and_once_for_all_seeds():
+    lines = settings.changed(load.load(MEDICAL))
+    assert "model.layers = 6" in lines and not any(line.startswith("mesh") for line in lines)
+    assert "stages.{full_0,full_1,full_2}.seed = 0, 1, 2" in lines
+    assert sum("full_" in line and ".steps = 150" in line for line in lines) == 1
+    assert not any(".guard" in line or "log_every = 10" in line for line in lines)
+    text = page(Material([{"stage": "a"}], settings=lines))
+    assert "stages.{top2_0,top2_1,top2_2}\n  kind = 'finetune'\n" in text
+
+
+@pytest.mark.parametrize("file", sorted(tiny_run.ROOT.glob("configs/*.py")), ids=lambda file: file.stem)
+def test_a_config_can_be_read_again_from_its_resolved_values(file):
+    try:
+        config = load.load(str(file))
+    except Exception as error:  # of a pretrained model that is not here
+        pytest.skip(str(error))
+    assert load.read(json.loads(json.dumps(as_dict(config)))) == config
