@@ -15,6 +15,8 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 bin=$root/.venv/bin
+# Many tests start Python: without byte code, each start compiles llm3, and each worker all tests.
+unset PYTHONDONTWRITEBYTECODE
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/lint-imports"

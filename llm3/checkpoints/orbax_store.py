@@ -15,33 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from llm3.checkpoints import retention
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
 from llm3.checkpoints.layout import LiteralPath, missing_files, orbax_context
-from llm3.checkpoints.metadata import (
-    array_mismatches,
-    as_arrays,
-    by_path,
-    check_shapes,
-    digests_of,
-    json_digest,
-    not_finite,
-    saved_shapes,
-    with_digests,
-)
+from llm3.checkpoints.metadata import as_arrays, by_path, not_finite, with_digests
+from llm3.checkpoints.saved_step import DamagedCheckpoint, SavedStep
 from llm3.distributed.interrupts import unfinished_saves
 from llm3.errors import NotWritten, UserError, listed, nearest, os_reason, root_cause, writing
 from llm3.tree import flatten, unflatten
 
+__all__ = ["DamagedCheckpoint", "Store"]
+
 logger = logging.getLogger(__name__)
-
-
-class DamagedCheckpoint(UserError):
-    """A finished checkpoint that cannot be read, or whose content does not match its digests."""
 
 
 class Store:
@@ -154,15 +142,15 @@ class Store:
         """The highest step, regardless of file times."""
         return max(self.steps(), default=None)
 
-    def meta(self, step: int) -> dict:
-        """The metadata of a step. Raises UserError if there is no such step, DamagedCheckpoint if it is damaged."""
+    def saved(self, step: int) -> SavedStep:
+        """A step, to read from. Raises UserError if there is none, DamagedCheckpoint if its metadata is damaged."""
         if step not in (steps := self.steps()):
             raise UserError(f"{self.directory} has no step {step}; it has {listed(map(str, steps)) or 'none'}")
-        meta = self._read(step, "meta", None)
-        digest = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
-        if digest is None or digest != json_digest(meta):
-            raise DamagedCheckpoint(f"{self.directory / str(step) / 'meta'} does not match its digest")
-        return meta
+        return SavedStep(self.directory / str(step))
+
+    def meta(self, step: int) -> dict:
+        """The metadata of a step. Raises UserError if there is no such step, DamagedCheckpoint if it is damaged."""
+        return self.saved(step).meta
 
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
         """The parameters of a step, each leaf checked against its digest before any cast.
@@ -170,12 +158,11 @@ class Store:
         abstract: nested dict of jax.ShapeDtypeStruct with the dtype and sharding of the result (no sharding: first
         device); None: numpy arrays as saved. Raises UserError where paths or shapes differ, DamagedCheckpoint.
         """
-        return unflatten(self._load(step, "params", None if abstract is None else flatten(abstract)))
+        return self.saved(step).load_params(abstract)
 
     def load_opt(self, step: int, abstract: Any) -> Any:
         """The optimizer state of a step in the structure of `abstract`, otherwise as `load_params`."""
-        loaded = self._load(step, "opt", by_path(abstract))
-        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in by_path(abstract)])
+        return self.saved(step).load_opt(abstract)
 
     def remove(self, step: int) -> None:
         """Delete a step. Raises NotWritten where the disk refuses."""
@@ -248,45 +235,3 @@ class Store:
             multihost_utils.sync_global_devices(what)
         if self._writer is not None:
             self._writer.reload()
-
-    def _read(self, step: int, part: str, target: Any, saved: dict[str, tuple] | None = None) -> Any:
-        """A part as Orbax reads it. saved: the required shapes and dtypes, checked since Orbax would silently cast."""
-        path = LiteralPath(self.directory / str(step))
-        try:
-            with orbax_context():
-                if saved is not None:
-                    arrays = ocp.checkpointables_metadata(path).metadata.get(part)  # None if Orbax does not know
-                    if arrays is not None and (wrong := array_mismatches(flatten(arrays), saved)):
-                        raise DamagedCheckpoint(f"{path / part}: {listed(wrong)}")
-                return ocp.load_checkpointables(path, {part: target})[part]
-        except (MemoryError, jax.errors.JaxRuntimeError, DamagedCheckpoint):
-            raise  # the first two are faults of the machine, not of the file
-        except Exception as error:
-            if not path.is_dir():
-                raise DamagedCheckpoint(f"{path} is gone: something removed it while it was being read") from error
-            raise DamagedCheckpoint(f"{path / part} cannot be read: {root_cause(error)}") from error
-
-    def _load(self, step: int, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
-        meta = self.meta(step)
-        saved = saved_shapes(meta, part)
-        if abstract is None:
-            target = {path: np.empty(shape, dtype) for path, (shape, dtype) in saved.items()}
-        else:
-            check_shapes(f"{self.directory / str(step) / part}", abstract, saved)
-            target = {path: _target(leaf, saved[path][1]) for path, leaf in abstract.items()}
-        loaded = flatten(self._read(step, part, unflatten(target), saved)) if target else {}
-        expected = meta["digests" if part == "params" else "opt_digests"]
-        found = digests_of(loaded)
-        if wrong := [path for path in expected if found.get(path) != expected[path]]:
-            raise DamagedCheckpoint(f"{self.directory / str(step) / part}: {listed(wrong)} does not match its digest")
-        if abstract is None:
-            return loaded
-        return {path: loaded[path].astype(leaf.dtype, copy=False) for path, leaf in abstract.items()}
-
-
-def _target(leaf: Any, dtype: np.dtype) -> Any:
-    """The target passed to Orbax: the saved dtype, so that digests can be compared, and the sharding of `leaf`."""
-    if isinstance(leaf, np.ndarray):
-        return np.empty(leaf.shape, dtype)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)

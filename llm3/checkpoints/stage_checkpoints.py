@@ -14,6 +14,7 @@ import numpy as np
 from llm3.checkpoints.delta import abstract_slices, check_slices, patch
 from llm3.checkpoints.metadata import digests_of, on_host, saved_shapes
 from llm3.checkpoints.orbax_store import DamagedCheckpoint, Store
+from llm3.checkpoints.saved_step import SavedStep
 from llm3.errors import UserError, listed
 from llm3.tree import combine_digests, flatten, unflatten
 
@@ -120,7 +121,7 @@ class Checkpoints:
         self.wait()
         if delta:
             base = self._base_of(f"step {step}", self._base_digest)
-            check_slices(f"step {step}", flatten(params), saved_shapes(base, "params"))
+            check_slices(f"step {step}", flatten(params), saved_shapes(base.meta, "params"))
             meta[BASE] = self._base_digest
         self._steps.save(step, params, opt, meta, metrics)
 
@@ -139,17 +140,11 @@ class Checkpoints:
     def leaves(self, step: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """{canonical path: (shape, dtype)} of the parameters of a step, without reading them."""
         meta = self.meta(step)
-        return saved_shapes(self._base_of(f"step {step}", meta[BASE]) if BASE in meta else meta, "params")
+        return saved_shapes(self._base_of(f"step {step}", meta[BASE]).meta if BASE in meta else meta, "params")
 
     def load_params(self, step: int, abstract: dict | None = None) -> dict:
         """The canonical parameters of a step, from a full or a delta checkpoint, as `Store.load_params`."""
-        meta = self.meta(step)
-        if BASE not in meta:
-            return self._steps.load_params(step, abstract)
-        self._base_of(f"step {step}", meta[BASE])
-        base = flatten(self.base(abstract))
-        like = None if abstract is None else abstract_slices(flatten(abstract), saved_shapes(meta, "params"))
-        return unflatten(patch(base, flatten(self.load_trainable(step, like and unflatten(like)))))
+        return self._params(self._steps.saved(step), step, abstract)
 
     def load_trainable(self, step: int, abstract: dict | None = None) -> dict:
         """The segmented tree of trained parameters in a delta checkpoint; see `load_params`."""
@@ -179,8 +174,9 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 like = wanted(step)
-                params, opt = self.load_params(step, like.params), self.load_opt(step, like.opt)
-                return Restored(step, params, opt, self.meta(step), skipped)
+                saved = self._steps.saved(step)
+                params, opt = self._params(saved, step, like.params), saved.load_opt(like.opt)
+                return Restored(step, params, opt, saved.meta, skipped)
             except DamagedCheckpoint as error:
                 self._steps.damaged.add(step)
                 skipped.append(f"step {step} is damaged and was skipped: {error}")
@@ -191,20 +187,31 @@ class Checkpoints:
             )
         return None
 
-    def _base_of(self, what: str, digest: str | None) -> dict:
-        """The metadata of the base, which must have this digest. what: the checkpoint that needs it."""
+    def _params(self, saved: SavedStep, step: int, abstract: dict | None) -> dict:
+        """The parameters of a step, patched into the base if it is a delta checkpoint."""
+        if BASE not in saved.meta:
+            return saved.load_params(abstract)
+        base = flatten(self._base_of(f"step {step}", saved.meta[BASE]).load_params(abstract))
+        like = None if abstract is None else abstract_slices(flatten(abstract), saved_shapes(saved.meta, "params"))
+        return unflatten(patch(base, flatten(saved.load_params(like and unflatten(like)))))
+
+    def _base_of(self, what: str, digest: str | None) -> SavedStep:
+        """The base, which must have this digest. what: the checkpoint that needs it."""
+        self._base.wait()
         path = self._base.directory / "0"
         if 0 not in self._base.steps():
             raise DamagedCheckpoint(f"{path}, the base of {what}, is missing")
-        meta = self._base.meta(0)
-        if meta["params_digest"] != digest:
+        saved = self._base.saved(0)
+        if saved.meta["params_digest"] != digest:
             raise DamagedCheckpoint(f"{path} does not hold the parameters that {what} was saved against")
-        return meta
+        return saved
 
     def _matching_base(self, expected: dict[str, str], trained: dict[str, Any]) -> str | None:
         """The digest of the base, if it is intact and has the `expected` digests once patched by `trained`."""
         try:
-            base, meta = flatten(self.base()), self._base.meta(0)
+            self._base.wait()
+            saved = self._base.saved(0)
+            base, meta = flatten(saved.load_params()), saved.meta
             check_slices("the trained parameters", trained, saved_shapes(meta, "params"))
         except UserError:
             return None

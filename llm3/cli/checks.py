@@ -54,6 +54,11 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             raise UserError("--aot: expected --topology=NAME as well, a TPU")
     elif verb == "data" and options["shard"]:
         shard_of(options["shard"])
+    elif verb == "overlap":
+        if options["show"] < 0:
+            raise UserError(f"--show={options['show']}: expected at least 0")
+        if options["drop"] is not None and options["drop"].exists():
+            raise UserError(f"--drop={options['drop']}: exists already; expected the name of a new file")
     elif verb == "cache":
         check_cache(options)
     elif verb in ("run", "eval"):

@@ -1,4 +1,4 @@
-"""The verbs `data` and `overlap`: the documents of a run as the model sees them, and those of its evaluations."""
+"""The verb `data`: the documents of a run as the model sees them."""
 
 import itertools
 import sys
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from llm3.cli.checks import shard_of
+from llm3.cli.overlap import print_overlaps
+from llm3.cli.token_text import marked, piece, spelled
 from llm3.config.schema import RunConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
@@ -20,7 +21,7 @@ from llm3.errors import counted, listed
 from llm3.report.console import new_console
 from llm3.report.units import count, percent
 from llm3.stages import rules
-from llm3.stages.experiment import Experiment, prepare, read_library
+from llm3.stages.experiment import prepare, read_library
 from llm3.stages.stage import Stage
 
 SHOWN_ROWS, SHOWN_TOKENS, SHOWN_CLASSES = 10, 96, 20
@@ -56,13 +57,6 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
         for row in first_rows(stage):
             console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)
     print_overlaps(experiment, console)
-    return 0
-
-
-def overlap(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
-    """Print the overlap of each evaluation with the training data of the stages."""
-    console = new_console(width=None if sys.stdout.isatty() else 120)
-    print_overlaps(prepare(config, workdir, rules.chosen(config, stages)), console)
     return 0
 
 
@@ -141,18 +135,7 @@ def first_rows(stage: Stage) -> list[Batch]:
 def decoded(stage: Stage, row: Batch) -> Text:
     """The beginning of a row as text, with its targets marked."""
     parts = (_labels if stage.objective.HEAD else _tokens)(stage, row)
-    return Text.assemble(*(_piece(text, is_target) for text, is_target in parts))
-
-
-def marked(text: str, colours: bool) -> str:
-    """Text marked as a target: reversed on a terminal, else in angle quotes."""
-    return f"[reverse]{text}[/reverse]" if colours else f"«{text}»"
-
-
-def _piece(text: str, is_target: bool) -> Text:
-    if is_target and not sys.stdout.isatty():
-        return Text(f"«{text}»")
-    return Text(text, style="reverse" if is_target else "")
+    return Text.assemble(*(piece(text, is_target) for text, is_target in parts))
 
 
 def _tokens(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
@@ -198,33 +181,3 @@ def _labels(stage: Stage, row: Batch) -> list[tuple[str, bool]]:
             first, last = (positions[np.flatnonzero(row.targets[positions] & bit)] for bit in (1, 2))
             parts.append((spelled(row.tokens[int(first[0]) : int(last[0]) + 1], stage.task.tokenizer), True))
     return parts
-
-
-def spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Tokens as one line of text, with special tokens by name."""
-    runs: list[str] = []
-    text: list[int] = []
-    special = set(tokenizer.specials.values())
-    for token in tokens.tolist():
-        if token in special:
-            runs += [tokenizer.decode(text), tokenizer.tokens[token]]
-            text = []
-        else:
-            text.append(token)
-    return "".join([*runs, tokenizer.decode(text)]).replace("\n", "⏎")
-
-
-def print_overlaps(experiment: Experiment, console: Console) -> None:
-    """Print a table of how many documents of each evaluation overlap with the training data."""
-    table = Table("evaluation", box=None, header_style="bold")
-    for column in ("documents", "equal", "near duplicates", "any n-gram"):
-        table.add_column(column, justify="right")
-    for name, found in experiment.overlaps().items():
-        table.add_row(name, *(f"{each:,}" for each in (found.documents, found.exact, found.near, found.any)))
-    console.print(
-        "\nOverlap of the evaluations with the training data, by 13-grams; near duplicates share half or more of them"
-    )
-    console.print(table)
-    for name, found in experiment.overlaps().items():
-        rows = ", ".join(f"{row} ({percent(share)})" for row, share in found.worst)
-        console.print(f"  {name}: highest overlap in rows {rows}" if rows else f"  {name}: no overlap")

@@ -24,8 +24,8 @@ def flag(name: str, **options: Any) -> Flag:
 
 
 def path_flag(name: str, **options: Any) -> Flag:
-    """A flag for a directory on this machine."""
-    return flag(name, type=partial(local_path, where=name), metavar="DIR", **options)
+    """A flag for a directory or a file on this machine."""
+    return flag(name, type=partial(local_path, where=name), **{"metavar": "DIR"} | options)
 
 
 def names(text: str) -> list[str]:
@@ -152,7 +152,15 @@ VERBS = {
         ),
     ),
     "overlap": Verb(
-        "cli.data:overlap", "show the overlap of the evaluations with the training data", (CONFIG, RUN, STAGES)
+        "cli.overlap:overlap",
+        "show the overlap of the evaluations with the training data",
+        (
+            CONFIG,
+            RUN,
+            STAGES,
+            flag("--show", type=int, default=3, metavar="N", help="passages per evaluation (default: 3)"),
+            path_flag("--drop", metavar="FILE", help="write the training documents to leave out, for sources.*.drop"),
+        ),
     ),
     "cache": Verb(
         "cli.cache:cache",

@@ -74,6 +74,7 @@ class SourceConfig:
     test: str = "test"  # name of the test split
     validation_share: float = 0.0  # share of train that is held out, of each class, if there is no validation split
     max_documents: int = 0  # size of a fixed random sample of the train split; 0: all rows
+    drop: str = ""  # a file that `overlap --drop=FILE` wrote: its documents are left out of the train split
     streaming: bool = False  # stream from the hub, without a copy on disk
     bad_rows: float = 0.01  # max share of unusable rows; they are set aside and counted by reason
     max_row_bytes: int = 10_000_000  # a row with more bytes counts as unusable

@@ -106,9 +106,9 @@ def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int)
         raise UserError(f"contamination: n={n}: expected at least 1")
     sizes = np.diff(evaluation.offsets) - evaluation.starts - 1
     lengths = sorted({min(int(size), n) for size in np.unique(sizes) if size > 0})
-    wanted = {length: _Wanted(evaluation, length, sizes >= n if length == n else sizes == length) for length in lengths}
+    wanted = {length: Wanted(evaluation, length, sizes >= n if length == n else sizes == length) for length in lengths}
     for cache in training if lengths else ():
-        for _, valid, hashes in _hashed(cache, lengths):
+        for _, valid, hashes in hashed(cache, lengths):
             for length in lengths:
                 wanted[length].look_for(hashes[length], valid[length])
     grams, found = np.zeros(evaluation.documents, np.int64), np.zeros(evaluation.documents, np.int64)
@@ -118,15 +118,15 @@ def ngrams_found(evaluation: TokenCache, training: Iterable[TokenCache], n: int)
     return grams, found
 
 
-class _Wanted:
+class Wanted:
     """The evaluation's n-grams of one length, and which of them have been found in the training data."""
 
     def __init__(self, cache: TokenCache, length: int, chosen: np.ndarray):
         """chosen: bool [documents], True for documents whose n-grams are wanted."""
         hashes, documents = [], []
-        for places, valid, hashed in _hashed(cache, [length]):
+        for places, valid, found in hashed(cache, [length]):
             document = np.searchsorted(cache.offsets, places[valid[length]], side="right") - 1
-            hashes.append(hashed[length][valid[length]][chosen[document]])
+            hashes.append(found[length][valid[length]][chosen[document]])
             documents.append(document[chosen[document]])
         self._documents, self._count = np.concatenate(documents), cache.documents
         self._hashes, self._inverse = np.unique(np.concatenate(hashes), return_inverse=True)
@@ -138,16 +138,22 @@ class _Wanted:
 
     def look_for(self, hashes: np.ndarray, valid: np.ndarray) -> None:
         """Mark the wanted n-grams among these hashes; hashes count only where `valid` is True."""
-        hashes = hashes[self._maybe[(hashes >> self._shift).astype(np.intp)] & valid]
-        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        self.found[places[self._hashes[places] == hashes]] = True
+        self.found[self.hits(hashes, valid)[1]] = True
+
+    def hits(self, hashes: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(places of wanted n-grams among these hashes, their numbers among the distinct wanted ones): int64 [hits]."""
+        where = np.flatnonzero(self._maybe[(hashes >> self._shift).astype(np.intp)] & valid)
+        found = hashes[where]
+        places = np.minimum(np.searchsorted(self._hashes, found), len(self._hashes) - 1)
+        same = self._hashes[places] == found
+        return where[same], places[same]
 
     def count(self, marked: np.ndarray) -> np.ndarray:
         """Marked n-grams of each document: int64 [documents]. marked: bool [distinct n-grams]."""
         return np.bincount(self._documents[marked[self._inverse]], minlength=self._count)
 
 
-def _hashed(
+def hashed(
     cache: TokenCache, lengths: list[int]
 ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]]:
     """Yield for each chunk: positions in the stream, and {length: where an n-gram starts}, {length: its hash}."""

@@ -1,5 +1,6 @@
 """The data of a run: sources by name, tokenized once, and cut into windows for each objective or evaluation."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
@@ -100,7 +101,9 @@ def trained_tokenizer(
     for name in names:
         if name not in configs:
             raise UserError(f"tokenizer.sources: {name!r}: {nearest(name, configs)}")
-    splits = [sources.open_split(configs[name], "train", cache_dir=cache_dir) for name in names]
+    # also on what `drop` leaves out: else all would be tokenized again, with other n-grams
+    complete = [dataclasses.replace(configs[name], drop="") for name in names]
+    splits = [sources.open_split(each, "train", cache_dir=cache_dir) for each in complete]
     library = f"tokenizers {importlib.metadata.version('tokenizers')}"  # its versions may choose other merges
     settings = [vocab_size, train_bytes, library, *(each.key for each in splits)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()

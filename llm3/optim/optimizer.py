@@ -102,7 +102,7 @@ def make_optimizer(
         optax.scale_by_learning_rate(rate, flip_sign=False),
         *([running_mean(ema, groups)] if ema else []),
     )
-    return Optimizer(transform, rate)
+    return Optimizer(transform, jax.jit(rate))  # it is called to log it: one program, not one for each operation
 
 
 def _check(name: str, options: Mapping[str, Any], *, ema: float, **at_least_0: float) -> None:

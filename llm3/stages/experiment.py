@@ -12,6 +12,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import RunConfig
 from llm3.data import tokenizer as tokenizers
+from llm3.data.cache.cache import TokenCache
 from llm3.data.cache.place import cache_directory
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
@@ -81,15 +82,17 @@ class Experiment:
 
     def overlaps(self) -> dict[str, Contamination]:
         """For each evaluation, the overlap of its documents with the training data of the stages."""
-        training = sorted({source for stage in self.stages.values() for source in stage.data.caches})
         for each in self.evaluations if not self._overlaps else ():
-            if each.cache is None:
-                continue
-            # an evaluation on a train split overlaps with it on purpose
-            measured = (each.config.source, each.config.split)
-            others = [self.library.cache(source, "train") for source in training if (source, "train") != measured]
-            self._overlaps[each.name] = cached_contamination(each.cache, others, Path(self.library.cache_dir))
+            if each.cache is not None:
+                others = self.training_beside(each).values()
+                self._overlaps[each.name] = cached_contamination(each.cache, others, Path(self.library.cache_dir))
         return self._overlaps
+
+    def training_beside(self, evaluation: Evaluation) -> dict[str, TokenCache]:
+        """{source: its documents} that the stages train on, except those that the evaluation measures on purpose."""
+        training = sorted({source for stage in self.stages.values() for source in stage.data.caches})
+        measured = (evaluation.config.source, evaluation.config.split)
+        return {source: self.library.cache(source, "train") for source in training if (source, "train") != measured}
 
 
 def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -148,9 +149,16 @@ def seldom_collect_garbage() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+# What the run of a config imports, most of it later; scipy.io is imported by datasets.
+IMPORTED = ("llm3.cli.run", "ml_collections.config_dict", "tensorboardX", "matplotlib.figure", "scipy.io")
+PLUGINS = ("llm3.evals", "llm3.objectives", "llm3.data.formats", "llm3.data.windows")
+
 if __name__ == "__main__":
-    for module in ("llm3.cli.run", "tensorboardX", "matplotlib.figure"):
+    for module in (*IMPORTED, *PLUGINS):
         importlib.import_module(module)
+    for folder in PLUGINS:
+        for plugin in pkgutil.iter_modules(sys.modules[folder].__path__, f"{folder}."):
+            importlib.import_module(plugin.name)
     from tests.helpers import tiny_run
 
     seldom_collect_garbage()

@@ -21,7 +21,7 @@ def parameters(seed: int = 0, scale: int = 1) -> dict:
 
 def optimizer_state(params: dict) -> object:
     transform = optax.adamw(1e-3, mask=map_with_path(lambda path, _: path.endswith("kernel"), params))
-    return transform.update(params, transform.init(params), params)[1]
+    return jax.jit(lambda params: transform.update(params, transform.init(params), params)[1])(params)
 
 
 def same(tree: object, other: object) -> bool:

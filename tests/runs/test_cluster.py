@@ -14,10 +14,11 @@ from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
 
-STEPS, SAVES = 8, (3, 6, 8)
-LAYOUTS = {"1 x 1": (1, 1), "1 x 8": (1, 8), "2 x 2": (2, 2)}  # processes x devices of each
+STEPS, SAVES = 6, (2, 4, 6)
+LAYOUTS = {"1 x 1": (1, 1), "1 x 4": (1, 4), "1 x 8": (1, 8), "2 x 2": (2, 2)}  # processes x devices of each
 MESHES = {
     "1 x 1": {},
+    "1 x 4": {"fsdp": 2},
     "1 x 8": {"fsdp": 2, "tensor": 2},
     "2 x 2": {"data": 1, "fsdp": -1},  # every parameter lies in pieces on both processes
 }
@@ -31,7 +32,7 @@ def base(tmp_path_factory):
 
 
 def started(base, name, *more):
-    """A config of three stages of 8 steps, and the command that runs it in base/NAME."""
+    """A config of three stages of 6 steps, and the command that runs it in base/NAME."""
     extra = "\n".join(
         [
             "for stage in c.stages.values():",
@@ -53,7 +54,7 @@ def run(base, name, layout, *more, status=0, points=None, caches=None):
     return ended
 
 
-STAGES = "--stages=pretrain,posttrain,finetune"
+STAGES, NO_EVALUATIONS = "--stages=pretrain,posttrain,finetune", "--config.evaluations={}"
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,10 @@ def test_the_first_process_speaks_and_the_others_are_silent(whole):
     ("saved_on", "layout", "stage"),
     [
         ("2 x 2", "1 x 1", "pretrain"),
+        ("2 x 2", "1 x 4", "pretrain"),
         ("2 x 2", "1 x 8", "finetune"),
         ("1 x 1", "2 x 2", "finetune"),
+        ("1 x 4", "2 x 2", "pretrain"),
         ("1 x 8", "2 x 2", "pretrain"),
     ],
 )
@@ -122,10 +125,15 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_with_the_same_losse
 def died(base):
     """How the starts of one run ended: each process is killed once, then one gets SIGTERM, then the run ends.
 
-    Steps count from each start; at the first death, the save of step 6 has waited for that of step 3.
+    Steps count from each start; at the first death, the save of step 4 has waited for that of step 2. A start traces
+    all stages that it is to train, so the first ones are to train no more than they come to.
     """
-    points = ({1: "SIGKILL@step::7"}, {0: "SIGKILL@step::10"}, {1: "SIGTERM@computing:finetune:3"}, None)
-    return [run(base, "died", "2 x 2", STAGES, status=None, points=each) for each in points]
+    points = ({1: "SIGKILL@step::5"}, {0: "SIGKILL@step::6"}, {1: "SIGTERM@computing:finetune:1"}, None)
+    stages = ("--stages=pretrain", "--stages=pretrain,posttrain", STAGES, STAGES)
+    return [
+        run(base, "died", "2 x 2", each, NO_EVALUATIONS, status=None, points=at)
+        for each, at in zip(stages, points, strict=True)
+    ]
 
 
 def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command_goes_on(base, whole, died):
@@ -144,13 +152,14 @@ def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_
     assert "Stopped by signal 15; everything is saved" in stopped[0].stdout
     assert [each.status for each in done] == [0, 0], done[0].stderr
     resumed = next(line for line in done[0].stdout.splitlines() if "resumes at step" in line)
-    assert resumed.startswith("finetune: resumes at step ") and 3 <= int(resumed.split()[-1]) < STEPS
+    assert resumed.startswith("finetune: resumes at step ") and 1 <= int(resumed.split()[-1]) < STEPS
     assert tiny.digests(base / "died") == tiny.digests(whole.workdir("2 x 2"))
 
 
 @pytest.mark.parametrize("where", ["data", "step"])
 def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(base, where):
-    more, points = ("--stages=pretrain", "--config.hang_seconds=600"), {1: f"HANG@{where}::2"}
+    more = ("--stages=pretrain", NO_EVALUATIONS, "--config.hang_seconds=600")
+    points = {1: f"HANG@{where}::2"}
     ended = run(base, f"hung {where}", "2 x 2", *more, status=Exit.HUNG, points=points)
     for process, each in enumerate(ended):
         assert f"process {process} of 2" in each.stderr and "late: process 1\n" in each.stderr

@@ -26,6 +26,7 @@ fit = dict(c.stages.finetune.to_dict(), seed=0, steps=8, save_every=3)
 start = lambda stage, *fresh, **more: dict(stage=stage, fresh=["head/.*", *fresh], **more)
 rates = dict(ema=0.5, l2_sp=0.1, layer_decay=0.8, learning_rates=[["head/.*", 3.0]])
 x, y = dict(rank=2, dora=True, dropout=0.1), dict(rank=3, targets=["query", "down"])
+slow = dict(learning_rate=0.05, warmup_steps=8)
 some = dict(
     fit, start=start("nf4", drop=[".*/lora/.*"]), steps=50, save_every=20, frozen="float32",
     train=["layers[1]/attention/.*", "norms", "head/.*"],
@@ -38,10 +39,11 @@ c.stages = dict(
     ),
     nf4=dict(
         fit, start=start("pretrain", ".*/lora/x/.*"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"],
-        optimizer=dict(learning_rate=0.05, warmup_steps=8), best="general_bits_per_byte",
+        optimizer=slow, best="general_bits_per_byte",
     ),
     again=dict(
-        fit, start=dict(stage="nf4", step="best"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"], steps=3
+        fit, start=dict(stage="nf4", step="best"), frozen="nf4", adapters=dict(x=x), train=["lora", "head/.*"],
+        optimizer=slow,
     ),
     second=dict(
         fit, start=start("nf4", ".*/lora/y/.*"), adapters=dict(x=dict(x, active=False), y=y),
@@ -199,7 +201,7 @@ def test_a_child_starts_from_the_best_step_also_where_that_is_a_partial_checkpoi
     figures = {step: found.meta(step)["scored"]["value"] for step in found.steps()}
     best = min(figures, key=figures.get)
     assert best < found.latest() and BASE in found.meta(best)
-    assert checkpoints(whole.workdir, "again").meta(3)["parent"]["step"] == best
+    assert checkpoints(whole.workdir, "again").meta(8)["parent"]["step"] == best
     start, theirs = first_leaves(whole.workdir, "again"), leaves(whole.workdir, "nf4", best)
     assert start.keys() == theirs.keys() and equal(start, theirs, start)
     assert not equal(start, leaves(whole.workdir, "nf4"), [path for path in start if "/lora/" in path])

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Records:
     held_out: selection.HeldOut | None
     sample: int  # the most records; 0: all
     train: Reader | None = None  # the train split, to look for what this split does not tell
+    dropped: frozenset[int] = frozenset()  # hashes of texts that are left out
 
     def parts(self) -> list[Part]:
         """The pieces of about 32 MiB in which the rows are read; the cut depends on the data only."""
@@ -120,21 +121,30 @@ class Records:
 
     def _candidates(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
         """Yield (number, hash, record) of the rows on this side of the split."""
-        if self.held_out is None:
-            yield from self._hashed(part)
-            return
         for number, digest, record in self._hashed(part):
-            if self.held_out.takes(digest, self._moved):
+            if self.held_out is not None and not self.held_out.takes(digest, self._moved):
+                continue
+            if digest not in self.dropped or isinstance(record, BadRow):
                 yield number, digest, record
+
+    def text_hashes(self, rows: Container[int]) -> dict[int, int]:
+        """{row: hash of its texts} of some rows; `dropped` leaves out all rows with the same texts."""
+        found = (row for part in self.parts() for row in self.read_part(part) if row[0] in rows)
+        return {number: self._hash(number, record) for number, record in found if not isinstance(record, BadRow)}
+
+    def _hash(self, number: int, record: dict[str, Any] | BadRow) -> int:
+        """A hash of the texts of a record, or of what is known of an unusable row."""
+        if isinstance(record, BadRow):
+            return selection.hash_of(f"{number} {record}")
+        return selection.hash_of("\n".join(self._row_format.texts(record)))
 
     def _hashed(self, part: Part) -> Iterator[tuple[int, int, dict[str, Any] | BadRow]]:
         """Yield (number, hash, record) of the rows on both sides; the hash is 0 if nothing needs it."""
         row_format, source = self._row_format, self._resolved
         for number, row in self._rows(self.reader.rows(part.first, part.place)):
             record, digest = _record(row, row_format, source), 0
-            if self.held_out is not None or self.sample:
-                content = f"{number} {record}" if isinstance(record, BadRow) else "\n".join(row_format.texts(record))
-                digest = selection.hash_of(content)
+            if self.held_out is not None or self.sample or self.dropped:
+                digest = self._hash(number, record)
             yield number, digest, record
 
     def _rows(self, rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:

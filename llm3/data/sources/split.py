@@ -16,6 +16,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.data import formats
 from llm3.data.formats import BadRow
 from llm3.data.sources import corpus, hooks, selection
+from llm3.data.sources.drop import read_drop
 from llm3.data.sources.files import nearest_beside
 from llm3.data.sources.readers import Reader, open_reader
 from llm3.data.sources.records import Records
@@ -26,7 +27,7 @@ from llm3.files import local_path
 PROBED_ROWS = 1000  # rows that are searched for the fields
 NOT_IN_KEY = {  # fields that do not change records, or that enter the key in another way
     *("path", "name", "data_files", "data_dir", "local", "train", "validation", "test", "streaming"),
-    *("validation_share", "max_documents", "bad_rows", "transforms", "filters"),
+    *("validation_share", "max_documents", "drop", "bad_rows", "transforms", "filters"),
 }
 
 
@@ -34,8 +35,9 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
     """The records of one split ("train", "validation" or "test").
 
     Without a validation split, `validation_share` of the train split is held out by a hash of the text, so that equal
-    texts are on the same side. `max_documents` keeps the records of the train split with the smallest hashes. Rows are
-    read later. Raises UserError for files, fields, splits and functions that do not exist or cannot be read.
+    texts are on the same side. `drop` leaves texts out of the train split; of the others, `max_documents` keeps those
+    with the smallest hashes. Rows are read later. Raises UserError for files, fields, splits and functions that do not
+    exist or cannot be read.
     """
     one_of("split", split, corpus.SPLITS)
     given = expanded(source)
@@ -66,17 +68,20 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
         with contextlib.suppress(UserError):  # many evaluation sets have no train split
             train = open_reader(source, source.train, Path(cache_dir))
     settings |= {"train": train.key} if train else {}
+    dropped = read_drop(source.drop) if source.drop and split == "train" else frozenset()
+    left_out = [sorted(dropped)] if dropped else []
     unlabelled = {field: value for field, value in settings.items() if field not in ("label", "tag")}
     return Records(
         source,
         _split_name(given, source.train if from_train else wanted),
         split,
-        _digest([reader.key, settings, functions, side, sample]),
+        _digest([reader.key, settings, functions, side, sample, *left_out]),
         _digest([reader.key, unlabelled, functions]),
         reader,
         held_out,
         sample,
         train,
+        dropped,
     )
 
 

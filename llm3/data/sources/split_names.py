@@ -38,7 +38,7 @@ def expanded(source: SourceConfig) -> SourceConfig:
             return [one(each) for each in value]
         return os.path.expanduser(value) if isinstance(value, str) else value
 
-    paths = {field: one(getattr(source, field)) for field in ("path", "data_files", "data_dir")}
+    paths = {field: one(getattr(source, field)) for field in ("path", "data_files", "data_dir", "drop")}
     return dataclasses.replace(source, **paths)
 
 
