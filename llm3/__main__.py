@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         with watched_output(goes_on=trains):
             if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
                 return call_verb(arguments)
-            farewell = "stopped" + "; rerun the command to resume" * trains
+            resumes = trains or (arguments[:1] == ["predict"] and "--out=-" not in arguments)
+            farewell = "stopped" + "; rerun the command to resume" * resumes
             with interrupts.Interrupts(farewell).watching(*[signal.SIGTERM] * trains) as watched:
                 try:
                     return call_verb(arguments)

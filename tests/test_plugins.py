@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from llm3 import evals, objectives
+from llm3.cli.verbs import VERBS
 from llm3.config.checks import OPTIMIZERS, SCHEDULES
 from llm3.config.data_schema import SourceConfig
 from llm3.data import formats, windows
@@ -21,6 +22,8 @@ from llm3.models.transformer import abstract
 from llm3.objectives import Sums
 from llm3.optim.learning_rates import SHAPES
 from llm3.optim.update_rules import RULES
+from llm3.predict import kinds
+from llm3.predict.fields import FLAGS
 from llm3.registry import DECLARED, declared, load_plugin, plugin_names, read_options
 from llm3.segments import segmented
 from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, make_params, make_row, model_config, stack
@@ -120,6 +123,28 @@ def test_a_row_format_reads_encodes_and_names_its_texts(name):
     assert list(inspect.signature(plugin.read_row).parameters) == ["row", "source"]
     assert list(inspect.signature(plugin.encode).parameters) == ["record", "tokenizer", "template"]
     assert list(inspect.signature(plugin.texts).parameters) == ["record"]
+    assert list(inspect.signature(plugin.read_input).parameters) == ["row", "source"]
+    assert list(inspect.signature(plugin.columns).parameters) == ["source"]
+    assert set(FLAGS[name]) <= {field.name for field in dataclasses.fields(SourceConfig)}
+
+
+@pytest.mark.parametrize("name", plugin_names(kinds))
+def test_a_kind_of_predictions_has_what_its_folder_promises(name):
+    plugin = load_plugin(kinds, name)
+    assert plugin.__doc__ and plugin.ROWS >= 1 and set(plugin.FORMATS) <= set(plugin_names(formats))
+    signatures = {
+        "least_length": ["options"],
+        "refusal": ["trained"],
+        "read": ["row", "fields"],
+        "encode": ["record", "fields", "trained", "tokenizer", "options"],
+        "columns": ["trained", "options"],
+        "predict": ["session", "items"],
+    }
+    for function, parameters in signatures.items():
+        assert list(inspect.signature(getattr(plugin, function)).parameters) == parameters
+    if hasattr(plugin, "Options"):
+        flags = {flag.removeprefix("--") for flag, _ in VERBS["predict"].flags}
+        assert {field.name for field in dataclasses.fields(plugin.Options)} <= flags
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,11 @@ def trained_stages(workdir: Path) -> list[str]:
     return sorted(ranks, key=ranks.__getitem__)
 
 
+def stage_meta(workdir: Path, name: str, step: str = "latest") -> dict:
+    """The metadata of a checkpoint of a stage, with its "step". Raises UserError."""
+    return _found(workdir, name, step)[1]
+
+
 def load_stage(
     workdir: Path, name: str, step: str = "latest", mesh: Mesh | None = None
 ) -> tuple[dict, ModelConfig, dict]:
@@ -31,6 +36,13 @@ def load_stage(
 
     mesh: the mesh to place the parameters on; None: return numpy arrays.
     """
+    checkpoints, meta = _found(workdir, name, step)
+    model = read_model(meta["model"])
+    params = checkpoints.load_params(meta["step"], None if mesh is None else abstract_params(model, mesh))
+    return params, model, meta
+
+
+def _found(workdir: Path, name: str, step: str) -> tuple[Checkpoints, dict]:
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
@@ -40,7 +52,4 @@ def load_stage(
     if step != "latest" and not step.isdecimal():
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     number = latest if step == "latest" else int(step)
-    meta = checkpoints.meta(number)
-    model = read_model(meta["model"])
-    params = checkpoints.load_params(number, None if mesh is None else abstract_params(model, mesh))
-    return params, model, meta | {"step": number}
+    return checkpoints, checkpoints.meta(number) | {"step": number}

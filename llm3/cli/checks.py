@@ -9,12 +9,13 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS
-from llm3.registry import check_installed, declared
+from llm3.files import CHECKPOINTS, local_path
+from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.parents import first_rows
 from llm3.stages.workdir import check_record
 
+PREDICTED = (".jsonl", ".csv", ".parquet")
 EXPORT_FORMATS = ("merged", "base", "adapters")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +40,8 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
                 check_record(workdir, config, name)
     if verb == "generate":
         check_sampling(options)
+    elif verb == "predict":
+        check_predict(options)
     elif verb == "export":
         check_export(options)
     elif verb == "bench-model":
@@ -63,7 +66,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         check_cache(options)
     elif verb in ("run", "eval"):
         check_evaluations(config, options)
-    if verb in ("generate", "export", "lineage", "eval", "report"):
+    if verb in ("generate", "export", "lineage", "eval", "predict", "report"):
         for name in (options["stages"] if options.get("tasks") else None) or [options.get("stage")]:
             check_workdir(workdir, name)
     for run in options.get("runs", ()) if verb == "compare" else ():
@@ -123,6 +126,25 @@ def check_sampling(options: Mapping[str, Any]) -> None:
             raise UserError(f"--{option}={options[option]}: expected at least {least}")
     if not 0 < options["top_p"] <= 1:
         raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
+
+
+def check_predict(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `predict` that are out of range, and for an output of an unknown kind."""
+    if (given := options["input"]) != "-":
+        local_path(given, "--in")
+    if (out := options["out"]) != "-":
+        path = local_path(out, "--out")
+        if path.suffix not in PREDICTED:
+            raise UserError(f"--out={out}: {nearest(path.suffix, PREDICTED)}, or '-' for standard output")
+        if path.is_dir():
+            raise UserError(f"--out={out} is a folder: expected a file in it")
+    for flag in ("batch_size", "sequence_length"):
+        if options[flag] is not None and options[flag] < 1:
+            raise UserError(f"--{flag}={options[flag]}: expected at least 1")
+    if (what := options.get("what")) is not None:
+        declared_kinds = plugin_names("predict/kinds")
+        if what not in declared_kinds:
+            raise UserError(f"--what={what}: {nearest(what, declared_kinds)}")
 
 
 def check_export(options: Mapping[str, Any]) -> None:

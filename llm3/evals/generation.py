@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import re
 import string
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext, by_item
-from llm3.models.decoding import greedy, right_aligned
+from llm3.models.decoding import decode, greedy, right_aligned
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -114,19 +115,31 @@ def read_question(context: EvalContext, index: int, width: int) -> Question:
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
 
-def generate_answers(context: EvalContext, questions: list[Question], width: int) -> list[str]:
-    """The model's answer to each question. width: max tokens of a prompt."""
+def generate_answers(
+    context: EvalContext,
+    questions: list[Question],
+    width: int,
+    *,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+) -> list[str]:
+    """The model's answer to each question. width: max tokens of a prompt. seeds: of each answer, if it is drawn."""
     stops = context.tokenizer.end_ids
-    run = context.jit(functools.partial(greedy, stops=stops, max_tokens=context.options.max_tokens))
+    run = context.jit(
+        functools.partial(greedy, stops=stops, max_tokens=context.options.max_tokens)
+        if seeds is None
+        else functools.partial(decode, stops=stops, max_tokens=context.options.max_tokens, temperature=temperature)
+    )
     texts, rows = [""] * len(questions), context.config.batch_size
-    longest = max(len(each.end) for each in questions)
+    longest = max((len(each.end) for each in questions), default=1)
     for padded, numbers in context.groups([len(each.prompt) for each in questions], width):
         chosen = [questions[number] for number in numbers]
         ends = np.full((rows, longest), stops[0], np.int32)
         for row, each in enumerate(chosen):
             ends[row] = [-1] * (longest - len(each.end)) + each.end
         prompts = right_aligned([each.prompt for each in chosen], padded, rows)
-        decoded = jax.device_get(run(*context.place((*prompts, ends))))
+        given = [] if seeds is None else [np.resize([seeds[number] for number in numbers], (rows, 1)).astype(np.int32)]
+        decoded = jax.device_get(run(*context.place((*prompts, ends, *given))))
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             answer = decoded["tokens"][row, : decoded["count"][row, 0] + 1].tolist()
             for stop in (*([stop] for stop in stops), each.end):

@@ -113,8 +113,21 @@ def best_span(starts: np.ndarray, ends: np.ndarray, max_tokens: int) -> tuple[fl
     return float(scores[first, more]), first, first + more
 
 
-def predictions(context: EvalContext) -> list[str]:
-    """The predicted answer of each document; "": no answer."""
+class Found(NamedTuple):
+    """The best span of a document: first and last token, its score, and that of "no answer". No window: -inf, inf."""
+
+    score: float
+    first: int
+    last: int
+    none: float
+
+    def answers(self, threshold: float) -> bool:
+        """Whether the span is predicted, and not "no answer"."""
+        return self.none - self.score <= threshold
+
+
+def best_spans(context: EvalContext) -> list[Found]:
+    """The best span of each document, over all of its chunks."""
     table = context.table()
     best = [(-np.inf, 0, 0)] * context.cache.documents
     none = np.full(context.cache.documents, np.inf)
@@ -125,10 +138,15 @@ def predictions(context: EvalContext) -> list[str]:
             score, start, end = best_span(starts, ends, context.options.max_answer_tokens)
             best[document] = max(best[document], (score, first + start, first + end))
             none[document] = min(none[document], float(result["logits"][row, bos].sum()))
+    return [Found(*each, float(no)) for each, no in zip(best, none, strict=True)]
+
+
+def predictions(context: EvalContext) -> list[str]:
+    """The predicted answer of each document; "": no answer."""
     answers = []
-    for document, (score, start, end) in enumerate(best):
-        answered = none[document] - score <= context.options.no_answer_threshold
-        text = context.tokenizer.decode(context.cache.document(document)[start : end + 1]) if answered else ""
+    for document, found in enumerate(best_spans(context)):
+        tokens = context.cache.document(document)[found.first : found.last + 1]
+        text = context.tokenizer.decode(tokens) if found.answers(context.options.no_answer_threshold) else ""
         answers.append(text.strip("\ufffd"))  # a token may end within a character
     return answers
 

@@ -133,7 +133,22 @@ def greedy(
     stops: tuple[int, ...],
     max_tokens: int,
 ) -> dict[str, jax.Array]:
-    """Decode greedily after each prompt, all rows at a time.
+    """`decode` with the likeliest tokens."""
+    return decode(model, prompts, lengths, ends, None, stops=stops, max_tokens=max_tokens)
+
+
+def decode(
+    model: Transformer,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    ends: jax.Array,
+    seeds: jax.Array | None,
+    *,
+    stops: tuple[int, ...],
+    max_tokens: int,
+    temperature: float = 0.0,
+) -> dict[str, jax.Array]:
+    """Decode after each prompt, all rows at a time: greedily, or drawn with the `seeds` of the rows, int32 [B, 1].
 
     prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. ends: int32 [B, L], up to L tokens that end the
     answer, right-aligned after -1; each token of `stops` ends it as well. Returns tokens, int32 [B, max_tokens], and
@@ -155,14 +170,19 @@ def greedy(
         count += (count == step) & ~ended
         answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
         hidden, kv = model(token, lengths + step, real, kv)
-        return step + 1, kv, best(hidden), recent, answer, count
+        return step + 1, kv, chosen(hidden, step + 1), recent, answer, count
 
-    def best(hidden: jax.Array) -> jax.Array:
-        return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32)
+    def chosen(hidden: jax.Array, step: int | jax.Array) -> jax.Array:
+        logits = model.logits(hidden[:, -1:])
+        if seeds is None:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed[0]), step))(seeds)
+        draw = partial(next_token, temperature=temperature)
+        return jax.vmap(lambda row, key: draw(row, key))(logits, keys).astype(jnp.int32)
 
     hidden, kv = prefill(model, prompts, lengths, max_tokens)
     answer = jnp.zeros((len(prompts), max_tokens), jnp.int32)
     recent = jnp.full_like(ends, -1)  # the last tokens of each answer
-    state = (jnp.int32(0), kv, best(hidden), recent, answer, real - 1)  # a padding row is finished from the start
+    state = (jnp.int32(0), kv, chosen(hidden, 0), recent, answer, real - 1)  # a padding row is finished from the start
     *_, answer, count = jax.lax.while_loop(unfinished, body, state)
     return {"tokens": constrain(answer, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}

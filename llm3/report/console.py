@@ -116,7 +116,7 @@ SECONDS_BETWEEN_LINES = 30.0  # of a count that is written to a log
 
 @contextmanager
 def counting(
-    total: int,
+    total: int | None,
     label: str,
     unit: str = "",
     console: "Console | None" = None,
@@ -124,17 +124,18 @@ def counting(
 ) -> Iterator[Callable[[int], None]]:
     """Count to `total` of a unit ("documents"); yields a function of the number that was done since its last call.
 
-    On a terminal, a bar that disappears at the end; otherwise a line every 30 seconds, so that a short count prints
-    nothing.
+    total: None: not known. console: None: standard output. On a terminal, a bar that disappears at the end; otherwise a
+    line every 30 seconds, so that a short count prints nothing.
     """
-    if console is None and not sys.stdout.isatty():
-        done, last = 0, clock()
+    if not (sys.stdout.isatty() if console is None else console.is_terminal):
+        done, last, of = 0, clock(), "" if total is None else f" of {total:,}"
 
         def line(number: int) -> None:
             nonlocal done, last
             done += number
             if (now := clock()) - last >= SECONDS_BETWEEN_LINES:
-                print(f"{label}: {done:,} of {total:,} {unit}".rstrip(), flush=True)
+                text = f"{label}: {done:,}{of} {unit}".rstrip()
+                print(text, flush=True) if console is None else console.print(text)
                 last = now
 
         yield line

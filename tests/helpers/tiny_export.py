@@ -7,6 +7,7 @@ from safetensors.numpy import load_file
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.export import export
+from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import AdapterConfig, ModelConfig, as_dict
 from llm3.data.chat_templates import template_hash
 from llm3.data.tokenizer import Tokenizer, train
@@ -48,9 +49,13 @@ def write_run(
     step: int = 7,
     template: str = "",
     text: Tokenizer | None = None,
+    sources: dict[str, SourceConfig] | None = None,
     **meta,
 ) -> None:
-    """A run of one stage with a checkpoint, as far as `export` and `generate` read it. text: its tokenizer."""
+    """A run of one stage with a checkpoint, as far as the verbs after training read it.
+
+    text: its tokenizer. sources: those that it was trained on.
+    """
     text = text or tokenizer()
     text.save(workdir / "tokenizer.json")
     if template:
@@ -59,6 +64,9 @@ def write_run(
     objective = meta.pop("objective", "classify" if config.classes else "causal")
     meta |= {"chat_template": template_hash(template)}
     meta["config"] = {"stage": {"sequence_length": LENGTH, "objective": objective}}
+    if sources:
+        meta["config"]["stage"]["data"] = dict.fromkeys(sources, 1.0)
+        meta["config"]["sources"] = {name: as_dict(source) for name, source in sources.items()}
     with Checkpoints(workdir / STAGE / "checkpoints", keep=9) as checkpoints:
         checkpoints.save(step, params, {}, meta)
 

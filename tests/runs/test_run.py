@@ -1,5 +1,7 @@
 """Whole runs: what they leave, and that no kind of death changes what they compute."""
 
+import csv
+import hashlib
 import json
 import math
 import shutil
@@ -104,6 +106,7 @@ def answers(whole):
         (copy / written).unlink()
     common, prompt = whole.command[1:], ("--prompt=The president", "--max_tokens=4", "--seed=1")
     before = tiny.files(whole.workdir)
+    task, general = (whole.base / "texts" / f"{name}.jsonl" for name in ("task-test", "general-validation"))
     done = tiny.process(
         whole.command,
         ("eval", *common),
@@ -115,10 +118,12 @@ def answers(whole):
         ("lineage", common[1]),
         ("report", f"--workdir={copy}"),
         ("compare", whole.workdir, copy),
+        ("predict", common[1], "--stage=finetune", f"--in={task}", f"--out={whole.base / 'labels.jsonl'}"),
+        ("predict", common[1], "--stage=pretrain", f"--in={general}", f"--out={whole.base / 'scores.csv'}"),
     )
     names = (
         *("again", "eval", "eval_json", "generate", "generate_stage", "bench", "plan", "lineage"),
-        *("report", "compare"),
+        *("report", "compare", "labels", "scores"),
     )
     outputs = dict(zip(names, done.stdout.split(tiny.NEXT), strict=False))
     return types.SimpleNamespace(**outputs, copy=copy, unchanged=tiny.files(whole.workdir) == before)
@@ -437,3 +442,18 @@ def test_wall_time_adds_up_over_the_starts_of_a_run(disturbed):
     assert "scratch" in sessions[-1]["stages"] and len(sessions) >= 3
     for row in (tiny.rows(disturbed.workdir)[stage] for stage in tiny.STAGES):
         assert row["wall_seconds"]["train"] >= row["seconds"]
+
+
+def test_predictions_on_the_file_of_an_evaluation_are_those_of_the_evaluation(whole, answers):
+    rows = [json.loads(line) for line in (whole.base / "labels.jsonl").read_text().splitlines()]
+    right = [row["label"] == row["input_label"] for row in rows]
+    assert sum(right) / len(right) == tiny.rows(whole.workdir)["finetune"]["task_accuracy"]
+    assert len(rows) == tiny.rows(whole.workdir)["finetune"]["task_items"]
+    scores = list(csv.DictReader((whole.base / "scores.csv").open()))
+    texts = (whole.base / "texts" / "general-validation.jsonl").read_text().splitlines()
+    assert [row["text"] for row in scores] == [json.loads(line)["text"] for line in texts]
+    keys = [hashlib.sha256(json.dumps([row["text"], ""]).encode()).digest()[24:] for row in scores]
+    sample = sorted(range(len(keys)), key=keys.__getitem__)[:4]  # the documents of the evaluation
+    nats, size = (sum(float(scores[i][name]) for i in sample) for name in ("nats", "bytes"))
+    expected = tiny.rows(whole.workdir)["pretrain"]["general_bits_per_byte"]
+    assert nats / math.log(2) / size == pytest.approx(expected, rel=1e-5)

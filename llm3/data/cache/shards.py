@@ -28,12 +28,12 @@ FIELDS = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("row", "<i8"), ("key", 
 ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # rows are encoded in batches of about this size
 
 
-class _BatchEncoder:
+class BatchEncoder:
     """A tokenizer that encodes a batch of texts, with all threads, when the first unknown one is asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], known: Mapping[str, list[int]]):
-        self._tokenizer, self._known = tokenizer, dict(known)
-        self._texts = [text for text in dict.fromkeys(texts) if text not in known]
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], known: Mapping[str, list[int]] | None = None):
+        self._tokenizer, self._known = tokenizer, dict(known or {})
+        self._texts = [text for text in dict.fromkeys(texts) if text not in self._known]
 
     def encode(self, text: str) -> list[int]:
         if text not in self._known and self._texts:
@@ -151,7 +151,7 @@ def write_shard(
         for row, texts in usable:
             if len(encoded := known(row)) == len(texts):
                 found |= zip(texts, encoded, strict=True)
-        encoder = _BatchEncoder(tokenizer, (text for _, texts in usable for text in texts), found)
+        encoder = BatchEncoder(tokenizer, (text for _, texts in usable for text in texts), found)
         for row, record in rows:
             if isinstance(record, BadRow):
                 shard.add_bad(row, record)

@@ -5,12 +5,16 @@ A plugin has
     read_row(row, source) -> record                      the content of a row, in plain JSON values
     encode(record, tokenizer, template) -> Document      its tokens; template: a chat template, or ""
     texts(record) -> list of str                         the texts that a tokenizer is trained on
+    read_input(row, source) -> record                    the content without labels or answers, which may be missing
+    columns(source) -> list of str                       the fields of the source that `read_input` reads
+    encode_prompt(record, tokenizer, template) -> Document (optional)
+                                                         a record of `read_input`, up to where an answer begins
     resolve(rows, source, where) -> source (optional)    the source with what only all rows together tell
     encoded_texts(tokens, tokenizer) -> lists of ids     (optional) the tokens of each of `texts(record)`, out of its
                                                          document: for other labels, nothing is tokenized again
 
-`read_row` and `encode` raise BadRow for an unusable row. They depend on their arguments only, so that a row becomes the
-same bytes in any process.
+`read_row`, `read_input` and the encoders raise BadRow for an unusable row. They depend on their arguments only, so that
+a row becomes the same bytes in any process.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data.chat_templates import concatenate_runs, encode_pieces, merge_texts
-from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, dialogue, structure, text_of, value
 from llm3.data.formats.dialogue import render_answers
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.errors import UserError, say
@@ -63,6 +63,16 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     choices = _choices(row, source)
     correct = _correct(row, source, choices)
     return {"prompt": text_of(row, source.prompt), "choices": choices.texts, "correct": correct}
+
+
+def read_input(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """{"turns": the prompt as the user's turn}, as of a dialogue. Raises BadRow."""
+    return {"turns": [["user", text_of(row, source.prompt)]]}
+
+
+def columns(source: SourceConfig) -> list[str]:
+    """The field of the prompt."""
+    return [source.prompt]
 
 
 def _choices(row: Mapping[str, Any], source: SourceConfig) -> _Choices:
@@ -155,6 +165,11 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
     )
     note = {"prompt": prompt, "choices": choices, "correct": correct} | ({"joint": True} if joint else {})
     return Document(tokens, labelled, bytes_of([record["prompt"], choices[correct]]), note=note)
+
+
+def encode_prompt(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """The prompt of `read_input`, as that of a dialogue. Raises BadRow."""
+    return dialogue.encode_prompt(record, tokenizer, template)
 
 
 def encode_choice(prompt: Pieces, choice: str, tokenizer: Tokenizer, *, joint: bool = False) -> tuple[list[int], int]:

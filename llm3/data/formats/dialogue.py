@@ -35,6 +35,19 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     return {"turns": [["user", text_of(row, source.prompt)], ["assistant", references[0]]], "references": references}
 
 
+def read_input(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """{"turns": [[role, content], ...]} up to the user's last turn; a last answer is left out. Raises BadRow."""
+    if not source.messages:
+        return {"turns": [["user", text_of(row, source.prompt)]]}
+    turns = read_turns(structure(row, source.messages), source.messages, answered=False)
+    return {"turns": turns[:-1] if turns[-1][0] == "assistant" else turns}
+
+
+def columns(source: SourceConfig) -> list[str]:
+    """The field of the turns, or of the prompt."""
+    return [source.messages or source.prompt]
+
+
 def _references(row: Mapping[str, Any], field: str) -> list[str]:
     several = row.get(field)
     if not isinstance(several, list | tuple):
@@ -44,10 +57,10 @@ def _references(row: Mapping[str, Any], field: str) -> list[str]:
     return [text_of({field: each}, field) for each in several]
 
 
-def read_turns(messages: Any, field: str) -> list[list[str]]:
+def read_turns(messages: Any, field: str, *, answered: bool = True) -> list[list[str]]:
     """[[role, content], ...]: a system prompt or none, then user and assistant in turn. Raises BadRow.
 
-    A message is {role, content}, or {from, value} as in ShareGPT.
+    answered: the last turn must be the assistant's. A message is {role, content}, or {from, value} as in ShareGPT.
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(each, Mapping) for each in messages):
         raise BadRow(f"{field} is not a list of {{role, content}}")
@@ -64,14 +77,16 @@ def read_turns(messages: Any, field: str) -> list[list[str]]:
         if role != "system" or content != "":  # many data sets have an empty system prompt for none
             turns.append([role, text_of({content_of: content}, content_of)])
     roles = [role for role, _ in turns]
-    if "assistant" not in roles:
+    if answered and "assistant" not in roles:
         raise BadRow(f"{field}: no turn is the assistant's")
-    if roles[-1] != "assistant":
+    if not answered and "user" not in roles:
+        raise BadRow(f"{field}: no turn is the user's")
+    if answered and roles[-1] != "assistant":
         raise BadRow(f"{field}: the last turn is not the assistant's")
     talk = roles[1:] if roles[0] == "system" else roles
     if "system" in talk:
         raise BadRow(f"{field}: a system prompt is not at the start")
-    if talk != ["user", "assistant"] * (len(talk) // 2):
+    if talk != (["user", "assistant"] * len(talk))[: len(talk)]:
         raise BadRow(f"{field}: user and assistant do not alternate")
     return turns
 
@@ -105,6 +120,23 @@ def encode(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Docum
         note["lead"] = lead
     tokens, labelled = encode_runs(runs, tokenizer, joint=bool(template))
     return Document(tokens, labelled, bytes_of(texts(record)), note=note or None)
+
+
+def encode_prompt(record: dict[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """The turns of `read_input`, up to where the assistant answers. Raises BadRow.
+
+    note: "end" and "lead" of the answer, as of `encode`.
+    """
+    parts = render_answers([*record["turns"], chat_templates.EXAMPLE[1]], template, tokenizer)
+    runs: list[tuple[Pieces, bool]] = []
+    for part in parts[:-1]:
+        runs += [(part.before, False), (merge_texts([*part.lead, part.text]), False), (part.end, False)]
+    last = parts[-1]
+    tokens, _ = encode_runs([*runs, (last.before, False)], tokenizer, joint=bool(template))
+    note: dict[str, Any] = {"end": encode_pieces(last.end, tokenizer)}
+    if lead := chat_templates.text_of(last.lead):
+        note["lead"] = lead
+    return Document(tokens, None, bytes_of(texts(record)), note=note)
 
 
 def render_answers(turns: Turns, template: str, tokenizer: Tokenizer) -> list[Answer]:

@@ -27,6 +27,16 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     return {"question": question, "context": context, "answers": [list(each) for each in answers]}
 
 
+def read_input(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """As `read_row`, without answers. Raises BadRow."""
+    return {"question": text_of(row, source.prompt), "context": text_of(row, source.text), "answers": []}
+
+
+def columns(source: SourceConfig) -> list[str]:
+    """The fields of the question and of the context."""
+    return [source.prompt, source.text]
+
+
 def _pairs(answers: Any, name: str) -> list[tuple[str, int]]:
     """(text, first character) of each answer. Raises BadRow."""
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
+from llm3.data.formats import BadRow, Document, bytes_of, dialogue, structure, text_of, value
 from llm3.data.tokenizer import Tokenizer
 
 
@@ -17,9 +17,7 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     labels: distinct class names, sorted; integers and truth values become names as JSON. several: True if the label is
     a list, which may be empty, and in CSV is written as JSON. Raises BadRow.
     """
-    record: dict[str, Any] = {"text": text_of(row, source.text)}
-    if source.pair:
-        record["pair"] = text_of(row, source.pair)
+    record = read_input(row, source)
     if source.label or source.tag:
         spec = source.label or source.tag
         read = text_of if "{" in spec else structure if source.label else value
@@ -29,6 +27,17 @@ def read_row(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
         if several:
             record["several"] = True
     return record
+
+
+def read_input(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """As `read_row`, without labels. Raises BadRow."""
+    pair = {"pair": text_of(row, source.pair)} if source.pair else {}
+    return {"text": text_of(row, source.text), **pair}
+
+
+def columns(source: SourceConfig) -> list[str]:
+    """The fields of the text, or of both texts of a pair."""
+    return [each for each in (source.text, source.pair) if each]
 
 
 def encode(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
@@ -54,6 +63,14 @@ def encoded_texts(tokens: np.ndarray, tokenizer: Tokenizer) -> list[list[int]]:
     tokens = tokens[len(tokenizer.starts) :]
     parts = np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_id) + 1)
     return [part[:-1].tolist() for part in parts[:-1]]
+
+
+def encode_prompt(record: Mapping[str, Any], tokenizer: Tokenizer, template: str) -> Document:
+    """[bos] text, to be continued, or with a template the text as the user's turn. Raises BadRow."""
+    if template:
+        return dialogue.encode_prompt({"turns": [["user", record["text"]]]}, tokenizer, template)
+    tokens = [*tokenizer.starts, *tokenizer.encode(record["text"])]
+    return Document(np.array(tokens, np.int32), None, bytes_of([record["text"]]))
 
 
 def texts(record: Mapping[str, Any]) -> list[str]:

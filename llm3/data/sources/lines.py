@@ -74,7 +74,7 @@ class Lines:
             for number, line in enumerate(_lines(file, stop - start, self.longest), first):
                 if number == first and start == 0:
                     line = line.removeprefix(BOM)
-                row = self._row(line)
+                row = self.read_line(line)
                 if row is not None:
                     yield number, row
 
@@ -83,8 +83,8 @@ class Lines:
         for name in self.files:
             yield from self.rows(0, (name, 0, sys.maxsize))
 
-    def _row(self, line: bytes) -> dict[str, Any] | BadRow | None:
-        """The row of a line; None for a blank line."""
+    def read_line(self, line: bytes) -> dict[str, Any] | BadRow | None:
+        """The row of a line without its end; None for a blank line."""
         if len(line) > self.longest:
             return bad_line(f"longer than {self.longest:,} bytes", line)
         try:
