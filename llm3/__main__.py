@@ -5,32 +5,22 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it, Ctrl-C ends the process without a traceback
 
-import argparse
 import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from llm3.cli import checks
+from llm3.cli.arguments import parser as parser  # for those who check commands
+from llm3.cli.arguments import read_arguments
 from llm3.cli.output import ReaderGone, watched_output
 from llm3.cli.verbs import PROCESSES, VERBS, Verb
 from llm3.distributed import interrupts
 from llm3.errors import NotWritten, UserError
 from llm3.stages.origin import load_config
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of all verbs and their flags."""
-    top = argparse.ArgumentParser(prog="llm3", description="Language models in three stages.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, verb in VERBS.items():
-        epilog = "--config.FIELD=VALUE sets a field of the config"
-        own = verbs.add_parser(name, help=verb.help, description=verb.help, allow_abbrev=False, epilog=epilog)
-        for flag_name, options in (*verb.flags, *(PROCESSES if verb.clustered else ())):
-            own.add_argument(flag_name, **options)
-    return top
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,15 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def call_verb(arguments: list[str]) -> int:
     """Parse the command line and run its verb; a UserError is printed. Returns the exit status."""
-    overrides = [each.removeprefix("--config.") for each in arguments if each.startswith("--config.")]
+    name = ""
     try:
-        options = vars(parser().parse_args([each for each in arguments if not each.startswith("--config.")]))
-        verb = VERBS[name := options.pop("verb")]
+        name, options, overrides = read_arguments(arguments)
+        verb = VERBS[name]
         if overrides and not options.get("config"):
             raise UserError(f"--config.{overrides[0]}: expected --config=FILE as well")
         if options.get("config"):
             options["config"] = load_config(
-                options["config"], overrides, options["workdir"], only_planned=name == "plan"
+                options["config"], overrides, options.get("workdir", Path()), only_planned=name == "plan"
             )
         checks.check(name, options)
         cluster = [options.pop(each[2:]) for each, _ in PROCESSES] if verb.clustered else None

@@ -84,6 +84,77 @@ def os_reason(error: BaseException) -> str | None:
     return None
 
 
+# Names of other libraries, and the fields, plugins and flags that they stand for; the first one that there is is meant.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lr", "max_lr", "eta"), ("learning_rate", "optimizer.learning_rate")),
+    **dict.fromkeys(("warmup", "num_warmup_steps"), ("warmup_steps", "optimizer.warmup_steps")),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_scheduler_type"), ("schedule", "optimizer.schedule")),
+    **dict.fromkeys(("grad_clip", "max_grad_norm", "clip"), ("clip_norm", "optimizer.clip_norm")),
+    **dict.fromkeys(("wd", "decay"), ("weight_decay", "optimizer.weight_decay")),
+    **dict.fromkeys(("optim", "opt"), ("optimizer",)),
+    **dict.fromkeys(("adam", "adamw_torch"), ("adamw",)),
+    **dict.fromkeys(("bs", "bsz", "batch", "per_device_train_batch_size", "global_batch_size"), ("batch_size",)),
+    **dict.fromkeys(
+        (
+            "seq_len",
+            "seqlen",
+            "seq_length",
+            "max_seq_length",
+            "max_length",
+            "block_size",
+            "context_length",
+            "cutoff_len",
+        ),
+        ("sequence_length",),
+    ),
+    **dict.fromkeys(("max_steps", "num_steps", "train_steps", "iterations", "iters", "max_iters"), ("steps",)),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "accumulate", "accum_steps"), ("micro_batches",)),
+    **dict.fromkeys(("logging_steps", "log_steps", "log_interval"), ("log_every",)),
+    **dict.fromkeys(("save_steps", "save_interval", "checkpoint_every", "ckpt_every"), ("save_every",)),
+    **dict.fromkeys(("eval_steps", "eval_interval", "evaluate_every"), ("eval_every",)),
+    **dict.fromkeys(("save_total_limit", "max_to_keep"), ("keep",)),
+    **dict.fromkeys(("parent", "init_from", "load_from", "base_model", "pretrained", "from"), ("start",)),
+    **dict.fromkeys(("loss", "task", "task_type"), ("objective",)),
+    **dict.fromkeys(("clm", "lm", "next_token", "autoregressive", "gpt"), ("causal",)),
+    **dict.fromkeys(("mlm", "bert", "masked_lm"), ("masked",)),
+    **dict.fromkeys(("sft", "chat", "instruction", "seq2seq"), ("instruct", "generation")),
+    **dict.fromkeys(("cls", "classifier", "sequence_classification"), ("classify", "classification")),
+    **dict.fromkeys(("ul2", "fim", "prefix_lm"), ("prefix",)),
+    **dict.fromkeys(("qa", "extractive_qa", "squad"), ("span",)),
+    **dict.fromkeys(("ppl", "bpb", "bits_per_byte"), ("perplexity",)),
+    **dict.fromkeys(("multiple_choice", "mc", "mmlu"), ("choice",)),
+    **dict.fromkeys(("lm_eval", "tasks"), ("harness",)),
+    **dict.fromkeys(("num_layers", "n_layers", "n_layer", "num_hidden_layers", "depth"), ("layers",)),
+    **dict.fromkeys(("hidden_size", "dim", "n_embd", "embed_dim", "width"), ("d_model",)),
+    **dict.fromkeys(("num_heads", "n_heads", "n_head", "num_attention_heads"), ("heads",)),
+    **dict.fromkeys(("num_key_value_heads", "n_kv_heads"), ("kv_heads",)),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "hidden_dim"), ("d_ff",)),
+    **dict.fromkeys(("vocab", "n_vocab"), ("vocab_size",)),
+    **dict.fromkeys(("r", "lora_rank", "lora_r"), ("rank",)),
+    **dict.fromkeys(("target_modules", "lora_target_modules"), ("targets",)),
+    **dict.fromkeys(("dataset", "data_path", "dataset_name"), ("path", "data", "sources")),
+    **dict.fromkeys(("file", "files", "data_file"), ("data_files",)),
+    **dict.fromkeys(("text_field", "text_column", "column", "content"), ("text",)),
+    **dict.fromkeys(("labels", "label_column", "target"), ("label",)),
+    **dict.fromkeys(("val_share", "val_split", "test_size", "validation_split"), ("validation_share",)),
+    **dict.fromkeys(("output_dir", "out_dir", "dir", "out"), ("--workdir",)),
+}
+# What to do instead, where llm3 has no such field: {name: (field beside which it was expected, text)}
+HINTS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(
+        ("epochs", "num_epochs", "num_train_epochs", "n_epochs"),
+        ("steps", "give steps: `python -m llm3 data` prints how many epochs they are"),
+    ),
+    **dict.fromkeys(
+        ("max_tokens", "train_tokens", "tokens", "num_tokens"),
+        ("steps", "give steps: tokens / (batch_size * sequence_length)"),
+    ),
+    **dict.fromkeys(("freeze", "freeze_layers", "trainable"), ("train", "give train, what trains: train='top(2)'")),
+    **dict.fromkeys(("lora", "peft"), ("adapters", "give adapters=dict(NAME=dict(rank=8)), train='lora'")),
+    **dict.fromkeys(("bf16", "fp16", "dtype", "precision"), ("compute_dtype", "give compute_dtype")),
+}
+
+
 @functools.cache
 def say(message: str) -> None:
     """Print a message to stderr, once."""
@@ -113,9 +184,25 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The nearest of many names as a question with a space behind it, "did you mean 'x'? "; "" if none is near."""
-    close = difflib.get_close_matches(str(name), list(names), n=2, cutoff=0.5)
+    """The nearest of many names as a question with a space behind it, "did you mean 'x'? "; "" if none is near.
+
+    A name that other libraries have for one of them is near: see `known_as`.
+    """
+    names = list(names)
+    if known := known_as(name, names):
+        return known
+    close = difflib.get_close_matches(str(name), names, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(repr(match) for match in close)}? " if close else ""
+
+
+def known_as(name: str, names: Iterable[str]) -> str:
+    """As `closest`, only for names that other libraries have for one of `names`, or have where llm3 has none."""
+    names, plain = set(names), str(name).lower().lstrip("-").replace("-", "_")
+    for each in SYNONYMS.get(plain, ()):
+        if each.partition(".")[0] in names:
+            return f"did you mean {each!r}? "
+    field, text = HINTS.get(plain, ("", ""))
+    return f"{text}; " if field in names else ""
 
 
 def within(where: str, error: UserError) -> UserError:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.model_schema import ModelConfig, read_model
 from llm3.errors import UserError, nearest
@@ -38,7 +39,10 @@ def load_stage(
     """
     checkpoints, meta = _found(workdir, name, step)
     model = read_model(meta["model"])
-    params = checkpoints.load_params(meta["step"], None if mesh is None else abstract_params(model, mesh))
+    try:
+        params = checkpoints.load_params(meta["step"], None if mesh is None else abstract_params(model, mesh))
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}: {remedy(checkpoints, meta['step'])}") from error
     return params, model, meta
 
 
@@ -52,4 +56,14 @@ def _found(workdir: Path, name: str, step: str) -> tuple[Checkpoints, dict]:
     if step != "latest" and not step.isdecimal():
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     number = latest if step == "latest" else int(step)
-    return checkpoints, checkpoints.meta(number) | {"step": number}
+    try:
+        return checkpoints, checkpoints.meta(number) | {"step": number}
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}: {remedy(checkpoints, number)}") from error
+
+
+def remedy(checkpoints: Checkpoints, damaged: int) -> str:
+    """What to do about a damaged step."""
+    others = ", ".join(str(step) for step in checkpoints.steps() if step != damaged)
+    again = f"`run` again with its config, which resumes from step {others}" if others else "train the stage again"
+    return f"restore it from a copy, or {again}"

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from llm3.checkpoints.damage import in_words, quiet_asyncio
 from llm3.checkpoints.layout import OF_JSON, LiteralPath, orbax_context
 from llm3.checkpoints.metadata import array_mismatches, by_path, check_shapes, digests_of, json_digest, saved_shapes
-from llm3.errors import UserError, listed, root_cause
+from llm3.errors import UserError, listed
 from llm3.tree import flatten, unflatten
 
 
@@ -58,6 +59,7 @@ class SavedStep:
 
     def _read(self, part: str, target: Any, saved: dict[str, tuple]) -> Any:
         """A part as Orbax reads it. saved: the required shapes and dtypes, checked since Orbax would silently cast."""
+        quiet_asyncio()
         try:
             with orbax_context():
                 arrays = self._arrays.get(part)
@@ -72,7 +74,7 @@ class SavedStep:
     def _unreadable(self, part: str, error: Exception) -> DamagedCheckpoint:
         if not self._path.is_dir():
             return DamagedCheckpoint(f"{self._path} is gone: something removed it while it was being read")
-        return DamagedCheckpoint(f"{self._path / part} cannot be read: {root_cause(error)}")
+        return DamagedCheckpoint(f"{self._path / part} cannot be read: {in_words(Path(self._path), part, error)}")
 
     def _load(self, part: str, abstract: dict[str, Any] | None) -> dict[str, Any]:
         saved = saved_shapes(self.meta, part)

@@ -14,7 +14,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
 from llm3.models.transformer import init
 from llm3.report.console import new_console
-from llm3.report.units import digits
+from llm3.report.units import NOT_APPLICABLE, count, memory_text, percent, seconds
 from llm3.stages import rules
 from llm3.stages.cost import byte_report
 from llm3.stages.experiment import prepare
@@ -35,6 +35,13 @@ COMPARED = (
     "argument_bytes",
     "trainable_params",
 )
+
+WORDS = {
+    "temp_bytes": "temporary memory",
+    "argument_bytes": "memory of arguments",
+    "opt_bytes": "memory of moments",
+    "gradient_bytes": "memory of gradients",
+}
 
 
 def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, alone: bool = False) -> int:
@@ -135,23 +142,37 @@ class _Step:
 
 
 def table(metrics: dict) -> str:
-    """A text table of the metrics, one per line, compared with full training if there is a comparison."""
+    """A text table of the metrics with units, one per line, compared with full training if there is a comparison."""
     own = {key: value for key, value in metrics.items() if key not in ("full", "ratios")}
     if "full" not in metrics:
-        return "\n".join(f"{key:<20}{_text(value)}" for key, value in own.items())
+        return "\n".join(f"{words(key):<26}{_text(key, value)}" for key, value in own.items())
     full, ratios = metrics["full"], metrics["ratios"]
-    lines = [f"{'':<20}{metrics['stage']:>20}{'trains all':>20}{'ratio':>10}"]
+    lines = [f"{'':<26}{metrics['stage']:>18}{'trains all':>18}{'ratio':>8}"]
     for key, value in own.items():
         if key in full:
             ratio = ratios.get(key)
             share = "" if ratio is None else f"{ratio:.3f}"
-            lines.append(f"{key:<20}{_text(value):>20}{_text(full[key]):>20}{share:>10}".rstrip())
+            lines.append(f"{words(key):<26}{_text(key, value):>18}{_text(key, full[key]):>18}{share:>8}".rstrip())
         elif key != "stage":
-            lines.insert(0, f"{key:<20}{value}")
+            lines.insert(0, f"{words(key):<26}{value}")
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1e4 else digits(value)
-    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+def words(key: str) -> str:
+    """What a metric is, without the unit that its value has: step_seconds_min is "step time min"."""
+    return WORDS.get(key) or key.replace("_seconds", "_time").replace("_", " ")
+
+
+def _text(key: str, value: Any) -> str:
+    """The value of a metric with its unit, which the name of the metric tells."""
+    if value is None or isinstance(value, str):
+        return value or NOT_APPLICABLE
+    if "_per_second" in key:
+        return f"{count(value)}{'FLOP' if 'flops' in key else ' tokens'}/s"
+    if "flops" in key:
+        return f"{count(value)}FLOP"
+    if "seconds" in key:
+        return seconds(value)
+    if key.endswith("bytes"):
+        return memory_text(value)
+    return percent(value) if key in ("mfu", "hfu") else count(value)

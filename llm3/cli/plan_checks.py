@@ -59,7 +59,7 @@ def with_parents(config: RunConfig, workdir: Path, names: list[str], found: Refu
 
 def check_parents(config: RunConfig, workdir: Path, order: list[str], found: Refusals) -> None:
     """Check the workdir and the parents, without data."""
-    for name in [*first_rows(config), *order]:
+    for name in [*first_rows(config, workdir), *order]:
         found.attempt(check_record, workdir, config, name)
     found.attempt(check_ancestry, workdir, order)
     names = to_train(workdir, order)

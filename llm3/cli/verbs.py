@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm3.errors import UserError
 from llm3.files import local_path
 
 Flag = tuple[str, dict[str, Any]]
@@ -33,13 +34,20 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def one_name(text: str) -> str:
+    """The name in a list of one. Raises UserError for more."""
+    if len(found := names(text)) > 1:
+        raise UserError(f"--stage={text}: expected one stage; run the command once for each of {', '.join(found)}")
+    return found[0]
+
+
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
 WORKDIR = path_flag("--workdir", required=True, help="the run's files")
 RUN = path_flag("--workdir", default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
 SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
-STAGE = flag("--stage", required=True)
+STAGE = flag("--stage", type=one_name, required=True)
 PROCESSES = (
     flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
     flag(
@@ -99,7 +107,7 @@ VERBS = {
         (
             OPTIONAL_CONFIG,
             WORKDIR,
-            flag("--stage", help="one stage (default: every stage)"),
+            flag("--stage", type=one_name, help="one stage (default: every stage)"),
             flag("--prompt", required=True),
             flag("--raw", action="store_true", help="continue the prompt: do not write it with the chat template"),
             flag("--max_tokens", type=int, default=64),
@@ -171,7 +179,7 @@ VERBS = {
         (
             CONFIG,
             RUN,
-            flag("--stage", required=True, help="the stage whose step is timed"),
+            flag("--stage", type=one_name, required=True, help="the stage whose step is timed"),
             flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
             flag("--alone", action="store_true", help="do not compare with full training"),
         ),

@@ -9,12 +9,12 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llm3 import config_folder
 from llm3.config.schema import RunConfig
-from llm3.errors import UserError, nearest
+from llm3.errors import SYNONYMS, UserError, known_as, nearest
 from llm3.files import local_path
 
 
@@ -50,8 +50,35 @@ def check_section(kind: Any, given: Any, where: str) -> None:
     hints = typing.get_type_hints(kind)
     for name, value in given.items():
         if name not in hints:
-            raise UserError(f"{where}.{name}: no such field; {nearest(name, hints)}")
+            raise UserError(f"{where}.{name}: no such field; {right_place(kind, name)}")
         _read(hints[name], value, f"{where}.{name}")
+
+
+NOT_GIVEN = [("model", name) for name in ("vocab_size", "classes", "adapters", "max_output_positions")]  # they follow
+
+
+def right_place(kind: Any, name: str) -> str:
+    """The end of an error for a field that a section lacks: the place of a field of this name, or the nearest ones."""
+    hints = typing.get_type_hints(kind)
+    if inner := [f"{path}.{name}" for path, fields in _sections(kind) if path and name in fields]:
+        return f"did you mean {inner[0]!r}? valid: {', '.join(sorted(hints))}"
+    names = [name, *(each for each in SYNONYMS.get(name, ()) if "." not in each)]
+    found = [(path, each) for path, fields in _sections(RunConfig) for each in names if each in fields]
+    places = [f"config.{path}.{each}" for path, each in found if path and (path, each) not in NOT_GIVEN]
+    if places and not known_as(name, hints):
+        return f"did you mean {' or '.join(places[:2])}? valid: {', '.join(sorted(hints))}"
+    return nearest(name, hints)
+
+
+def _sections(kind: Any, path: str = "") -> Iterator[tuple[str, list[str]]]:
+    """(dotted path, fields) of a section and of those below it; a section by name has NAME in its path."""
+    hints = typing.get_type_hints(kind)
+    yield path, list(hints)
+    for name, each in hints.items():
+        named = typing.get_origin(each) is dict
+        for inner in typing.get_args(each) or (each,):
+            if dataclasses.is_dataclass(inner):
+                yield from _sections(inner, f"{path}.{name}".lstrip(".") + ".NAME" * named)
 
 
 def _run_file(file: str) -> dict:
@@ -98,7 +125,7 @@ def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -
     if dataclasses.is_dataclass(kind):
         fields = typing.get_type_hints(kind)
         if name not in fields:
-            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
+            raise UserError(f"{where}.{name}: no such field; {right_place(kind, name)}")
         inner = fields[name]
     else:
         inner = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
@@ -141,7 +168,7 @@ def _read_section(kind: Any, value: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in value:
         if name not in fields:
-            raise UserError(f"{where}.{name}: no such field; {nearest(name, fields)}")
+            raise UserError(f"{where}.{name}: no such field; {right_place(kind, name)}")
     missing = [
         name
         for name, field in fields.items()

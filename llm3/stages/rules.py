@@ -80,6 +80,9 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
         else:
             check_no_source(evaluation, where)
         read_options(plugin, evaluation.options, f"{where}.options")
+    for name, stage in stages.items():  # of all stages, before any stage replays its parent's
+        for source in own_sources(stage):
+            _known(f"config.stages.{name}.data", source, config.sources)
     for name, stage in stages.items():
         where = f"config.stages.{name}"
         _known(f"{where}.objective", stage.objective_name, plugin_names("objectives"))
@@ -87,7 +90,6 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
         check_attention(plugin.CAUSAL, causal, f"{where}.objective={stage.objective_name!r}")
         read_options(plugin, stage.objective_options, f"{where}.objective")
         for source in data_sources(config, name):
-            _known(f"{where}.data", source, config.sources)
             window_kind(plugin.WINDOWS, config.sources[source], f"{where}.objective={stage.objective_name!r}", source)
         check_rules(stage, where)
         RULES[stage.kind](stage, where)
@@ -174,10 +176,15 @@ def window_kind(kinds: dict[str, str], source: SourceConfig, what: str, name: st
 def data_sources(config: RunConfig, name: str) -> list[str]:
     """The sources that a stage draws from at any step, including its parent's if it replays them."""
     stage = config.stages[name]
-    drawn = dict(stage.data) | {source: None for _, weights in stage.data_schedule for source in weights}
+    drawn = own_sources(stage)
     if stage.replay and (parent := parent_name(stage)) in config.stages:
-        drawn |= dict(config.stages[parent].data)
-    return list(drawn)
+        drawn += [source for source in config.stages[parent].data if source not in drawn]
+    return drawn
+
+
+def own_sources(stage: StageConfig) -> list[str]:
+    """The sources that a stage names itself."""
+    return list(dict(stage.data) | {source: None for _, weights in stage.data_schedule for source in weights})
 
 
 def trains_all(stage: StageConfig) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm3.config.schema import RunConfig, as_dict
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, RECORD, local_path, read_json
+from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
 
 # Fields that may change when a run resumes: they affect logs and checkpoints, not results. Those of the validation
 # decide the result of a stage that stops early, and of no other.
@@ -127,7 +127,13 @@ def check_record(workdir: Path, config: RunConfig, name: str) -> None:
         return
     now = stage_record(config, name)
     if lines := differences(*of_training(without_moved_parent(workdir, name, saved, now), now)):
-        raise UserError(
-            f"{workdir} holds {name!r} with another config:\n" + "\n".join(lines) + "\n"
-            "Nothing was changed. Use another --workdir, or restore the saved values."
-        )
+        said = [f"{workdir} holds {name!r} with another config:", *lines, next_step(workdir, name)]
+        raise UserError("\n".join(said))
+
+
+def next_step(workdir: Path, name: str) -> str:
+    """What to do about a stage that was trained with another config."""
+    mend = "Nothing was changed. Use another --workdir, or restore the saved values."
+    if name in (INIT, START) or not (workdir / name / CHECKPOINTS).is_dir():
+        return mend
+    return f"{mend} In a new --workdir, start=dict(run={str(workdir)!r}, stage={name!r}) goes on from what is there."

@@ -1,11 +1,13 @@
 """The verb `bench` on a stage with frozen parameters."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from llm3.cli.bench import COMPARED, table
+from llm3.report.units import count, memory_text
 from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
@@ -79,14 +81,17 @@ def test_adapters_are_compared_with_full_training_of_the_plain_model(answers):
     assert metrics["full"]["trainable_params"] == metrics["full"]["params"]
 
 
-def test_people_see_both_side_by_side(answers):
-    lines = {line.split()[0]: line.split()[1:] for line in answers.people.splitlines() if line.strip()}
-    assert lines["finetune"] == ["trains", "all", "ratio"]
+def test_people_see_both_side_by_side_with_units(answers):
+    lines = {line[:26].strip(): re.split(r"\s{2,}", line[26:].strip()) for line in answers.people.splitlines() if line}
+    assert lines[""] == ["finetune", "trains all", "ratio"]
     metrics = json.loads(answers.compared)
-    params = [f"{metrics['trainable_params']:,}", f"{metrics['params']:,}"]
-    assert lines["trainable_params"] == [*params, f"{metrics['ratios']['trainable_params']:.3f}"]
-    assert len(lines["step_seconds_max"]) == 2 and len(lines["step_seconds"]) == 3
+    params = [count(metrics["trainable_params"]), count(metrics["params"])]
+    assert lines["trainable params"] == [*params, f"{metrics['ratios']['trainable_params']:.3f}"]
+    assert len(lines["step time max"]) == 2 and len(lines["step time"]) == 3
+    assert lines["memory of gradients"][0] == memory_text(metrics["gradient_bytes"])
 
 
-def test_what_does_not_apply_is_a_dash():
-    assert table({"stage": "pretrain", "mfu": None, "step_seconds": 0.25}).splitlines()[1].split() == ["mfu", "-"]
+def test_what_does_not_apply_is_a_dash_and_all_else_has_its_unit():
+    shown = table({"stage": "pretrain", "mfu": None, "step_seconds": 0.25, "temp_bytes": 2**21, "flops_per_step": 2e9})
+    lines = dict(re.split(r"\s{2,}", line) for line in shown.splitlines()[1:])
+    assert lines == {"mfu": "-", "step time": "250 ms", "temporary memory": "2.00 MiB", "flops per step": "2.00GFLOP"}
