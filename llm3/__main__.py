@@ -19,7 +19,7 @@ from llm3.cli.arguments import read_arguments
 from llm3.cli.output import ReaderGone, watched_output
 from llm3.cli.verbs import PROCESSES, VERBS, Verb
 from llm3.distributed import interrupts
-from llm3.errors import NotWritten, UserError
+from llm3.errors import NotWritten, UserError, to_stderr
 from llm3.stages.origin import load_config
 
 
@@ -72,8 +72,8 @@ def call_verb(arguments: list[str]) -> int:
 
 
 def failed(error: UserError) -> int:
-    """Print an error on one line; returns the exit status."""
-    print(f"llm3: {error}", file=sys.stderr)
+    """Print an error; returns the exit status."""
+    to_stderr(f"llm3: {error}")
     return error.exit
 
 

@@ -6,7 +6,9 @@ import errno
 import functools
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +49,16 @@ class NotWritten(UserError):
 
 class OutOfMemory(UserError):
     """A step or an evaluation needs more memory than a device has."""
+
+
+def to_stderr(text: str) -> None:
+    """Write a text to standard error in one piece: threads may write at once. On a terminal it breaks between words."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(lines.fill(line) for line in text.split("\n"))
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full disk, quota exceeded, read-only: only a write raises these
@@ -158,7 +170,7 @@ HINTS: dict[str, tuple[str, str]] = {
 @functools.cache
 def say(message: str) -> None:
     """Print a message to stderr, once."""
-    print(message, file=sys.stderr)
+    to_stderr(message)
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

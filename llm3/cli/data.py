@@ -18,7 +18,7 @@ from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import counted, listed
-from llm3.report.console import new_console
+from llm3.report.console import WARNING, new_console
 from llm3.report.units import count, percent
 from llm3.stages import rules
 from llm3.stages.experiment import prepare, read_library
@@ -43,6 +43,8 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
         shape = f"{own.batch_size} x {own.sequence_length} tokens per step, {counted(own.steps, 'step')}"
         console.print(f"\n{stage.name}: {own.objective_name}, {shape}")
         console.print(source_table(stage))
+        for warning in stage.data.warnings(f"{stage.where}.sequence_length"):
+            console.print(warning, style=WARNING)
         for first, weights in stage.data.schedule[1:]:
             console.print(f"  from step {first}: " + ", ".join(f"{s} {percent(w)}" for s, w in shares(weights).items()))
         for source, tokens in stage.data.caches.items():
@@ -52,10 +54,10 @@ def data(config: RunConfig, workdir: Path, stages: list[str] | None = None, shar
                 console.print(f"  {source}: {tokens.round_trip.phrase()}")
             if stage.objective.HEAD == "labels":
                 for line in class_lines(tokens.class_counts()):
-                    console.print(Text(f"  {source}: {line}"), soft_wrap=True)
+                    console.print(Text(f"  {source}: {line}"))
         console.print(f"  ten rows of the first batches, with targets {marked('marked', sys.stdout.isatty())}:")
         for row in first_rows(stage):
-            console.print(Text("  | ") + decoded(stage, row), soft_wrap=True)
+            console.print(Text("  | ") + decoded(stage, row))
     print_overlaps(experiment, console)
     return 0
 

@@ -9,17 +9,9 @@ import jax.numpy as jnp
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.cli.checks import check_sampling
 from llm3.config.schema import RunConfig
-from llm3.data.chat_templates import (
-    encode_pieces,
-    end_of_turn,
-    is_written,
-    question,
-    text_of,
-    trained_template,
-    without_lead,
-    written,
-)
-from llm3.data.tokenizer import Pieces, Tokenizer
+from llm3.data.chat_templates import trained_template
+from llm3.data.prompts import read_prompt
+from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER
 from llm3.models.decoding import sample
@@ -57,17 +49,9 @@ def generate(
         template = trained_template(workdir, name, meta.get("chat_template"))
         if not stage:
             console.rule(name, align="left")
-        stops = [*([end] for end in tokenizer.end_ids), encode_pieces(end_of_turn(template, tokenizer), tokenizer)]
-        before: Pieces = [*tokenizer.starts, prompt]
-        finished = bool(template) and is_written(prompt, template, tokenizer)
-        chats = bool(template) and not raw and not finished
-        if chats:
-            asked = question(prompt, template, tokenizer)
-            before = asked.before
-        elif finished and not raw:
-            before = written(prompt, tokenizer)
-        tokens = encode_pieces(before, tokenizer, joint=chats or (finished and not raw))
-        found = sample(jax.tree.map(jnp.asarray, params), model, tokens, stops=stops, **options)
-        made = tokenizer.continuation(tokens, found)
-        print(without_lead(text_of(asked.lead), made) if chats else prompt + made, flush=True)
+        read = read_prompt(prompt, template, tokenizer, raw)
+        stops = [*([end] for end in tokenizer.end_ids), read.end]
+        found = sample(jax.tree.map(jnp.asarray, params), model, read.tokens, stops=stops, **options)
+        text = read.text(found, tokenizer)
+        print(text if read.answers else prompt + text, flush=True)
     return 0

@@ -21,7 +21,7 @@ def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
     for each in runs:
         if not each.is_dir():
             raise UserError(f"--runs={each}: no such folder; expected a run, or a folder with runs")
-    console = new_console(soft_wrap=True)
+    console = new_console()
     for name in trained_stages(workdir):
         checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
         step = checkpoints.latest()

@@ -131,7 +131,7 @@ def begin(session: Session, to_train: list[str]) -> None:
 
 def make_console() -> Console:
     """A console that is silent on all processes but the first."""
-    return new_console(soft_wrap=True, quiet=not processes.is_first())
+    return new_console(quiet=not processes.is_first())
 
 
 def is_complete(config: RunConfig, workdir: Path, order: list[str]) -> bool:

@@ -17,6 +17,8 @@ from llm3.config.schema import RunConfig
 from llm3.errors import SYNONYMS, UserError, known_as, nearest
 from llm3.files import local_path
 
+ORDERED = ("sources", "stages", "evaluations")  # sections whose entries run and are shown in the order of the file
+
 
 def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     """The config of `file` ("path.py" or "path.py:argument"), with overrides of the form "stages.finetune.steps=50".
@@ -100,7 +102,20 @@ def _run_file(file: str) -> dict:
         raise UserError(f"--config={name}: the file defines no get_config()")
     if not hasattr(config, "to_dict"):
         raise UserError(f"--config={name}: get_config() returned {type(config).__name__}, expected a ConfigDict")
-    return _copied(config.to_dict())
+    return _copied(_in_given_order(config))
+
+
+def _in_given_order(config: Any) -> dict:
+    """The values of a ConfigDict, which sorts its keys, with the entries of `ORDERED` sections as the file gives them.
+
+    All else stays sorted, so that results do not depend on the order in which a file sets fields.
+    """
+    values = config.to_dict()
+    for section in ORDERED:
+        entries = getattr(config.get(section), "_fields", None)  # no public method keeps the order
+        if entries is not None:
+            values[section] = {name: values[section][name] for name in entries}
+    return values
 
 
 def _copied(value: Any) -> Any:

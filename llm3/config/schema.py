@@ -110,6 +110,7 @@ class StageConfig:
     # the best one as its result; 0: train all steps and take the last ones
     patience: int = 0
     min_delta: float = 0.0  # the least change of `best` that counts as an improvement
+    sample_every: int = 0  # steps between samples (see `samples`) while the stage trains; 0: sample only after it
     baseline: bool = False  # report the stage separately from the main chain
 
     def __post_init__(self) -> None:
@@ -117,6 +118,7 @@ class StageConfig:
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
+        at_least("stages.*.sample_every", self.sample_every, 0)
         check_early_stopping(vars(self), "config: stages.*")
         if self.batch_size % self.micro_batches:
             raise UserError(
@@ -182,6 +184,9 @@ class RunConfig:
     stages: dict[str, StageConfig]  # stages by name
     # evaluations by name; each runs after every stage
     evaluations: dict[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
+    # prompts that each stage continues greedily, to be read side by side; a bidirectional model fills in mask tokens
+    samples: list[str] = dataclasses.field(default_factory=list)
+    sample_tokens: int = 64  # max tokens of a sample
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # sharding of the model and the batch
     seed: int = 0  # seed of all random choices
     hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
@@ -195,6 +200,10 @@ class RunConfig:
             if getattr(self.model, name):
                 raise UserError(f"config.model.{name}: expected it unset; it follows from the labels and the stage")
         at_least("hang_seconds", self.hang_seconds, 0)
+        at_least("sample_tokens", self.sample_tokens, 1)
+        for number, prompt in enumerate(self.samples):
+            if not prompt:
+                raise UserError(f"config.samples[{number}] is empty: expected a prompt")
         for section in ("sources", "stages", "evaluations"):
             for name in getattr(self, section):
                 check_name(name, f"config.{section}")

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from llm3.data.packing import Windows, check_windows
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources
 from llm3.data.tokenizer import Tokenizer
+from llm3.distributed import interrupts
 from llm3.errors import UserError, counted, nearest
 from llm3.registry import load_plugin
 
@@ -113,6 +115,8 @@ def trained_tokenizer(
             os.utime(file)  # when it was last used
     else:
         cache.check_writable(cache_dir, "the tokenizer")
+        print(f"tokens: training a tokenizer on {', '.join(names)}", file=sys.stderr)
         texts = itertools.chain.from_iterable(each.texts() for each in splits)
-        tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
+        with interrupts.doing("training a tokenizer"):
+            tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
     return Tokenizer.load(file)

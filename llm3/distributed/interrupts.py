@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from llm3.errors import Exit
+from llm3.errors import Exit, to_stderr
 
 GRACE_SECONDS = 1.5  # time for the main thread to end by itself after a signal
 CLOSING_SECONDS = 30.0  # the same after the save of a step: old checkpoints are deleted, files are closed
@@ -52,7 +52,8 @@ class Interrupts:
     """The signals of a process, and what the first one does.
 
     first: its number; None: there was none. stop: takes the number and asks for a stop after the step under way; None:
-    no steps are under way, so the main thread gets a KeyboardInterrupt.
+    no steps are under way, so the main thread gets a KeyboardInterrupt. step: says which step that is. activity: what
+    the main thread does besides steps; see `doing`. silent: whether another process answers.
     """
 
     def __init__(self, farewell: str = "stopped") -> None:
@@ -60,6 +61,9 @@ class Interrupts:
         self._farewell = farewell
         self._outermost: FrameType | None = None
         self.stop: Callable[[int], None] | None = None
+        self.step: Callable[[], str] = lambda: "the step under way"
+        self.activity = ""
+        self.silent = False
         self._resent = 0
         self._last = 0.0
         self._pipe = os.pipe()
@@ -92,14 +96,31 @@ class Interrupts:
             before, self._last = self._last, time.monotonic()
             if self._last - before < REPEAT_SECONDS:
                 continue
-            name = NAMES.get(signal.Signals(number), f"signal {number}")
             if before:
-                _end(number)
+                _end(number, b"\n")  # the prompt of a shell begins on a line of its own
             trains = self.stop is not None
-            _say(f"{name}: {'saving after the step under way, then ' * trains}ending; a second one ends at once")
+            self._say(self._answer(number, trains))
             self._answered.set()
             grace = CLOSING_SECONDS if trains else GRACE_SECONDS
             threading.Thread(target=self._end_soon, args=(number, grace), daemon=True).start()
+
+    def _answer(self, number: int, trains: bool) -> str:
+        """What happens now, and what a second signal does."""
+        name = NAMES.get(signal.Signals(number), f"signal {number}")
+        if trains and self.activity:
+            will = f"{self.activity}, then finishing {self.step()} and saving it"
+        elif trains:
+            will = f"finishing {self.step()}, then saving"
+        elif unfinished_saves:
+            will = "finishing a save, then stopping"
+        else:
+            will = f"stopping while {self.activity}" if self.activity else "stopping"
+        again = "press Ctrl-C again" if number == signal.SIGINT else f"send {name} again"
+        return f"{name}: {will}; {again} to stop now"
+
+    def _say(self, text: str) -> None:
+        if not self.silent:
+            _say(text)
 
     def _end_soon(self, number: int, grace: float) -> None:
         """End the process once the main thread has had `grace` seconds outside of training steps and saves."""
@@ -113,14 +134,14 @@ class Interrupts:
                     save.wait()
                 unfinished_saves.discard(save)
                 outside = 0.0
-        _say(self._farewell)
+        self._say(self._farewell)
         _end(number)
 
     def end(self) -> int:
         """The exit status of the command, which a KeyboardInterrupt has ended."""
         self._ended.set()
         self._answered.wait(GRACE_SECONDS)  # so that the lines come in this order
-        _say(self._farewell)
+        self._say(self._farewell)
         exec("")  # else Python ends as if SIGINT had killed it, if a KeyboardInterrupt has once left an exec
         return exit_status(self.first or signal.SIGINT)
 
@@ -155,6 +176,19 @@ def current() -> Interrupts | None:
     return _current
 
 
+@contextmanager
+def doing(activity: str) -> Iterator[None]:
+    """Name what the main thread does while this context lasts ("saving step 40"), for the answer to a signal."""
+    if (watched := _current) is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, watched.activity = watched.activity, activity
+    try:
+        yield
+    finally:
+        watched.activity = before
+
+
 def _may_raise(frame: FrameType | None, outermost: FrameType | None) -> bool:
     """Whether an exception in `frame` reaches the command: no callback of Python and no library is in between."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
@@ -170,14 +204,14 @@ def _may_raise(frame: FrameType | None, outermost: FrameType | None) -> bool:
 
 def _say(text: str) -> None:
     with suppress(Exception):  # stderr may be closed
-        sys.stderr.write(f"llm3: {text}\n")  # in one piece: two threads may write at once
-        sys.stderr.flush()
+        to_stderr(f"llm3: {text}")
 
 
-def _end(number: int) -> None:
+def _end(number: int, last: bytes = b"") -> None:
     """End the process. Files are written atomically and the kernel frees locks, so nothing has to be cleaned up."""
     for output in (1, 2):
         with suppress(OSError):  # not through sys.stdout: the main thread may hold its lock
             if os.isatty(output):
-                os.write(output, b"\x1b[?25h")  # a progress bar hides the cursor
+                os.write(output, b"\x1b[?25h" + last)  # a progress bar hides the cursor
+                last = b""
     os._exit(exit_status(number))

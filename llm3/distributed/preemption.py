@@ -21,26 +21,35 @@ class StopRequest:
 
     signal: int | None = None
     steps: int = 0  # how often `at_step` was called; equal on all processes
+    done: int = 0  # steps of the stage that are done
 
     def at_step(self) -> bool:
         """Whether to stop after this step; call it once per step. All processes get the same answer."""
-        self.steps += 1
+        self.steps, self.done = self.steps + 1, self.done + 1
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.steps):
             self.signal = signal.SIGTERM
         return self.signal is not None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While this context lasts, the first signal sets `signal`. Elsewhere it ends the run at once."""
+    def listening(self, done: int = 0) -> Iterator[None]:
+        """While this context lasts, the first signal sets `signal`. Elsewhere it ends the run at once.
+
+        done: the steps of the stage that are done.
+        """
         watched = interrupts.current()
         if watched is None:
             yield
             return
-        watched.stop = self._stop
+        self.done = done
+        watched.step, watched.stop = self._step, self._stop
         try:
             yield
         finally:
             watched.stop = None
+
+    def _step(self) -> str:
+        """The last step before a stop."""
+        return f"step {self.done + 1}" if jax.process_count() == 1 else "the next step of all processes"
 
     def _stop(self, number: int) -> None:
         if jax.process_count() > 1:

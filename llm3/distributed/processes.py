@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax._src import distributed  # the key-value store of the coordinator has no public API
 
+from llm3.distributed import interrupts
 from llm3.errors import UserError
 
 T = TypeVar("T")
@@ -223,6 +224,8 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     them too.
     """
     found = start(coordinator, processes, process)
+    if not is_first() and (watched := interrupts.current()) is not None:
+        watched.silent = True
     try:
         yield found
     except BaseException as error:

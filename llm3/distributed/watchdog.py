@@ -12,7 +12,7 @@ from typing import NamedTuple
 from llm3.distributed import processes
 from llm3.errors import Exit
 
-PHASES = ("reading data", "computing", "evaluating", "saving")  # the phases of a step, in this order
+PHASES = ("reading data", "computing", "evaluating", "sampling", "saving")  # the phases of a step, in this order
 GRACE_SECONDS = 20.0  # time for the other processes to report their position
 LAST_SECONDS = 2.0
 

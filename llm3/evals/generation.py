@@ -124,28 +124,48 @@ def generate_answers(
     seeds: Sequence[int] | None = None,
 ) -> list[str]:
     """The model's answer to each question. width: max tokens of a prompt. seeds: of each answer, if it is drawn."""
+    asked, most = [(each.prompt, each.end) for each in questions], context.options.max_tokens
+    made = generate_tokens(context, asked, width, most, temperature=temperature, seeds=seeds)
+    return [
+        without_lead(each.lead, context.tokenizer.decode(tokens)) for each, tokens in zip(questions, made, strict=True)
+    ]
+
+
+def generate_tokens(
+    context: EvalContext,
+    asked: list[tuple[list[int], list[int]]],
+    width: int,
+    max_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The tokens after each of some prompts, given as (prompt, end of an answer), without the end.
+
+    width: max tokens of a prompt. seeds: of each answer, if it is drawn; None: the likeliest tokens.
+    """
     stops = context.tokenizer.end_ids
     run = context.jit(
-        functools.partial(greedy, stops=stops, max_tokens=context.options.max_tokens)
+        functools.partial(greedy, stops=stops, max_tokens=max_tokens)
         if seeds is None
-        else functools.partial(decode, stops=stops, max_tokens=context.options.max_tokens, temperature=temperature)
+        else functools.partial(decode, stops=stops, max_tokens=max_tokens, temperature=temperature)
     )
-    texts, rows = [""] * len(questions), context.config.batch_size
-    longest = max((len(each.end) for each in questions), default=1)
-    for padded, numbers in context.groups([len(each.prompt) for each in questions], width):
-        chosen = [questions[number] for number in numbers]
+    made: list[list[int]] = [[]] * len(asked)
+    rows, longest = context.config.batch_size, max((len(end) for _, end in asked), default=1)
+    for padded, numbers in context.groups([len(prompt) for prompt, _ in asked], width):
         ends = np.full((rows, longest), stops[0], np.int32)
-        for row, each in enumerate(chosen):
-            ends[row] = [-1] * (longest - len(each.end)) + each.end
-        prompts = right_aligned([each.prompt for each in chosen], padded, rows)
+        for row, number in enumerate(numbers):
+            end = asked[number][1]
+            ends[row] = [-1] * (longest - len(end)) + end
+        prompts = right_aligned([asked[number][0] for number in numbers], padded, rows)
         given = [] if seeds is None else [np.resize([seeds[number] for number in numbers], (rows, 1)).astype(np.int32)]
         decoded = jax.device_get(run(*context.place((*prompts, ends, *given))))
-        for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
+        for row, number in enumerate(numbers):
             answer = decoded["tokens"][row, : decoded["count"][row, 0] + 1].tolist()
-            for stop in (*([stop] for stop in stops), each.end):
+            for stop in (*([stop] for stop in stops), asked[number][1]):
                 answer = _cut(answer, stop)
-            texts[number] = without_lead(each.lead, context.tokenizer.decode(answer))
-    return texts
+            made[number] = answer
+    return made
 
 
 def _cut(tokens: list[int], end: list[int]) -> list[int]:

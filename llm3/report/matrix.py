@@ -133,7 +133,8 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
     rows, baselines = (
         [{key: plain(value) for key, value in row.items()} for row in part] for part in (rows, baselines)
     )
-    keys = dict.fromkeys([*KEYS, *(key for row in [*rows, *baselines] for key in row)])
+    # those of the rows first: their metrics are in the order of the config's evaluations
+    keys = dict.fromkeys([*(key for row in [*rows, *baselines] for key in row), *KEYS])
     changes = {f"{key}_change": key for key in keys if key.endswith("_bits_per_byte")}
 
     def completed(row: dict, parent: dict | None) -> dict:

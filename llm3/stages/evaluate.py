@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from llm3.checkpoints.metadata import digests_of
-from llm3.distributed import memory, processes
+from llm3.distributed import interrupts, memory, processes
 from llm3.errors import UserError, nearest
 from llm3.evals import Counting, uncounted
 from llm3.files import DETAILS, ROW, write_json
@@ -56,20 +56,23 @@ def measure(
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(subject):
             continue
-        with memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)):
-            shown = progress(f"{name}: {evaluation.name}", alive)
-            with session.watch.part("evaluate"):
-                measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
+        shown = progress(f"{name}: {evaluation.name}", alive, session.console)
+        with (
+            interrupts.doing(f"evaluating {evaluation.name} of {name}"),
+            memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)),
+            session.watch.part("evaluate"),
+        ):
+            measured = evaluation.measure(one_segment, model, tokenizer, session.mesh, compiled, shown)
         found.add(plain(name, evaluation.name, measured, session.console))
     return found
 
 
-def progress(label: str, alive: Callable[[], None] = lambda: None) -> Counting:
+def progress(label: str, alive: Callable[[], None] = lambda: None, console: Console | None = None) -> Counting:
     """Shows on the first process how much of an evaluation is done, and calls `alive` after each batch."""
 
     @contextmanager
     def shown(total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        with counting(total, label, unit) if processes.is_first() else uncounted(total, unit) as advance:
+        with counting(total, label, unit, console) if processes.is_first() else uncounted(total, unit) as advance:
 
             def done(number: int) -> None:
                 alive()

@@ -20,6 +20,7 @@ from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, within
 from llm3.registry import check_installed, load_plugin, read_options
 from llm3.stages.stage import Stage, check_tokenizer
+from llm3.stages.truncation import truncation_warning
 
 
 class Subject(NamedTuple):
@@ -51,7 +52,8 @@ def subject_of_checkpoint(name: str, model: ModelConfig, meta: dict) -> Subject:
 class Evaluation:
     """One evaluation, resolved. kind: the kind of windows. labels: the classes of its source, if it classifies.
 
-    cache: None for an evaluation without a source. prepared, template: see `EvalContext`.
+    cache: None for an evaluation without a source. prepared, template: see `EvalContext`. warning: what to change if
+    much of the source does not fit into the windows; "": nothing.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Evaluation:
     labels: list[str] | None = None
     prepared: Any = None
     template: str = ""
+    warning: str = ""
 
     @property
     def better(self) -> dict[str, str]:
@@ -144,8 +147,10 @@ def read_evaluation(config: RunConfig, name: str, library: Library) -> Evaluatio
     table = load_plugin(windows, kind).WindowTable(
         cache, own.sequence_length
     )  # raises UserError for a length too small
-    check_windows(table, f"config.evaluations.{name}: source {own.source!r}", own.sequence_length)
-    return Evaluation(name, own, plugin, options, kind, cache, labels)
+    where = f"config.evaluations.{name}"
+    check_windows(table, f"{where}: source {own.source!r}", own.sequence_length)
+    warning = truncation_warning(table, cache, own.source, own.sequence_length, f"{where}.sequence_length")
+    return Evaluation(name, own, plugin, options, kind, cache, labels, warning=warning)
 
 
 def without_source(name: str, config: EvaluationConfig, options: Any, template: str, where: str) -> Evaluation:

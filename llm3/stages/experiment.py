@@ -17,6 +17,7 @@ from llm3.data.cache.place import cache_directory
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library, trained_tokenizer
+from llm3.data.prompts import check_prompts
 from llm3.data.round_trip import RoundTrip
 from llm3.data.sources.split import use_local_copy
 from llm3.distributed.mesh_axes import MESH_AXES, table
@@ -102,7 +103,8 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     """
     check_without_data(config, workdir, order)
     library = read_library(config, workdir)
-    vocabulary_size(config, library.tokenizer)  # raises UserError
+    model = init_model(config, vocabulary_size(config, library.tokenizer))  # raises UserError
+    check_prompts(config.samples, config.sample_tokens, model, library.tokenizer, library.template, "config.samples")
     quick = {
         name: read_evaluation(config, name, library) for name, each in config.evaluations.items() if not each.source
     }

@@ -17,6 +17,7 @@ from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import Subject, subject_of_checkpoint
 from llm3.stages.model import has_lm_leaves
 from llm3.stages.parents import first_rows, model_starts, other_runs
+from llm3.stages.samples import take_samples
 from llm3.stages.session import Session
 from llm3.stages.start import loaded_params
 from llm3.stages.workdir import stage_record
@@ -37,7 +38,9 @@ def evaluate_first_rows(session: Session) -> None:
         if lost := processes.broadcast_from_first(partial(unreadable, session.config, session.workdir, name)):
             session.console.print(f"{name}: no row, since the parent cannot be read: {lost}")
             continue
-        write_row(session, *subject_and_params(session, name), _facts(session, name))
+        subject, params = subject_and_params(session, name)
+        take_samples(session, subject, params, step=0)
+        write_row(session, subject, params, _facts(session, name))
 
 
 def write_records(session: Session) -> None:

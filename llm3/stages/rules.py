@@ -1,6 +1,6 @@
 """The rules of the three kinds of stages, and the order of the stages of a run."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,13 @@ def _known(field: str, name: str, options: Collection[str]) -> None:
 
 
 def check(config: RunConfig) -> list[str]:
-    """Check every stage against its rules; returns the names of the stages, parents first. Raises UserError."""
+    """Check every stage against its rules; returns the names of the stages as `parents_first`. Raises UserError."""
     return check_stages(config, config.model.causal)
 
 
 def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
     """`check` for a model with causal or bidirectional attention; None: the model is not known yet."""
     stages = config.stages
-    ordered: list[str] = []
     if not stages:
         raise UserError("config.stages is empty: expected {name: stage}")
     table(config.mesh.rules)
@@ -107,13 +106,22 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
     tokenizer = config.tokenizer
     if tokenizer.add and not tokenizer.path and origin(config) is None:
         raise UserError(f"config.tokenizer.add={tokenizer.add}: needs tokenizer.path, the tokenizer to extend")
-    while len(ordered) < len(stages):
-        ready = [n for n in stages if n not in ordered and parent_name(stages[n]) in (None, INIT, *ordered)]
-        if not ready:
-            rest = sorted(set(stages) - set(ordered))
-            raise UserError(f"config.stages: {', '.join(rest)} start from one another in a cycle")
-        # stages of the main chain come before the baselines
-        ordered.append(min(ready, key=lambda n: (stages[n].baseline, list(RULES).index(stages[n].kind), n)))
+    return parents_first(stages)
+
+
+def parents_first(stages: Mapping[str, StageConfig]) -> list[str]:
+    """The names of the stages in the order of the config, each after its parent. Raises UserError for a cycle."""
+    ordered: list[str] = []
+    for name in stages:
+        chain: list[str] = []
+        each: str | None = name
+        while each is not None and each not in (INIT, *ordered):
+            if each in chain:
+                cycle = sorted(chain[chain.index(each) :])
+                raise UserError(f"config.stages: {', '.join(cycle)} start from one another in a cycle")
+            chain.append(each)
+            each = parent_name(stages[each])
+        ordered += reversed(chain)
     return ordered
 
 

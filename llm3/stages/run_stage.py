@@ -14,20 +14,21 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Restored, Wanted
 from llm3.config.schema import as_dict
 from llm3.data.batch import Batch
-from llm3.distributed import memory, processes
+from llm3.distributed import interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged, UserError, counted, together
 from llm3.files import CHECKPOINTS, RECORD, write_json
 from llm3.handoff.parent import Parent
-from llm3.report.console import Progress
+from llm3.report.console import WARNING, Progress
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.units import count, duration, words
 from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.parents import parent_labels
+from llm3.stages.samples import drop_samples, take_samples
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
@@ -190,7 +191,8 @@ class StageRun:
         config, mixture, console = self.stage.config, self.stage.data.mixture, self.session.console
         watchdog, validation = Watchdog(self.session.config.hang_seconds), self.validation
         extra = {name: words(name) for name in self.own_metrics(phase)} | validation.labels
-        with Progress(config.steps, done, self.stage.name, extra=extra) if writer else nullcontext() as progress:
+        shown = Progress(config.steps, done, self.stage.name, console, extra=extra) if writer else nullcontext()
+        with shown as progress:
 
             def on_log(done: int, line: dict) -> None:
                 if writer is None or progress is None:
@@ -215,14 +217,25 @@ class StageRun:
                 return validation.verdict(done)
 
             def on_save(done: int, state: TrainState) -> None:
-                with self.session.watch.part("save"):
+                with interrupts.doing(f"saving step {done}"), self.session.watch.part("save"):
                     self.save(partial(watchdog.at, done, "saving"), phase, done, state)
+
+            def sampled(done: int) -> bool:  # after the last step, the stage's result is sampled
+                return bool(config.sample_every) and done % config.sample_every == 0 and done < config.steps
+
+            def on_sample(done: int, state: TrainState) -> None:
+                self.sample(done, phase.params(state), writer)
 
             called = (validation.due, on_log, on_eval, on_save)
             try:
-                yield Hooks(config.log_every, config.save_every, *called, request, watchdog)
+                yield Hooks(config.log_every, config.save_every, *called, request, watchdog, sampled, on_sample)
             except Diverged as error:
                 raise Diverged(f"{self.stage.name}: {error}. {self.advice(error.first)}") from None
+
+    def sample(self, done: int, params: dict, writer: MetricsWriter | None) -> None:
+        """Continue the config's prompts with canonical parameters after a step."""
+        template = self.session.experiment.library.template if self.meta["chat_template"] else ""
+        take_samples(self.session, subject_of(self.stage), params, done, template, writer)
 
     def own_metrics(self, phase: Phase) -> list[str]:
         """The metrics that the objective computes besides the loss."""
@@ -264,6 +277,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             state, done = run.begin(parent)
         if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
             write_json(directory / RECORD, stage.record)
+            drop_samples(directory, after=done)
         phase = run.phase_of(done)
         with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
             if writer and not done:
@@ -281,11 +295,12 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 with run.hooks(phase, done, writer, request) as hooks, watch.part("train"):
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
-        with watch.part("save"):
-            checkpoints.wait()
-        if request.signal or not run.finished:
-            return False
-        params = run.full_params(phase, state)
+            with watch.part("save"):
+                checkpoints.wait()
+            if request.signal or not run.finished:
+                return False
+            params = run.full_params(phase, state)
+            run.sample(done, params, writer)
     if ended := run.meta.get("early_stopping"):
         session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
     write_row(session, subject_of(stage), params, row_facts(run, phase, done))
@@ -311,7 +326,8 @@ def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
 def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     """The compiled step of a phase from step `done` on; prints its expected cost."""
     session, stage = run.session, run.stage
-    compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
+    with interrupts.doing(f"compiling the step of {stage.name}"):
+        compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes
@@ -330,6 +346,8 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     if phase is run.phases[0]:
         for source, facts in stage.data.facts(stage.config.steps).items():
             session.console.print(f"  {source}: " + ", ".join(facts))
+        for warning in stage.data.warnings(f"{stage.where}.sequence_length"):
+            session.console.print(warning, style=WARNING)
         for note in phase.notes:
             session.console.print(f"  {note}")
     return compiled

@@ -19,6 +19,7 @@ from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
 from llm3.handoff.pretrained import kept_description
 from llm3.models.kernels import dot
+from llm3.report.console import WARNING
 from llm3.stages.cost import memory_fields
 from llm3.stages.experiment import Experiment
 from llm3.stages.stage import Stage
@@ -95,9 +96,12 @@ class Session:
         } | ({"model": f"{model.title} ({model.family}, files {model.digest[:12]})"} if model else {})
 
     def print_header(self) -> None:
-        """Print the facts of this run."""
+        """Print the facts of this run, and warnings about its evaluations."""
         for name, fact in self.facts().items():
             self.console.print(f"{name:<14}{fact}")
+        for evaluation in self.experiment.evaluations:
+            if evaluation.warning:
+                self.console.print(evaluation.warning, style=WARNING)
 
     def flops_per_second(self) -> float:
         """Expected hardware FLOP/s: 40 % of a known chip's peak, else half of the measured rate of a matmul."""

@@ -31,22 +31,35 @@ from llm3.registry import load_plugin, read_options
 from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
 from llm3.stages.parents import parent_name
 from llm3.stages.rules import data_sources
+from llm3.stages.truncation import truncation_warning
 from llm3.stages.workdir import stage_record
 from llm3.training.phase import Phase, build
 
 
 class StageData(NamedTuple):
-    """The training data of a stage by source, the mixture weights by first step, and the mixture of batches."""
+    """The training data of a stage by source, the mixture weights by first step, and the mixture of batches.
+
+    length: tokens of a document that a window holds
+    """
 
     caches: dict[str, TokenCache]
     tables: dict[str, Windows]
     schedule: list[tuple[int, dict[str, float]]]
     mixture: Mixture
+    length: int
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """{source: digest of its content}"""
         return {source: tokens.fingerprint for source, tokens in self.caches.items()}
+
+    def warnings(self, field: str) -> list[str]:
+        """A sentence for each source of which much does not fit into the windows. field: where their length is set."""
+        found = (
+            truncation_warning(table, self.caches[source], source, self.length, field)
+            for source, table in self.tables.items()
+        )
+        return [each for each in found if each]
 
     def facts(self, steps: int) -> dict[str, list[str]]:
         """For each source, phrases on its size, its packing, and how many epochs `steps` steps are."""
@@ -201,7 +214,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
         classes=len(labels),
         max_output_positions=_max_output_positions(config, objective, task, tables),
     )
-    data = StageData(caches, tables, schedule, mixture)
+    data = StageData(caches, tables, schedule, mixture, length)
     lm_head = has_lm_head(config, name, workdir, model)
     return replace(planned, model=model, task=task, labels=labels, lm_head=lm_head, read=data)
 

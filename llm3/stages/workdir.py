@@ -11,7 +11,7 @@ from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
 
 # Fields that may change when a run resumes: they affect logs and checkpoints, not results. Those of the validation
 # decide the result of a stage that stops early, and of no other.
-FREE_FIELDS = frozenset({"log_every", "save_every", "keep"})
+FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "sample_every"})
 VALIDATION_FIELDS = frozenset({"best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"})
 FREE_GUARD_FIELDS = frozenset({"stop_after"})
 

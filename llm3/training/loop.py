@@ -27,9 +27,9 @@ class Verdict(NamedTuple):
 class Hooks(NamedTuple):
     """What the loop calls besides the step.
 
-    It calls on_eval(step, state) where `evaluates(step)`; on_log(step, line) every `log_every` steps and before each
-    evaluation and save; and on_save(step, state) every `save_every` steps, at the end, before a requested stop, and
-    where an evaluation asks for it. Steps are counted from 1.
+    It calls on_eval(step, state) where `evaluates(step)`; on_sample(step, state) where `samples(step)`; on_log(step,
+    line) every `log_every` steps and before each evaluation and save; and on_save(step, state) every `save_every`
+    steps, at the end, before a requested stop, and where an evaluation asks for it. Steps are counted from 1.
     """
 
     log_every: int
@@ -40,6 +40,8 @@ class Hooks(NamedTuple):
     on_save: Callable[[int, TrainState], None]
     request: StopRequest
     watchdog: Watchdog
+    samples: Callable[[int], bool] = lambda step: False
+    on_sample: Callable[[int, TrainState], None] = lambda step, state: None
 
 
 def train(
@@ -60,7 +62,7 @@ def train(
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
     meter.since = time.perf_counter()
-    with closing(batches), watchdog.watching(), hooks.request.listening():
+    with closing(batches), watchdog.watching(), hooks.request.listening(start):
         for done in range(start + 1, stop + 1):
             watchdog.at(done, "reading data")
             before = time.perf_counter()
@@ -77,6 +79,12 @@ def train(
                 watchdog.at(done, "evaluating")
                 verdict = hooks.on_eval(done, state)
                 meter.since = time.perf_counter()  # step times exclude evaluations
+            if hooks.samples(done):
+                watchdog.at(done, "sampling")
+                jax.block_until_ready(metrics)
+                before = time.perf_counter()
+                hooks.on_sample(done, state)
+                meter.since += time.perf_counter() - before  # step times exclude samples
             # after the evaluation, during which a signal may have arrived
             ending = hooks.request.at_step() or done == stop or verdict.stop
             saving = ending or verdict.save or done % hooks.save_every == 0

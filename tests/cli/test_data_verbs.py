@@ -69,10 +69,12 @@ with c.ignore_type():
     c.stages.posttrain.objective = "instruct"
 """.strip()
     assert call(base, "data", "--stages=posttrain", extra=extra) == 0
+    output = capsys.readouterr().out
+    assert "warning: 33 % of the documents of pairs have no target that fits" in output
     shown = re.search(
         r"^ pairs +(?P<documents>\d+) +\S+ +(?P<bytes>[\d.]+) +(?P<windows>\d+) +(?P<padding>[\d.]+) % +(?P<cut>\d+)"
         r" +(?P<dropped>\d+) +100.0 % ",
-        capsys.readouterr().out,
+        output,
         re.MULTILINE,
     )
     assert (shown["documents"], shown["cut"], shown["dropped"]) == ("6", "3", "2")

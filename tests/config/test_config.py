@@ -9,6 +9,8 @@ from llm3.__main__ import main
 from llm3.config import load as configfile
 from llm3.config import schema
 from llm3.errors import UserError
+from llm3.stages import rules
+from llm3.stages.workdir import stage_record
 from tests.helpers import tiny_folder
 from tests.helpers import tiny_run as tiny
 
@@ -71,6 +73,29 @@ def test_a_config_survives_the_way_through_plain_values(file, tmp_path, monkeypa
     assert isinstance(ConfigDict(schema.as_dict(config)).stages.pretrain.steps, int)
 
 
+def test_sections_keep_the_order_of_the_file_and_each_stage_runs_after_its_parent(file, tmp_path):
+    turned = tmp_path / "turned.py"  # "scratch" is given before the stages that it does not need, and so on
+    turn = "    for name in 'stages', 'evaluations':\n        c[name] = dict(reversed(c[name].items()))\n    return c\n"
+    turned.write_text(pathlib.Path(file).read_text().replace("    return c\n", turn))
+    config = configfile.load(str(turned), ["stages.finetune.steps=9", "evaluations.domain.max_documents=3"])
+    assert list(config.stages) == ["scratch", "pretrain", "posttrain", "finetune"]
+    assert list(config.evaluations) == ["task", "general", "domain"]
+    assert rules.check(config) == ["scratch", "pretrain", "posttrain", "finetune"]
+    plain = configfile.load(file)
+    assert rules.check(plain) == list(plain.stages) == list(tiny.STAGES)
+    assert list(plain.sources) == list(plain.evaluations) == ["general", "domain", "task"]
+    assert list(plain.stages["posttrain"].data) == ["domain", "general"], "what decides a result stays sorted"
+    for name in tiny.STAGES[:3]:
+        again = configfile.load(str(turned))
+        assert stage_record(again, name) == stage_record(plain, name), "a run resumes with a config in another order"
+
+
+def test_parents_come_before_stages_that_the_config_gives_first(file):
+    stages = configfile.load(file).stages
+    shuffled = {name: stages[name] for name in ("finetune", "scratch", "posttrain", "pretrain")}
+    assert rules.parents_first(shuffled) == ["pretrain", "posttrain", "finetune", "scratch"]
+
+
 def test_a_config_file_takes_an_argument(tmp_path, file):
     other = tmp_path / "sized.py"
     text = pathlib.Path(file).read_text().replace("def get_config():", "def get_config(layers='2'):")
@@ -81,7 +106,6 @@ def test_a_config_file_takes_an_argument(tmp_path, file):
 
 @pytest.mark.parametrize("shipped", sorted((tiny.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_obeys_the_laws_of_its_stages(shipped, tmp_path):
-    from llm3.stages import rules
     from llm3.stages.origin import load_config
 
     pretrained = {"smollm2_medical": tiny_folder.write_folder, "minilm_types": tiny_folder.write_bert}
@@ -222,7 +246,7 @@ def test_nearest_names_come_first_in_a_message():
         schema.one_of("schedule", "cosin", ("cosine", "linear"))
 
 
-@pytest.mark.parametrize("field", ["evaluations.domain.kind='perplexity'", "stages.posttrain.objective='causal'"])
+@pytest.mark.parametrize("field", ["evaluations.general.kind='perplexity'", "stages.pretrain.objective='causal'"])
 def test_a_model_that_sees_the_next_token_is_not_asked_to_predict_it(capsys, tmp_path, file, field):
     encoder = ["--config.model.causal=False", "--config.model.pool=mean"]
     if field.startswith("stages"):

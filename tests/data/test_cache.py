@@ -328,6 +328,14 @@ def test_progress_is_one_line_without_a_terminal_and_a_bar_on_demand(tmp_path, c
     assert "tokens: encoding fake\n" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_counts_the_documents_and_bytes_of_all_processes(workers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache_build, "SECONDS_BETWEEN_LINES", 0)
+    built = cache.build_cache(numbered(3), "text", trained, tmp_path, workers=workers)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"tokens: encoding fake: 3 of 3 parts: {built.documents} documents, {built.text_bytes / 1e6:.1f} MB"
+
+
 def test_the_manifest_counts_documents_tokens_bytes_and_rows(tmp_path):
     built = build(TEXTS, tmp_path)
     (path,) = tmp_path.glob("tokens-*/manifest.json")

@@ -57,7 +57,7 @@ def test_several_processes_build_the_same_bytes_as_one(alone, tmp_path):
 def test_slow_parts_are_built_by_other_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_build, "available_cores", lambda: 2)
     asked = []
-    monkeypatch.setattr(cache_build, "_in_processes", lambda job, parts, workers: asked.append((list(parts), workers)))
+    monkeypatch.setattr(cache_build, "_in_processes", lambda job, parts, n, done: asked.append((list(parts), n)))
     monkeypatch.setattr(cache_build, "INLINE_SECONDS", 0)
     with pytest.raises(TypeError):  # the stand-in built nothing
         build(mixed(), tmp_path / "a", max_bad_share=1)
@@ -177,8 +177,8 @@ def test_only_the_damaged_shard_of_a_finished_cache_is_rebuilt(tmp_path):
 def test_a_shard_that_another_process_finished_first_is_kept(tmp_path, monkeypatch):
     plain, raced, written = shards.write_shard, [], []
 
-    def write_while_another_process_builds(directory, *arguments):
-        plain(directory, *arguments)
+    def write_while_another_process_builds(directory, *arguments, **options):
+        plain(directory, *arguments, **options)
         written.append(directory.name)
         if not raced:
             raced.append(True)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from llm3.distributed import interrupts
+from llm3.distributed.preemption import StopRequest
 from llm3.errors import Exit
 
 START = """
@@ -68,7 +69,8 @@ def ended(process):
     return process.communicate(timeout=60)[0].splitlines(), process.returncode
 
 
-ANSWER = "llm3: Ctrl-C: ending; a second one ends at once"
+AGAIN = "press Ctrl-C again to stop now"
+ANSWER = f"llm3: Ctrl-C: stopping; {AGAIN}"
 
 
 @pytest.mark.parametrize(
@@ -84,20 +86,22 @@ def test_the_first_one_ends_a_command_wherever_it_is(body):
 def test_sigterm_ends_a_run_that_has_not_begun_to_train_with_the_status_that_restarts_it():
     process = started(NATIVE)
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (["llm3: SIGTERM: ending; a second one ends at once", "llm3: stopped"], Exit.PREEMPTED)
+    answer = "llm3: SIGTERM: stopping; send SIGTERM again to stop now"
+    assert ended(process) == ([answer, "llm3: stopped"], Exit.PREEMPTED)
 
 
 def test_while_steps_run_the_first_one_waits_for_their_save():
     process = started(STEPS)
     process.send_signal(signal.SIGINT)
-    answer = "llm3: Ctrl-C: saving after the step under way, then ending; a second one ends at once"
+    answer = f"llm3: Ctrl-C: finishing the step under way, then saving; {AGAIN}"
     assert ended(process) == ([answer, "saved [2]"], 7)
 
 
 def test_a_save_in_the_background_is_finished_before_the_end():
     process = started(SAVE)
     process.send_signal(signal.SIGINT)
-    assert ended(process) == ([ANSWER, "saved", "llm3: stopped"], 130)
+    answer = f"llm3: Ctrl-C: finishing a save, then stopping; {AGAIN}"
+    assert ended(process) == ([answer, "saved", "llm3: stopped"], 130)
 
 
 @pytest.mark.parametrize("body", [SAVE, STEPS], ids=["save", "steps"])
@@ -119,3 +123,28 @@ def test_a_signal_in_this_process_ends_the_command_and_leaves_its_handlers_as_th
             time.sleep(5)
         assert watched.end() == 130
     assert signal.getsignal(signal.SIGINT) is before and interrupts.current() is None
+
+
+def test_the_answer_says_what_is_finished_and_what_is_not():
+    request = StopRequest()
+    with interrupts.Interrupts().watching() as watched:
+        with interrupts.doing("tokenizing general"), interrupts.doing("evaluating task of finetune"):
+            assert watched._answer(signal.SIGINT, False) == f"Ctrl-C: stopping while {watched.activity}; {AGAIN}"
+        with request.listening(87):
+            request.at_step()
+            assert watched._answer(signal.SIGINT, True) == f"Ctrl-C: finishing step 89, then saving; {AGAIN}"
+            with interrupts.doing("saving step 88"):
+                both = "saving step 88, then finishing step 89 and saving it"
+                assert watched._answer(signal.SIGTERM, True) == f"SIGTERM: {both}; send SIGTERM again to stop now"
+        assert watched.activity == "" and watched.stop is None
+    with interrupts.doing("nothing that a signal reaches"):
+        assert interrupts.current() is None
+
+
+def test_only_the_first_process_answers(capsys):
+    watched = interrupts.Interrupts()
+    watched.silent = True
+    watched._say("stopped")
+    watched.silent = False
+    watched._say("stopped too")
+    assert capsys.readouterr().err == "llm3: stopped too\n"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llm3.errors import Exit
+from llm3.stages.samples import read_samples
 from tests.helpers import tiny_cluster as cluster
 from tests.helpers import tiny_records
 from tests.helpers import tiny_run as tiny
@@ -60,14 +61,22 @@ STAGES, NO_EVALUATIONS = "--stages=pretrain,posttrain,finetune", "--config.evalu
 @pytest.fixture(scope="module")
 def whole(base):
     """The three stages on each layout; two processes do not share a cache, as on hosts that do not share homes."""
-    outputs = {layout: run(base, layout, layout, STAGES) for layout in list(LAYOUTS)[:2]}
+    samples = ("--config.samples=['The']", "--config.sample_tokens=2", "--config.stages.pretrain.sample_every=4")
+    outputs = {layout: run(base, layout, layout, STAGES, *samples) for layout in list(LAYOUTS)[:2]}
     caches = {index: str(base / f"cache of {index}") for index in range(2)}
-    outputs["2 x 2"] = run(base, "2 x 2", "2 x 2", STAGES, "--config.cache_dir=", caches=caches)
+    outputs["2 x 2"] = run(base, "2 x 2", "2 x 2", STAGES, *samples, "--config.cache_dir=", caches=caches)
     return types.SimpleNamespace(outputs=outputs, workdir=lambda layout: base / layout, caches=list(caches.values()))
 
 
 def losses(workdir, stage):
     return [line["loss"] for line in tiny.metrics(workdir / stage)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_are_taken_on_every_layout(whole, layout):
+    steps = {"init": [0], "pretrain": [4, 8], "posttrain": [8]}
+    for stage, expected in steps.items():
+        assert [line["step"] for line in read_samples(whole.workdir(layout) / stage)] == expected
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain", "finetune"])

@@ -7,15 +7,25 @@ import math
 import shutil
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from llm3.__main__ import main
+from llm3.checkpoints.load import load_stage
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.run import is_reported
+from llm3.data.prompts import read_prompt
+from llm3.data.tokenizer import Tokenizer
+from llm3.models.decoding import sample
 from llm3.report.matrix import KEYS
 from llm3.report.predictions import read_predictions
+from llm3.stages.samples import read_samples
 from llm3.tree import params_digest
 from tests.helpers import tiny_run as tiny
+
+PROMPTS = ["The president", "A"]
+SAMPLES = (f"--config.samples={PROMPTS}", "--config.sample_tokens=4", "--config.stages.pretrain.sample_every=4")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,7 @@ def base(tmp_path_factory):
 def whole(base):
     """An uninterrupted run of all stages."""
     config, workdir = tiny.write_config(base / "config.py", base), base / "whole"
-    command = ("run", f"--config={config}", f"--workdir={workdir}")
+    command = ("run", f"--config={config}", f"--workdir={workdir}", *SAMPLES)
     output = tiny.process(command, plots=True).stdout
     return types.SimpleNamespace(base=base, config=config, workdir=workdir, command=command, output=output)
 
@@ -80,6 +90,23 @@ def test_a_run_leaves_a_report_with_plots(whole):
         assert (whole.workdir / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompts_are_continued_by_every_model_and_between_steps(whole):
+    steps = {"init": [0], "pretrain": [4, 8, 10], "posttrain": [10], "finetune": [10], "scratch": [10]}
+    for stage, expected in steps.items():
+        lines = read_samples(whole.workdir / stage)
+        assert [line["step"] for line in lines] == [step for step in expected for _ in range(2)]
+        assert [line["prompt"] for line in lines] == PROMPTS * len(expected)
+        assert f"{stage}: step {expected[-1]}: A | " in whole.output
+    params, model, _ = load_stage(whole.workdir, "pretrain")
+    tokenizer = Tokenizer.load(whole.workdir / "tokenizer.json")
+    for line in read_samples(whole.workdir / "pretrain")[-2:]:
+        prompt = read_prompt(line["prompt"], "", tokenizer)
+        made = sample(jax.tree.map(jnp.asarray, params), model, prompt.tokens, max_tokens=4, temperature=0)
+        assert line["text"] == tokenizer.decode(made), "on one device, one prompt at a time"
+    events = b"".join(path.read_bytes() for path in (whole.workdir / "pretrain").glob("events.*"))
+    assert events.count(b"**The president**") == 3, "TensorBoard shows them too"
+
+
 def test_a_row_is_of_the_parameters_in_the_last_checkpoint(whole):
     for stage, digest in tiny.digests(whole.workdir).items():
         if stage != "init":
@@ -104,7 +131,7 @@ def answers(whole):
     copy = shutil.copytree(whole.workdir, whole.base / "copied" / "whole")
     for written in ("report.md", "matrix.json", *(path.name for path in copy.glob("*.png"))):
         (copy / written).unlink()
-    common, prompt = whole.command[1:], ("--prompt=The president", "--max_tokens=4", "--seed=1")
+    common, prompt = whole.command[1:3], ("--prompt=The president", "--max_tokens=4", "--seed=1")
     before = tiny.files(whole.workdir)
     task, general = (whole.base / "texts" / f"{name}.jsonl" for name in ("task-test", "general-validation"))
     done = tiny.process(
@@ -260,6 +287,7 @@ def disturbed(whole):
     """
     config, workdir = tiny.write_config(whole.base / "disturbed.py", whole.base), whole.base / "disturbed"
     command = ("run", f"--config={config}", f"--workdir={workdir}", f"--config.cache_dir={whole.base / 'own-cache'}")
+    command += SAMPLES
 
     def start(*deaths, point="", status=0, more=()):
         deaths = [f"SIGKILL@{each}" for each in deaths]
@@ -283,6 +311,8 @@ def disturbed(whole):
 def test_a_run_that_is_killed_at_any_point_ends_bit_for_bit_as_if_it_had_not_been(whole, disturbed):
     assert "scratch: resumes at step 10" in disturbed.done
     assert_same_results(disturbed.workdir, whole)
+    for stage in ("init", *tiny.STAGES):
+        assert read_samples(disturbed.workdir / stage) == read_samples(whole.workdir / stage)
 
 
 @pytest.mark.slow

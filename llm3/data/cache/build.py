@@ -25,19 +25,22 @@ import numpy as np
 import rich.console
 import rich.markup
 import rich.progress
+from rich.table import Column
+from rich.text import Text
 
 from llm3 import config_folder
 from llm3.data import formats
 from llm3.data.cache import shards
 from llm3.data.cache.known import known_tokens
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError
+from llm3.errors import UserError, counted
 from llm3.registry import load_plugin
 
 MANIFEST = "manifest.json"  # written last: a cache without it is incomplete
 JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
 LABELS = "labels.npy"
 DAMAGE_ERRORS = (OSError, ValueError, KeyError)  # raised by reading damaged files
+SECONDS_BETWEEN_LINES = 60.0  # of the progress in a log
 INLINE_SECONDS = 1.0  # build in this process for so long, before starting others (which takes about as long)
 ABANDONED_SECONDS = 24 * 3600  # age of the last write, from which on a temporary directory is removed
 
@@ -65,8 +68,9 @@ def build_shards(
     left = [number for number in mine if not _is_intact(_shard(job, number))]
     if left:
         of = "" if len(parts) == 1 else f": {len(left):,} of {len(parts):,} parts"
-        with _progress(f"tokens: encoding {job.records.name}{of}", len(left), progress) as advance:
-            for _ in _build(job, parts, left, workers):
+        done = Counts(len(parts))
+        with _progress(f"tokens: encoding {job.records.name}{of}", len(left), done, progress) as advance:
+            for _ in _build(job, parts, left, workers, done):
                 advance()
     others = [number for number in range(len(parts)) if number not in mine]
     if not all(_shard(job, number).exists() for number in range(len(parts))):
@@ -98,21 +102,39 @@ def warn_damaged(path: Path, error: Exception) -> None:
     print(f"tokens: {path} is damaged ({error}); rebuilding it", file=sys.stderr)
 
 
-def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None) -> Iterator[int]:
+class Counts:
+    """Documents and UTF-8 bytes encoded so far in each part: int64 [parts, 2] in memory that worker processes share.
+
+    No lock is needed: a part is built by one process.
+    """
+
+    def __init__(self, parts: int):
+        self._memory = multiprocessing.get_context("spawn").RawArray("q", 2 * parts)
+
+    def add(self, part: int, documents: int, text_bytes: int) -> None:
+        self._memory[2 * part] += documents
+        self._memory[2 * part + 1] += text_bytes
+
+    def __str__(self) -> str:
+        documents, text_bytes = np.frombuffer(self._memory, np.int64).reshape(-1, 2).sum(axis=0).tolist()
+        return f"{counted(documents, 'document')}, {text_bytes / 1e6:,.1f} MB"
+
+
+def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None, done: Counts) -> Iterator[int]:
     """Build shards and yield the number of each one built. Few or small ones are built in this process."""
     left = collections.deque(numbers)
     wanted = workers or available_cores()
     started = time.monotonic()
     alone = workers is None or wanted == 1
     while left and (len(left) == 1 or wanted == 1 or (alone and time.monotonic() - started < INLINE_SECONDS)):
-        yield _build_shard(job, left[0], parts[left.popleft()])
+        yield _build_shard(job, left[0], parts[left.popleft()], done)
     if left:
-        yield from _in_processes(job, {number: parts[number] for number in left}, min(wanted, len(left)))
+        yield from _in_processes(job, {number: parts[number] for number in left}, min(wanted, len(left)), done)
 
 
-def _in_processes(job: Job, parts: dict[int, Any], workers: int) -> Iterator[int]:
+def _in_processes(job: Job, parts: dict[int, Any], workers: int, done: Counts) -> Iterator[int]:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of jax's threads
-    arguments = (job, config_folder.current())
+    arguments = (job, config_folder.current(), done)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=arguments)
     try:
         with _without_ctrl_c():
@@ -143,11 +165,12 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 _job: Job  # the job of this worker process; sent once, since it may hold a long list of parts
+_done: Counts
 
 
-def _init_worker(job: Job, folder: str) -> None:
-    global _job
-    _job = job
+def _init_worker(job: Job, folder: str, done: Counts) -> None:
+    global _job, _done
+    _job, _done = job, done
     config_folder.enter(folder)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process per core already
     threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
@@ -159,7 +182,7 @@ def _exit_with(parent: Any) -> None:
 
 
 def _build_in_worker(number: int, part: Any) -> int:
-    return _build_shard(_job, number, part)
+    return _build_shard(_job, number, part, _done)
 
 
 def available_cores() -> int:
@@ -167,7 +190,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _build_shard(job: Job, number: int, part: Any) -> int:
+def _build_shard(job: Job, number: int, part: Any, done: Counts) -> int:
     target = _shard(job, number)
     if target.exists():  # another process that builds the same cache was faster
         return number
@@ -175,7 +198,8 @@ def _build_shard(job: Job, number: int, part: Any) -> int:
     made.mkdir()
     row_format, tokenizer = load_plugin(formats, job.row_format), _tokenizer(job.tokenizer_file)
     known = known_tokens([each / target.name for each in job.same_texts], row_format, tokenizer)
-    shards.write_shard(made, job.records, part, row_format, tokenizer, job.template, known)
+    counted = functools.partial(done.add, number)
+    shards.write_shard(made, job.records, part, row_format, tokenizer, job.template, known, counted)
     shards.publish(made, target)
     return number
 
@@ -269,16 +293,45 @@ def remove_abandoned(cache_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _progress(what: str, parts: int, bar: bool | None) -> Iterator[Callable[[], None]]:
-    """Yield a function that counts a part: a progress bar on a terminal, one plain line elsewhere."""
+def _progress(what: str, parts: int, done: Counts, bar: bool | None) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each part: a bar on a terminal; elsewhere a line, and another one a minute."""
     console = rich.console.Console(stderr=True)
     if bar is None:
         bar = console.is_terminal
     if not bar:
         print(what, file=sys.stderr)
-        yield lambda: None
+        yield _a_line_a_minute(what, done)
         return
-    columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
+    columns = (
+        rich.progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        rich.progress.BarColumn(bar_width=10),
+        CountsColumn(done),
+        rich.progress.TimeElapsedColumn(),
+    )
     with rich.progress.Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(rich.markup.escape(what), total=parts)
+        # how much of a single part is done is not known
+        task = shown.add_task(rich.markup.escape(what), total=parts if parts > 1 else None)
         yield lambda: shown.advance(task)
+
+
+class CountsColumn(rich.progress.ProgressColumn):
+    """The documents and bytes encoded so far."""
+
+    def __init__(self, done: Counts):
+        super().__init__(Column(no_wrap=True))
+        self._done = done
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(str(self._done))
+
+
+def _a_line_a_minute(what: str, done: Counts, clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    last = clock()
+
+    def after_a_part() -> None:
+        nonlocal last
+        if clock() - last >= SECONDS_BETWEEN_LINES:
+            last = clock()
+            print(f"{what}: {done}", file=sys.stderr, flush=True)
+
+    return after_a_part

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from llm3.data.cache.labels import UNKNOWN, check_unknown, read_labels
 from llm3.data.cache.reader import ShardReader
 from llm3.data.round_trip import RoundTrip
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, counted
+from llm3.distributed import interrupts
+from llm3.errors import UserError, counted, to_stderr
 
 FORMAT = 3  # part of the key; raise it when the files or their meaning change
 MAX_VERIFIED_BYTES = 2**30  # of larger caches, only the sizes of files are verified, not the digests
@@ -239,7 +239,9 @@ def _build_missing(
         job = cache_build.Job(
             records, row_format, temporary / "tokenizer.json", template, target, temporary, same_texts(target, texts)
         )
-        metadata = cache_build.build_shards(job, parts, range(share - 1, len(parts), shares), workers, progress)
+        mine = range(share - 1, len(parts), shares)
+        with interrupts.doing(f"tokenizing {records.name}; finished parts are kept"):
+            metadata = cache_build.build_shards(job, parts, mine, workers, progress)
         if metadata is not None:
             settings = json.dumps([FORMAT, tokenizer.hash, row_format, template])
             cache_build.join_shards(job, metadata, {"key": key, "settings": settings})
@@ -315,7 +317,7 @@ def _check_rows(directory: Path, manifest: dict[str, Any], records: Any, max_bad
                 f"{counts}, more than bad_rows={max_bad_share:g}; they are in {file}, the first: row {first['row']} "
                 f"(counted from 0), {first['reason']}: {first['start']!r}"
             )
-        print(f"tokens: {counts}: set aside in {file}", file=sys.stderr)
+        to_stderr(f"tokens: {counts}: set aside in {file}")
     if not manifest["documents"]:
         why = f"all its rows are bad ({reasons})" if bad else records.why_empty()
         raise UserError(f"source {records.name}: it has no documents: {why}")

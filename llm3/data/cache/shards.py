@@ -25,7 +25,7 @@ DOCUMENTS = "documents.npy"
 BAD_ROWS = "bad_rows.jsonl"  # only if there are unusable rows
 FIELDS = np.dtype([("tokens", "<i8"), ("bytes", "<i8"), ("row", "<i8"), ("key", "<u8"), ("labels", "<i4")])
 
-ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**22  # rows are encoded in batches of about this size
+ROWS_AT_A_TIME, CHARACTERS_AT_A_TIME = 1024, 2**20  # rows are encoded, and counted, in batches of about this size
 
 
 class BatchEncoder:
@@ -137,10 +137,12 @@ def write_shard(
     tokenizer: Tokenizer,
     template: str,
     known: Callable[[int], list[list[int]]] = lambda row: [],
+    count: Callable[[int, int], None] = lambda documents, text_bytes: None,
 ) -> None:
     """Tokenize a part into an empty directory: the same bytes for the same part, on any machine.
 
-    known: the tokens of the texts of a row, as far as another cache has them.
+    known: the tokens of the texts of a row, as far as another cache has them. count: called now and then with the
+    number of documents encoded since its last call, and their UTF-8 bytes.
     """
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     shard = _ShardBuilder(records.name, dtype)
@@ -152,6 +154,7 @@ def write_shard(
             if len(encoded := known(row)) == len(texts):
                 found |= zip(texts, encoded, strict=True)
         encoder = BatchEncoder(tokenizer, (text for _, texts in usable for text in texts), found)
+        documents = text_bytes = 0
         for row, record in rows:
             if isinstance(record, BadRow):
                 shard.add_bad(row, record)
@@ -162,11 +165,13 @@ def write_shard(
                 shard.add_bad(row, BadRow(str(bad), json.dumps(record, ensure_ascii=False)))
             else:
                 shard.add(row, record, document)
+                documents, text_bytes = documents + 1, text_bytes + document.text_bytes
                 if shard.round_trip is not None:
                     texts = row_format.texts(record)
                     shard.round_trip = shard.round_trip.plus(
                         compare(texts, [tokenizer.decode(ids) for ids in encoder.encode_batch(texts)])
                     )
+        count(documents, text_bytes)
     shard.save(directory)
 
 
