@@ -158,7 +158,7 @@ def evaluate_tasks(
         made = replace(made, template=template)
         console.print(f"{name}: evaluating step {meta['step']}, in windows of {length} tokens")
         one_segment = segmented(params, ((0, model.layers),))
-        measured = made.measure(one_segment, model, tokenizer, mesh, compiled, progress(name))
+        measured = made.measure(one_segment, model, tokenizer, mesh, compiled, progress(f"{name}: evaluating"))
         found = plain(name, made.name, measured, console)
         results.append(({"stage": name, **found.metrics, "params": size(params), "step": meta["step"]}, found))
     return deliver(results)

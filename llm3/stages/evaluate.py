@@ -56,7 +56,7 @@ def measure(
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(subject):
             continue
-        shown = progress(f"{name}: {evaluation.name}", alive, session.console)
+        shown = progress(f"{name}: evaluating {evaluation.name}", alive, session.console)
         with (
             interrupts.doing(f"evaluating {evaluation.name} of {name}"),
             memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)),

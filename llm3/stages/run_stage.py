@@ -161,12 +161,12 @@ class StageRun:
         The last checkpoint of a stage holds its result. alive: called after each batch of an evaluation.
         """
         best, value = self.stage.config.best, self.validation.score(done, lambda: phase.params(state), alive)
+        metrics = None if value is None else {best: value}
         if done == self.stage.config.steps or self.validation.stops:
             self.meta |= {"finished": True} | self.validation.result(done)
             if (taken := self.meta.get("early_stopping", {}).get("result_step", done)) != done:
-                value = self.validation.best.value
-                self.checkpoints.wait()
-                self.complete = self.checkpoints.load_params(taken, phase.abstract_params)
+                self.complete, value = self.best_params(taken, phase), self.validation.best.value
+                metrics = None  # so that the checkpoint of the best step is kept as the best
         self.cost.peak_bytes = max(memory.peak_bytes() or 0, self.cost.peak_bytes)
         cost = {
             "cost": dict(vars(self.cost)),
@@ -177,8 +177,18 @@ class StageRun:
         meta |= self.validation.state
         delta = self.saves_deltas and not self.finished
         params = phase.trained(state) if delta else self.full_params(phase, state)
-        metrics = None if value is None else {best: value}
         self.checkpoints.save(done, params, phase.saved_opt(state), meta, metrics, delta=delta)
+
+    def best_params(self, step: int, phase: Phase) -> dict:
+        """The canonical parameters of the best step. Raises UserError if its checkpoint cannot be read."""
+        self.checkpoints.wait()
+        try:
+            return self.checkpoints.load_params(step, phase.abstract_params)
+        except UserError as error:
+            raise UserError(
+                f"{self.stage.where}: the parameters of its best step cannot be read: {error}: restore that checkpoint "
+                f"from a copy, or move {self.directory} away to train the stage again"
+            ) from error
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on the devices; each process reads its own rows."""
@@ -224,7 +234,8 @@ class StageRun:
                 return bool(config.sample_every) and done % config.sample_every == 0 and done < config.steps
 
             def on_sample(done: int, state: TrainState) -> None:
-                self.sample(done, phase.params(state), writer)
+                with self.session.watch.part("evaluate"):
+                    self.sample(done, phase.params(state), writer)
 
             called = (validation.due, on_log, on_eval, on_save)
             try:
@@ -300,7 +311,8 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             if request.signal or not run.finished:
                 return False
             params = run.full_params(phase, state)
-            run.sample(done, params, writer)
+            with watch.part("evaluate"):
+                run.sample(done, params, writer)
     if ended := run.meta.get("early_stopping"):
         session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
     write_row(session, subject_of(stage), params, row_facts(run, phase, done))

@@ -131,7 +131,11 @@ class Validation:
 
     def _signed(self, metrics: dict[str, float | None]) -> float:
         assert self._judge is not None
-        (sign, _), value = self._judge, metrics[self._config.best]
+        (sign, evaluation), best = self._judge, self._config.best
+        if best not in metrics:
+            where = f"{self._stage.where}.best={best!r}"
+            raise UserError(f"{where}: evaluation {evaluation.name!r} has not measured it; {nearest(best, metrics)}")
+        value = metrics[best]
         # from the first process, so that all of them save and stop at the same steps
         return processes.broadcast_from_first(lambda: math.inf if value is None else sign * value)
 

@@ -12,6 +12,7 @@ from llm3.config.load import load
 from llm3.errors import UserError
 from llm3.report.matrix import complete, metrics_of, standard_error
 from llm3.report.page import page
+from llm3.report.predictions import read_predictions
 from llm3.report.table import markdown
 from llm3.stages import rules
 from tests.helpers import tiny_cluster
@@ -53,6 +54,19 @@ def test_tasks_are_measured_on_a_checkpoint_without_its_config(run, capsys):
     )
     assert "± is one standard error over the documents" in said.out
     assert tiny.files(run) == before
+
+
+def test_rows_of_tasks_are_printed_as_json_and_written_with_a_file_of_predictions_for_each_task(run, capsys):
+    pytest.importorskip("lm_eval")
+    out = run.parent / "out"
+    assert main(command(run, "picks,reads", "--sequence_length=48", "--limit=2", "--json", f"--out={out}")) == 0
+    said = capsys.readouterr()
+    (row,) = map(json.loads, said.out.splitlines())
+    assert row["stage"] == "adapt" and row["step"] == 7 and row["details"]["settings"]["sequence_length"] == 48
+    assert "evaluating step 7" in said.err
+    assert json.loads((out / "adapt" / "evaluation.json").read_text()).items() <= row.items()
+    assert read_predictions(out / "adapt", "picks")["score"].mean() == row["picks_acc"]
+    assert len(read_predictions(out / "adapt", "reads")["item"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import pytest
 from llm3.config.data_schema import SourceConfig
 from llm3.data.formats import dialogue
 from llm3.evals import span
+from llm3.predict.kinds.spans import characters
+from llm3.predict.session import Item
 from llm3.segments import segmented
 from tests.helpers import tiny_predict as tiny
 from tests.helpers.tiny_answers import TALK, encoded
-from tests.helpers.tiny_cache import MemoryCache, make_context
+from tests.helpers.tiny_cache import BYTES, MemoryCache, make_context
 from tests.helpers.tiny_export import SPELLED, model, tokenizer
 from tests.helpers.tiny_predict import LABELS, document, predicted, softmax
 
@@ -96,6 +98,20 @@ def test_proposals_are_the_likeliest_tokens_at_each_mask_token(tmp_path):
 
 
 CONTEXT = "The naïve 数学 fox 🙂 jumps over"
+
+
+def test_characters_that_a_token_cuts_are_not_in_the_span():
+    context = "a数学🙂b"
+    found = encoded({"question": "q", "context": context, "answers": []}, tiny.SOURCES["spans"], BYTES)
+    item, first = Item(0, {"context": context}, found), found.note["context"]
+    whole = context.encode()
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            begin, end = characters(item, first + start, first + stop - 1, BYTES)
+            expected = whole[start:stop].decode(errors="ignore")
+            assert context[begin:end] == expected and begin <= end
+
+
 THRESHOLD = -2.0
 QUESTIONS = [("fox?", CONTEXT), ("a", "the quick"), ("over?", CONTEXT * 2), ("x" * 40, CONTEXT), ("🙂", "数学" * 9)]
 
@@ -148,9 +164,11 @@ def test_answers_continue_a_dialogue_as_it_was_trained_up_to_the_last_answer(tmp
         assert row["answer"] == greedy(trained.tokens[:last].tolist(), 6)
         assert not row["truncated"]
     drawn = ("--max_tokens=6", "--temperature=2", "--sequence_length=96")
-    runs = [predicted(tmp_path / "run", rows, *drawn, *more, name=f"{i}.jsonl") for i, more in enumerate(DRAWS)]
+    twice = [*rows, rows[0]]
+    runs = [predicted(tmp_path / "run", twice, *drawn, *more, name=f"{i}.jsonl") for i, more in enumerate(DRAWS)]
     texts = [[row["answer"] for row in each] for each in runs]
-    assert texts[0] == texts[1] != texts[2] and texts[0] != [row["answer"] for row in found]
+    assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][-1]
+    assert texts[0] != [row["answer"] for row in found]
 
 
 DRAWS = ([], ["--batch_size=8"], ["--seed=1"])

@@ -201,6 +201,7 @@ def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
 
 def test_plots_do_without_values_that_are_missing_or_not_finite(tmp_path):
     lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}]
+    lines += [{"step": 3, "task_nll": 2.0, "task_accuracy": None}, {"step": 4, "domain_bits_per_byte": None}]
     plot_losses(tmp_path / "some.png", {"a": lines})
     plot_matrix(tmp_path / "bare.png", [{"stage": "a", "x_accuracy": 0.5}, {"stage": "b"}], [])
     assert len(list(tmp_path.iterdir())) == 2

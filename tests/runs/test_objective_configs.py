@@ -20,12 +20,13 @@ SMALL = {
 
 
 def rows_of(tmp_path, config, stages, steps=2, **changes):
-    """{stage: its row} of a run of a few steps a stage, and the metrics of its last stage."""
+    """{stage: its row} of a run of a few steps a stage, and the metrics of its last stage; said.txt is what it said."""
     steps = {f"stages.{name}.{field}": steps for name in stages for field in ("steps", "save_every", "log_every")}
     steps |= {f"stages.{name}.optimizer.warmup_steps": 1 for name in stages}
     overrides = [f"--config.{field}={value}" for field, value in (SMALL | steps | changes).items()]
     run = ["run", f"--config={tiny_run.ROOT / 'configs' / config}", f"--workdir={tmp_path / 'run'}"]
-    tiny_run.process([*run, f"--stages={','.join(stages)}", *overrides])
+    said = tiny_run.process([*run, f"--stages={','.join(stages)}", *overrides]).stdout
+    (tmp_path / "said.txt").write_text(said, encoding="utf-8")
     return tiny_run.rows(tmp_path / "run"), tiny_run.metrics(tmp_path / "run" / stages[-1])
 
 
@@ -37,6 +38,10 @@ def learnt_by_heart(directory: pathlib.Path, folder: str, rows: list[dict]) -> N
     (directory / folder).mkdir(parents=True)
     for split, times in (("train", 64), ("validation", 1), ("test", 1)):
         (directory / folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) * times)
+
+
+def read(file: pathlib.Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def fixture(file: str) -> list[dict]:
@@ -88,7 +93,9 @@ def test_answers_that_are_learnt_by_heart_are_written_and_chosen_after_every_sta
     assert first[-1]["epochs_general"] > 0 and set(metrics[-1]) >= {"epochs_pubmedqa"}
     assert rows["posttrain"]["epochs"].keys() == {"general", "medquad", "questions"}  # general: replayed
     assert last[-1].keys() >= {"epochs_general", "epochs_medquad", "epochs_questions"}
-    report = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    own = f"accuracy {last[-1]['accuracy']:.4g}"  # of the objective, beside its loss
+    assert any(own in line and "80/80" in line for line in read(tmp_path / "said.txt").splitlines())
+    report = read(tmp_path / "run" / "report.md")
     assert "## Epochs of each source" in report and "- overlap: " in report
 
 

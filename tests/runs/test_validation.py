@@ -9,6 +9,7 @@ from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from tests.helpers import tiny_cluster
 from tests.helpers import tiny_run as tiny
+from tests.helpers.tiny_damage import truncate
 
 SHARED = """fast = dict(learning_rate=0.05, schedule="constant")
 c.evaluations = dict(
@@ -102,7 +103,7 @@ def test_a_stage_that_stops_early_leaves_the_parameters_of_its_best_step(first):
     ended = row["early_stopping"]
     assert ended["why"] == "general_bits_per_byte has not improved in 2 evaluations"
     assert (ended["stopped_at"], ended["result_step"], row["steps"]) == (STOPPED, BEST, STOPPED)
-    assert kept.steps() == [16, STOPPED], "the result is in the last checkpoint: the one of the best step is free to go"
+    assert kept.steps() == [BEST, 16, STOPPED]
     meta = kept.meta(STOPPED)
     assert meta["finished"] and meta["early_stopping"] == ended and meta["params_digest"] == row["params_digest"]
     assert meta["scored"] == {"name": "general_bits_per_byte", "value": found[BEST]}
@@ -148,9 +149,12 @@ def test_a_run_that_dies_around_evaluations_stops_at_the_same_step_with_the_same
     workdir = base / "disturbed"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
     deaths = ["evaluating:pretrain:9", "log:pretrain:15", "saved:pretrain:16", "evaluating:pretrain:18"]
-    deaths = [f"SIGKILL@{each}" for each in (*deaths, "commit:pretrain:18", "saved:pretrain:18")]
-    said = tiny.process(command, deaths=deaths, point="SIGTERM@evaluating:finetune:3", status=75).stdout
-    assert f"pretrain: resumes at step {STOPPED}" in said
+    deaths = [f"SIGKILL@{each}" for each in (*deaths, "commit:pretrain:18")]
+    tiny.process(command, deaths=deaths, point="SIGKILL@row:pretrain", status=-9)
+    last = workdir / "pretrain" / "checkpoints" / str(STOPPED) / "params"
+    truncate(max((path for path in last.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
+    said = tiny.process(command, point="SIGTERM@evaluating:finetune:3", status=75).stdout
+    assert f"step {STOPPED} is damaged and was skipped" in said and "pretrain: resumes at step 16" in said
     assert checkpoints(workdir, "finetune").latest() == 3, "the step at which the signal came during an evaluation"
     tiny.process(command, deaths=["SIGKILL@evaluating:finetune:8"])
     assert tiny.digests(workdir) == tiny.digests(whole.workdir)

@@ -23,7 +23,7 @@ from llm3.optim.partition import make_partition
 from llm3.segments import segmented
 from llm3.training import guard
 from llm3.training.phase import Phase, build
-from llm3.training.step import TrainState, make_train_step
+from llm3.training.step import STEP_METRICS, TrainState, make_train_step
 from llm3.tree import flatten, leaf_digests
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import COMPILE_FAST, TASK, jit, make_batch, make_params, model_config
@@ -125,6 +125,7 @@ def assert_update_is_the_masked_one(run: Run) -> None:
     norm = np.sqrt(sum(np.sum(np.square(each, dtype=np.float64)) for each in masked.values()))
     assert norm > options.clip_norm
     state, metrics = run.step(run.state(PARAMS), make_batch(ROWS))
+    assert metrics.keys() == set(STEP_METRICS), "this objective has none of its own"
     assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert metrics["skipped"] == 0

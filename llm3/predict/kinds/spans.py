@@ -89,8 +89,9 @@ def characters(item: Item, first: int, last: int, tokenizer: Tokenizer) -> tuple
     start = int(lengths[tokens[before:first]].sum())
     content = item.record["context"].encode()
     end = start + int(lengths[tokens[first : last + 1]].sum())
-    while start < end and content[start] & 0xC0 == 0x80:  # within a character
+    while start < len(content) and content[start] & 0xC0 == 0x80:  # within a character
         start += 1
-    while start < end < len(content) and content[end] & 0xC0 == 0x80:
+    while end < len(content) and content[end] & 0xC0 == 0x80:
         end -= 1
-    return len(content[:start].decode()), len(content[:end].decode())
+    begin = len(content[:start].decode())
+    return begin, max(begin, len(content[:end].decode()))
