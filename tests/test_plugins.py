@@ -1,70 +1,32 @@
 """Every objective, evaluation, form of row and kind of window, held to the contract of its folder."""
 
 import dataclasses
-import functools
 import inspect
 import types
 
-import jax
-import numpy as np
 import pytest
-from flax import nnx
 
-from llm3 import evals, objectives
+from llm3 import config_folder, evals, objectives
+from llm3.__main__ import main
+from llm3.cli.plugin_checks import CHECKS, Subject
 from llm3.cli.verbs import VERBS
 from llm3.config.checks import OPTIMIZERS, SCHEDULES
 from llm3.config.data_schema import SourceConfig
+from llm3.config.load import load
 from llm3.data import formats, windows
-from llm3.data.batch import Batch
-from llm3.data.windows.spans import CHOICE, END, START
 from llm3.errors import UserError
-from llm3.models.transformer import abstract
-from llm3.objectives import Sums
 from llm3.optim.learning_rates import SHAPES
 from llm3.optim.update_rules import RULES
 from llm3.predict import kinds
 from llm3.predict.fields import FLAGS
 from llm3.registry import DECLARED, declared, load_plugin, plugin_names, read_options
-from llm3.segments import segmented
-from tests.helpers.tiny import CLASSES, TASK, jit, make_batch, make_labelled, make_params, make_row, model_config, stack
+from llm3.stages import rules
+from llm3.stages.experiment import prepare
+from tests.helpers import tiny_run as tiny
 
 FOLDERS = (objectives, evals)
 PEERS = [(folder, name) for folder in FOLDERS for name in plugin_names(folder)]
 each_plugin = pytest.mark.parametrize(("folder", "name"), PEERS, ids=[f"{f.__name__}.{n}" for f, n in PEERS])
-each_objective = pytest.mark.parametrize("name", plugin_names(objectives))
-
-
-@functools.cache
-def flat_sums(name: str):
-    """batch -> the sums of an objective, as a flat dict of arrays; every model has a task head here."""
-    plugin = load_plugin(objectives, name)
-    heads = CLASSES if isinstance(plugin.HEAD, str) else len(plugin.HEAD)
-    config = model_config(classes=heads)
-    graph, params = abstract(config).graph, segmented(make_params(config), ((0, config.layers),))
-
-    @jit
-    def run(params: dict, batch: Batch):
-        result = plugin.loss(nnx.merge(graph, params), batch, jax.random.key(0), TASK)
-        assert isinstance(result, Sums)
-        return {"loss": result.loss, "weight": result.weight} | result.metrics
-
-    return lambda batch: jax.device_get(run(params, batch))
-
-
-def batch_for(name: str, rows: int) -> Batch:
-    """Two documents a row, labelled as the objective has them."""
-    kinds = set(load_plugin(objectives, name).WINDOWS.values())
-    if "examples" in kinds:
-        return make_labelled(rows)
-    return with_spans(make_batch(rows)) if "spans" in kinds else make_batch(rows)
-
-
-def with_spans(batch: Batch) -> Batch:
-    """The answer of each document is its second token; every token may be chosen."""
-    first = (batch.positions == 0) & (batch.segments > 0)
-    second = np.roll(first, 1, axis=1)
-    targets = CHOICE * (batch.segments > 0) + (START | END) * second
-    return batch._replace(targets=targets.astype(np.int32), weights=first.astype(np.float32))
 
 
 def test_the_peers_are_the_files_of_the_folder():
@@ -81,25 +43,18 @@ def test_an_unknown_peer_is_an_error_with_the_nearest_name(folder):
         load_plugin(folder, f"{name}x")
 
 
-@each_plugin
-def test_a_peer_has_what_its_folder_promises(folder, name):
+def subject_of(folder, name):
     plugin = load_plugin(folder, name)
-    assert plugin.__doc__
-    assert plugin.WINDOWS or hasattr(plugin, "prepare")
-    assert set(plugin.WINDOWS) <= set(plugin_names(formats))
-    assert set(plugin.WINDOWS.values()) <= set(plugin_names(windows))
-    assert plugin.HEAD in ("", "labels") or all(isinstance(output, str) for output in plugin.HEAD)
-    assert plugin.CAUSAL in (True, False, None)
-    if hasattr(plugin, "Options"):
-        assert dataclasses.is_dataclass(plugin.Options) and plugin.Options.__dataclass_params__.frozen
-        hash(plugin.Options())
-    if folder is objectives:
-        assert list(inspect.signature(plugin.loss).parameters) == ["model", "batch", "key", "task"]
-        assert isinstance(plugin.LABELLED, bool)
-    else:
-        assert list(inspect.signature(plugin.evaluate).parameters) == ["context"]
-        assert set(plugin.BETTER.values()) <= {"higher", "lower"}
-        assert plugin.BETTER or list(inspect.signature(plugin.better).parameters) == ["prepared"]
+    return Subject(plugin, read_options(plugin, {}, name))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "check"),
+    [(folder, name, check) for folder, name in PEERS for check in CHECKS[folder.__name__.rpartition(".")[2]]],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_a_plugin_holds_to_the_checks_that_those_of_users_are_held_to(folder, name, check):
+    check(subject_of(folder, name))
 
 
 @each_plugin
@@ -169,33 +124,128 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(folder):
         read_options(plugin, {"shar": 0.1}, "where")
 
 
-@each_objective
-def test_sums_over_a_batch_are_the_sums_over_its_rows(name):
-    run, batch = flat_sums(name), batch_for(name, 4)
-    whole = run(batch)
-    rows = [run(stack(row, *[make_row()] * 3)) for row in (Batch(*each) for each in zip(*batch, strict=True))]
-    assert whole["loss"] != 0 and whole["weight"] != 0
-    for key, value in whole.items():
-        np.testing.assert_allclose(sum(row[key] for row in rows), value, rtol=1e-5, err_msg=key)
+GOOD = """
+\"\"\"The next token, with label smoothing.\"\"\"
+import dataclasses
+import jax.numpy as jnp
+from llm3.objectives import Sums
+from llm3.objectives.causal import token_losses
+
+WINDOWS, HEAD, LABELLED, CAUSAL = {"text": "stream"}, "", False, True
 
 
-@each_objective
-def test_rows_without_a_label_add_zero_and_never_nan(name):
-    run, batch = flat_sums(name), batch_for(name, 4)
-    for empty in (batch._replace(weights=np.zeros_like(batch.weights)), stack(*[make_row()] * 4)):
-        for key, value in run(empty).items():
-            assert np.all(value == 0), key
+@dataclasses.dataclass(frozen=True)
+class Options:
+    scale: float = 2.0
 
 
-@each_objective
-def test_the_loss_and_the_weight_of_an_objective_are_scalars_in_float32(name):
-    found = flat_sums(name)(batch_for(name, 4))
-    assert all((value.dtype, value.shape) == (np.float32, ()) for value in found.values())
+def scaled(model, batch, key, task):
+    \"\"\"The loss times the option.\"\"\"
+    losses = task.options.scale * token_losses(model, batch, key)
+    return Sums(jnp.sum(losses * batch.weights), jnp.sum(batch.weights), {})
 
 
-@each_objective
-def test_a_weight_scales_what_a_target_adds(name):
-    run, batch = flat_sums(name), batch_for(name, 4)
-    one, three = run(batch), run(batch._replace(weights=3 * batch.weights))
-    for key, value in one.items():
-        assert three[key] == pytest.approx(3 * value, rel=1e-5), key
+class Held:
+    \"\"\"The same as a class.\"\"\"
+    WINDOWS, HEAD, LABELLED, CAUSAL, Options, loss = {"text": "stream"}, "", False, True, Options, scaled
+
+
+def mean(model, batch, key, task):
+    \"\"\"A mean, which depends on the batch.\"\"\"
+    found = scaled(model, batch, key, task)
+    return found._replace(loss=found.loss / jnp.maximum(found.weight, 1))
+
+
+def zero_by_zero(model, batch, key, task):
+    \"\"\"Not a number without a target.\"\"\"
+    found = scaled(model, batch, key, task)
+    return found._replace(metrics={"ratio": found.loss / found.weight * found.weight})
+
+
+def across(model, batch, key, task):
+    \"\"\"Reads what is in the rest of the window.\"\"\"
+    found = scaled(model, batch, key, task)
+    return found._replace(loss=found.loss * jnp.max(batch.segments))
+
+
+def constant(model, batch, key, task):
+    \"\"\"Does not depend on the parameters.\"\"\"
+    return Sums(jnp.sum(batch.weights), jnp.sum(batch.weights), {})
+
+
+def bits_per_byte(context):
+    \"\"\"An evaluation.\"\"\"
+    return {"x": 1.0}
+
+
+BETTER = {"x": "higher"}
+"""
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    """A package of losses in the working directory."""
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "__init__.py").touch()
+    (tmp_path / "my_package" / "losses.py").write_text(GOOD.lstrip(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = config_folder.current()
+    yield tmp_path
+    config_folder.enter(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "failures"),
+    [
+        ("scaled", []),
+        ("Held", []),
+        ("mean", ["a batch and its rows", "packed documents", "three times the weights"]),
+        ("zero_by_zero", ["ratio of rows without weights is nan"]),
+        ("across", ["packed documents"]),
+        ("constant", ["the gradient is zero"]),
+        ("bits_per_byte --kind=evaluation", []),
+    ],
+)
+def test_check_plugin_tells_what_a_plugin_does_not_hold_to(losses, capsys, name, failures):
+    name, *flags = name.split()
+    assert main(["check-plugin", f"my_package.losses:{name}", *flags]) == (2 if failures else 0)
+    out = capsys.readouterr().out
+    assert out.count("FAILED") == len(failures), out
+    assert all(each in out for each in failures) and ("all checks hold" in out) == (not failures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("my_package.loses:scaled", "there is no module my_package.loses"),
+        ("my_pakage.losses:scaled", "did you mean 'my_package'"),
+        ("my_package.losses:scald", "my_package.losses has no scald; did you mean 'scaled'"),
+        ("my_package:losses", "my_package has no losses"),
+        ("my_package.losses --kind=objective", "lacks loss; the docstring of llm3/objectives/__init__.py"),
+        ("my_package.losses:scaled --options={'scal':1}", "--options.scal: no such option; did you mean 'scale'"),
+        ("causl", "objective 'causl': did you mean 'causal'"),
+        ("masked", "expected --kind=objective or evaluation"),
+        ("causal --kind=objectiv", "--kind=objectiv: did you mean 'objective'"),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_is_not_there_is_an_error_with_the_nearest_name(losses, capsys, arguments, message):
+    assert main(["check-plugin", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_names_plugins_by_their_import_path(losses):
+    tiny.write_texts(losses / "texts")
+    extra = """
+c.stages = {"pretrain": c.stages.pretrain.to_dict() | dict(objective=dict(name="my_package.losses:scaled", scale=3.0))}
+c.evaluations = dict(general=dict(kind="my_package.losses:bits_per_byte", source="general"))
+""".strip()
+    file = str(tiny.write_config(losses / "config.py", losses, extra))
+    config = load(file)
+    assert rules.chosen(config, None) == ["pretrain"]
+    stage = prepare(config, losses, ["pretrain"]).stages["pretrain"]
+    assert stage.task.options.scale == 3.0 and stage.objective.loss.__name__ == "scaled"
+    assert stage.record["stage"]["objective"]["name"] == "my_package.losses:scaled"
+    with pytest.raises(
+        UserError, match=r"config.stages.pretrain.objective: .*my_package.losses has no scalet; did you"
+    ):
+        rules.check(load(file, ["stages.pretrain.objective=my_package.losses:scalet"]))

@@ -32,7 +32,7 @@ from llm3.interop.heads import has_place
 from llm3.interop.hub import check_push, push_folder
 from llm3.interop.write import MAX_SHARD_SIZE, write_folder
 from llm3.models.lora import merged
-from llm3.registry import load_plugin
+from llm3.registry import is_path, load_plugin
 
 
 def export(
@@ -128,7 +128,12 @@ def objective_name(meta: dict) -> str:
 
 def reads_documents(meta: dict) -> bool:
     """Whether the task head has labels for whole documents, not for tokens."""
-    return load_plugin(objectives, objective_name(meta)).HEAD == "labels"
+    try:
+        return load_plugin(objectives, objective_name(meta)).HEAD == "labels"
+    except UserError:
+        if not is_path(objective_name(meta)):
+            raise
+        return bool(meta["labels"])  # its module is where the config was
 
 
 def about_head(model: ModelConfig, head: bool) -> list[str]:

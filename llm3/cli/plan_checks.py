@@ -7,7 +7,7 @@ from typing import Any
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, together
 from llm3.files import CHECKPOINTS, ROW
-from llm3.handoff.start import AnyStart, ModelStart, read_start
+from llm3.handoff.start import AnyStart, ModelStart, Start, read_start
 from llm3.interop.hub import weights_are_here
 from llm3.planning.fit import check_fits
 from llm3.stages.parents import first_rows
@@ -46,11 +46,13 @@ def to_train(workdir: Path, order: list[str]) -> list[str]:
 
 
 def with_parents(config: RunConfig, workdir: Path, names: list[str], found: Refusals) -> list[str]:
-    """The stages whose parents can be looked at; a model of others may not be here, which is noted."""
+    """The stages whose parents can be looked at; a model of others, or a stage that was not run yet, is noted."""
     kept = []
     for name in names:
         start = _start(config, workdir, name)
-        if isinstance(start, ModelStart) and not weights_are_here(start.model, start.revision):
+        if isinstance(start, Start) and start.stage not in names and _is_to_come(config, workdir, start):
+            found.notes.append(f"{name}: hand-off not checked: {start.stage} has to be trained first")
+        elif isinstance(start, ModelStart) and not weights_are_here(start.model, start.revision):
             found.notes.append(f"{name}: hand-off not checked: the weights of {start.model} are not on this machine")
         else:
             kept.append(name)
@@ -81,6 +83,12 @@ def check_leaves(stages: dict[str, Stage], found: Refusals) -> None:
     """Check the leaves of stages that start from one of these, without data."""
     for stage in stages.values():
         found.attempt(check_own_parent, stages, stage)
+
+
+def _is_to_come(config: RunConfig, workdir: Path, start: Start) -> bool:
+    """Whether a parent is a stage of this config that is not trained in the workdir yet."""
+    own = start.run.resolve() == workdir.resolve() and start.stage in config.stages
+    return own and not (workdir / start.stage / CHECKPOINTS).is_dir()
 
 
 def _start(config: RunConfig, workdir: Path, name: str) -> AnyStart | None:

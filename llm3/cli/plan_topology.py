@@ -152,9 +152,13 @@ def assumptions(config: MeshConfig, machine: Topology) -> list[str]:
     links = machines.links(machine, vars(config), config.across_hosts)
     return [
         f"\nAssumed: {chip.name}: {count(chip.peak)}FLOP/s peak, of which matmuls reach {EFFICIENCY:.0%}; "
-        f"{count(chip.bandwidth)}B/s of memory bandwidth; each kernel reads and writes its arrays once",
+        f"{count(chip.bandwidth)}B/s of memory bandwidth",
+        "  kernels: each reads and writes its arrays once",
         *(f"  {axis}: {link.words}" for axis, link in links.items() if link.size > 1),
-        f"  memory: from a trace of the step, in program order; {1 - USABLE:.0%} is left to the runtime"
-        + ("" if machine.is_tpu or chip.name == "cpu" else " (jax cost 75 % of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION)"),
+        f"  memory: from a trace of the step, in program order; {1 - USABLE:.0%} is left to the runtime",
+        *[
+            "  jax uses 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise",
+        ]
+        * (not machine.is_tpu and chip.name != "cpu"),
         "  MFU: model FLOPs over the peak of all devices; hardware FLOPs also count what remat computes again",
     ]

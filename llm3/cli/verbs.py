@@ -248,6 +248,15 @@ VERBS = {
             ),
         ),
     ),
+    "check-plugin": Verb(
+        "cli.check_plugin:check_plugin",
+        "check that a plugin holds to what llm3's own plugins hold to",
+        (
+            flag("name", help="as a config names it: my_package.losses:entropy"),
+            flag("--kind", default="", help="objective or evaluation (default: as its names say)"),
+            flag("--options", default="", help="its options, as a Python dict"),
+        ),
+    ),
     "lineage": Verb(
         "cli.lineage:lineage",
         "show the parents of the stages of a run",

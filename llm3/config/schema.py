@@ -89,7 +89,8 @@ class StageConfig:
     # the parent: a stage of this run, dict(run=, stage=, step=, fresh=[...], drop=[...]), or a pretrained model:
     # dict(model=, revision=, fresh=[...], drop=[...])
     start: Any = None
-    objective: Any = "causal"  # a name, or dict(name=..., and its options)
+    # a name, an import path ("my_package.losses:entropy"), or dict(name=..., and its options)
+    objective: Any = "causal"
     train: Any = "all"  # trainable parameters: a rule, or a list of rules
     # pairs [step, rule]: parameters that become trainable at that step
     unfreeze: list[Any] = dataclasses.field(default_factory=list)
@@ -157,7 +158,7 @@ class StageConfig:
 class EvaluationConfig:
     """One evaluation, run on the untrained model and after each stage."""
 
-    kind: str  # name of the evaluation plugin
+    kind: str  # name or import path of the evaluation plugin
     source: str = ""  # the source it measures on; "": none, for a kind without a source
     split: str = "validation"  # train, validation or test
     sequence_length: int = 256  # tokens per window

@@ -32,8 +32,10 @@ SIGNIFICANT = 0.05
 LEGEND = (
     "In brackets, 95 % intervals over the items: Wilson's for a share of right answers, else the bootstrap. ± is half "
     "of the 95 % interval over seeds (Student's t). Differences are paired item by item (McNemar's exact test of "
-    "right and wrong answers, else the paired t test), or seed by seed where both sides have several seeds. p is "
-    "corrected for all tests of its table (Holm); below 0.05 a difference is called better or worse."
+    "right and wrong answers, else the paired t test); where a side has several seeds, they are tested over the seeds, "
+    "paired if both have the same ones. p is corrected for all tests of its table (Holm); below 0.05 a difference is "
+    "called better or worse. A test over items says nothing about other seeds, one over seeds nothing about other "
+    "items."
 )
 
 
@@ -181,12 +183,15 @@ def comparisons(material: Material, found: list[Entry], measure: Measure) -> lis
 
 
 def compare(ours: Entry, theirs: Entry, measure: Measure) -> Difference | None:
-    """Paired by seed if both have several in common, else by item, else from the standard errors of two stages."""
-    mine, other = ours.by_seed(measure.key), theirs.by_seed(measure.key)
-    if len(ours.rows) > 1 and len(theirs.rows) > 1:
-        found = statistics.over_seeds([value - other[seed] for seed, value in mine.items() if seed in other])
-        if found is not None:
-            return found
+    """Over the seeds if a side has several, else paired by item, else from the standard errors of two stages.
+
+    Two recipes are paired by seed; of a recipe and a single stage, each seed is compared with the stage.
+    """
+    if len(ours.rows) > 1 or len(theirs.rows) > 1:
+        mine, other = ours.by_seed(measure.key), theirs.by_seed(measure.key)
+        if len(ours.rows) > 1 and len(theirs.rows) > 1:
+            return statistics.over_seeds([value - other[seed] for seed, value in mine.items() if seed in other])
+        return statistics.over_seeds([value - each for value in mine.values() for each in other.values()])
     left, right = items(ours, measure), items(theirs, measure)
     if left is not None and right is not None:
         shared, first, second = np.intersect1d(left.item, right.item, return_indices=True)

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3 import evals
-from llm3.config.data_schema import SourceConfig
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import RunConfig
 from llm3.data import tokenizer as tokenizers
@@ -16,23 +15,19 @@ from llm3.data.cache.cache import TokenCache
 from llm3.data.cache.place import cache_directory
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
-from llm3.data.library import Library, trained_tokenizer
+from llm3.data.library import Library
 from llm3.data.prompts import check_prompts
 from llm3.data.round_trip import RoundTrip
 from llm3.data.sources.split import use_local_copy
 from llm3.distributed.mesh_axes import MESH_AXES, table
 from llm3.distributed.sharding import rules_in_force
-from llm3.errors import UserError
-from llm3.files import INIT, TOKENIZER, local_path
-from llm3.handoff.start import ModelStart
-from llm3.interop.folder import open_folder
+from llm3.files import INIT
 from llm3.registry import load_plugin
 from llm3.stages.evaluated import Entries, definition, entry
 from llm3.stages.evaluation import Evaluation, data_digest, read_evaluation
 from llm3.stages.model import init_model, vocabulary_size
-from llm3.stages.parents import origin
 from llm3.stages.stage import Stage, folded_seed, plan_stage, read_stage
-from llm3.stages.workdir import tokenizer_sources
+from llm3.stages.tokenizer import check_parents_tokenizers, inherited_template, load_tokenizer
 
 
 @dataclass
@@ -103,6 +98,7 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     """
     check_without_data(config, workdir, order)
     library = read_library(config, workdir)
+    check_parents_tokenizers(config, workdir, order, library.tokenizer)
     model = init_model(config, vocabulary_size(config, library.tokenizer))  # raises UserError
     check_prompts(config.samples, config.sample_tokens, model, library.tokenizer, library.template, "config.samples")
     quick = {
@@ -149,42 +145,5 @@ def read_library(config: RunConfig, workdir: Path) -> Library:
     cache_dir = cache_directory(config.cache_dir, workdir)
     local = {name: use_local_copy(source, config.data_dir) for name, source in config.sources.items()}
     tokenizer = load_tokenizer(config, local, workdir, cache_dir)
-    return Library(local, tokenizer, cache_dir, read_template(config.tokenizer.chat_template, workdir, tokenizer))
-
-
-def load_tokenizer(
-    config: RunConfig, sources: dict[str, SourceConfig], workdir: Path, cache_dir: Path
-) -> tokenizers.Tokenizer:
-    """The tokenizer saved with the run, else the one at `tokenizer.path`, else that of the model or run to start from.
-
-    Where there is none of these, a new one (in the cache). Raises UserError.
-    """
-    saved, add = workdir / TOKENIZER, config.tokenizer.add
-    if saved.is_file():
-        return tokenizers.Tokenizer.load(saved)
-    if loaded := given_tokenizer(config, workdir):
-        return loaded.extended(add) if add else loaded
-    if add:
-        raise UserError(f"config.tokenizer.add={add}: needs tokenizer.path, the tokenizer to extend")
-    if not (names := tokenizer_sources(config)):
-        raise UserError("config.tokenizer: without a pretrain stage, give the parent's tokenizer.json as path")
-    sizes = {"vocab_size": config.tokenizer.vocab_size, "train_bytes": config.tokenizer.train_bytes}
-    return trained_tokenizer(sources, names, cache_dir, **sizes)
-
-
-def given_tokenizer(config: RunConfig, workdir: Path) -> tokenizers.Tokenizer | None:
-    """The tokenizer at `tokenizer.path`, else that of the model or run to start from; None: of neither.
-
-    Raises UserError.
-    """
-    if config.tokenizer.path:
-        return tokenizers.Tokenizer.load(
-            local_path(config.tokenizer.path, "config.tokenizer.path"), config.tokenizer.special
-        )
-    if config.tokenizer.sources or (found := origin(config, workdir)) is None:
-        return None
-    name, start = found
-    if isinstance(start, ModelStart):
-        where = f"config.stages.{name}.start.model"
-        return tokenizers.Tokenizer.load(open_folder(start.model, start.revision, where).path)
-    return tokenizers.Tokenizer.load(start.run / TOKENIZER)
+    template = config.tokenizer.chat_template or inherited_template(config, workdir)
+    return Library(local, tokenizer, cache_dir, read_template(template, workdir, tokenizer))

@@ -8,14 +8,14 @@ from llm3.config.model_schema import ModelConfig
 from llm3.config.schema import RunConfig
 from llm3.data.tokenizer import Tokenizer, planned_size
 from llm3.errors import UserError
-from llm3.files import INIT
+from llm3.files import INIT, TOKENIZER
 from llm3.handoff.checkpoint import find_checkpoint
 from llm3.handoff.pretrained import described
-from llm3.handoff.start import ModelStart, read_start
+from llm3.handoff.start import ModelStart, Start, read_start
 from llm3.models.transformer import abstract
 from llm3.registry import declared
 from llm3.segments import canonical
-from llm3.stages.parents import parent_name
+from llm3.stages.parents import origin, parent_name
 from llm3.tree import flatten
 
 
@@ -24,10 +24,13 @@ def init_model(config: RunConfig, vocab_size: int) -> ModelConfig:
     return replace(config.model, vocab_size=vocab_size, classes=0)
 
 
-def planned_vocabulary(config: RunConfig) -> int:
-    """`vocabulary_size` as far as the config alone tells."""
-    rows = config.model.vocab_size
-    return rows + len(config.tokenizer.add) if rows else planned_size(config.tokenizer)
+def planned_vocabulary(config: RunConfig, workdir: Path) -> int:
+    """`vocabulary_size` as far as it is known without data: also from the tokenizer of the run to start from."""
+    rows, tokenizer = config.model.vocab_size, config.tokenizer
+    start = None if rows or tokenizer.path or tokenizer.sources else origin(config, workdir)
+    if start is not None and isinstance(start[1], Start) and (file := start[1].run / TOKENIZER).is_file():
+        tokenizer = replace(tokenizer, path=str(file))
+    return rows + len(tokenizer.add) if rows else planned_size(tokenizer)
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -10,7 +10,7 @@ from llm3.distributed.mesh_axes import check_across_hosts, table
 from llm3.errors import UserError, counted, nearest
 from llm3.files import INIT
 from llm3.handoff.start import ModelStart, read_start
-from llm3.registry import declared, plugin_names, read_options
+from llm3.registry import check_known, declared, plugin_names, read_options
 from llm3.stages.parents import model_starts, origin, parent_name
 
 PARENTS = "start={!r}, dict(run=, stage=), or dict(model=) for a pretrained model"
@@ -70,7 +70,7 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
     check_across_hosts(config.mesh.across_hosts)
     for name, evaluation in config.evaluations.items():
         where = f"config.evaluations.{name}"
-        _known(f"{where}.kind", evaluation.kind, plugin_names("evals"))
+        check_known("evals", evaluation.kind, f"{where}.kind")
         plugin, kind = declared("evals", evaluation.kind), f"{where}.kind={evaluation.kind!r}"
         check_attention(plugin.CAUSAL, causal, kind)
         if plugin.WINDOWS:
@@ -84,7 +84,7 @@ def check_stages(config: RunConfig, causal: bool | None) -> list[str]:
             _known(f"config.stages.{name}.data", source, config.sources)
     for name, stage in stages.items():
         where = f"config.stages.{name}"
-        _known(f"{where}.objective", stage.objective_name, plugin_names("objectives"))
+        check_known("objectives", stage.objective_name, f"{where}.objective")
         plugin = declared("objectives", stage.objective_name)
         check_attention(plugin.CAUSAL, causal, f"{where}.objective={stage.objective_name!r}")
         read_options(plugin, stage.objective_options, f"{where}.objective")

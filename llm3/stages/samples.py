@@ -64,7 +64,7 @@ def take_samples(
 
 def _on_one_line(text: str) -> str:
     """The text for a terminal, which would obey control characters."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in " ".join(text.split()))
+    return "".join(each if each.isprintable() else "\ufffd" for each in " ".join(text.split())) or "(blank)"
 
 
 def _context(session: Session, subject: Subject, params: dict) -> EvalContext:

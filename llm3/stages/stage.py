@@ -173,7 +173,7 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     task = Task(options, None, stage.sequence_length)  # type: ignore[arg-type]  # only the data has a tokenizer
     own_seed = config.seed if stage.seed is None else stage.seed
     model = replace(
-        init_model(config, planned_vocabulary(config)),
+        init_model(config, planned_vocabulary(config, workdir)),
         classes=len(labels),
         adapters=tuple(stage.adapters.items()),
         max_output_positions=_max_output_positions(config, objective, task, {}),

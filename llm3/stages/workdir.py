@@ -51,10 +51,9 @@ def of_training(saved: dict, now: dict) -> tuple[dict, dict]:
 
     def reduced(record: dict, other: dict) -> dict:
         evaluations = record.get("evaluations", {})
-        only_measured = {own["source"] for name, own in evaluations.items() if name not in common} - other[
-            "sources"
-        ].keys()
-        sources = {name: own for name, own in record["sources"].items() if name not in only_measured}
+        measured = {own["source"] for name, own in evaluations.items() if name not in common}
+        only_measured = measured - other.get("sources", {}).keys()
+        sources = {name: own for name, own in record.get("sources", {}).items() if name not in only_measured}
         return record | {"sources": sources, "evaluations": {name: evaluations[name] for name in common}}
 
     return reduced(saved, now), reduced(now, saved)

@@ -24,7 +24,7 @@ from tests.helpers import tiny_run as tiny
         ("run --config=a", "run: the following arguments are required: --workdir; see python -m llm3 run --help"),
         ("bench-model --gigabytes=x", "bench-model: argument --gigabytes: invalid float value: 'x'"),
         ("export --workdir=a --to=b --stages=c,d", "--stage=c,d: expected one stage"),
-        ("generate --workdir=a --prompt x --json", "--json: no such flag of generate; bench has it"),
+        ("generate --workdir=a --prompt x --json", "--json: no such flag of generate; eval, bench have it"),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_line(capsys, line, message):

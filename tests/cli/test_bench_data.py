@@ -1,14 +1,22 @@
 """The bench of the token cache generates text, measures, and removes its files."""
 
 import json
+import os
 
 import datasets
 import numpy as np
+import pytest
 
 from llm3.cli import bench_data
 from llm3.data import tokenizer
 
 DOCUMENTS = [f"title {i}\n" + "".join(f"line {k} of document {i}\n" for k in range(20)) for i in range(30)]
+
+
+@pytest.fixture(autouse=True)
+def same_environment(monkeypatch):
+    """`datasets.Dataset.map` with processes leaves a copy of os.environ in its place, which rich would not see."""
+    monkeypatch.setattr(os, "environ", os.environ)
 
 
 def test_the_text_repeats_the_documents_with_their_lines_in_other_orders(tmp_path):

@@ -16,7 +16,7 @@ from llm3.errors import UserError
 from llm3.stages import rules
 from llm3.stages.experiment import prepare
 from llm3.stages.origin import load_config
-from tests.helpers.tiny_run import documents, process, rows
+from tests.helpers.tiny_run import documents
 
 WORDS = ("red", "green", "blue")
 
@@ -137,10 +137,3 @@ def test_columns_that_are_equally_long_are_both_offered(files):
         init(task="pairs.jsonl")
     init(task="pairs.jsonl", text="{first} {second}")
     assert load_config("my_config.py").sources["task"].text == "{first} {second}"
-
-
-@pytest.mark.slow
-def test_the_config_of_three_files_trains_a_classifier(files):
-    init(general="general.txt", domain="domain.parquet", task="task.csv")
-    process(["run", "--config=my_config.py", "--workdir=run"])
-    assert rows(files / "run")["finetune"]["task_accuracy"] > 0.6  # the class is a word of the text

@@ -11,7 +11,8 @@ from llm3.data.sources.split import expanded, use_local_copy
 from llm3.errors import UserError
 from llm3.files import local_path
 from llm3.handoff.start import read_start
-from llm3.stages.experiment import load_tokenizer, read_library
+from llm3.stages.experiment import read_library
+from llm3.stages.tokenizer import load_tokenizer
 from tests.helpers import tiny_run as tiny
 
 

@@ -272,7 +272,7 @@ WRONG = {
     "a revision of a folder": ((start(revision="main"),), "revision"),
     "two models": (
         ("stages.finetune.start={'model': 'OTHER', 'fresh': ['head/.*', '.*/lora/.*']}",),
-        "config.stages.posttrain.start: model='MODEL', revision=None, but stage 'finetune' has model='OTHER'",
+        "config.stages.finetune.start: model='OTHER', revision=None, but stage 'posttrain' has model='MODEL'",
     ),
     "a field of the model": (("model.layers=3",), "config.model.layers=3: MODEL has 2; leave it out"),
     "a misspelt field": (("model.layer=3",), "config.model.layer: no such field; did you mean 'layers'"),

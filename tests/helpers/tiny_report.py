@@ -71,6 +71,12 @@ def rows():
     return [row("init", None), row("pretrain", "init"), *seeds]
 
 
+def single(predictions=predictions, **changes):
+    """A run without replicates. changes: keys of the row of the fine-tuned stage."""
+    chain = [row("init", None), row("pretrain", "init"), row("full_0", "pretrain", **changes)]
+    return Material(chain, [row("scratch", "init")], predictions=predictions)
+
+
 def material(**options):
     """The whole run."""
     return Material(rows(), [row("scratch", "init")], predictions=predictions, **options)

@@ -4,11 +4,12 @@ import io
 import itertools
 import re
 
+import pytest
 from rich.table import Table
 
 from llm3.data.cache import build
 from llm3.errors import to_stderr
-from llm3.report.console import Progress, new_console
+from llm3.report.console import Progress, counting, new_console
 
 MARKUP = "runs/w[bold]x [/x] :smile:"
 
@@ -110,6 +111,27 @@ def test_a_terminal_gets_one_line_that_follows_its_width():
     below = terminal.text().split("a line above\n")[1]
     assert below.splitlines()[0] == "━" * 12 + "─" * 8 + line
     assert below.splitlines()[-1] == line.strip(), "no bar in a narrow terminal"
+
+
+@pytest.mark.parametrize(("total", "expected"), [(100, "texts: 70 of 100 rows\n"), (None, "texts: 70 rows\n")])
+def test_a_count_in_a_log_is_a_line_now_and_then(total, expected):
+    clock, output = itertools.count(0, 20), io.StringIO()
+    with counting(total, "texts", "rows", new_console(file=output), lambda: next(clock)) as done:
+        done(50)
+        done(20)
+        done(30)
+    assert output.getvalue() == expected
+
+
+def test_a_bar_is_drawn_below_the_line_of_a_stage():
+    console = new_console(file=(terminal := Terminal()), width=80)
+    with Progress(100, 50, "pretrain", console, clock=lambda: 0.0) as progress:
+        progress.log(60, {"loss": 1.25})
+        with counting(3, "general", "documents", console) as done:
+            done(3)
+            console.print("a line above")
+    lines = terminal.text().split("a line above\n")[1].splitlines()
+    assert lines[0].endswith("60/100  loss 1.2500") and lines[1].startswith("general")
 
 
 def test_a_terminal_gets_lines_that_break_between_words_and_a_file_whole_lines(monkeypatch):

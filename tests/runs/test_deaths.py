@@ -62,7 +62,9 @@ def runs(tmp_path_factory):
     command = lambda workdir: ("run", f"--config={config}", f"--workdir={workdir}")  # noqa: E731
     tiny.process(command(whole))
     points = drawn(SEED)
-    output = tiny.process(command(killed), deaths=[f"SIGKILL@{point}" for point in points]).stdout
+    # a start traces all stages that it is to train: first one of them, then two
+    parts = [(*command(killed), f"--stages={','.join(STAGES[:count])}") for count in (1, 2, 3)]
+    output = tiny.process(*parts, deaths=[f"SIGKILL@{point}" for point in points]).stdout
     return types.SimpleNamespace(whole=whole, killed=killed, points=points, output=output)
 
 
