@@ -121,8 +121,8 @@ def reference() -> str:
 
 
 def files_to_read_first(readme: str) -> list[pathlib.Path]:
-    """The files of the README's numbered list."""
-    return [ROOT / name for name in re.findall(r"^\d+\. \[.*?\]\((.*?)\)", readme, re.MULTILINE)]
+    """The files that the README says to read first."""
+    return [ROOT / name for name in re.findall(r"\((llm3/.*?\.py)\)", readme.partition("## Read first\n")[2] or readme)]
 
 
 def with_line_count(readme: str) -> str:

@@ -34,7 +34,7 @@ LEGEND = (
     "of the 95 % interval over seeds (Student's t). Differences are paired item by item (McNemar's exact test of "
     "right and wrong answers, else the paired t test); where a side has several seeds, they are tested over the seeds, "
     "paired if both have the same ones. p is corrected for all tests of its table (Holm); below 0.05 a difference is "
-    "called better or worse. A test over items says nothing about other seeds, one over seeds nothing about other "
+    "called better or worse. Tests over items say nothing about other seeds, and those over seeds nothing about other "
     "items."
 )
 

@@ -37,7 +37,9 @@ def figures(material: Material) -> dict[str, Draw]:
         if counts:
             found[f"confusion_{evaluation}.png"] = _confusion(classes, counts)
         if bins := reliabilities(material, evaluation):
-            found[f"reliability_{evaluation}.png"] = _reliability(bins)
+            own = {entry.label: entry.mean(f"{evaluation}_ece") for entry in entries(material, evaluation)}
+            errors = {name: own[name] or statistics.calibration_error(each) for name, each in bins.items()}
+            found[f"reliability_{evaluation}.png"] = _reliability(bins, errors)
     return found
 
 
@@ -45,8 +47,8 @@ def _confusion(classes: list[str], counts: dict[str, np.ndarray]) -> Draw:
     return lambda path: plot_confusion(path, classes, counts)
 
 
-def _reliability(bins: dict[str, list[Bin]]) -> Draw:
-    return lambda path: plot_reliability(path, bins)
+def _reliability(bins: dict[str, list[Bin]], errors: dict[str, float]) -> Draw:
+    return lambda path: plot_reliability(path, bins, errors)
 
 
 def image(material: Material, name: str, title: str) -> list[str]:
@@ -109,7 +111,8 @@ def task_section(material: Material) -> list[str]:
         if shown := image(material, f"reliability_{evaluation}.png", f"{name}: accuracy by confidence"):
             parts += [
                 f"{name}: the share of right answers by the confidence in the predicted class, with 95 % intervals. "
-                "The area of a point is its share of the items; below the dashed line a stage is overconfident.",
+                "The area of a point is its share of the items, of all seeds of a recipe together; below the dashed "
+                "line a stage is overconfident.",
                 *shown,
             ]
     return ["## Confusion and calibration", *parts] if parts else []

@@ -81,5 +81,5 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
     lists = column.combine_chunks()
     lengths = lists.value_lengths().to_numpy()
     if len(lengths) and (lengths == lengths[0]).all():
-        return lists.flatten().to_numpy().reshape(len(lengths), -1)
+        return lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lengths), -1)
     return lists.to_numpy(zero_copy_only=False)

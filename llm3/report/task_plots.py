@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm3.report.plots import BLUE, GREY, PANELS, figure, first_of_row
-from llm3.report.statistics import Bin, calibration_error
+from llm3.report.statistics import Bin
 
 if TYPE_CHECKING:  # slow to import
     from matplotlib.axes import Axes
@@ -21,10 +21,11 @@ def plot_confusion(path: Path | str, classes: list[str], counts: Mapping[str, np
 
     counts: {stage: [true class, predicted class]}.
     """
-    longest = max(map(len, classes))
-    most = PANELS if len(classes) <= SHOWN_COUNTS else 2
-    inches = 1.4 + 0.08 * longest + min(0.34 * max(len(classes), 4), 6)
-    with figure(path, len(counts), most, size=(inches, inches - 0.6)) as grid:
+    widest = PANELS if len(classes) <= SHOWN_COUNTS else 2
+    most = max(number for number in range(1, widest + 1) if len(counts) % number == 0)  # square panels fill full rows
+    cells = min(0.34 * max(len(classes), 4), 6)
+    names = 0.08 * max(map(len, classes))
+    with figure(path, len(counts), most, size=(cells + names + 1.9 / most + 0.5, cells + names + 0.9)) as grid:
         for index, (axes, (stage, table)) in enumerate(zip(grid, counts.items(), strict=True)):
             shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
             image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -52,10 +53,10 @@ def _annotate(axes: "Axes", table: np.ndarray, shares: np.ndarray) -> None:
             axes.text(column, row, f"{number:g}", ha="center", va="center", fontsize=7, color=colour)
 
 
-def plot_reliability(path: Path | str, bins: Mapping[str, list[Bin]]) -> None:
+def plot_reliability(path: Path | str, bins: Mapping[str, list[Bin]], errors: Mapping[str, float]) -> None:
     """A reliability diagram per stage: the share of right answers by confidence, with Wilson's 95 % intervals.
 
-    bins: {stage: from `llm3.report.statistics.reliability`}.
+    bins: {stage: from `llm3.report.statistics.reliability`}. errors: expected calibration errors, for the titles.
     """
     with figure(path, len(bins), PANELS, size=(3.4, 3.2)) as grid:
         for index, (axes, (stage, found)) in enumerate(zip(grid, bins.items(), strict=True)):
@@ -66,7 +67,7 @@ def plot_reliability(path: Path | str, bins: Mapping[str, list[Bin]]) -> None:
                 axes.plot([each.confidence] * 2, [low / 100, high / 100], color=BLUE, linewidth=1.2)
                 area = 12 + 160 * each.items / total
                 axes.scatter(each.confidence, each.right.value, s=area, color=BLUE, zorder=3, linewidths=0)
-            axes.set_title(f"{stage} (ECE {calibration_error(found):.3f})")
+            axes.set_title(f"{stage} (ECE {errors[stage]:.3f})")
             axes.set_xlabel("confidence")
             axes.set_xlim(-0.02, 1.02)
             axes.set_ylim(-0.02, 1.02)

@@ -64,7 +64,7 @@ def test_the_config_of_the_readme_loads(tmp_path):
     file = tmp_path / "config.py"
     file.write_text(blocks(ROOT / "README.md", "python")[0], encoding="utf-8")
     config = load(str(file))
-    assert set(config.stages) == {"pretrain", "finetune"} and config.stages["finetune"].train == "top(2)"
+    assert list(config.stages) == ["pretrain", "posttrain", "finetune"]
 
 
 @each_page

@@ -157,7 +157,8 @@ WRONG = {
     "deleted data": Wrong((f"10/params cannot be read.*{LEAF}", INSTEAD), damage=in_file(DATA, Path.unlink)),
     "a deleted index": Wrong((f"10/params cannot be read.*{LEAF}",), damage=in_file("params/d/*", Path.unlink)),
     "a deleted manifest": Wrong(
-        ("10/params cannot be read: manifest.ocdbt in it is missing",), damage=in_file("params/manif*", Path.unlink)
+        ("10/params cannot be read: manifest.ocdbt in it is missing", INSTEAD),
+        damage=in_file("params/manif*", Path.unlink),
     ),
     "deleted names of leaves": Wrong(
         ("10/params cannot be read.*_METADATA", INSTEAD), damage=in_file("params/_METADATA", Path.unlink)

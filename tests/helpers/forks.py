@@ -51,7 +51,13 @@ class Fork:
     def __init__(self, arguments: Sequence[str], variables: Mapping[str, str] | None = None, devices: int = 1):
         self._texts = [tempfile.NamedTemporaryFile("r", errors="replace") for _ in range(2)]  # noqa: SIM115
         stdout, stderr = (each.name for each in self._texts)
-        request = {"variables": dict(variables or {}), "devices": devices, "stdout": stdout, "stderr": stderr}
+        request = {
+            "variables": dict(variables or {}),
+            "devices": devices,
+            "stdout": stdout,
+            "stderr": stderr,
+            "directory": os.getcwd(),
+        }
         self.pid = _ask({"arguments": list(arguments), **request})["pid"]
 
     def communicate(self, timeout: float) -> tuple[str, str]:
@@ -128,6 +134,7 @@ def _become(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for stream, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(request[stream], os.O_WRONLY), number)
+    os.chdir(request["directory"])
     os.environ.update(request["variables"])
     jax.config.update("jax_num_cpu_devices", request["devices"])
     keep_what_any_process_compiles()

@@ -12,6 +12,7 @@ COLUMNS = {
     "truth": ["a", "b", "ü"],
     "score": np.array([1.0, 0.0, np.nan]),
     "probabilities": np.array([[0.75, 0.25], [0.5, 0.5], [0.125, 0.875]], np.float32),
+    "references": [["a", "A"], ["b", "B"], ["ü", "Ü"]],
     "classes": ["a", "b"],
 }
 

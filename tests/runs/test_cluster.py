@@ -62,7 +62,7 @@ STAGES, NO_EVALUATIONS = "--stages=pretrain,posttrain,finetune", "--config.evalu
 def whole(base):
     """The three stages on each layout; two processes do not share a cache, as on hosts that do not share homes."""
     samples = ("--config.samples=['The']", "--config.sample_tokens=2", "--config.stages.pretrain.sample_every=4")
-    outputs = {layout: run(base, layout, layout, STAGES, *samples) for layout in list(LAYOUTS)[:2]}
+    outputs = {layout: run(base, layout, layout, STAGES, *samples) for layout in list(LAYOUTS)[:-1]}
     caches = {index: str(base / f"cache of {index}") for index in range(2)}
     outputs["2 x 2"] = run(base, "2 x 2", "2 x 2", STAGES, *samples, "--config.cache_dir=", caches=caches)
     return types.SimpleNamespace(outputs=outputs, workdir=lambda layout: base / layout, caches=list(caches.values()))
@@ -74,7 +74,7 @@ def losses(workdir, stage):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_samples_are_taken_on_every_layout(whole, layout):
-    steps = {"init": [0], "pretrain": [4, 8], "posttrain": [8]}
+    steps = {"init": [0], "pretrain": [4, STEPS], "posttrain": [STEPS]}
     for stage, expected in steps.items():
         assert [line["step"] for line in read_samples(whole.workdir(layout) / stage)] == expected
 

@@ -1,4 +1,4 @@
-"""A newcomer with three files of their own: the page of the documentation shows the commands and the config."""
+"""A newcomer with three files of their own: the README shows the commands and the config."""
 
 import csv
 import json
@@ -9,11 +9,11 @@ import pytest
 from llm3.cli.init import init
 from tests.helpers import tiny_run as tiny
 
-PAGE = (tiny.ROOT / "docs" / "own_files.md").read_text(encoding="utf-8")
+PAGE = (tiny.ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own files")[2]
 
 
 def block(language: str) -> str:
-    """The code block of the page in a language."""
+    """The first code block of the section in a language."""
     return re.search(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)[1]
 
 
@@ -23,7 +23,7 @@ def rows_of(name: str) -> list[dict]:
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """The files of the page, from excerpts of real text, and new rows without labels."""
+    """The files of the section, from excerpts of real text, and new rows without labels."""
     monkeypatch.chdir(tmp_path)
     texts = [row["text"] for row in rows_of("general/train.jsonl")]
     (tmp_path / "general.txt").write_text("\n\n".join(texts), encoding="utf-8")
@@ -42,9 +42,9 @@ def write_csv(path, lines):
         csv.writer(file).writerows(lines)
 
 
-def test_the_page_shows_the_config_that_init_writes(files):
+def test_the_readme_shows_the_config_that_init_writes(files):
     init(general="general.txt", domain="domain.jsonl", task="task.csv")
-    assert (files / "my_config.py").read_text(encoding="utf-8") == block("python"), "put it on the page"
+    assert (files / "my_config.py").read_text(encoding="utf-8") == block("python"), "put it into the README"
 
 
 @pytest.mark.slow

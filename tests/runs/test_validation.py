@@ -116,7 +116,7 @@ def test_a_child_starts_from_the_result_and_its_lineage_says_which_step_that_is(
     parent, link = checkpoints(whole.workdir), checkpoints(whole.workdir, "finetune").meta(8)["lineage"][0]
     assert link["params_digest"] == parent.meta(STOPPED)["params_digest"]
     assert link["early_stopping"] == parent.meta(STOPPED)["early_stopping"]
-    assert whole.lineage.count(f"pretrain step {STOPPED}, the parameters of step {BEST} (pretrain") == 2
+    assert whole.lineage.count(f"pretrain step {STOPPED}, the parameters of step {BEST} [stopped early") == 2
 
 
 def test_a_stage_that_has_stopped_early_is_finished(first):

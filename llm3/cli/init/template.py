@@ -8,12 +8,10 @@ from llm3.cli.init.sizes import Sizes
 WIDTH = 120  # of a line
 HEAD = '''"""{title}
 
-    python -m llm3 data   --config={out}
-    python -m llm3 plan   --config={out}
-    python -m llm3 run    --config={out} --workdir={workdir}
-    python -m llm3 report --workdir={workdir}
+    python -m llm3 run --config={out} --workdir={workdir}
 
-Relative paths are relative to the directory in which these commands run. docs/config.md has every field.
+{seen}
+Paths are relative to the directory in which the command runs. docs/config.md has every field.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +34,10 @@ MUON = 'dict(name="muon", learning_rate=0.02, warmup_steps={warmup}, options=dic
 
 
 class Role(NamedTuple):
-    """What a config says of a source. note: a comment. fields: of the source. rows: how many there are to train on."""
+    """What a config says of a source, and what was seen in its files.
+
+    note: what was seen. fields: of the source. rows: how many there are to train on.
+    """
 
     note: str
     fields: dict[str, Any]
@@ -62,7 +63,9 @@ def config_text(plan: Plan) -> str:
     named = {name: str(each.get("train") if isinstance(each, dict) else each) for name, each in paths.items()}
     title = TITLES[plan.template].format(**{"general": "text", "domain": "text"} | named)
     # a docstring that no path can end
-    lines = [HEAD.format(title=title.replace("\\", "/").replace('"', "'"), out=plan.out, workdir=plan.workdir)]
+    seen = "\n".join(f"{name}: {role.note}" for name, role in plan.roles.items())
+    title, seen = (text.replace("\\", "/").replace('"', "'") for text in (title, seen))
+    lines = [HEAD.format(title=title, seen=seen, out=plan.out, workdir=plan.workdir)]
     lines += [CHAT] * (plan.template == "chat")
     lines.append("\ndef get_config():\n    c = ConfigDict()\n")
     template = ", chat_template=CHAT" if plan.template == "chat" else ""
@@ -88,7 +91,7 @@ def _source(name: str, role: Role) -> list[str]:
         if len(inner) > WIDTH - 12:
             inner = "".join(f"            {key}={_value(value)},\n" for key, value in role.fields.items())
             line = f"        {name}=dict(\n{inner}        ),\n"
-    return [f"        # {role.note}\n", line]
+    return [line]
 
 
 def _pooling(plan: Plan) -> dict[str, Any]:
@@ -102,16 +105,17 @@ def _stages(plan: Plan, corpora: list[str]) -> list[str]:
     lines = [
         f"    muon = {MUON.format(warmup=warmup)}\n",
         f"    text = dict({shape}, optimizer=muon)\n",
+        *_fit(plan),
         "    c.stages = dict(\n",
         f'        pretrain=dict(kind="pretrain", data=dict({first}=1.0), steps={plan.steps["pretrain"]}, **text),\n',
     ]
     parent = "pretrain"
     if "domain" in corpora[1:]:
         data = f"dict(domain=0.9, {first}=0.1)"
+        own = f'kind="posttrain", start="pretrain", data={data}, steps={plan.steps["posttrain"]}, **text'
         lines += [
-            "        posttrain=dict(  # a tenth of general text, so that it is not forgotten\n",
-            f'            kind="posttrain", start="pretrain", data={data}, steps={plan.steps["posttrain"]}, **text\n',
-            "        ),\n",
+            "        # a tenth of general text, so that it is not forgotten\n",
+            f"        posttrain=dict({own}),\n",
         ]
         parent = "posttrain"
     if "task" in plan.roles:
@@ -119,21 +123,24 @@ def _stages(plan: Plan, corpora: list[str]) -> list[str]:
     return [*lines, "    )\n"]
 
 
+def _fit(plan: Plan) -> list[str]:
+    """What the last stage has besides its parent and its data."""
+    if "task" not in plan.roles:
+        return []
+    objective = "classify" if plan.template == "classify" else "instruct"
+    shape = f"steps={plan.steps['finetune']}, batch_size={plan.sizes.batch_size}, sequence_length={plan.window}"
+    return [
+        '    adamw = dict(name="adamw", learning_rate=2e-3, warmup_steps=10)\n',
+        f'    fit = dict(objective="{objective}", {shape}, optimizer=adamw)\n',
+    ]
+
+
 def _task(plan: Plan, parent: str) -> list[str]:
     classify = plan.template == "classify"
     start = f'dict(stage="{parent}", fresh=["head/.*"])' if classify else f'"{parent}"'
-    note = "  # the head is new" if classify else ""
     return [
-        "        finetune=dict(\n",
-        '            kind="finetune",\n',
-        f"            start={start},{note}\n",
-        "            data=dict(task=1.0),\n",
-        f'            objective="{"classify" if classify else "instruct"}",\n',
-        f"            steps={plan.steps['finetune']},\n",
-        f"            batch_size={plan.sizes.batch_size},\n",
-        f"            sequence_length={plan.window},\n",
-        '            optimizer=dict(name="adamw", learning_rate=2e-3, warmup_steps=10),\n',
-        "        ),\n",
+        *["        # the head is new\n"] * classify,
+        f'        finetune=dict(kind="finetune", start={start}, data=dict(task=1.0), **fit),\n',
     ]
 
 
