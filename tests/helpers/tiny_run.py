@@ -162,7 +162,7 @@ def die_at(point: str) -> None:
             hang()
         os.kill(os.getpid(), signal.Signals[name])
         if "LLM3_PROCESS" in os.environ:
-            time.sleep(3)  # these steps take milliseconds, and the others hear of it in the meantime
+            wait_until_all_have_heard()
 
     if what == "computing":
         return die_while_computing(stage, int(step), die)
@@ -177,6 +177,20 @@ def die_at(point: str) -> None:
         return original(*args, **kwargs) if before else result
 
     setattr(owner, attribute, patched)
+
+
+def wait_until_all_have_heard() -> None:
+    """Wait for all processes to know of this one's SIGTERM: jax looks for it once a second, a step takes milliseconds.
+
+    jax has no function that says so: each process publishes the step at which it heard of it. Where a newer jax does
+    that in another place, the limit ends the wait.
+    """
+    from jax._src import distributed
+
+    end = time.monotonic() + 60
+    client, all_of_them = distributed.global_state.client, int(os.environ["LLM3_PROCESSES"])
+    while len(client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < all_of_them and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def hang() -> None:
