@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from llm3.ablation.load import load_ablation
 from llm3.cli import checks
 from llm3.cli.arguments import parser as parser  # for those who check commands
 from llm3.cli.arguments import read_arguments
@@ -26,7 +27,7 @@ from llm3.stages.origin import load_config
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is one of `errors.Exit`, or 128 + the number of a signal that ended it."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    trains = arguments[:1] == ["run"]
+    trains = arguments[:1] in (["run"], ["ablate"])
     try:
         with watched_output(goes_on=trains):
             if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
@@ -52,7 +53,9 @@ def call_verb(arguments: list[str]) -> int:
         verb = VERBS[name]
         if overrides and not options.get("config"):
             raise UserError(f"--config.{overrides[0]}: expected --config=FILE as well")
-        if options.get("config"):
+        if name == "ablate":
+            options["config"] = load_ablation(options["config"], overrides)
+        elif options.get("config"):
             options["config"] = load_config(
                 options["config"], overrides, options.get("workdir", Path()), only_planned=name == "plan"
             )

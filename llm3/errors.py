@@ -22,6 +22,7 @@ class Exit(enum.IntEnum):
     DIVERGED = 3  # too many steps in a row had a non-finite loss or gradient
     HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
     NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
+    PARTIAL = 6  # some stage runs of an ablation failed, all others are finished
     PREEMPTED = 75  # SIGTERM: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
 
 

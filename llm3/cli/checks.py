@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llm3.ablation.arms import chain_config, variants
+from llm3.ablation.schema import AblationConfig
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
@@ -12,9 +14,11 @@ from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, local_path
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
+from llm3.stages.origin import complete
 from llm3.stages.parents import first_rows
 from llm3.stages.workdir import check_record
 
+LAUNCHERS = ("local", "slurm")
 PREDICTED = (".jsonl", ".csv", ".parquet")
 EXPORT_FORMATS = ("merged", "base", "adapters")
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
@@ -22,6 +26,8 @@ EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
     """Raise UserError for a command line that cannot succeed. options: the flags, with `config` read."""
+    if verb == "ablate":
+        return check_ablation(options)
     config: RunConfig | None = options.get("config")
     workdir: Path = options.get("workdir") or Path()
     if config is not None:
@@ -71,6 +77,26 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             check_workdir(workdir, name)
     for run in options.get("runs", ()) if verb == "compare" else ():
         check_workdir(run, None, "")
+
+
+def check_ablation(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `ablate` that are out of range, and for arms that cannot run."""
+    config: AblationConfig = options["config"]
+    if options["jobs"] < 1:
+        raise UserError(f"--jobs={options['jobs']}: expected at least 1")
+    if options["launcher"] not in LAUNCHERS:
+        raise UserError(f"--launcher={options['launcher']}: {nearest(options['launcher'], LAUNCHERS)}")
+    try:
+        rules.check(complete(config.base))
+    except UserError as error:
+        raise UserError(re.sub(r"^config\.", "config.base.", str(error))) from None
+    for each in variants(config):
+        try:
+            own = chain_config(each.values, each.stage)
+            rules.check(own)
+            rules.check_metric(own, own.stages[each.stage], config.metric, "config.metric")
+        except UserError as error:
+            raise UserError(f"{each.name}: {error}") from None
 
 
 def check_split_names(source: SourceConfig) -> None:

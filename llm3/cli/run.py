@@ -40,23 +40,24 @@ from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
 
 
-def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> int:
+def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare: bool = False) -> int:
     """Train and evaluate the chosen stages (default: all), resuming unfinished ones; returns the exit status.
 
+    bare: measure nothing but these stages, and write no report.
     Raises UserError for a run that cannot start, and NotWritten, with the newest intact checkpoint, if a write fails.
     """
     console = make_console()
     order = rules.chosen(config, stages)
-    first = first_rows(config, workdir)
+    first = [] if bare else first_rows(config, workdir)
     for name in [*first, *order]:
         check_record(workdir, config, name)
     check_ancestry(workdir, order)
     to_train = processes.broadcast_from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
-    if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order)):
+    if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
         finished = "is finished" if len(order) == 1 else "are finished"
-        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir / REPORT}")
+        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir if bare else workdir / REPORT}")
         return 0
     check_fits(
         config, [name for name in to_train if not Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps()]
@@ -75,7 +76,8 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
             facts = session.facts() if processes.is_first() else {}
             if processes.is_first():
                 log.write(facts, watch.seconds)
-            evaluate_first_rows(session)
+            if not bare:
+                evaluate_first_rows(session)
             evaluate_outdated(session, first, [name for name in order if name not in to_train])
             for stage in (experiment.stages[name] for name in to_train):
                 trained = not request.signal and run_stage(stage, session, request)
@@ -88,7 +90,8 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None) -> in
         check_ancestry(workdir, order)
         if processes.is_first():
             log.write(facts, watch.seconds)
-            write_report(config, workdir, console)
+            if not bare:
+                write_report(config, workdir, console)
     return 0
 
 
@@ -134,8 +137,13 @@ def make_console() -> Console:
     return new_console(quiet=not processes.is_first())
 
 
-def is_complete(config: RunConfig, workdir: Path, order: list[str]) -> bool:
-    """Whether these stages and the rows before them are in the report, with all evaluations of the config."""
+def is_complete(config: RunConfig, workdir: Path, order: list[str], bare: bool = False) -> bool:
+    """Whether these stages and the rows before them are in the report, with all evaluations of the config.
+
+    bare: whether these stages alone have their rows.
+    """
+    if bare:
+        return is_current(config, workdir, order)
     first = [
         name
         for name in first_rows(config, workdir)

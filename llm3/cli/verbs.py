@@ -74,7 +74,28 @@ VERBS = {
         ),
     ),
     "run": Verb(
-        "cli.run:run", "train and evaluate the stages; run it again to resume", (CONFIG, WORKDIR, STAGES), True
+        "cli.run:run",
+        "train and evaluate the stages; run it again to resume",
+        (
+            CONFIG,
+            WORKDIR,
+            STAGES,
+            flag(
+                "--bare", action="store_true", help="measure only these stages, not their parents, and write no report"
+            ),
+        ),
+        True,
+    ),
+    "ablate": Verb(
+        "cli.ablate:ablate",
+        "compare arms of an experiment over seeds; run it again to resume",
+        (
+            CONFIG,
+            path_flag("--workdir", required=True, help="the ablation's files"),
+            flag("--plan", action="store_true", help="only print what is to be trained, and what it costs"),
+            flag("--launcher", default="local", help="local (default) or slurm"),
+            flag("--jobs", type=int, default=1, metavar="N", help="stage runs at a time (default: 1)"),
+        ),
     ),
     "eval": Verb(
         "cli.evaluate:evaluate",

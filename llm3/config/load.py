@@ -10,14 +10,16 @@ import runpy
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from llm3 import config_folder
 from llm3.config.schema import RunConfig
 from llm3.errors import SYNONYMS, UserError, known_as, nearest
-from llm3.files import local_path
+from llm3.files import local_path, read_json
 
 ORDERED = ("sources", "stages", "evaluations")  # sections whose entries run and are shown in the order of the file
+Config = typing.TypeVar("Config")
 
 
 def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
@@ -29,20 +31,35 @@ def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
     return read(values(file, overrides))
 
 
-def values(file: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields that `file` and the overrides give, not yet read. Raises UserError as `load`."""
+def values(file: str, overrides: Iterable[str] = (), kind: Any = RunConfig) -> dict[str, Any]:
+    """The fields that `file` and the overrides give a config of this kind, not yet read. Raises UserError as `load`."""
     given = _run_file(file)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"--config.{override}: expected --config.FIELD=VALUE")
-        _assign(RunConfig, given, name.split("."), _literal(text), "config")
+    override(kind, given, overrides)
     return given
+
+
+def override(kind: Any, given: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Set fields of a config of this kind by texts such as "stages.finetune.steps=50". Raises UserError as `load`."""
+    for each in overrides:
+        name, equals, text = each.partition("=")
+        if not equals:
+            raise UserError(f"--config.{each}: expected --config.FIELD=VALUE")
+        assign(kind, given, name, _literal(text), "config")
+
+
+def assign(kind: Any, given: dict[str, Any], field: str, value: Any, where: str) -> None:
+    """Set one field of a config of this kind by its dotted name. Raises UserError, starting with `where`."""
+    _assign(kind, given, field.split("."), value, where)
 
 
 def read(given: dict[str, Any]) -> RunConfig:
     """The config of the fields that `values` returned. Raises UserError as `load`."""
-    return _read(RunConfig, given, "config")
+    return read_as(RunConfig, given)
+
+
+def read_as(kind: type[Config], given: dict[str, Any]) -> Config:
+    """The config of this kind of the fields that `values` returned for it. Raises UserError as `load`."""
+    return _read(kind, given, "config")
 
 
 def check_section(kind: Any, given: Any, where: str) -> None:
@@ -92,17 +109,28 @@ def _run_file(file: str) -> dict:
         siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
     config_folder.enter(path.parent)
+    if path.suffix == ".json":
+        return _read_file(path, name)
     try:
         with config_folder.on_path():
             get_config = runpy.run_path(str(path)).get("get_config")
             config: Any = get_config and (get_config(argument) if argument else get_config())
     except Exception as error:
-        raise UserError(f"--config={name}: {type(error).__name__}: {error}") from error
+        plain = "; ConfigDict(convert_dict=False) keeps dicts as they are" * ("allow_dotted_keys" in str(error))
+        raise UserError(f"--config={name}: {type(error).__name__}: {error}{plain}") from error
     if get_config is None:
         raise UserError(f"--config={name}: the file defines no get_config()")
     if not hasattr(config, "to_dict"):
         raise UserError(f"--config={name}: get_config() returned {type(config).__name__}, expected a ConfigDict")
     return _copied(_in_given_order(config))
+
+
+def _read_file(path: Path, name: str) -> dict:
+    """The fields in a JSON file, such as the one with every field that `run` keeps."""
+    given = read_json(path)
+    if not isinstance(given, dict):
+        raise UserError(f"--config={name}: holds {type(given).__name__}, expected the fields of a config")
+    return given
 
 
 def _in_given_order(config: Any) -> dict:

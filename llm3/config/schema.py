@@ -97,6 +97,7 @@ class StageConfig:
     adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)  # low-rank adapters by name
     frozen: str = "float32"  # how frozen parameters are stored: float32, compute (the compute dtype), int8 or nf4
     seed: int | None = None  # seed of the stage's data order and fresh parameters; None: from the run's seed
+    order_seed: int | None = None  # another seed of the data order, masks and dropout; None: `seed`
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)  # the optimizer of the stage
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)  # when to skip a step or end the run
     micro_batches: int = 1  # split each batch into this many parts and add up their gradients

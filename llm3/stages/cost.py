@@ -81,8 +81,8 @@ def scores_bytes(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> floa
 
 
 def recipe(stage: Stage) -> str:
-    """A short digest of everything that decides the result of a stage except its seed."""
-    own = {key: value for key, value in stage.record["stage"].items() if key != "seed"}
+    """A short digest of everything that decides the result of a stage except its seeds."""
+    own = {key: value for key, value in stage.record["stage"].items() if key not in ("seed", "order_seed")}
     record = stage.record | {"stage": own, "devices": jax.device_count()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 

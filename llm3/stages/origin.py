@@ -30,18 +30,22 @@ def load_config(
     Reads the description of a pretrained model, or the metadata of a parent, only if the config names one; before
     that, it checks everything else. only_planned: do not look on the hub for a model whose fields the config gives.
     """
-    given = load.values(file, overrides)
+    return complete(load.values(file, overrides), workdir, only_planned=only_planned)
+
+
+def complete(given: dict, workdir: Path = Path(), *, only_planned: bool = False) -> RunConfig:
+    """The config of the fields that `config.load.values` returned, as `load_config`. Raises UserError."""
     model = given.get("model", {})
     load.check_section(ModelConfig, model, "config.model")
     _check_unset(model)
-    complete = all(name in model for name in NEEDED)
-    if not _starts_with(given, "model", *(() if complete else ("run",))):
+    has_shape = all(name in model for name in NEEDED)
+    if not _starts_with(given, "model", *(() if has_shape else ("run",))):
         return load.read(given)
     given = {"tokenizer": {}} | given
     config = load.read(given | {"model": STAND_IN})
     check_stages(config, causal=None)
     fields = None
-    if not (complete and only_planned and not _is_local(config)):
+    if not (has_shape and only_planned and not _is_local(config)):
         fields = _known_fields(config, model, workdir)
     return load.read(given | {"model": model if fields is None else fields | model})
 

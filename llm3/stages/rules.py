@@ -127,16 +127,26 @@ def parents_first(stages: Mapping[str, StageConfig]) -> list[str]:
 
 def check_best(config: RunConfig, stage: StageConfig, where: str) -> None:
     """Raise UserError unless `best` and `eval_names` are empty or of evaluations that fit the stage's task head."""
+    if stage.best:
+        check_metric(config, stage, stage.best, f"{where}.best")
+    if stage.eval_every:
+        check_eval_names(stage, [*fitting_evaluations(config, stage)], where)
+
+
+def fitting_evaluations(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
+    """{evaluation: its plugin} of those that fit the stage's task head."""
     head = declared("objectives", stage.objective_name).HEAD
     plugins = {name: declared("evals", evaluation.kind) for name, evaluation in config.evaluations.items()}
-    metrics = [
-        f"{name}_{metric}" for name, each in plugins.items() if each.HEAD in ("", head) for metric in each.BETTER
-    ]
-    later = tuple(f"{name}_" for name, each in plugins.items() if not each.BETTER)  # known once it is prepared
-    if stage.best and stage.best not in metrics and not stage.best.startswith(later):
-        raise UserError(f"{where}.best={stage.best!r}: no such metric of this stage; {nearest(stage.best, metrics)}")
-    if stage.eval_every:
-        check_eval_names(stage, [name for name, each in plugins.items() if each.HEAD in ("", head)], where)
+    return {name: each for name, each in plugins.items() if each.HEAD in ("", head)}
+
+
+def check_metric(config: RunConfig, stage: StageConfig, metric: str, where: str) -> None:
+    """Raise UserError unless the row of a stage will have this metric."""
+    fitting = fitting_evaluations(config, stage)
+    metrics = [f"{name}_{each}" for name, plugin in fitting.items() for each in plugin.BETTER]
+    later = tuple(f"{name}_" for name, plugin in fitting.items() if not plugin.BETTER)  # known once it is prepared
+    if metric not in metrics and not metric.startswith(later):
+        raise UserError(f"{where}={metric!r}: no such metric of this stage; {nearest(metric, metrics)}")
 
 
 def check_eval_names(stage: StageConfig, fitting: list[str], where: str) -> None:

@@ -172,6 +172,8 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     options = read_options(objective, stage.objective_options, f"{where}.objective")
     task = Task(options, None, stage.sequence_length)  # type: ignore[arg-type]  # only the data has a tokenizer
     own_seed = config.seed if stage.seed is None else stage.seed
+    order_seed = own_seed if stage.order_seed is None else stage.order_seed
+    explicit = (stage.seed, stage.order_seed) != (None, None)
     model = replace(
         init_model(config, planned_vocabulary(config, workdir)),
         classes=len(labels),
@@ -186,7 +188,7 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
         task=task,
         start=read_start(stage.start, workdir, f"{where}.start"),
         # stages of one kind with equal explicit seeds see the same batches, so that their results can be paired
-        seed=folded_seed(own_seed, name if stage.seed is None else stage.kind),
+        seed=folded_seed(order_seed, stage.kind if explicit else name),
         given_seed=own_seed,
         labels=labels,
         record=stage_record(config, name),

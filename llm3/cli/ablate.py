@@ -1,0 +1,112 @@
+"""The verb `ablate`: train the arms of an ablation over its seeds, from stages that they share, and compare them."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm3.ablation.arms import variants
+from llm3.ablation.costs import EQUAL, Cost, Priced, Prices, difference, price_all, reference_of
+from llm3.ablation.graph import Graph, Node, build, row_of, write_node
+from llm3.ablation.local import Trainer
+from llm3.ablation.schema import AblationConfig
+from llm3.ablation.study import write_plan
+from llm3.cli.bench import measure
+from llm3.cli.plan_totals import plan_console, time_text
+from llm3.config.schema import RunConfig
+from llm3.distributed.lock import lock
+from llm3.errors import counted
+from llm3.files import read_json, write_json
+from llm3.report.console import new_console
+from llm3.report.units import count
+from llm3.stages.experiment import prepare
+from llm3.stages.session import Session
+
+STEP_SECONDS = "step_seconds.json"  # {key of a program: seconds of a step}, as measured where budgets match in seconds
+
+
+def ablate(config: AblationConfig, workdir: Path, plan: bool = False, launcher: str = "local", jobs: int = 1) -> int:
+    """Plan the stage runs of all arms and seeds, train those that are not finished, and write the report.
+
+    plan: only print the stage runs and their cost. Returns the exit status, `Exit.PARTIAL` if a stage run failed.
+    Raises UserError for an arm that cannot run.
+    """
+    console = plan_console()
+    prices = Prices(workdir, partial(timed, workdir) if config.match == "seconds" else partial(known, workdir))
+    priced = price_all(variants(config), config, prices)
+    graph = build(priced, config)
+    print_plan(config, priced, graph, workdir, console)
+    if plan:
+        return 0
+    with lock(workdir):
+        write_plan(workdir, config, priced, graph, shlex.join(["python", "-m", "llm3", *sys.argv[1:]]))
+        libraries = {each.variant.name: each.library for each in priced}
+
+        def prepared(node: Node) -> Path:
+            return write_node(workdir, node, libraries[node.uses[0][0]])
+
+        def result(node: Node) -> str | None:
+            return None if (row := row_of(workdir, node)) is None else phrase(row, config.metric)
+
+        return Trainer(workdir, jobs, new_console(), prepared, result).train(graph.nodes.values())
+
+
+def phrase(row: Mapping[str, Any], metric: str) -> str:
+    """The deciding metric of a row, if it has it."""
+    value = row.get(metric)
+    return "trained" if value is None else f"{metric} {value:.4g}"
+
+
+def print_plan(config: AblationConfig, priced: list[Priced], graph: Graph, workdir: Path, console: Console) -> None:
+    """Print what each variant costs, and what has to be trained."""
+    table = Table("arm", box=None, header_style="bold")
+    for head in ("stages", "tokens", "FLOPs", *["more than the reference"] * bool(config.match), "new stage runs"):
+        table.add_column(head, justify="right")
+    new = [each for each in graph.nodes.values() if row_of(workdir, each) is None]
+    names = {each.name for each in new}
+    notes = []
+    for each in priced:
+        variant, reference = each.variant, reference_of(each, priced, config)
+        own = {name for seed in config.seeds for name in graph.chains[variant.name, seed]}
+        cells = [" > ".join(each.chain), count(each.budget.tokens), count(each.budget.flops)]
+        if (excess := difference(each, reference, config.match)) is not None:
+            cells.append(f"{100 * excess:+.1f} %")
+            if abs(excess) > EQUAL:
+                notes.append(f"{variant.name} does not use as much {config.match} as {reference.variant.name}")
+        if each.adjusted:
+            stage, before, now = each.adjusted
+            notes.append(f"{variant.name}: {stage} trains {now:,} steps instead of {before:,}, to match {config.match}")
+        table.add_row(variant.name, *cells, f"{len(own & names)} of {len(own)}")
+    console.print(table)
+    for note in notes:
+        console.print(f"  {note}")
+    total = sum((each.cost for each in new), Cost())
+    chains = counted(len(graph.chains), "chain")
+    time = f", about {time_text(total.seconds)} of steps" if total.seconds else ""
+    console.print(
+        f"{chains} of stages ({counted(len(priced), 'arm')}, {counted(len(config.seeds), 'seed')}) are "
+        f"{counted(len(graph.nodes), 'stage run')}, of which {len(new)} are to be trained: "
+        f"{count(total.tokens)} tokens, {count(total.flops)}FLOP{time}"
+    )
+    console.print(f"  the seed changes: {', '.join(config.vary)}")
+
+
+def known(workdir: Path, config: RunConfig, name: str, key: str) -> float | None:
+    """The seconds of a step of a program, if they were measured."""
+    return (read_json(workdir / STEP_SECONDS) or {}).get(key)
+
+
+def timed(workdir: Path, config: RunConfig, name: str, key: str) -> float:
+    """The seconds of a step of a program; measured once, so that the same plan comes out again."""
+    if (seconds := known(workdir, config, name, key)) is not None:
+        return seconds
+    session = Session(prepare(config, workdir, [name]), new_console(stderr=True))
+    with session.on_mesh():
+        seconds = measure(session, session.experiment.stages[name], alone=True)["step_seconds"]
+    write_json(workdir / STEP_SECONDS, (read_json(workdir / STEP_SECONDS) or {}) | {key: seconds})
+    return seconds
