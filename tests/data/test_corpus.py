@@ -15,7 +15,7 @@ from llm3.data.sources.docstrings import PACKAGES, Docstring, file_docstrings
 from llm3.errors import UserError
 
 pytestmark = pytest.mark.slow  # it reads all installed packages
-NAMES = ("python", "numerical", "numerical_task")
+NAMES = ("python", "numerical", "numerical_task", "tools")
 QUALIFIED_NAME = re.compile(r"(?:^|\n\n)((?:flax|jax|numpy|optax|orbax|scipy)[\w.]*)\n\n")
 
 

@@ -2,6 +2,7 @@
 
 `python`: docstrings of Python's standard library and the language reference's topics (general text).
 `numerical`: docstrings of numpy, scipy, jax, flax, optax and orbax (domain text).
+`tools`: docstrings of absl, datasets, huggingface_hub, jinja2 and rich (text of another domain).
 `numerical_task`: single docstrings of `numerical` with package names masked; the label is their sub-package.
 
 Splits share neither modules nor texts: a module belongs to one split, and a text that several modules share is kept
@@ -25,9 +26,10 @@ import pyarrow as pa
 
 from llm3.data.sources.docstrings import (
     PACKAGES,
+    TOOLS,
     Docstring,
     no_garbage_collection,
-    numerical_docstrings,
+    package_docstrings,
     python_docstrings,
 )
 from llm3.errors import UserError, one_of
@@ -35,7 +37,7 @@ from llm3.errors import UserError, one_of
 EXTRACTION = 1  # part of the key of the files on disk; raise it when this file or docstrings.py changes the result
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT_SHARE = {"python": 0.05, "numerical": 0.15}  # of the text, for validation, and again for test
+HELD_OUT_SHARE = {"python": 0.05, "numerical": 0.15, "tools": 0.05}  # of the text, for validation, and again for test
 DOCUMENT_CHARACTERS = 6000  # documents are runs of a module's docstrings of about this size
 EXAMPLE_CHARACTERS = (200, 800)  # shorter docstrings are skipped, longer ones are cut
 EXAMPLES_A_CLASS = {"train": 240, "validation": 48, "test": 48}  # at most; some classes have fewer
@@ -67,7 +69,7 @@ def load_corpus(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
     The first call extracts the corpus (some seconds) and stores it in `cache_dir`, keyed by the versions of Python and
     the packages. Raises UserError for an unknown name or split, or a package that is not installed.
     """
-    one_of("sources.path builtin:", name, ("numerical", "numerical_task", "python"))
+    one_of("sources.path builtin:", name, ("numerical", "numerical_task", "python", "tools"))
     one_of("sources split", split, SPLITS)
     family = name.removesuffix("_task")
     directory = Path(cache_dir) / f"builtin-{family}-{_version_key(family)}"
@@ -78,17 +80,17 @@ def load_corpus(name: str, split: str, cache_dir: Path) -> datasets.Dataset:
 
 def _version_key(family: str) -> str:
     versions = [f"extraction {EXTRACTION}", f"python {platform.python_version()} {sysconfig.get_platform()}"]
-    if family == "numerical":
-        versions += [f"{package} {_version(distribution)}" for package, distribution in PACKAGES.items()]
+    packages = {"numerical": PACKAGES, "tools": TOOLS}.get(family, {})
+    versions += [f"{package} {_version(family, distribution)}" for package, distribution in packages.items()]
     return hashlib.sha256("\n".join(versions).encode()).hexdigest()[:16]
 
 
-def _version(distribution: str) -> str:
+def _version(family: str, distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"builtin:numerical reads the documentation of {distribution}, which is not installed"
+            f"builtin:{family} reads the documentation of {distribution}, which is not installed"
         ) from None
 
 
@@ -100,7 +102,7 @@ def _extract_into(directory: Path, family: str) -> None:
     try:
         temporary.mkdir()
         with no_garbage_collection():
-            docstrings = without_repeats(python_docstrings() if family == "python" else numerical_docstrings())
+            docstrings = without_repeats(_docstrings(family))
         splits = split_modules(docstrings, HELD_OUT_SHARE[family])
         examples = without_repeats(task_examples(docstrings)) if family == "numerical" else []
         for split in SPLITS:
@@ -114,6 +116,10 @@ def _extract_into(directory: Path, family: str) -> None:
             os.rename(temporary, directory)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _docstrings(family: str) -> Iterator[Docstring]:
+    return python_docstrings() if family == "python" else package_docstrings(PACKAGES if family == "numerical" else TOOLS)
 
 
 def _write_arrow(path: Path, columns: dict[str, list[str]]) -> None:

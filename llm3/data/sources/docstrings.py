@@ -1,4 +1,4 @@
-"""Docstrings of the installed Python standard library, and of the numerical packages that llm3 depends on."""
+"""Docstrings of the installed Python standard library, and of packages that llm3 depends on."""
 
 import ast
 import gc
@@ -9,7 +9,7 @@ import re
 import sysconfig
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,13 @@ PACKAGES = {
     "orbax": "orbax-checkpoint",
     "scipy": "scipy",
 }  # import name -> distribution
+TOOLS = {
+    "absl": "absl-py",
+    "datasets": "datasets",
+    "huggingface_hub": "huggingface-hub",
+    "jinja2": "jinja2",
+    "rich": "rich",
+}  # packages that llm3 installs and that have nothing to do with numbers
 
 _NOT_DOCUMENTATION = re.compile(
     r"tests?|test_.*|.*_test|conftest|internal_test_util|site-packages|dist-packages|lib2to3|__p?hello__"
@@ -68,9 +75,9 @@ def python_docstrings() -> Iterator[Docstring]:
         yield Docstring("pydoc_data.topics", topic, _clean(text))
 
 
-def numerical_docstrings() -> Iterator[Docstring]:
-    """The numerical packages, found but not imported."""
-    for package in PACKAGES:
+def package_docstrings(packages: Iterable[str]) -> Iterator[Docstring]:
+    """Packages by import name, found but not imported."""
+    for package in packages:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.submodule_search_locations is not None, f"{package} is not installed"
         for location in sorted(spec.submodule_search_locations):
