@@ -32,6 +32,7 @@ class ComparisonConfig:
     ours: str  # an arm
     theirs: str  # the arm it is compared with
     metric: str = ""  # the metric of a row; "": that of the ablation
+    stage: str = ""  # the stage whose rows are compared; "": that whose row counts
     expect: str = "different"  # the expected result of ours: better, worse, no worse or different
     smallest: float = 0.0  # the smallest difference that counts, in units of the metric
     literature: str = ""  # the finding that this expects, with its source

@@ -172,7 +172,8 @@ def _assign(kind: Any, values: dict, parts: list[str], value: Any, where: str) -
         inner = fields[name]
     else:
         inner = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else Any
-        if dataclasses.is_dataclass(inner) and name not in values:
+        is_new = not rest and isinstance(value, dict)  # a new entry with its fields
+        if dataclasses.is_dataclass(inner) and name not in values and not is_new:
             raise UserError(f"{where}.{name}: no such entry; {nearest(name, values)}")
     if not rest:
         values[name] = value
