@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from llm3 import evals, objectives
+from llm3.ablation.schema import AblationConfig
 from llm3.config.schema import RunConfig
 from llm3.registry import load_plugin, plugin_names
 
@@ -114,6 +115,8 @@ def reference() -> str:
     """The text of docs/config.md."""
     parts = [HEAD]
     for path, section in sections(RunConfig, "config"):
+        parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(fields(section))}\n")
+    for path, section in sections(AblationConfig, "config of an ablation"):
         parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(fields(section))}\n")
     parts += options(objectives, "Options of the objective")
     parts += options(evals, "Options of the evaluation")
