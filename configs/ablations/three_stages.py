@@ -20,7 +20,9 @@ GURURANGAN = (
     "far from the general text"
 )
 IRRELEVANT = "Gururangan et al. 2020: a domain that has nothing to do with the task does not help"
-IBRAHIM = "Ibrahim et al. 2024: a little replay of the earlier data prevents most forgetting, at little cost on new data"
+IBRAHIM = (
+    "Ibrahim et al. 2024: a little replay of the earlier data prevents most forgetting, at little cost on new data"
+)
 LEE = "Lee et al. 2023: tuning one block of layers can match or exceed tuning all"
 BIDERMAN = "Biderman et al. 2024: LoRA learns less and forgets less than full fine-tuning"
 

@@ -16,7 +16,8 @@ SHARED_BY = "shared_by"  # a field of the grid that is no field of the base
 class ArmConfig:
     """One arm: how it differs from the base experiment."""
 
-    change: dict[str, Any] = dataclasses.field(default_factory=dict)  # {"stages.finetune.train": "top(2)"}
+    # fields of the base and their values here: {"stages.finetune.train": "top(2)"}
+    change: dict[str, Any] = dataclasses.field(default_factory=dict)
     # stages to leave out; the stages that start from one of them start from its parent instead
     without: list[str] = dataclasses.field(default_factory=list)
     stages: dict[str, Any] = dataclasses.field(default_factory=dict)  # these stages instead of those of the base
@@ -60,10 +61,10 @@ class AblationConfig:
     # every arm is trained at every point of the grid: {field: values}, or {name: {value: changes}}
     grid: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage: str = ""  # the stage whose row counts; "": the last one that is no baseline
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 3, 4])
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 3, 4])  # five or more for a verdict
     # what the seed changes: stages of these kinds, or only their new parameters ("finetune.init") or the order of their
     # data ("finetune.order")
-    vary: list[str] = dataclasses.field(default_factory=lambda: list(KINDS))
+    vary: list[str] = dataclasses.field(default_factory=lambda: ["pretrain", "posttrain", "finetune"])
     match: str = ""  # what arms should use equally much of: tokens, flops or seconds; "": nothing
     reference: str = ""  # the arm that the others are held against; "": the first one
     shared: list[str] = dataclasses.field(default_factory=list)  # stages whose cost grid.shared_by divides

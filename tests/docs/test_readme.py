@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from llm3.__main__ import parser
+from llm3.ablation.load import load_ablation
 from llm3.cli.verbs import VERBS
 from llm3.config.load import load, read, values
 from llm3.stages.origin import STAND_IN
@@ -86,7 +87,10 @@ def test_commands_name_scripts_flags_and_config_fields_that_exist(page):
             arguments = words[words.index("llm3") + 1 if "llm3" in words else 1 :]
             overrides = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
             args = parser().parse_args([word for word in arguments if not word.startswith("--config.")])
-            if (file := getattr(args, "config", None)) and file != "my_config.py":  # which `init` writes
+            file = getattr(args, "config", None)
+            if args.verb == "ablate":
+                load_ablation(file, overrides)
+            elif file and file != "my_config.py":  # which `init` writes
                 given = {"tokenizer": {}} | values(file, overrides)
                 read(given | {"model": STAND_IN | given["model"]})  # the model may be in files that are not here
         for word in words:

@@ -89,9 +89,7 @@ def _version(family: str, distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"builtin:{family} reads the documentation of {distribution}, which is not installed"
-        ) from None
+        raise UserError(f"builtin:{family} reads the documentation of {distribution}, which is not installed") from None
 
 
 def _extract_into(directory: Path, family: str) -> None:
@@ -119,7 +117,9 @@ def _extract_into(directory: Path, family: str) -> None:
 
 
 def _docstrings(family: str) -> Iterator[Docstring]:
-    return python_docstrings() if family == "python" else package_docstrings(PACKAGES if family == "numerical" else TOOLS)
+    return (
+        python_docstrings() if family == "python" else package_docstrings(PACKAGES if family == "numerical" else TOOLS)
+    )
 
 
 def _write_arrow(path: Path, columns: dict[str, list[str]]) -> None:
