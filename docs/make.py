@@ -64,9 +64,9 @@ def _default(value: ast.expr, module: ModuleType | None) -> str:
         return repr(getattr(module, value.id))
     if isinstance(value, ast.Call):
         made = ast.unparse(value.keywords[0].value)
-        return {"dict": "{}", "list": "[]"}.get(made) or (
-            made.removeprefix("lambda: ") if ":" in made else "its defaults"
-        )
+        if made.startswith("lambda: "):
+            return made.removeprefix("lambda: ")
+        return {"dict": "{}", "list": "[]"}.get(made, "its defaults")
     return ast.unparse(value)
 
 

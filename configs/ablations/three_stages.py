@@ -1,8 +1,8 @@
-"""Why three stages? Every stage left out, replaced, or done otherwise, with equal compute where that is the question.
+r"""Why three stages? Every stage left out, replaced, or done otherwise, with equal compute where that is the question.
 
     python -m llm3 ablate --config=configs/ablations/three_stages.py --workdir=runs/three_stages --jobs=2
-    python -m llm3 ablate --config=configs/ablations/three_stages.py:medical --workdir=runs/three_stages_medical --jobs=2
-        --config.base.data_dir=data
+    python -m llm3 ablate --config=configs/ablations/three_stages.py:medical --workdir=runs/three_stages_medical \
+        --jobs=2 --config.base.data_dir=data
 
 The first is on the text of the installation, with the model and the stages of configs/quickstart.py at half of the
 width and of the context. The second goes from general text to medical answers (MedQuAD) to their question types, with
@@ -16,13 +16,11 @@ configs/medical.py; none was tuned for an arm here.
 from ml_collections import ConfigDict
 
 GURURANGAN = (
-    "Gururangan et al. 2020: a second stage of pretraining on the domain of the task helps, more so where the domain is "
-    "far from the general text"
+    "Gururangan et al. 2020: a second stage of pretraining on the domain of the task helps, more so where the domain "
+    "is far from the general text"
 )
 IRRELEVANT = "Gururangan et al. 2020: a domain that has nothing to do with the task does not help"
-IBRAHIM = (
-    "Ibrahim et al. 2024: a little replay of the earlier data prevents most forgetting, at little cost on new data"
-)
+IBRAHIM = "Ibrahim et al. 2024: a little replay of earlier data prevents most forgetting, at little cost on new data"
 LEE = "Lee et al. 2023: tuning one block of layers can match or exceed tuning all"
 BIDERMAN = "Biderman et al. 2024: LoRA learns less and forgets less than full fine-tuning"
 

@@ -13,10 +13,8 @@ from ml_collections import ConfigDict
 LEE = "Lee et al. 2023: tuning the block that fits the shift matches or exceeds tuning all"
 HERE = "configs.ablations.which_layers"
 SHIFTS = {"input": "capitals", "features": "without_first_line", "output": "next_class"}
-CLASSES = (
-    "flax.linen flax.nnx jax.lax jax.numpy jax.scipy numpy.lib optax orbax.checkpoint scipy.optimize scipy.signal "
-    "scipy.sparse scipy.stats"
-).split()
+CLASSES = ["flax.linen", "flax.nnx", "jax.lax", "jax.numpy", "jax.scipy", "numpy.lib", "optax", "orbax.checkpoint"]
+CLASSES += ["scipy.optimize", "scipy.signal", "scipy.sparse", "scipy.stats"]
 
 
 def capitals(row):

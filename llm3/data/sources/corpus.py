@@ -117,9 +117,9 @@ def _extract_into(directory: Path, family: str) -> None:
 
 
 def _docstrings(family: str) -> Iterator[Docstring]:
-    return (
-        python_docstrings() if family == "python" else package_docstrings(PACKAGES if family == "numerical" else TOOLS)
-    )
+    if family == "python":
+        return python_docstrings()
+    return package_docstrings(PACKAGES if family == "numerical" else TOOLS)
 
 
 def _write_arrow(path: Path, columns: dict[str, list[str]]) -> None:
