@@ -35,6 +35,7 @@ NEEDED = {
     "evals": ("WINDOWS", "HEAD", "CAUSAL", "BETTER", "evaluate"),
     "formats": ("texts", "encode", "read_row"),
     "windows": ("WindowTable",),
+    "trackers": ("Tracker",),
 }
 KINDS = {"objectives": "objective", "evals": "evaluation", "formats": "row format", "windows": "kind of windows"}
 
@@ -72,6 +73,7 @@ def check_known(folder: str, name: str, where: str) -> None:
 @functools.cache
 def _at_path(folder: str, name: str, config_dir: str) -> Any:
     """The plugin at an import path. config_dir: the folder of the config, part of what identifies it."""
+    folder = folder.rpartition("/")[2]
     path, _, attribute = name.partition(":")
     what = f"{_kind(folder)} {name!r}"
     try:
@@ -170,7 +172,8 @@ def _is_slow(statement: ast.stmt) -> bool:
 def check_installed(plugin: Any, what: str) -> None:
     """Raise UserError unless the packages that a plugin `REQUIRES` beyond llm3's own are there."""
     for package, extra in getattr(plugin, "REQUIRES", {}).items():
-        if importlib.util.find_spec(package) is None:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a folder of that name is no package, such as wandb's of runs
             raise UserError(f"{what}: needs {package}, which is not installed: pip install 'llm3[{extra}]'")
 
 

@@ -16,6 +16,7 @@ from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.origin import complete
 from llm3.stages.parents import first_rows
+from llm3.stages.trackers import check_trackers
 from llm3.stages.workdir import check_record
 
 LAUNCHERS = ("local", "slurm")
@@ -41,6 +42,8 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             from llm3.data.chat_templates import load_template  # needs jinja
 
             load_template(template)
+        if verb in ("run", "plan"):
+            check_trackers(config)
         if verb in ("run", "report"):
             for name in [*first_rows(config, workdir), *names]:
                 check_record(workdir, config, name)

@@ -189,6 +189,8 @@ class RunConfig:
     # prompts that each stage continues greedily, to be read side by side; a bidirectional model fills in mask tokens
     samples: list[str] = dataclasses.field(default_factory=list)
     sample_tokens: int = 64  # max tokens of a sample
+    # where metrics go besides metrics.jsonl and TensorBoard: wandb, or the import path of a tracker
+    trackers: list[str] = dataclasses.field(default_factory=list)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # sharding of the model and the batch
     seed: int = 0  # seed of all random choices
     hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never

@@ -1,45 +1,48 @@
-"""The metrics of a stage on disk: metrics.jsonl and TensorBoard event files in the same folder."""
+"""The metrics of a stage: written to metrics.jsonl, TensorBoard and the config's trackers, and read back."""
 
 import json
 import math
-import time
-from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm3.errors import NotWritten, UserError, writing
-from llm3.files import METRICS, write_atomic
+from llm3.errors import NotWritten, UserError, to_stderr, writing
+from llm3.files import METRICS, SAMPLES
+from llm3.report.background import Background
+from llm3.report.trackers import TrackedStage, Tracker, jsonl, tensorboard
 from llm3.report.units import plain
-
-# The groups of tags in TensorBoard; a metric of none of them belongs to "train", as the loss and the objective's own.
-GROUPS = {
-    "optim": ("learning_rate", "gradient_norm", "skipped_steps", "new_levels"),
-    "speed": (
-        *("tokens_per_second", "flops_per_second", "hardware_flops_per_second", "mfu", "hfu"),
-        *("data_wait", "step_seconds"),
-    ),
-}
 
 
 class MetricsWriter:
-    """Appends JSON lines to DIR/metrics.jsonl, and the same scalars, in groups of tags, to TensorBoard.
+    """Appends JSON lines to DIR/metrics.jsonl, and the same scalars, in groups of tags, to TensorBoard and trackers.
 
     resume_step: the step that training resumes from. Lines of later steps, and an incomplete last line of a killed
-    process, are dropped, so that no step occurs twice. None: start an empty file.
+    process, are dropped, so that no step occurs twice. None: start an empty file. config: the hyperparameters of the
+    stage, nested. trackers: further ones, {name: class}; they run on threads of their own, and cannot fail the run.
+    say: prints their messages. Raises NotWritten if the disk refuses.
     """
 
-    def __init__(self, directory: Path | str, resume_step: int | None = None):
+    def __init__(
+        self,
+        directory: Path | str,
+        resume_step: int | None = None,
+        config: dict[str, Any] | None = None,
+        trackers: Mapping[str, type[Tracker]] | None = None,
+        say: Callable[[str], None] = to_stderr,
+    ):
         directory = Path(directory)
         self._path = directory / METRICS
-        kept = [] if resume_step is None else [line for line in read_metrics(directory) if line["step"] <= resume_step]
+        lines, samples = (
+            [] if resume_step is None else [line for line in found if line["step"] <= resume_step]
+            for found in (read_metrics(directory), read_json_lines(directory / SAMPLES))
+        )
+        stage = TrackedStage(directory, config or {}, resume_step, lines, samples, say)
         with writing(self._path):
-            write_atomic(self._path, "".join(f"{json.dumps(line)}\n" for line in kept))
-            if resume_step is None:
-                for events in directory.glob("events.out.tfevents.*"):
-                    events.unlink()
-            self._file = self._path.open("a", encoding="utf-8")
-            self._board = _Board(directory, None if resume_step is None else resume_step + 1)
+            self._trackers: list[Tracker | Background] = [jsonl.Tracker(stage), tensorboard.Tracker(stage)]
+        for name, tracker in (trackers or {}).items():
+            self._trackers.append(Background(partial(tracker, stage), name, say))
 
     def write(self, step: int, metrics: dict, group: str = "") -> None:
         """Append {"step": step, **metrics}. Numpy and jax scalars become numbers; NaN and inf become null.
@@ -47,35 +50,29 @@ class MetricsWriter:
         group: that of all the tags, such as "eval"; "": each tag has the group of its metric, as in train/loss. Raises
         NotWritten if the disk refuses.
         """
-        line = {"step": int(step), **{key: _finite(plain(value)) for key, value in metrics.items()}}
+        line = {key: _finite(plain(value)) for key, value in metrics.items()}
         with writing(self._path):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-            numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-            tags = {f"{group or group_of(key)}/{key}": value for key, value in numbers.items()}
-            self._board.write(line["step"], tags)
+            for each in self._trackers:
+                each.metrics(int(step), line, group)
 
-    def text(self, step: int, tag: str, text: str) -> None:
-        """Add a text, in Markdown, to TensorBoard. Raises NotWritten if the disk refuses."""
+    def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        """Show pairs of a prompt and the model's text. Raises NotWritten if the disk refuses."""
         with writing(self._path):
-            self._board.text(step, tag, text)
+            for each in self._trackers:
+                each.samples(step, samples)
 
-    def hyperparameters(self, config: dict, metrics: Iterable[str] = ()) -> None:
-        """Add a config to TensorBoard: as a text, and its values, by names like optimizer.ema, as hyperparameters.
-
-        metrics: the tags by which runs are compared. Raises NotWritten if the disk refuses.
-        """
+    def result(self, step: int, row: dict[str, Any]) -> None:
+        """Show the finished row of a stage that ended at this step. Raises NotWritten if the disk refuses."""
+        row = {key: _finite(plain(value)) for key, value in row.items()}
         with writing(self._path):
-            self._board.text(0, "config", f"```json\n{json.dumps(config, indent=2)}\n```")
-            self._board.hyperparameters(flat(config), list(metrics))
+            for each in self._trackers:
+                each.result(step, row)
 
     def close(self) -> None:
-        """Close both files. Raises NotWritten if the disk refuses."""
-        with writing(self._path):
-            try:
-                self._file.close()
-            finally:
-                self._board.close()
+        """Close all trackers. Raises NotWritten if the disk refuses."""
+        with writing(self._path), ExitStack() as closing:
+            for each in self._trackers:
+                closing.callback(each.close)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -83,65 +80,6 @@ class MetricsWriter:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         with suppress(NotWritten) if kind else nullcontext():  # report the first error only
             self.close()
-
-
-def group_of(metric: str) -> str:
-    """The group of a metric's tag."""
-    return next((group for group, metrics in GROUPS.items() if metric in metrics), "train")
-
-
-def flat(config: dict, prefix: str = "") -> dict[str, str | bool | float]:
-    """The values of a nested config by path; a list is a text, and what is not set is left out."""
-    found: dict[str, str | bool | float] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[f"{prefix}{key}"] = value if isinstance(value, str | bool | int | float) else json.dumps(value)
-    return found
-
-
-class _Board:
-    """A file of TensorBoard events. Its first event voids earlier events of `purge_step` and later steps.
-
-    The writer of tensorboardX is not used: its thread dies when the disk is full, and later writes wait forever.
-    """
-
-    def __init__(self, directory: Path, purge_step: int | None):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self._file = EventsWriter(str(directory / "events"))
-        if purge_step is not None:
-            started = SessionLog(status=SessionLog.START)
-            self._file.write_event(Event(wall_time=time.time(), step=purge_step, session_log=started))
-        self._file.flush()
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        from tensorboardX.summary import scalar
-
-        self._add(step, [scalar(name, value) for name, value in numbers.items()])
-
-    def text(self, step: int, tag: str, text: str) -> None:
-        from tensorboardX.summary import text as summary
-
-        self._add(step, [summary(tag, text)])
-
-    def hyperparameters(self, values: dict[str, str | bool | float], metrics: list[str]) -> None:
-        from tensorboardX.summary import hparams
-
-        experiment, start, _ = hparams(values, dict.fromkeys(metrics, 0.0))
-        self._add(0, [experiment, start])
-
-    def _add(self, step: int, summaries: Iterable[Any]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        for summary in summaries:
-            self._file.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_metrics(directory: Path | str) -> list[dict]:

@@ -15,6 +15,7 @@ from llm3.errors import UserError, nearest
 from llm3.evals import Counting, uncounted
 from llm3.files import DETAILS, ROW, write_json
 from llm3.report.console import counting
+from llm3.report.logs import MetricsWriter
 from llm3.report.predictions import Columns, write_predictions
 from llm3.segments import segmented
 from llm3.stages.evaluated import majority
@@ -133,13 +134,24 @@ def digest_of(params: dict) -> str:
     return combine_digests(digests_of(flatten(params)))
 
 
-def write_row(session: Session, subject: Subject, params: dict, cost: dict) -> None:
-    """Evaluate the parameters and save the row, with their cost. Adds the time of it to `wall_seconds`."""
+def write_row(
+    session: Session, subject: Subject, params: dict, cost: dict, writer: MetricsWriter | None = None
+) -> None:
+    """Evaluate the parameters and save the row, with their cost. Adds the time of it to `wall_seconds`.
+
+    writer: also shows the row.
+    """
     row, measured = evaluate_subject(session, subject, params)
     directory = session.workdir / row["stage"]
     spent: dict[str, float] = cost.get("wall_seconds", {})
-    cost = cost | {"wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + row["evaluation_seconds"]}}
-    processes.broadcast_from_first(lambda: write_results(directory, row | cost, measured.details, measured.predictions))
+    row |= cost | {"wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + row["evaluation_seconds"]}}
+
+    def write() -> None:
+        if writer is not None:
+            writer.result(row["steps"], row)
+        write_results(directory, row, measured.details, measured.predictions)
+
+    processes.broadcast_from_first(write)
 
 
 def write_results(

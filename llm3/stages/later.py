@@ -19,6 +19,7 @@ from llm3.stages.experiment import read_evaluation_data
 from llm3.stages.first_rows import subject_and_params, unreadable
 from llm3.stages.parents import first_rows
 from llm3.stages.session import Session
+from llm3.stages.trackers import open_writer
 
 
 def outdated(workdir: Path, names: list[str], now: Entries) -> dict[str, dict[str, list[str]]]:
@@ -107,4 +108,8 @@ def _write(session: Session, directory: Path, found: Measured, wanted: list[str]
         "wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + seconds},
         "evaluations": saved | {name: now[name] for name in wanted},
     }
+    if directory.name in session.config.stages:
+        say = session.console.print
+        with open_writer(session.config, session.workdir, directory.name, row["steps"], say) as writer:
+            writer.result(row["steps"], row)
     write_results(directory, row, details, found.predictions)

@@ -12,7 +12,6 @@ import jax
 from llm3.checkpoints.metadata import scored
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Restored, Wanted
-from llm3.config.schema import as_dict
 from llm3.data.batch import Batch
 from llm3.distributed import interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
@@ -33,6 +32,7 @@ from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.start import base_meta, check_ancestry, check_same_data, find_parent, first_params
 from llm3.stages.stopwatch import Stopwatch
+from llm3.stages.trackers import open_writer
 from llm3.stages.validation import Validation
 from llm3.training.loop import Hooks, Verdict, train
 from llm3.training.metrics import Cost, Meter
@@ -290,10 +290,9 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             write_json(directory / RECORD, stage.record)
             drop_samples(directory, after=done)
         phase = run.phase_of(done)
-        with MetricsWriter(directory, done or None) if processes.is_first() else nullcontext() as writer:
-            if writer and not done:
-                compared = ["train/loss", *(f"eval/{key}" for key in run.validation.labels)]
-                writer.hyperparameters(as_dict(config), compared)
+        said = session.console.print
+        opened = partial(open_writer, session.config, session.workdir, stage.name, done or None, said)
+        with opened() if processes.is_first() else nullcontext() as writer:
             for each in run.phases:
                 if request.signal or run.finished or done >= each.stop or done < each.first:
                     continue
@@ -313,9 +312,9 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             params = run.full_params(phase, state)
             with watch.part("evaluate"):
                 run.sample(done, params, writer)
-    if ended := run.meta.get("early_stopping"):
-        session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
-    write_row(session, subject_of(stage), params, row_facts(run, phase, done))
+            if ended := run.meta.get("early_stopping"):
+                session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
+            write_row(session, subject_of(stage), params, row_facts(run, phase, done), writer)
     return True
 
 

@@ -38,7 +38,7 @@ def take_samples(
     """Continue the config's prompts with canonical parameters; print the samples, and keep them.
 
     All processes call it; the first one writes. template: the chat template that the model was trained with. writer:
-    also writes them to TensorBoard. Raises NotWritten if the disk refuses.
+    also shows them. Raises NotWritten if the disk refuses.
     """
     prompts, tokens = session.config.samples, session.config.sample_tokens
     if not prompts or not subject.lm_head:
@@ -53,13 +53,13 @@ def take_samples(
             texts = filled_in(context, [with_masks(each, context.tokenizer) for each in prompts])
     if not processes.is_first():
         return
-    keep_samples(session.workdir / subject.name, step, list(zip(prompts, texts, strict=True)))
-    for prompt, text in zip(prompts, texts, strict=True):
+    pairs = list(zip(prompts, texts, strict=True))
+    keep_samples(session.workdir / subject.name, step, pairs)
+    for prompt, text in pairs:
         line = f"{subject.name}: step {step}: {_on_one_line(prompt)} | {_on_one_line(text)}"
         session.console.print(shortened(line, SHOWN_CHARACTERS))
     if writer is not None:
-        quoted = (f"**{prompt}**\n\n{text}" for prompt, text in zip(prompts, texts, strict=True))
-        writer.text(step, "samples", "\n\n---\n\n".join(quoted))
+        writer.samples(step, pairs)
 
 
 def _on_one_line(text: str) -> str:

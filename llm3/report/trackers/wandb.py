@@ -1,0 +1,109 @@
+"""Weights & Biases: a run for each stage, in a group for each run directory.
+
+The id of the run is kept in the stage's folder, and a stage that resumes goes on with that run. It first sends again
+what metrics.jsonl and samples.jsonl hold: wandb itself drops the steps that its server has, and gets those that were
+lost with a dead process or without a network. Offline, there is no server, so each session's copy on disk holds the
+whole stage and replaces that of the session before.
+
+WANDB_MODE, WANDB_PROJECT (default: llm3), WANDB_ENTITY, WANDB_RUN_GROUP and WANDB_DIR mean what they always do.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm3.files import read_json, write_json
+from llm3.report.trackers import TrackedStage, group_of_line, numbers, tags
+
+REQUIRES = {"wandb": "wandb"}
+ID = "wandb.json"  # in the stage's folder: {"id"}
+INIT_SECONDS, FINISH_SECONDS = 30, 20  # for an answer of the server; and to upload the rest at the end of a stage
+
+
+class Tracker:
+    """Sends to a server, or with WANDB_MODE=offline, or if there is none, writes what `wandb sync` uploads later."""
+
+    def __init__(self, stage: TrackedStage):
+        import wandb
+
+        self._library, self._stage, self._finished = wandb, stage, False
+        self._run = self._begin(run_id(stage))
+        for step, line, samples in history(stage):
+            if line is not None:
+                self.metrics(step, line, group_of_line(line))
+            else:
+                self.samples(step, samples)
+
+    def _begin(self, name: str) -> Any:
+        stage, wandb = self._stage, self._library
+        directory = Path(os.environ.get("WANDB_DIR") or stage.directory)
+        mode = wandb.setup().settings.mode
+        if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
+            stage.say("wandb: no API key is known (`wandb login` asks for one), so it works offline")
+            mode = "offline"
+        whole = stage.directory.resolve()
+        arguments = {
+            "project": os.environ.get("WANDB_PROJECT") or "llm3",
+            "group": os.environ.get("WANDB_RUN_GROUP") or whole.parent.name,
+            "job_type": os.environ.get("WANDB_JOB_TYPE") or whole.name,
+            "name": os.environ.get("WANDB_NAME") or f"{whole.parent.name}/{whole.name}",
+            "config": stage.config,
+            "id": name,
+            "resume": "allow",
+            "dir": str(directory),
+            # the console belongs to the progress line; what it would print is said below
+            "settings": wandb.Settings(
+                console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
+            ),
+        }
+        before = list((directory / "wandb").glob(f"offline-run-*-{name}"))
+        try:
+            run = wandb.init(mode=mode, **arguments)
+        except Exception as error:
+            if mode in ("offline", "disabled"):
+                raise
+            stage.say(f"wandb: the server cannot be used, so it works offline: {' '.join(str(error).split())[:200]}")
+            run = wandb.init(mode="offline", **arguments)
+        if run.settings.mode == "offline":
+            for folder in before:
+                shutil.rmtree(folder, ignore_errors=True)
+        where = run.url or f"offline: `wandb sync {run.settings.sync_dir}` uploads it"
+        stage.say(f"wandb: {where}")
+        return run
+
+    def metrics(self, step: int, line: dict[str, Any], group: str) -> None:
+        self._run.log(tags(line, group), step=step)
+
+    def samples(self, step: int, samples: list[tuple[str, str]]) -> None:
+        table = self._library.Table(columns=["prompt", "text"], data=[list(pair) for pair in samples])
+        self._run.log({"samples": table}, step=step)
+
+    def result(self, step: int, row: dict[str, Any]) -> None:
+        self._run.summary.update({f"final/{key}": value for key, value in numbers(row).items()})
+        self._finished = True
+
+    def close(self) -> None:
+        self._run.finish(exit_code=0 if self._finished else 1)
+
+
+def run_id(stage: TrackedStage) -> str:
+    """The id of the stage's run: that of the sessions before, or a new one, which is kept."""
+    path = stage.directory / ID
+    kept = read_json(path) if stage.resume_step is not None else None
+    if kept is None:
+        kept = {"id": secrets.token_hex(6)}
+        write_json(path, kept)
+    return kept["id"]
+
+
+def history(stage: TrackedStage) -> Iterator[tuple[int, dict[str, Any] | None, list[tuple[str, str]]]]:
+    """(step, metrics or None, samples) of the sessions before, in the order of steps."""
+    found: list[tuple[int, dict[str, Any] | None, list[tuple[str, str]]]] = [
+        (line["step"], {key: value for key, value in line.items() if key != "step"}, []) for line in stage.lines
+    ]
+    for step in dict.fromkeys(line["step"] for line in stage.samples):
+        found.append((step, None, [(line["prompt"], line["text"]) for line in stage.samples if line["step"] == step]))
+    yield from sorted(found, key=lambda each: each[0])
