@@ -35,7 +35,7 @@ NEEDED = {
     "evals": ("WINDOWS", "HEAD", "CAUSAL", "BETTER", "evaluate"),
     "formats": ("texts", "encode", "read_row"),
     "windows": ("WindowTable",),
-    "trackers": ("Tracker",),
+    "trackers": ("metrics", "samples", "result", "close"),
 }
 KINDS = {"objectives": "objective", "evals": "evaluation", "formats": "row format", "windows": "kind of windows"}
 

@@ -35,9 +35,9 @@ def _kinds(kind: Any, names: typing.Iterable[str]) -> dict[str, Any]:
 
 def _section(kind: Any) -> Any:
     """X of a type X | None where X is a dataclass, else the type itself."""
-    return next((each for each in typing.get_args(kind) if dataclasses.is_dataclass(each)), kind) if (
-        typing.get_origin(kind) is not dict
-    ) else kind
+    if typing.get_origin(kind) is dict:
+        return kind
+    return next((each for each in typing.get_args(kind) if dataclasses.is_dataclass(each)), kind)
 
 
 def _is_default(value: Any, field: dataclasses.Field, kind: Any) -> bool:

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm3.config.schema import RunConfig, as_dict
+from llm3.config.data_schema import SourceConfig
+from llm3.config.older import with_new_fields
+from llm3.config.schema import EvaluationConfig, RunConfig, as_dict
 from llm3.files import RECORD, read_json
 from llm3.stages.workdir import differences
 
@@ -60,7 +62,8 @@ def changes(saved: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str
     """
     if saved is None:
         return []
-    lines = [line.strip() for line in differences(saved["config"], now["config"])]
+    before = with_new_fields(saved["config"], now["config"], {"evaluation": EvaluationConfig, "source": SourceConfig})
+    lines = [line.strip() for line in differences(before, now["config"])]
     old, new = saved["data"], now.get("data")
     if not lines and old is not None and new is not None and old != new:
         lines = [f"data: saved {old[:12]}, now {new[:12]}"]

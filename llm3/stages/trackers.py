@@ -26,5 +26,6 @@ def open_writer(
 
     resume_step: None if the stage starts. say: prints a line for the user. Raises NotWritten if the disk refuses.
     """
-    others = {name: load_plugin(trackers, name).Tracker for name in config.trackers if name not in ALWAYS}
+    plugins = {name: load_plugin(trackers, name) for name in config.trackers if name not in ALWAYS}
+    others = {name: getattr(each, "Tracker", each) for name, each in plugins.items()}  # an import path names the class
     return MetricsWriter(workdir / stage, resume_step, as_dict(config.stages[stage]), others, say)

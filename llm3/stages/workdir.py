@@ -5,7 +5,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm3.config.schema import RunConfig, as_dict
+from llm3.config.data_schema import SourceConfig, TokenizerConfig
+from llm3.config.older import with_new_fields
+from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
 
@@ -14,6 +16,13 @@ from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
 FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "sample_every"})
 VALIDATION_FIELDS = frozenset({"best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"})
 FREE_GUARD_FIELDS = frozenset({"stop_after"})
+SECTIONS = {
+    "model": ModelConfig,
+    "tokenizer": TokenizerConfig,
+    "sources": dict[str, SourceConfig],
+    "evaluations": dict[str, EvaluationConfig],
+    "stage": StageConfig,
+}
 
 
 def stage_record(config: RunConfig, name: str) -> dict:
@@ -120,11 +129,15 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
 
 
 def check_record(workdir: Path, config: RunConfig, name: str) -> None:
-    """Raise UserError if the workdir holds this stage with another config."""
+    """Raise UserError if the workdir holds this stage with another config.
+
+    A field that llm3 did not have when the stage began makes no other config while it has its default.
+    """
     saved = read_json(workdir / name / RECORD)
     if saved is None:
         return
     now = stage_record(config, name)
+    saved = with_new_fields(saved, now, SECTIONS)
     if lines := differences(*of_training(without_moved_parent(workdir, name, saved, now), now)):
         said = [f"{workdir} holds {name!r} with another config:", *lines, next_step(workdir, name)]
         raise UserError("\n".join(said))

@@ -49,7 +49,7 @@ write = MetricsWriter.write
 
 def write_and_then(writer, step, line):
     write(writer, step, line)
-    stage = pathlib.Path(writer._file.name).parent.name
+    stage = writer._path.parent.name
     if "AT_STEP_4" in os.environ and (stage, step, start) == ("posttrain", 4, 0):
         subprocess.run(os.environ["AT_STEP_4"], shell=True, check=True)
         time.sleep(3)

@@ -1,7 +1,10 @@
 """What TensorBoard shows of a stage, read back from the records of its event files."""
 
 import json
+import math
 
+import numpy as np
+from tensorboardX.proto.api_pb2 import Status
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
@@ -53,27 +56,49 @@ def test_scalars_have_grouped_tags_and_flat_names_in_the_file(tmp_path):
     assert read_metrics(tmp_path) == [{"step": 10, **line}, {"step": 10, "domain_bits_per_byte": 1.5, "loss": 1.25}]
 
 
+def plugin_data(directory):
+    """{tag: content} of the events of the HParams tab."""
+    return {
+        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
+        for _, value in events(directory)
+        if value.metadata.plugin_data.plugin_name == "hparams"
+    }
+
+
 def test_texts_and_hyperparameters_are_there(tmp_path):
     config = {"steps": 10, "optimizer": {"name": "adamw", "ema": 0.5, "options": {}}, "seed": None, "train": ["lora"]}
-    with MetricsWriter(tmp_path) as writer:
-        writer.hyperparameters(config, ["eval/domain_bits_per_byte"])
-        writer.text(10, "samples/0", "*Once* upon")
+    with MetricsWriter(tmp_path, config=config) as writer:
+        writer.samples(10, [("Once", "*upon*"), ("a", "time")])
     texts = {
         (step, value.tag): value.tensor.string_val[0].decode()
         for step, value in events(tmp_path)
         if value.metadata.plugin_data.plugin_name == "text"
     }
-    assert texts[10, "samples/0/text_summary"] == "*Once* upon"
+    assert texts[10, "samples/text_summary"] == "**Once**\n\n*upon*\n\n---\n\n**a**\n\ntime"
     assert json.loads(texts[0, "config/text_summary"].removeprefix("```json").removesuffix("```")) == config
-    plugin = {
-        value.tag: HParamsPluginData.FromString(value.metadata.plugin_data.content)
-        for _, value in events(tmp_path)
-        if value.metadata.plugin_data.plugin_name == "hparams"
-    }
+    plugin = plugin_data(tmp_path)
     found = plugin["_hparams_/session_start_info"].session_start_info.hparams
     assert set(found) == {"steps", "optimizer.name", "optimizer.ema", "train"}
     assert found["steps"].number_value == 10 and found["optimizer.name"].string_value == "adamw"
     assert found["train"].string_value == '["lora"]'
-    experiment = plugin["_hparams_/experiment"].experiment
-    assert {each.name for each in experiment.hparam_infos} == set(found)
-    assert [each.name.tag for each in experiment.metric_infos] == ["eval/domain_bits_per_byte"]
+    assert len(plugin) == 1, "no experiment: that of one stage would hide the fields and metrics of the others"
+
+
+def test_the_row_of_a_stage_ends_its_session_with_its_metrics_and_its_cost(tmp_path):
+    row = {"stage": "a", "task_accuracy": 0.75, "task_items": 8, "domain_bits_per_byte": np.float32(1.5), "tokens": 640}
+    with MetricsWriter(tmp_path, config={"steps": 10}) as writer:
+        writer.write(10, {"loss": 2.0})
+    assert "_hparams_/session_end_info" not in plugin_data(tmp_path)
+    with MetricsWriter(tmp_path, resume_step=10, config={"steps": 10}) as writer:
+        writer.result(10, row | {"domain_nll": math.nan, "flops": None, "chain": {"tokens": 1}})
+    found = {tag: (step, value) for step, tag, value in scalars(tmp_path)}
+    assert found == {
+        "train/loss": (10, 2.0),
+        "final/task_accuracy": (10, 0.75),
+        "final/domain_bits_per_byte": (10, 1.5),
+        "final/tokens": (10, 640.0),
+    }
+    plugin = plugin_data(tmp_path)
+    assert set(plugin) == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    assert plugin["_hparams_/session_end_info"].session_end_info.status == Status.Value("STATUS_SUCCESS")
+    assert read_metrics(tmp_path) == [{"step": 10, "loss": 2.0}], "the row has a file of its own"

@@ -12,7 +12,9 @@ class Tracker:
 
     def __init__(self, stage: TrackedStage):
         path = stage.directory / METRICS
-        write_atomic(path, "".join(f"{json.dumps(line)}\n" for line in stage.lines))
+        kept = "".join(f"{json.dumps(line)}\n" for line in stage.lines)
+        if not path.is_file() or path.read_bytes() != kept.encode():
+            write_atomic(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def metrics(self, step: int, line: dict[str, Any], group: str) -> None:

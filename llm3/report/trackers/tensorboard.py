@@ -23,10 +23,12 @@ class Tracker:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        before = list(stage.directory.glob("events.out.tfevents.*"))
         if stage.resume_step is None:
-            for events in stage.directory.glob("events.out.tfevents.*"):
+            for events in before:
                 events.unlink()
-        self._file = EventsWriter(str(stage.directory / "events"))
+        # the names end with a number, since two sessions may begin in the same second
+        self._file = EventsWriter(str(stage.directory / "events"), f".{len(before)}")
         self._config = stage.config
         if stage.resume_step is not None:
             started = SessionLog(status=SessionLog.START)

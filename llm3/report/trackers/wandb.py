@@ -20,7 +20,7 @@ from llm3.report.trackers import TrackedStage, group_of_line, numbers, tags
 
 REQUIRES = {"wandb": "wandb"}
 ID = "wandb.json"  # in the stage's folder: {"id"}
-INIT_SECONDS, FINISH_SECONDS = 30, 20  # for an answer of the server; and to upload the rest at the end of a stage
+INIT_SECONDS, FINISH_SECONDS = 15, 10  # for an answer of the server; and to upload the rest at the end of a stage
 
 
 class Tracker:
@@ -40,7 +40,8 @@ class Tracker:
     def _begin(self, name: str) -> Any:
         stage, wandb = self._stage, self._library
         directory = Path(os.environ.get("WANDB_DIR") or stage.directory)
-        mode = wandb.setup().settings.mode
+        quiet = wandb.Settings(silent=True)  # its lines would cut into the progress line; the important ones follow
+        mode = wandb.setup(quiet).settings.mode
         if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
             stage.say("wandb: no API key is known (`wandb login` asks for one), so it works offline")
             mode = "offline"
@@ -53,10 +54,14 @@ class Tracker:
             "config": stage.config,
             "id": name,
             "resume": "allow",
+            "reinit": "create_new",  # not the run of the stage before, if that is still being uploaded
             "dir": str(directory),
-            # the console belongs to the progress line; what it would print is said below
             "settings": wandb.Settings(
-                console="off", silent=True, init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS
+                console="off",
+                silent=True,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=FINISH_SECONDS,
+                finish_timeout_raises=True,
             ),
         }
         before = list((directory / "wandb").glob(f"offline-run-*-{name}"))
@@ -66,12 +71,14 @@ class Tracker:
             if mode in ("offline", "disabled"):
                 raise
             stage.say(f"wandb: the server cannot be used, so it works offline: {' '.join(str(error).split())[:200]}")
+            wandb.teardown()  # it holds on to the id
             run = wandb.init(mode="offline", **arguments)
         if run.settings.mode == "offline":
             for folder in before:
                 shutil.rmtree(folder, ignore_errors=True)
-        where = run.url or f"offline: `wandb sync {run.settings.sync_dir}` uploads it"
-        stage.say(f"wandb: {where}")
+            stage.say(f"wandb: offline: `wandb sync {run.settings.sync_dir}` uploads it")
+        elif run.url:
+            stage.say(f"wandb: {run.url}")
         return run
 
     def metrics(self, step: int, line: dict[str, Any], group: str) -> None:
@@ -86,7 +93,10 @@ class Tracker:
         self._finished = True
 
     def close(self) -> None:
-        self._run.finish(exit_code=0 if self._finished else 1)
+        try:
+            self._run.finish(exit_code=0 if self._finished else 1)
+        except TimeoutError:
+            self._stage.say(f"wandb: not all is uploaded: `wandb sync {self._run.settings.sync_dir}` does the rest")
 
 
 def run_id(stage: TrackedStage) -> str:
