@@ -5,28 +5,10 @@ import math
 
 import numpy as np
 from tensorboardX.proto.api_pb2 import Status
-from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from llm3.report.logs import MetricsWriter, read_metrics
-
-
-def events(directory):
-    """(step, value) from the records of the event files: 8 bytes of length, 4 of its checksum, data, 4 more."""
-    found = []
-    for path in sorted(directory.glob("events.out.tfevents.*")):
-        data = path.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value) for value in event.summary.value]
-            data = data[16 + size :]
-    return found
-
-
-def scalars(directory):
-    values = [(step, value) for step, value in events(directory) if not value.HasField("metadata")]
-    return [(step, value.tag, value.simple_value) for step, value in values]
+from tests.helpers.tiny_events import events, scalars
 
 
 def test_a_new_start_leaves_no_metrics_of_an_older_run(tmp_path):

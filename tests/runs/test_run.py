@@ -23,6 +23,7 @@ from llm3.report.predictions import read_predictions
 from llm3.stages.samples import read_samples
 from llm3.tree import params_digest
 from tests.helpers import tiny_run as tiny
+from tests.helpers.tiny_events import scalars
 
 PROMPTS = ["The president", "A"]
 SAMPLES = (f"--config.samples={PROMPTS}", "--config.sample_tokens=4", "--config.stages.pretrain.sample_every=4")
@@ -105,6 +106,20 @@ def test_prompts_are_continued_by_every_model_and_between_steps(whole):
         assert line["text"] == tokenizer.decode(made), "on one device, one prompt at a time"
     events = b"".join(path.read_bytes() for path in (whole.workdir / "pretrain").glob("events.*"))
     assert events.count(b"**The president**") == 3, "TensorBoard shows them too"
+
+
+def test_tensorboard_has_the_row_of_every_stage_also_after_a_kill_or_a_later_evaluation(whole, disturbed, later):
+    def final(workdir, stage):
+        return {tag.removeprefix("final/"): value for _, tag, value in scalars(workdir / stage) if "final/" in tag}
+
+    for workdir in (whole.workdir, disturbed.workdir, later.workdir):
+        rows = tiny.rows(workdir)
+        for stage in tiny.STAGES:
+            shown, measured = final(workdir, stage), ["general_bits_per_byte", "domain_bits_per_byte", "tokens"]
+            measured += ["task_accuracy"] * (rows[stage]["task_accuracy"] is not None)
+            measured += ["extra_bits_per_byte"] * (workdir == later.workdir)
+            for key in measured:
+                assert shown[key] == pytest.approx(rows[stage][key], rel=1e-6)
 
 
 def test_a_row_is_of_the_parameters_in_the_last_checkpoint(whole):
