@@ -42,7 +42,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
             from llm3.data.chat_templates import load_template  # needs jinja
 
             load_template(template)
-        if verb in ("run", "plan"):
+        if verb == "run":
             check_trackers(config)
         if verb in ("run", "report"):
             for name in [*first_rows(config, workdir), *names]:

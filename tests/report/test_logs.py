@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import numpy as np
 from tensorboardX.proto.api_pb2 import Status
@@ -66,7 +67,8 @@ def test_texts_and_hyperparameters_are_there(tmp_path):
     assert len(plugin) == 1, "no experiment: that of one stage would hide the fields and metrics of the others"
 
 
-def test_the_row_of_a_stage_ends_its_session_with_its_metrics_and_its_cost(tmp_path):
+def test_the_row_of_a_stage_ends_its_session_with_its_metrics_and_its_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # files are named by the second
     row = {"stage": "a", "task_accuracy": 0.75, "task_items": 8, "domain_bits_per_byte": np.float32(1.5), "tokens": 640}
     with MetricsWriter(tmp_path, config={"steps": 10}) as writer:
         writer.write(10, {"loss": 2.0})

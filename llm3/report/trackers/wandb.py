@@ -45,12 +45,12 @@ class Tracker:
         if mode not in ("offline", "disabled") and not wandb.login(prompt=False, verify=False):
             stage.say("wandb: no API key is known (`wandb login` asks for one), so it works offline")
             mode = "offline"
-        whole = stage.directory.resolve()
+        folder = stage.directory.resolve()
         arguments = {
             "project": os.environ.get("WANDB_PROJECT") or "llm3",
-            "group": os.environ.get("WANDB_RUN_GROUP") or whole.parent.name,
-            "job_type": os.environ.get("WANDB_JOB_TYPE") or whole.name,
-            "name": os.environ.get("WANDB_NAME") or f"{whole.parent.name}/{whole.name}",
+            "group": os.environ.get("WANDB_RUN_GROUP") or folder.parent.name,
+            "job_type": os.environ.get("WANDB_JOB_TYPE") or folder.name,
+            "name": os.environ.get("WANDB_NAME") or f"{folder.parent.name}/{folder.name}",
             "config": stage.config,
             "id": name,
             "resume": "allow",
@@ -74,8 +74,8 @@ class Tracker:
             wandb.teardown()  # it holds on to the id
             run = wandb.init(mode="offline", **arguments)
         if run.settings.mode == "offline":
-            for folder in before:
-                shutil.rmtree(folder, ignore_errors=True)
+            for earlier in before:
+                shutil.rmtree(earlier, ignore_errors=True)
             stage.say(f"wandb: offline: `wandb sync {run.settings.sync_dir}` uploads it")
         elif run.url:
             stage.say(f"wandb: {run.url}")
