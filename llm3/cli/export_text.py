@@ -7,7 +7,8 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from llm3.data.chat_templates import encode_pieces, end_of_turn, with_bos
+from llm3.data.chat_templates import end_of_turn, with_bos
+from llm3.data.encoding import encode_pieces
 from llm3.data.tokenizer import OWN, SPECIALS, Tokenizer
 from llm3.files import CHAT_TEMPLATE, TOKENIZER, write_atomic, write_json
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llm3.cli.token_text import piece, spelled
 from llm3.config.schema import RunConfig
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.passages import find_overlapping, find_passages
 from llm3.data.sources import split as sources
 from llm3.data.sources.drop import drop_lines

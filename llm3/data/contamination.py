@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.errors import UserError
 from llm3.files import write_atomic
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from llm3.config.data_schema import SourceConfig
 from llm3.data import tokenizer, windows
 from llm3.data.cache import cache
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.packing import Windows, check_windows
 from llm3.data.sources import selection
 from llm3.data.sources import split as sources

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.contamination import Wanted, hashed, ngrams_found
 
 

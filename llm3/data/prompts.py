@@ -4,15 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llm3.config.model_schema import ModelConfig, check_length
-from llm3.data.chat_templates import (
-    encode_pieces,
-    end_of_turn,
-    is_written,
-    question,
-    text_of,
-    without_lead,
-    written,
-)
+from llm3.data.chat_templates import end_of_turn, is_written, question, text_of, without_lead, written
+from llm3.data.encoding import encode_pieces
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.errors import UserError
 

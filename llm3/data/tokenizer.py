@@ -11,17 +11,16 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llm3.config.data_schema import TokenizerConfig
+from llm3.config.data_schema import MIN_VOCAB_SIZE
 from llm3.data import token_texts
 from llm3.data.added_tokens import added_tokens
 from llm3.data.special_tokens import Specials, find_specials, post_processor_tokens
 from llm3.data.token_texts import canonical
 from llm3.data.tokenizer_backends import OWN, SPECIALS, check_own, is_foreign, make_backend, vocabulary
 from llm3.data.tokenizer_files import KEPT, files_beside, read_object, template_of, tokenizer_file
-from llm3.errors import UserError
-from llm3.files import CHAT_TEMPLATE, TOKENIZER, local_path, write_atomic
+from llm3.errors import UserError, at_least
+from llm3.files import CHAT_TEMPLATE, TOKENIZER, write_atomic
 
-MIN_VOCAB_SIZE = len(SPECIALS) + 256
 FOREIGN = "llm3"  # the key of a saved tokenizer of others: its special tokens, and the files that came with it
 
 Pieces = list[str | int]  # texts, and special tokens by id
@@ -284,10 +283,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The vocabulary stays smaller than vocab_size if the texts have too few merges. Words are split as in GPT-2 (Radford
     et al. 2019, section 2.2). Raises UserError if vocab_size is below 260 (4 special tokens and 256 bytes).
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size}: expected at least {MIN_VOCAB_SIZE} (256 bytes, 4 specials)"
-        )
+    at_least("tokenizer.vocab_size", vocab_size, MIN_VOCAB_SIZE)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -299,17 +295,3 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.train_from_iterator(iter(texts), trainer)
     return Tokenizer(backend.to_str())
-
-
-def planned_size(config: TokenizerConfig) -> int:
-    """The size of a run's vocabulary as far as the config tells: that of the file at `path`, if it exists already."""
-    path = local_path(config.path, "config.tokenizer.path") if config.path else Path()
-    if not config.path or not path.exists():
-        return config.vocab_size + len(config.add)
-    path = tokenizer_file(path)
-    return _size_of(path, path.stat().st_mtime_ns, json.dumps(config.special)) + len(config.add)
-
-
-@functools.lru_cache
-def _size_of(path: Path, modified: int, special: str) -> int:
-    return Tokenizer.load(path, json.loads(special)).vocab_size

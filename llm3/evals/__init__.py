@@ -35,7 +35,7 @@ from flax import nnx
 from llm3.config.schema import EvaluationConfig, ModelConfig
 from llm3.data import windows
 from llm3.data.batch import Batch
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.mixture import finite_batches
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer

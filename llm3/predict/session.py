@@ -9,7 +9,7 @@ import numpy as np
 
 from llm3 import evals
 from llm3.config.schema import EvaluationConfig, ModelConfig
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.formats import Document
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from llm3 import evals, objectives
 from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig
 from llm3.data import windows
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.packing import check_windows
 from llm3.data.tokenizer import Tokenizer

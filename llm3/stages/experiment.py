@@ -11,8 +11,8 @@ from llm3 import evals
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import RunConfig
 from llm3.data import tokenizer as tokenizers
-from llm3.data.cache.cache import TokenCache
 from llm3.data.cache.place import cache_directory
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.chat_templates import read_template
 from llm3.data.contamination import Contamination, cached_contamination
 from llm3.data.library import Library

@@ -1,14 +1,18 @@
 """The model that the stages of a run share, and which of its heads mean something."""
 
+import functools
+import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from llm3.config.data_schema import TokenizerConfig
 from llm3.config.model_schema import ModelConfig
 from llm3.config.schema import RunConfig
-from llm3.data.tokenizer import Tokenizer, planned_size
+from llm3.data.tokenizer import Tokenizer
+from llm3.data.tokenizer_files import tokenizer_file
 from llm3.errors import UserError
-from llm3.files import INIT, TOKENIZER
+from llm3.files import INIT, TOKENIZER, local_path
 from llm3.handoff.checkpoint import find_checkpoint
 from llm3.handoff.pretrained import described
 from llm3.handoff.start import ModelStart, Start, read_start
@@ -31,6 +35,20 @@ def planned_vocabulary(config: RunConfig, workdir: Path) -> int:
     if start is not None and isinstance(start[1], Start) and (file := start[1].run / TOKENIZER).is_file():
         tokenizer = replace(tokenizer, path=str(file))
     return rows + len(tokenizer.add) if rows else planned_size(tokenizer)
+
+
+def planned_size(config: TokenizerConfig) -> int:
+    """The size of a run's vocabulary as far as the config tells: that of the file at `path`, if it exists already."""
+    path = local_path(config.path, "config.tokenizer.path") if config.path else Path()
+    if not config.path or not path.exists():
+        return config.vocab_size + len(config.add)
+    path = tokenizer_file(path)
+    return _size_of(path, path.stat().st_mtime_ns, json.dumps(config.special)) + len(config.add)
+
+
+@functools.lru_cache
+def _size_of(path: Path, modified: int, special: str) -> int:
+    return Tokenizer.load(path, json.loads(special)).vocab_size
 
 
 def vocabulary_size(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,63 +16,19 @@ from jax.sharding import Mesh
 from llm3 import objectives
 from llm3.config.schema import ModelConfig, RunConfig, StageConfig
 from llm3.data.batch import Batch
-from llm3.data.cache.cache import TokenCache
 from llm3.data.library import Library
-from llm3.data.mixture import Mixture
-from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import named
-from llm3.errors import UserError, counted
-from llm3.files import INIT, RECORD, local_path, read_json
+from llm3.errors import UserError
+from llm3.files import INIT
 from llm3.handoff.start import AnyStart, Start, read_start
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
 from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
-from llm3.stages.parents import parent_name
-from llm3.stages.rules import data_sources
-from llm3.stages.truncation import truncation_warning
+from llm3.stages.stage_data import StageData, read_data
 from llm3.stages.workdir import stage_record
 from llm3.training.phase import Phase, build
-
-
-class StageData(NamedTuple):
-    """The training data of a stage by source, the mixture weights by first step, and the mixture of batches.
-
-    length: tokens of a document that a window holds
-    """
-
-    caches: dict[str, TokenCache]
-    tables: dict[str, Windows]
-    schedule: list[tuple[int, dict[str, float]]]
-    mixture: Mixture
-    length: int
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """{source: digest of its content}"""
-        return {source: tokens.fingerprint for source, tokens in self.caches.items()}
-
-    def warnings(self, field: str) -> list[str]:
-        """A sentence for each source of which much does not fit into the windows. field: where their length is set."""
-        found = (
-            truncation_warning(table, self.caches[source], source, self.length, field)
-            for source, table in self.tables.items()
-        )
-        return [each for each in found if each]
-
-    def facts(self, steps: int) -> dict[str, list[str]]:
-        """For each source, phrases on its size, its packing, and how many epochs `steps` steps are."""
-        epochs, facts = self.mixture.epochs(steps), {}
-        for source, table in self.tables.items():
-            tokens = self.caches[source]
-            lost = [f"{table.truncated:,} of them truncated to a window"] if table.truncated else []
-            lost += [f"{table.dropped:,} dropped: no target fits into a window"] if table.dropped else []
-            lost += [f"{counted(sum(tokens.bad.values()), 'bad row')} set aside"] if tokens.bad else []
-            facts[source] = [", ".join([counted(tokens.documents, "document"), *lost])]
-            facts[source] += [counted(len(table), "window"), f"{100 * table.waste:.1f} % padding"]
-            facts[source].append(f"{epochs[source]:.2g} epochs")
-        return facts
 
 
 @dataclass(frozen=True)
@@ -203,20 +159,14 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     task = planned.task._replace(tokenizer=library.tokenizer, label_sets=_label_sets(planned, labels, library))
     check_tokenizer(objective, library.tokenizer, task.options, f"{planned.where}.objective={stage.objective_name!r}")
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
-    sources = _sources(config, name, library)
-    caches = {source: library.cache(source, "train") for source in sources}
-    kinds = {source: objective.WINDOWS[config.sources[source].row_format] for source in sources}
-    tables = {source: library.windows(kinds[source], source, "train", length) for source in sources}
-    schedule = _schedule(config, name, library)
-    corrupt = partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
-    mixture = Mixture(tables, schedule, stage.batch_size, planned.seed, by=stage.weights, corrupt=corrupt)
+    kinds, corrupt = objective.WINDOWS, partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
+    data = read_data(config, name, library, kinds, length, planned.seed, corrupt)
     model = replace(
         planned.model,
         vocab_size=vocabulary_size(config, library.tokenizer),
         classes=len(labels),
-        max_output_positions=_max_output_positions(config, objective, task, tables),
+        max_output_positions=_max_output_positions(config, objective, task, data.tables),
     )
-    data = StageData(caches, tables, schedule, mixture, length)
     lm_head = has_lm_head(config, name, workdir, model)
     return replace(planned, model=model, task=task, labels=labels, lm_head=lm_head, read=data)
 
@@ -270,47 +220,3 @@ def _label_sets(stage: Stage, labels: list[str], library: Library) -> np.ndarray
     for target, classes in enumerate(sets[0]):
         matrix[target, classes] = 1
     return matrix
-
-
-def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int, dict[str, float]]]:
-    """Pairs (first step, weights of the sources)."""
-    stage = config.stages[name]
-    return weight_schedule(
-        data=stage.data,
-        temperature=stage.temperature,
-        data_schedule=stage.data_schedule,
-        replay=stage.replay,
-        parent=_parent_weights(config, name, library),
-        tokens={source: library.cache(source, "train").tokens for source in _sources(config, name, library)},
-        steps=stage.steps,
-        where=f"config.stages.{name}",
-    )
-
-
-def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str, float] | None:
-    """The weights of the parent's sources to replay; None without replay or without a trained parent."""
-    stage = config.stages[name]
-    if not stage.replay:
-        return None
-    if (parent := parent_name(stage)) in config.stages:
-        return _schedule(config, parent, library)[-1][1]
-    if not (isinstance(stage.start, dict) and stage.start.get("run")):
-        return None
-    run = local_path(stage.start["run"], f"config.stages.{name}.start.run")
-    path = run / stage.start["stage"] / RECORD
-    if (record := read_json(path)) is None:
-        raise UserError(
-            f"config.stages.{name}.replay: {path}, which names the data to replay, does not exist: if that run was "
-            f"moved, set start.run to its new place"
-        )
-    return record["stage"]["data"]
-
-
-def _sources(config: RunConfig, name: str, library: Library) -> list[str]:
-    """The sources that a stage draws from. Raises UserError if this config lacks a source of the parent."""
-    names = data_sources(config, name)
-    for source in _parent_weights(config, name, library) or ():
-        if source not in config.sources:
-            raise UserError(f"config.stages.{name}.replay: the parent's source {source!r} is not in config.sources")
-        names += [] if source in names else [source]
-    return names

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.packing import Windows
 from llm3.errors import counted
 

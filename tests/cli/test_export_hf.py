@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from llm3.config.schema import ModelConfig
-from llm3.data.chat_templates import encode_pieces, question
+from llm3.data.chat_templates import question
+from llm3.data.encoding import encode_pieces
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import flatten, unflatten

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llm3.data import tokenizer
 from llm3.data.cache import build as cache_build
-from llm3.data.cache import cache, holds
+from llm3.data.cache import cache, holds, progress
 from llm3.data.formats import BadRow
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
@@ -330,7 +330,7 @@ def test_progress_is_one_line_without_a_terminal_and_a_bar_on_demand(tmp_path, c
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_counts_the_documents_and_bytes_of_all_processes(workers, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache_build, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
     built = cache.build_cache(numbered(3), "text", trained, tmp_path, workers=workers)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"tokens: encoding fake: 3 of 3 parts: {built.documents} documents, {built.text_bytes / 1e6:.1f} MB"

@@ -6,16 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm3.data.chat_templates import (
-    GUARD,
-    encode_runs,
-    end_of_turn,
-    is_written,
-    load_template,
-    question,
-    split_answers,
-    written,
-)
+from llm3.data.chat_templates import GUARD, end_of_turn, is_written, load_template, question, split_answers, written
+from llm3.data.encoding import encode_runs
 from llm3.data.formats import BadRow
 from llm3.data.tokenizer import Tokenizer
 from tests.helpers import tiny_foreign

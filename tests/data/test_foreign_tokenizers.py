@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from llm3.config.data_schema import TokenizerConfig
-from llm3.data import tokenizer
 from llm3.data.formats import text as text_format
 from llm3.data.special_tokens import find_specials
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
+from llm3.stages.model import planned_size
 from tests.helpers import tiny_foreign
 from tests.helpers.tiny_foreign import KINDS, foreign
 
@@ -160,7 +160,7 @@ def test_added_tokens_get_the_next_ids_and_can_be_removed(kind, tmp_path):
 
 def test_the_planned_vocabulary_is_that_of_the_folder_and_new_tokens(tmp_path):
     folder = tiny_foreign.bert(tmp_path)
-    assert tokenizer.planned_size(TokenizerConfig(path=str(folder), add=["x1", "x2"])) == foreign("bert").vocab_size + 2
+    assert planned_size(TokenizerConfig(path=str(folder), add=["x1", "x2"])) == foreign("bert").vocab_size + 2
 
 
 IDS = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "<end>": 5}

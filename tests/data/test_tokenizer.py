@@ -11,6 +11,7 @@ from llm3.config.data_schema import TokenizerConfig
 from llm3.data import tokenizer
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
+from llm3.stages.model import planned_size
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog <|eos|> <|eos|>",
@@ -212,6 +213,6 @@ def test_a_tokenizer_whose_added_tokens_also_match_spaces_is_refused(tmp_path):
 
 def test_the_planned_vocabulary_is_that_of_the_file_as_soon_as_it_exists(tmp_path):
     config = TokenizerConfig(vocab_size=4096, path=str(tmp_path / "tokenizer.json"), add=["acetaminophen"])
-    assert tokenizer.planned_size(config) == 4097
+    assert planned_size(config) == 4097
     trained.save(tmp_path / "tokenizer.json")
-    assert tokenizer.planned_size(config) == trained.extended(config.add).vocab_size == trained.vocab_size + 1
+    assert planned_size(config) == trained.extended(config.add).vocab_size == trained.vocab_size + 1

@@ -218,7 +218,7 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
     from llm3.distributed import preemption
     from llm3.handoff import parent as handoff
     from llm3.report import logs
-    from llm3.stages import run_stage, validation
+    from llm3.stages import run_stage, stage_run, validation
 
     def of_step(checkpoints, at, *_) -> bool:
         return of_stage(checkpoints) and at == step
@@ -250,7 +250,7 @@ def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., 
         "saving_base": (checkpoints, "save_base", of_stage, False),
         "saved_base": (checkpoints, "save_base", once_done(of_stage), False),
         "reading": (handoff, "not_finite", lambda *_: True, True),
-        "handed": (run_stage, "first_params", lambda _, of, *__: of.name == stage, False),
+        "handed": (stage_run, "first_params", lambda _, of, *__: of.name == stage, False),
         "row": (run_stage, "write_row", lambda _, of, *__: of.name == stage, True),
         "tokenizer": (tokenizer, "train", lambda *_: True, True),
         "tokens": (text, "encode", lambda *_: True, False),

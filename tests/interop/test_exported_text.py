@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from llm3.cli.export import export
-from llm3.data.chat_templates import encode_pieces, question
+from llm3.data.chat_templates import question
+from llm3.data.encoding import encode_pieces
 from llm3.data.tokenizer import Tokenizer
 from llm3.interop.folder import open_folder
 from llm3.models.transformer import abstract

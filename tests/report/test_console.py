@@ -7,7 +7,7 @@ import re
 import pytest
 from rich.table import Table
 
-from llm3.data.cache import build
+from llm3.data.cache import progress
 from llm3.errors import to_stderr
 from llm3.report.console import Progress, counting, new_console
 
@@ -27,8 +27,8 @@ def test_a_text_that_looks_like_markup_is_printed_as_it_is():
 def test_the_bar_of_a_source_whose_name_looks_like_markup_counts_documents_and_bytes(capsys, monkeypatch):
     for name, value in {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)  # else rich draws no bar, or a short one
-    done = build.Counts(2)
-    with build._progress(MARKUP, 1, done, bar=True) as advance:
+    done = progress.Counts(2)
+    with progress.show_progress(MARKUP, 1, done, bar=True) as advance:
         done.add(0, 3, 1_000_000)
         done.add(1, 1_000, 250_000)
         advance()

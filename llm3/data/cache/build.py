@@ -16,31 +16,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.markup
-import rich.progress
-from rich.table import Column
-from rich.text import Text
 
 from llm3 import config_folder
 from llm3.data import formats
 from llm3.data.cache import shards
 from llm3.data.cache.known import known_tokens
+from llm3.data.cache.progress import Counts, show_progress
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError, counted
+from llm3.errors import UserError
 from llm3.registry import load_plugin
 
 MANIFEST = "manifest.json"  # written last: a cache without it is incomplete
 JOINED = {"document_bytes.npy": "bytes", "rows.npy": "row", "keys.npy": "key"}
 LABELS = "labels.npy"
 DAMAGE_ERRORS = (OSError, ValueError, KeyError)  # raised by reading damaged files
-SECONDS_BETWEEN_LINES = 60.0  # of the progress in a log
 INLINE_SECONDS = 1.0  # build in this process for so long, before starting others (which takes about as long)
 ABANDONED_SECONDS = 24 * 3600  # age of the last write, from which on a temporary directory is removed
 
@@ -69,7 +64,7 @@ def build_shards(
     if left:
         of = "" if len(parts) == 1 else f": {len(left):,} of {len(parts):,} parts"
         done = Counts(len(parts))
-        with _progress(f"tokens: encoding {job.records.name}{of}", len(left), done, progress) as advance:
+        with show_progress(f"tokens: encoding {job.records.name}{of}", len(left), done, progress) as advance:
             for _ in _build(job, parts, left, workers, done):
                 advance()
     others = [number for number in range(len(parts)) if number not in mine]
@@ -100,24 +95,6 @@ def _is_intact(directory: Path) -> bool:
 def warn_damaged(path: Path, error: Exception) -> None:
     """Print one line to stderr."""
     print(f"tokens: {path} is damaged ({error}); rebuilding it", file=sys.stderr)
-
-
-class Counts:
-    """Documents and UTF-8 bytes encoded so far in each part: int64 [parts, 2] in memory that worker processes share.
-
-    No lock is needed: a part is built by one process.
-    """
-
-    def __init__(self, parts: int):
-        self._memory = multiprocessing.get_context("spawn").RawArray("q", 2 * parts)
-
-    def add(self, part: int, documents: int, text_bytes: int) -> None:
-        self._memory[2 * part] += documents
-        self._memory[2 * part + 1] += text_bytes
-
-    def __str__(self) -> str:
-        documents, text_bytes = np.frombuffer(self._memory, np.int64).reshape(-1, 2).sum(axis=0).tolist()
-        return f"{counted(documents, 'document')}, {text_bytes / 1e6:,.1f} MB"
 
 
 def _build(job: Job, parts: list[Any], numbers: list[int], workers: int | None, done: Counts) -> Iterator[int]:
@@ -290,48 +267,3 @@ def remove_abandoned(cache_dir: Path) -> None:
             written = max(path.stat().st_mtime for path in (directory, *directory.rglob("*")))
             if time.time() - written > ABANDONED_SECONDS:
                 shutil.rmtree(directory)
-
-
-@contextlib.contextmanager
-def _progress(what: str, parts: int, done: Counts, bar: bool | None) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each part: a bar on a terminal; elsewhere a line, and another one a minute."""
-    console = rich.console.Console(stderr=True)
-    if bar is None:
-        bar = console.is_terminal
-    if not bar:
-        print(what, file=sys.stderr)
-        yield _a_line_a_minute(what, done)
-        return
-    columns = (
-        rich.progress.TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
-        rich.progress.BarColumn(bar_width=10),
-        CountsColumn(done),
-        rich.progress.TimeElapsedColumn(),
-    )
-    with rich.progress.Progress(*columns, console=console, transient=True) as shown:
-        # how much of a single part is done is not known
-        task = shown.add_task(rich.markup.escape(what), total=parts if parts > 1 else None)
-        yield lambda: shown.advance(task)
-
-
-class CountsColumn(rich.progress.ProgressColumn):
-    """The documents and bytes encoded so far."""
-
-    def __init__(self, done: Counts):
-        super().__init__(Column(no_wrap=True))
-        self._done = done
-
-    def render(self, task: rich.progress.Task) -> Text:
-        return Text(str(self._done))
-
-
-def _a_line_a_minute(what: str, done: Counts, clock: Callable[[], float] = time.monotonic) -> Callable[[], None]:
-    last = clock()
-
-    def after_a_part() -> None:
-        nonlocal last
-        if clock() - last >= SECONDS_BETWEEN_LINES:
-            last = clock()
-            print(f"{what}: {done}", file=sys.stderr, flush=True)
-
-    return after_a_part

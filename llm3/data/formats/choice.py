@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from llm3.config.data_schema import SourceConfig
-from llm3.data.chat_templates import concatenate_runs, encode_pieces, merge_texts
+from llm3.data.encoding import concatenate_runs, encode_pieces, merge_texts
 from llm3.data.formats import BadRow, Document, bytes_of, dialogue, structure, text_of, value
 from llm3.data.formats.dialogue import render_answers
 from llm3.data.tokenizer import Pieces, Tokenizer

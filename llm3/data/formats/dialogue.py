@@ -5,15 +5,8 @@ from typing import Any
 
 from llm3.config.data_schema import SourceConfig
 from llm3.data import chat_templates
-from llm3.data.chat_templates import (
-    Answer,
-    TemplateError,
-    Turns,
-    encode_pieces,
-    encode_runs,
-    merge_texts,
-    split_answers,
-)
+from llm3.data.chat_templates import Answer, TemplateError, Turns, split_answers
+from llm3.data.encoding import encode_pieces, encode_runs, merge_texts
 from llm3.data.formats import BadRow, Document, bytes_of, structure, text_of, value
 from llm3.data.tokenizer import Pieces, Tokenizer
 

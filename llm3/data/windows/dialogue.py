@@ -3,7 +3,7 @@
 import numpy as np
 
 from llm3.data.batch import Batch
-from llm3.data.cache.cache import TokenCache
+from llm3.data.cache.token_cache import TokenCache
 from llm3.data.packing import PackedWindows
 from llm3.errors import at_least
 

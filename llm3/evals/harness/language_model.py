@@ -13,7 +13,8 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from llm3.data.chat_templates import encode_pieces, end_of_turn, prompt_pieces, prompt_text
+from llm3.data.chat_templates import end_of_turn, prompt_pieces, prompt_text
+from llm3.data.encoding import encode_pieces
 from llm3.data.template_rendering import TemplateError
 from llm3.distributed import processes
 from llm3.errors import UserError, counted
