@@ -32,21 +32,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
     config: RunConfig | None = options.get("config")
     workdir: Path = options.get("workdir") or Path()
     if config is not None:
-        names = rules.chosen(config, options.get("stages"))
-        if verb == "bench" and (stage := options["stage"]) not in names:
-            raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
-        for source in config.sources.values():
-            if not (config.data_dir and source.local):
-                check_split_names(source)
-        if "{%" in (template := config.tokenizer.chat_template):
-            from llm3.data.chat_templates import load_template  # needs jinja
-
-            load_template(template)
-        if verb == "run":
-            check_trackers(config)
-        if verb in ("run", "report"):
-            for name in [*first_rows(config, workdir), *names]:
-                check_record(workdir, config, name)
+        check_config(verb, config, workdir, options)
     if verb == "generate":
         check_sampling(options)
     elif verb == "predict":
@@ -56,14 +42,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
     elif verb == "bench-model":
         check_bench_model(options)
     elif verb == "plan":
-        if options["price"] is not None and not options["price"] >= 0:
-            raise UserError(f"--price={options['price']}: expected the price of a device-hour, at least 0")
-        if options["topology"]:
-            from llm3.distributed import machines  # needs numpy
-
-            machines.parse(options["topology"], measure=False)
-        elif options["aot"]:
-            raise UserError("--aot: expected --topology=NAME as well, a TPU")
+        check_plan(options)
     elif verb == "data" and options["shard"]:
         shard_of(options["shard"])
     elif verb == "overlap":
@@ -100,6 +79,37 @@ def check_ablation(options: Mapping[str, Any]) -> None:
             rules.check_metric(own, own.stages[each.stage], config.metric, "config.metric")
         except UserError as error:
             raise UserError(f"{each.name}: {error}") from None
+
+
+def check_config(verb: str, config: RunConfig, workdir: Path, options: Mapping[str, Any]) -> None:
+    """Raise UserError for a config that the verb cannot use: its stages, files, template and saved records."""
+    names = rules.chosen(config, options.get("stages"))
+    if verb == "bench" and (stage := options["stage"]) not in names:
+        raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+    for source in config.sources.values():
+        if not (config.data_dir and source.local):
+            check_split_names(source)
+    if "{%" in (template := config.tokenizer.chat_template):
+        from llm3.data.chat_templates import load_template  # needs jinja
+
+        load_template(template)
+    if verb == "run":
+        check_trackers(config)
+    if verb in ("run", "report"):
+        for name in [*first_rows(config, workdir), *names]:
+            check_record(workdir, config, name)
+
+
+def check_plan(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `plan` that name no machine or price."""
+    if options["price"] is not None and not options["price"] >= 0:
+        raise UserError(f"--price={options['price']}: expected the price of a device-hour, at least 0")
+    if options["topology"]:
+        from llm3.distributed import machines  # needs numpy
+
+        machines.parse(options["topology"], measure=False)
+    elif options["aot"]:
+        raise UserError("--aot: expected --topology=NAME as well, a TPU")
 
 
 def check_split_names(source: SourceConfig) -> None:

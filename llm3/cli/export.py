@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,38 @@ def export(
     )
     if push is not None:
         check_push(push)
+    exported = load_exported(workdir, stage, step, form)
+    params, model, head = exported.params, exported.model, exported.head
+    with new_directory(to) as directory:
+        if form == "adapters":
+            lines = write_adapters(directory, params, model, exported.family, base, head, dtype)
+        else:
+            lines = write_model(directory, exported, workdir / TOKENIZER, form, dtype, max_shard_size)
+        if model.classes and (form == "adapters" or not head):
+            end = exported.tokenizer.tokens[exported.tokenizer.eos_id]
+            lines.append(write_head(directory, params, model, exported.meta, head, dtype, end))
+    trained = exported.meta["step"]
+    print(f"{workdir / stage} step {trained} -> {to}", *lines, sep="\n  ", flush=True)
+    if push is not None:
+        message = f"{stage} step {trained}, written by llm3 {__version__}"
+        print(f"uploaded to {push_folder(to, push, message)}", flush=True)
+    return 0
+
+
+class Exported(NamedTuple):
+    """A checkpoint to export. family: of its layout. head: whether the family has a place for its task head."""
+
+    params: dict
+    model: ModelConfig
+    meta: dict
+    tokenizer: Tokenizer
+    template: str
+    family: str
+    head: bool
+
+
+def load_exported(workdir: Path, stage: str, step: str, form: str) -> Exported:
+    """Read a checkpoint and what belongs to it. Raises UserError if it cannot be exported as `form`."""
     params, model, meta = load_stage(workdir, stage, step)
     tokenizer = Tokenizer.load(workdir / TOKENIZER)
     if tokenizer.hash != meta["tokenizer_hash"]:
@@ -69,34 +102,30 @@ def export(
     if form == "adapters" and not model.adapters:
         raise UserError(f"--format=adapters: {workdir / stage} has no adapters; --format=merged writes its model")
     head = has_place(load_family(family), model) and reads_documents(meta)
+    return Exported(params, model, meta, tokenizer, template, family, head)
+
+
+def write_model(
+    directory: Path, exported: Exported, tokenizer_file: Path, form: str, dtype: str, max_shard_size: str
+) -> list[str]:
+    """Write the model, its tokenizer and its generation settings; returns lines of the summary."""
+    _, model, meta, tokenizer, template, family, head = exported
     pad = padding_id(tokenizer, head and model.pool == "last")
-    with new_directory(to) as directory:
-        if form == "adapters":
-            lines = write_adapters(directory, params, model, family, base, head, dtype)
-        else:
-            lines = write_folder(
-                directory,
-                merged(params, model.adapters) if form == "merged" else params,
-                model,
-                family=family,
-                max_length=meta.get("model_max_length") or meta["config"]["stage"]["sequence_length"],
-                labels=tuple(meta["labels"]) if head else (),
-                several_labels=bool(meta.get("label_sets")),
-                more={**(token_ids(template, tokenizer) if model.causal else {}), "pad_token_id": pad},
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-            )
-            lines += about_head(model, head) + about_adapters(model, form)
-            lines += write_tokenizer(directory, workdir / TOKENIZER, template, head or not model.causal, pad)
-            lines += write_generation(directory, template, tokenizer) if model.causal else []
-        if model.classes and (form == "adapters" or not head):
-            end = tokenizer.tokens[tokenizer.eos_id]
-            lines.append(write_head(directory, params, model, meta, head, dtype, end))
-    print(f"{workdir / stage} step {meta['step']} -> {to}", *lines, sep="\n  ", flush=True)
-    if push is not None:
-        message = f"{stage} step {meta['step']}, written by llm3 {__version__}"
-        print(f"uploaded to {push_folder(to, push, message)}", flush=True)
-    return 0
+    lines = write_folder(
+        directory,
+        merged(exported.params, model.adapters) if form == "merged" else exported.params,
+        model,
+        family=family,
+        max_length=meta.get("model_max_length") or meta["config"]["stage"]["sequence_length"],
+        labels=tuple(meta["labels"]) if head else (),
+        several_labels=bool(meta.get("label_sets")),
+        more={**(token_ids(template, tokenizer) if model.causal else {}), "pad_token_id": pad},
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    lines += about_head(model, head) + about_adapters(model, form)
+    lines += write_tokenizer(directory, tokenizer_file, template, head or not model.causal, pad)
+    return lines + (write_generation(directory, template, tokenizer) if model.causal else [])
 
 
 @contextmanager

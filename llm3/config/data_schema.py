@@ -94,6 +94,23 @@ class SourceConfig:
         return self.row_format in ("dialogue", "choice")
 
     def __post_init__(self) -> None:
+        self._check_files()
+        self._check_fields()
+        if not 0 <= self.validation_share < 1:
+            raise UserError(
+                f"config: sources.*.validation_share={self.validation_share!r}: expected a share, 0 <= share < 1"
+            )
+        if not 0 <= self.bad_rows <= 1:
+            raise UserError(f"config: sources.*.bad_rows={self.bad_rows!r}: expected a share from 0 to 1")
+        for field in ("filters", "transforms"):
+            for spec in getattr(self, field):
+                if not (isinstance(spec, str) and re.fullmatch(r"[^:]+:[^:]+", spec)):
+                    raise UserError(f"config: sources.*.{field}={spec!r}: expected 'module:function'")
+        at_least("sources.*.max_documents", self.max_documents, 0)
+        at_least("sources.*.max_row_bytes", self.max_row_bytes, 1)
+
+    def _check_files(self) -> None:
+        """Raise UserError for files that cannot be named so, or not be read so."""
         files = self.data_files
         for each in files.values() if isinstance(files, dict) and files else [files]:
             names = each if isinstance(each, list) and each else [each]
@@ -112,13 +129,10 @@ class SourceConfig:
         if self.quote is not None and len(self.quote) > 1:
             raise UserError(f"config: sources.*.quote={self.quote!r}: expected one character, or '' for none")
         one_of("sources.*.sample_by", self.sample_by, (None, "line", "paragraph", "document"))
+
+    def _check_fields(self) -> None:
+        """Raise UserError for fields of a row that do not go together."""
         one_of("sources.*.answer_base", self.answer_base, (None, 0, 1))
-        if not 0 <= self.validation_share < 1:
-            raise UserError(
-                f"config: sources.*.validation_share={self.validation_share!r}: expected a share, 0 <= share < 1"
-            )
-        if not 0 <= self.bad_rows <= 1:
-            raise UserError(f"config: sources.*.bad_rows={self.bad_rows!r}: expected a share from 0 to 1")
         if self.messages and (self.prompt or self.answer):
             raise UserError("config: sources.*.messages: holds all turns; expected no prompt and no answer with it")
         if (self.answer or self.answers) and not self.prompt:
@@ -136,11 +150,5 @@ class SourceConfig:
             raise UserError(f"config: sources.*.answer_base={self.answer_base}: expected choices with it")
         if self.choices and not (self.prompt and self.answer):
             raise UserError("config: sources.*.choices: needs prompt and answer (the correct choice or its index)")
-        for field in ("filters", "transforms"):
-            for spec in getattr(self, field):
-                if not (isinstance(spec, str) and re.fullmatch(r"[^:]+:[^:]+", spec)):
-                    raise UserError(f"config: sources.*.{field}={spec!r}: expected 'module:function'")
         if self.label and self.tag:
             raise UserError("config: sources.*.tag and label: expected only one of them")
-        at_least("sources.*.max_documents", self.max_documents, 0)
-        at_least("sources.*.max_row_bytes", self.max_row_bytes, 1)

@@ -47,10 +47,6 @@ def make_optimizer(
     name: str,
     learning_rate: float,
     schedule: str,
-    steps: int,
-    warmup_steps: int,
-    decay_steps: int,
-    final_fraction: float,
     weight_decay: float,
     clip_norm: float,
     layer_decay: float,
@@ -58,6 +54,7 @@ def make_optimizer(
     l2_sp: float,
     ema: float,
     options: Mapping[str, Any],
+    **shape: Any,
 ) -> Optimizer:
     """The optimizer `name` for trees like `params_example`, the trainable tree (of arrays or shapes).
 
@@ -68,26 +65,14 @@ def make_optimizer(
 
     clip_norm: max global norm of the gradients; 0: off. weight_decay: for leaves named in `DECAYED`. layer_decay,
     learning_rates: factors of the learning rate, and so of the weight decay (`rate_factors`). l2_sp: see
-    `pull_to_start`. ema: see `running_mean`. options: passed to the optax function. muon (Jordan et al. 2024)
-    orthogonalises the kernels of each layer as matrices [D, heads x head_dim] and uses Adam for all other leaves;
-    its option adam_learning_rate is a peak rate. adafactor (Shazeer and Stern 2018) factors the matrices of each layer
-    whose sides both have at least min_dim_size_to_factor.
+    `pull_to_start`. ema: see `running_mean`. options: of the optax function (`update_rules`). shape: of the schedule,
+    and its steps (`make_schedule`).
 
     Raises UserError for an unknown optimizer, schedule, option or rule, and for numbers out of range.
     """
-    if name not in RULES:
-        raise UserError(f"optimizer.name={name!r}: {nearest(name, RULES)}")
-    _check(name, options, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
-    if l2_sp and fresh >= {*flatten(params_example), *(groups or ())}:
-        raise UserError(f"optimizer.l2_sp={l2_sp!r}: no trainable parameter comes from a parent")
-    rate = make_schedule(
-        schedule,
-        learning_rate=learning_rate,
-        steps=steps,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
-        final_fraction=final_fraction,
-    )
+    leaves = {*flatten(params_example), *(groups or ())}
+    _check(name, options, leaves - fresh, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
+    rate = make_schedule(schedule, learning_rate=learning_rate, **shape)
     factors = rate_factors(
         params_example, layers=layers, layer_decay=layer_decay, learning_rates=learning_rates, later=groups or ()
     )
@@ -105,11 +90,18 @@ def make_optimizer(
     return Optimizer(transform, jax.jit(rate))  # it is called to log it: one program, not one for each operation
 
 
-def _check(name: str, options: Mapping[str, Any], *, ema: float, **at_least_0: float) -> None:
-    for field, value in at_least_0.items():
+def _check(
+    name: str, options: Mapping[str, Any], from_parent: set[str], *, ema: float, l2_sp: float, **at_least_0: float
+) -> None:
+    """Raise UserError for numbers and options that do not fit. from_parent: trainable leaves with a parent's values."""
+    if name not in RULES:
+        raise UserError(f"optimizer.name={name!r}: {nearest(name, RULES)}")
+    for field, value in {**at_least_0, "l2_sp": l2_sp}.items():
         at_least(f"optimizer.{field}", value, 0)
     if not 0 <= ema < 1:
         raise UserError(f"optimizer.ema={ema!r}: expected a decay from 0 up to 1, without 1")
+    if l2_sp and not from_parent:
+        raise UserError(f"optimizer.l2_sp={l2_sp!r}: no trainable parameter comes from a parent")
     valid = set(inspect.signature(RULES[name].options).parameters) - MANAGED
     for option in options:
         if option not in valid:

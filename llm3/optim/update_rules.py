@@ -1,4 +1,9 @@
-"""The optax update rules by name, at a learning rate of 1, for trees with stacked layers."""
+"""The optax update rules by name, at a learning rate of 1, for trees with stacked layers.
+
+muon (Jordan et al. 2024) orthogonalises the kernels of each layer as matrices [D, heads x head_dim] and uses Adam for
+all other leaves; its option adam_learning_rate is a peak rate. adafactor (Shazeer and Stern 2018) factors the matrices
+of each layer whose sides both have at least min_dim_size_to_factor.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol

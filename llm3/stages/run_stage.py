@@ -1,6 +1,7 @@
 """Runs one stage from its start (resumed, from a parent, or untrained) to its last checkpoint and its row."""
 
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
 from llm3.files import CHECKPOINTS, RECORD, write_json
 from llm3.report.console import WARNING
-from llm3.report.logs import MetricsWriter, read_metrics
+from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
 from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.evaluate import write_row

@@ -80,11 +80,7 @@ def train(
                 verdict = hooks.on_eval(done, state)
                 meter.since = time.perf_counter()  # step times exclude evaluations
             if hooks.samples(done):
-                watchdog.at(done, "sampling")
-                jax.block_until_ready(metrics)
-                before = time.perf_counter()
-                hooks.on_sample(done, state)
-                meter.since += time.perf_counter() - before  # step times exclude samples
+                sample(done, state, metrics, meter, hooks)
             # after the evaluation, during which a signal may have arrived
             ending = hooks.request.at_step() or done == stop or verdict.stop
             saving = ending or verdict.save or done % hooks.save_every == 0
@@ -97,6 +93,15 @@ def train(
             if ending:
                 return state, done
     return state, start
+
+
+def sample(done: int, state: TrainState, metrics: Any, meter: Meter, hooks: Hooks) -> None:
+    """Sample once the step is computed, so that step times exclude samples. metrics: of the step."""
+    hooks.watchdog.at(done, "sampling")
+    jax.block_until_ready(metrics)
+    before = time.perf_counter()
+    hooks.on_sample(done, state)
+    meter.since += time.perf_counter() - before
 
 
 def log(done: int, meter: Meter, hooks: Hooks, stop_after: int) -> None:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from flax import nnx
+from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from llm3 import objectives
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import StageConfig
+from llm3.data.batch import Batch
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
 from llm3.models.flops import model_flops, step_flops
@@ -25,7 +27,7 @@ from llm3.optim.partition import Partition, make_partitions
 from llm3.registry import load_plugin
 from llm3.segments import canonical, canonical_path
 from llm3.training.guard import Guard, new_guard
-from llm3.training.step import TrainState, make_train_step
+from llm3.training.step import LossFunction, TrainState, make_train_step
 from llm3.tree import flatten, unflatten
 
 
@@ -191,35 +193,12 @@ def _phase(
     shardings = tree_shardings(mesh, cut.shapes, cut.axes)
     trainable, frozen = partition.divide(cut.shapes)
     trainable_shardings, frozen_shardings = partition.divide(shardings)
-    new = frozenset(path for path in partition.trainable if fresh(canonical_path(path)))
     with _naming(where):
-        dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
-        storage = make_storage(frozen, frozen_shardings, stage.frozen, model.compute_dtype, dora)
-        optimizer = make_optimizer(
-            trainable, steps=stage.steps, layers=model.layers, fresh=new, groups=groups, **vars(stage.optimizer)
-        )
-    opt = jax.eval_shape(optimizer.transform.init, trainable)
-    opt_shardings = state_shardings(opt, trainable, trainable_shardings, named(mesh))
+        storage = _storage(stage, model, frozen, frozen_shardings)
+        optimizer = _optimizer(stage, model, partition, trainable, groups, fresh)
     empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
-    guard = jax.eval_shape(empty_guard)
-    abstract_state = TrainState(
-        with_sharding(jax.ShapeDtypeStruct((), jnp.int32), named(mesh)),
-        with_sharding(trainable, trainable_shardings),
-        storage.abstract,
-        with_sharding(opt, opt_shardings),
-        with_sharding(guard, jax.tree.map(lambda _: named(mesh), guard)),
-    )
-    loss = partial(objective.loss, task=task)
-    step = make_train_step(
-        cut.graph,
-        loss,
-        optimizer.transform,
-        seed=seed,
-        micro_batches=stage.micro_batches,
-        deviations=stage.guard.deviations,
-        accept_after=stage.guard.accept_after,
-        restarts=guard_restarts(stage),
-    )
+    abstract_state = _abstract_state(mesh, (trainable, trainable_shardings), storage, optimizer, empty_guard)
+    step = _train_step(stage, cut.graph, partial(objective.loss, task=task), optimizer, seed)
     head = "task" if objective.HEAD else "lm"
     cost = (model, stage.batch_size, stage.sequence_length, head, partition.segments, partition.trainable)
     return Phase(
@@ -229,7 +208,7 @@ def _phase(
         partition=partition,
         optimizer=optimizer,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract_state), named(mesh))),
-        init_opt=jax.jit(optimizer.transform.init, out_shardings=opt_shardings),
+        init_opt=jax.jit(optimizer.transform.init, out_shardings=_shardings(abstract_state.opt)),
         init_guard=jax.jit(empty_guard, out_shardings=named(mesh)),
         storage=storage,
         abstract_params=abstract_params(model, mesh),
@@ -244,5 +223,60 @@ def _phase(
     )
 
 
-def _shardings(state: TrainState) -> NamedSharding:
-    return jax.tree.map(lambda x: x.sharding, state)
+def _storage(stage: StageConfig, model: ModelConfig, frozen: dict, shardings: dict) -> Storage:
+    """How the frozen parameters of a phase are stored."""
+    dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
+    return make_storage(frozen, shardings, stage.frozen, model.compute_dtype, dora)
+
+
+def _optimizer(
+    stage: StageConfig,
+    model: ModelConfig,
+    partition: Partition,
+    trainable: dict,
+    groups: dict[str, int] | None,
+    fresh: Callable[[str], bool],
+) -> Optimizer:
+    """The optimizer of a phase. groups: see `make_optimizer`. fresh: see `build`."""
+    new = frozenset(path for path in partition.trainable if fresh(canonical_path(path)))
+    return make_optimizer(
+        trainable, steps=stage.steps, layers=model.layers, fresh=new, groups=groups, **vars(stage.optimizer)
+    )
+
+
+def _train_step(
+    stage: StageConfig, graph: nnx.GraphDef, loss: LossFunction, optimizer: Optimizer, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The step of a phase, to be jitted."""
+    return make_train_step(
+        graph,
+        loss,
+        optimizer.transform,
+        seed=seed,
+        micro_batches=stage.micro_batches,
+        deviations=stage.guard.deviations,
+        accept_after=stage.guard.accept_after,
+        restarts=guard_restarts(stage),
+    )
+
+
+def _abstract_state(
+    mesh: Mesh,
+    trainable: tuple[dict, dict],
+    storage: Storage,
+    optimizer: Optimizer,
+    empty_guard: Callable[[], Guard],
+) -> TrainState:
+    """The shapes and shardings of a phase's state. trainable: shapes and shardings of the trainable tree."""
+    opt, guard = jax.eval_shape(optimizer.transform.init, trainable[0]), jax.eval_shape(empty_guard)
+    return TrainState(
+        with_sharding(jax.ShapeDtypeStruct((), jnp.int32), named(mesh)),
+        with_sharding(*trainable),
+        storage.abstract,
+        with_sharding(opt, state_shardings(opt, *trainable, named(mesh))),
+        with_sharding(guard, jax.tree.map(lambda _: named(mesh), guard)),
+    )
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

@@ -47,6 +47,26 @@ def _over_micro_batches(
     return jax.lax.scan(body, zeros, (cut, keys))[0]
 
 
+def _make_gradients(
+    graph: nnx.GraphDef, loss: LossFunction, micro_batches: int
+) -> Callable[[TrainState, Batch, jax.Array], tuple[dict, Sums]]:
+    """summed(state, batch, key) -> (gradients of the trainable tree, sums of the loss), both summed over the batch."""
+
+    def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        result = loss(nnx.merge(graph, trainable, frozen), batch, key)
+        return result.loss, result
+
+    gradient = jax.grad(sums, has_aux=True)
+    accumulated = partial(_over_micro_batches, gradient, micro_batches)
+
+    def summed(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
+        if micro_batches == 1:
+            return gradient(state.trainable, state.frozen, batch, key)
+        return sum_over_data(accumulated, (state.trainable, state.frozen), key, batch)
+
+    return summed
+
+
 # the metrics of a step besides those of the objective
 STEP_METRICS = ("loss", "grad_norm", "weight", "tokens", "skipped", "new_level", "non_finite_in_a_row")
 
@@ -73,17 +93,8 @@ def make_train_step(
     non_finite_in_a_row, and the metrics of the objective.
     """
 
-    def sums(trainable: dict, frozen: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        result = loss(nnx.merge(graph, trainable, frozen), batch, key)
-        return result.loss, result
-
-    gradient = jax.grad(sums, has_aux=True)
-    accumulated = partial(_over_micro_batches, gradient, micro_batches)
-
-    def summed(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
-        if micro_batches == 1:
-            return gradient(state.trainable, state.frozen, batch, key)
-        return sum_over_data(accumulated, (state.trainable, state.frozen), key, batch)
+    summed = _make_gradients(graph, loss, micro_batches)
+    judged = partial(judge, deviations=deviations, accept_after=accept_after)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -95,9 +106,7 @@ def make_train_step(
             updates, opt = transform.update(gradients, state.opt, state.trainable)
         norm, mean = optax.tree.norm(gradients), total.loss * scale
         restart = jnp.isin(state.step, jnp.asarray(restarts, jnp.int32))
-        verdict, guard = judge(
-            *(state.guard, mean, norm, total.weight), deviations=deviations, accept_after=accept_after, restart=restart
-        )
+        verdict, guard = judged(state.guard, mean, norm, total.weight, restart=restart)
         keep = lambda new, old: jnp.where(verdict.accept, new, old)  # noqa: E731
         trainable = jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable)
         metrics = {name: value * scale for name, value in total.metrics.items()} | {

@@ -42,17 +42,10 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
     one_of("split", split, corpus.SPLITS)
     given = expanded(source)
     name = source_name(given)
-    source, where = with_named_splits(given, name), f"source {name}"
+    source = with_named_splits(given, name)
     from_train = split != "test" and not source.validation
     wanted = {"train": source.train, "validation": source.validation, "test": source.test}[split]
-    held_out = None
-    if from_train and source.validation_share:
-        held_out = selection.HeldOut(source.validation_share, split == "validation", by_class=bool(source.label))
-    elif from_train and split == "validation":
-        raise UserError(
-            f"{where}: validation_share=0: without a validation split, expected a share between 0 and 1 of the train "
-            "split"
-        )
+    held_out = _held_out(source, split, f"source {name}") if from_train else None
     functions = [
         (field, spec, hooks.file_digest(spec, field))
         for field in ("transforms", "filters")
@@ -83,6 +76,18 @@ def open_split(source: SourceConfig, split: str, *, cache_dir: Path) -> Records:
         train,
         dropped,
     )
+
+
+def _held_out(source: SourceConfig, split: str, where: str) -> selection.HeldOut | None:
+    """How the train split is divided into train and validation; None: it is not. Raises UserError."""
+    if source.validation_share:
+        return selection.HeldOut(source.validation_share, split == "validation", by_class=bool(source.label))
+    if split == "validation":
+        raise UserError(
+            f"{where}: validation_share=0: without a validation split, expected a share between 0 and 1 of the train "
+            "split"
+        )
+    return None
 
 
 def _digest(key: Any) -> str:
