@@ -33,9 +33,9 @@ LEGEND = (
     "In brackets, 95 % intervals over the items: Wilson's for a share of right answers, else the bootstrap. ± is half "
     "of the 95 % interval over seeds (Student's t). Differences are paired item by item (McNemar's exact test of "
     "right and wrong answers, else the paired t test); where a side has several seeds, they are tested over the seeds, "
-    "paired if both have the same ones. p is corrected for all tests of its table (Holm); below 0.05 a difference is "
-    "called better or worse. Tests over items say nothing about other seeds, and those over seeds nothing about other "
-    "items."
+    "paired if both have the same ones. Where all differences are equal, which leaves the t test no spread, the sign "
+    "test stands in for it. p is corrected for all tests of its table (Holm); below 0.05 a difference is called better "
+    "or worse. Tests over items say nothing about other seeds, and those over seeds nothing about other items."
 )
 
 
@@ -68,8 +68,7 @@ class Comparison(NamedTuple):
     @property
     def paired_over(self) -> str:
         """The unit of the pairs, with their number."""
-        unit = "seeds" if self.difference.test == "t over seeds" else "items"
-        return f"{self.difference.pairs:,} {unit}"
+        return f"{self.difference.pairs:,} {self.difference.unit}"
 
     def sentence(self) -> str:
         """The comparison in words, with the difference."""

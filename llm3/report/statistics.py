@@ -4,8 +4,9 @@ Functions of arrays with one entry per item, without knowledge of rows, files or
 
 Sources. Share of right answers: the score interval of Wilson 1927. Ratios and F1: the percentile bootstrap over items
 (Efron and Tibshirani 1993, chapter 13). Difference of shares: the exact test of McNemar 1947. Difference of means: the
-paired t test (Student 1908); of ratios, the same on the linearized ratio (Cochran 1977, section 6.4). Several tests in
-a table: Holm 1979. Calibration: Guo et al. 2017, equation 3; Brier 1950.
+paired t test (Student 1908); of ratios, the same on the linearized ratio (Cochran 1977, section 6.4); where all
+differences are equal, the sign test (Conover 1999, section 3.4). Several tests in a table: Holm 1979. Calibration: Guo
+et al. 2017, equation 3; Brier 1950.
 """
 
 import functools
@@ -37,7 +38,8 @@ class Difference(NamedTuple):
     high: float
     p: float
     pairs: int
-    test: str  # "exact McNemar", "paired t", "t over seeds" or "unpaired z"
+    test: str  # "exact McNemar", "paired t", "t over seeds", "unpaired z" or, if all pairs differ equally, "sign test"
+    unit: str = "items"  # what the pairs are: "items" or "seeds"
 
 
 def wilson(hits: float, items: int) -> Interval:
@@ -115,23 +117,28 @@ def paired(ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray | None = No
         return None
     shares = np.ones(items) if weights is None else np.asarray(weights, np.float64)
     value = float(differences.sum() / shares.sum())
-    found = _from_t((differences - value * shares) / shares.mean(), value, "paired t")
+    found = _from_t((differences - value * shares) / shares.mean(), value, "paired t", "items")
     if weights is None and all(set(np.unique(each)) <= {0, 1} for each in (ours, theirs)):
         return found._replace(p=mcnemar(differences), test="exact McNemar")
     return found
 
 
-def _from_t(residuals: np.ndarray, value: float, test: str) -> Difference:
-    """The t interval of a mean `value`, from the residuals [n] around it."""
+def _from_t(residuals: np.ndarray, value: float, test: str, unit: str) -> Difference:
+    """The t interval of a mean `value`, from the residuals [n] around it.
+
+    If all differences are equal, and not zero, the interval is that value, and p that of the two-sided sign test.
+    """
     from scipy.stats import t
 
     number = len(residuals)
     error = math.sqrt(float(np.sum(residuals**2)) / (number - 1) / number)
-    if error <= 1e-12 * abs(value):  # all differences are equal
-        return Difference(value, value, value, 0.0 if value else 1.0, number, test)
+    if error <= 1e-12 * abs(value):  # all differences are equal: t, which takes their spread for known, is infinite
+        if not value:
+            return Difference(value, value, value, 1.0, number, test, unit)
+        return Difference(value, value, value, 2.0 ** (1 - number), number, "sign test", unit)
     half = float(t.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     p = 2 * float(t.sf(abs(value) / error, number - 1))
-    return Difference(value, value - half, value + half, p, number, test)
+    return Difference(value, value - half, value + half, p, number, test, unit)
 
 
 def mcnemar(differences: np.ndarray) -> float:
@@ -147,7 +154,7 @@ def over_seeds(differences: list[float]) -> Difference | None:
     values = np.asarray(differences, np.float64)
     if len(values) < 2:
         return None
-    return _from_t(values - values.mean(), float(values.mean()), "t over seeds")
+    return _from_t(values - values.mean(), float(values.mean()), "t over seeds", "seeds")
 
 
 def unpaired(ours: float, theirs: float, our_error: float, their_error: float, items: int) -> Difference:

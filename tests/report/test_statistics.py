@@ -49,7 +49,7 @@ def test_means_are_compared_by_the_paired_t_test():
     found, expected = statistics.paired(NATS, OTHER_NATS), stats.ttest_rel(NATS, OTHER_NATS)
     interval = expected.confidence_interval()
     assert found[:4] == pytest.approx(((NATS - OTHER_NATS).mean(), interval.low, interval.high, expected.pvalue))
-    assert found[4:] == (80, "paired t")
+    assert found[4:] == (80, "paired t", "items")
 
 
 def test_ratios_are_compared_on_the_same_items_as_the_bootstrap_compares_them():
@@ -68,11 +68,21 @@ def test_right_and_wrong_answers_are_compared_by_mcnemars_exact_test():
     assert found.value == pytest.approx((only_ours - only_theirs) / 200)
 
 
-def test_equal_scores_show_no_difference_and_a_constant_difference_is_certain():
+def test_equal_scores_show_no_difference():
     assert statistics.paired(OURS, OURS)[:4] == (0, 0, 0, 1)
-    assert statistics.paired(NATS, NATS - 1).p == pytest.approx(0)
+    assert statistics.over_seeds([0.0, 0.0])[3:] == (1, 2, "t over seeds", "seeds")
     assert statistics.paired(NATS[:1], NATS[:1]) is None
     assert statistics.over_seeds([0.5]) is None
+
+
+def test_equal_differences_are_tested_by_their_signs_and_are_not_certain():
+    """A t test has no spread to go by, and would find p = 0, also with two seeds."""
+    for number in (2, 3, 9):
+        by_sign = stats.binomtest(number, number).pvalue
+        assert statistics.paired(NATS[:number], NATS[:number] - 1)[3:] == (by_sign, number, "sign test", "items")
+        ratios = statistics.paired(2.0 * BYTES[:number], 1.5 * BYTES[:number], BYTES[:number])
+        assert ratios[:4] == (0.5, 0.5, 0.5, by_sign) and ratios.test == "sign test"
+        assert statistics.over_seeds([-0.5] * number)[3:] == (by_sign, number, "sign test", "seeds")
 
 
 def test_seeds_are_compared_by_the_t_test_over_their_differences():
