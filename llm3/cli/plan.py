@@ -50,6 +50,7 @@ def plan(
     try:
         session = Session(prepare(config, workdir, order), console)
     except UserError as error:
+        _print_notes(found, console)
         raise refused([*found, error]) from None
     totals = []
     with session.on_mesh():
@@ -62,11 +63,15 @@ def plan(
     console.print(totals_table(totals, jax.device_count(), price))
     measured = "steps as measured in this workdir where they were; else " * any(_measured(workdir, n) for n in order)
     console.print(f"  {measured}the rate that this machine is expected to reach; {NOT_COUNTED}")
-    for note in found.notes:
-        console.print(f"  {note}")
+    _print_notes(found, console)
     if found:
         raise refused(found)
     return 0
+
+
+def _print_notes(found: Refusals, console: Console) -> None:
+    for note in found.notes:
+        console.print(f"  {note}")
 
 
 def _measured(workdir: Path, name: str) -> float | None:

@@ -61,6 +61,15 @@ def test_a_plan_says_which_parents_and_workdirs_run_would_refuse(config, tmp_pat
     assert f"config.stages.finetune.start: the run {tmp_path}/other does not exist" in error
 
 
+def test_a_plan_whose_data_is_refused_still_tells_what_it_has_not_checked(config, tmp_path, capsys):
+    (tmp_path / "texts" / "task-train.jsonl").unlink()
+    command = ["plan", f"--config={config}", f"--workdir={tmp_path}/run", "--stages=finetune"]
+    assert main(command) == 2
+    out, error = capsys.readouterr()
+    assert "finetune: hand-off not checked: posttrain has to be trained first" in out
+    assert "task-train.jsonl" in error
+
+
 def test_device_hours_are_devices_times_hours_and_cost_their_price():
     totals = [Total("a", 10, 2e6, 3e15, (3600.0, 7200.0)), Total("b", 5, 1e6, 1e15, (1.0, 1.0))]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
