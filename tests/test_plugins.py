@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import types
 
 import pytest
@@ -249,3 +250,77 @@ c.evaluations = dict(general=dict(kind="my_package.losses:bits_per_byte", source
         UserError, match=r"config.stages.pretrain.objective: .*my_package.losses has no scalet; did you"
     ):
         rules.check(load(file, ["stages.pretrain.objective=my_package.losses:scalet"]))
+
+
+OWN = {
+    "hard": """
+\"\"\"The next token, and the share of the targets that cost much.\"\"\"
+import dataclasses
+import jax.numpy as jnp
+from llm3.objectives import Sums
+from llm3.objectives.causal import token_losses
+
+WINDOWS, HEAD, LABELLED, CAUSAL = {"text": "stream"}, "", False, True
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    nats: float = 1.0
+
+
+def loss(model, batch, key, task):
+    losses = token_losses(model, batch, key)
+    hard = jnp.sum((losses > task.options.nats) * batch.weights)
+    return Sums(jnp.sum(losses * batch.weights), jnp.sum(batch.weights), {"hard_share": hard})
+""",
+    "surprise": """
+\"\"\"The nats of a document for each of its bytes, the mean over documents and its standard error.\"\"\"
+from llm3.evals import by_item, segment_sums
+from llm3.objectives.causal import token_losses
+
+WINDOWS, HEAD, CAUSAL, BETTER = {"text": "pieces"}, "", True, {"surprise": "lower"}
+
+
+def sums(model, batch, *, segments):
+    return {"nats": segment_sums(token_losses(model, batch) * batch.weights, batch, segments)}
+
+
+def evaluate(context):
+    nats = context.by_document(sums)["nats"] / context.cache.document_bytes
+    found = {"surprise": float(nats.mean()), "surprise_stderr": float(nats.std(ddof=1) / len(nats) ** 0.5)}
+    return found | {"predictions": by_item({"nats": nats}, context.cache.rows)}
+""",
+}
+
+
+@pytest.mark.slow
+def test_a_run_with_plugins_by_import_path_resumes_after_a_kill_and_reports_their_metrics(losses):
+    for name, text in OWN.items():
+        (losses / "my_package" / f"{name}.py").write_text(text.lstrip(), encoding="utf-8")
+    tiny.write_texts(losses / "texts")
+    extra = """
+c.stages = {"pretrain": c.stages.pretrain.to_dict() | dict(objective=dict(name="my_package.hard", nats=5.0))}
+c.evaluations = dict(held_out=dict(c.evaluations.general.to_dict(), kind="my_package.surprise"))
+""".strip()
+    config, workdir = tiny.write_config(losses / "config.py", losses, extra), losses / "run"
+    common = (f"--config={config}", f"--workdir={workdir}")
+    done = tiny.process(
+        ("run", *common),
+        ("eval", *common, "--json"),
+        ("generate", common[1], "--prompt=The president", "--max_tokens=4"),
+        ("report", common[1]),
+        deaths=["SIGKILL@saved:pretrain:4", "SIGKILL@log:pretrain:6"],
+    )
+    *_, killed, ended = done.stdout.split(tiny.KILLED)
+    ran, evaluated, generated, reported, _ = ended.split(tiny.NEXT)
+    assert "pretrain: resumes at step 4" in killed and "pretrain: resumes at step 4" in ran
+    assert "hard share" in ran, "the progress line has the objective's own metric"
+    shares = {line["step"]: line["hard_share"] for line in tiny.metrics(workdir / "pretrain")}
+    assert list(shares) == [2, 4, 6, 8, 10] and 0 < shares[10] < shares[2] <= 1
+    rows = tiny.rows(workdir)
+    surprise = rows["pretrain"]["held_out_surprise"]
+    assert 0 < surprise < rows["init"]["held_out_surprise"]
+    assert json.loads(evaluated)["held_out_surprise"] == surprise
+    assert "The president" in generated and "Report: " in reported
+    report = (workdir / "report.md").read_text(encoding="utf-8")
+    assert "| stage | held out surprise |" in report and f"| pretrain | {surprise:.3f} " in report
