@@ -11,9 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from llm3.errors import FULL, NotWritten, UserError, writing
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT_SECONDS = 10.0  # how often a holder touches its lock
 DEAD_SECONDS = 120.0  # a holder that has not touched its lock for this long counts as dead
+ATTEMPTS = 10  # to take a lock, while others remove theirs with the directories that they have made
 
 
 class Holder(NamedTuple):
@@ -41,22 +42,13 @@ def lock(workdir: Path) -> Iterator[None]:
     """Hold the workdir exclusively while this context lasts.
 
     The kernel frees the lock of a process however it ends. Some file systems, however, share no locks between hosts,
-    and some have no locks at all. There, a holder is alive as long as it keeps touching the lock file. Raises UserError
-    that names the holder, or if the directory cannot be created; NotWritten if the disk is full.
+    and some have no locks at all. There, a holder is alive as long as it keeps touching the lock file. A directory that
+    did not exist before, and holds nothing else in the end, is removed. Raises UserError that names the holder, or if
+    the directory cannot be created; NotWritten if the disk is full.
     """
     path = workdir / LOCK
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "ab+", buffering=0, opener=_open_own)  # noqa: SIM115 - held while the context lasts
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(
-                f"{path} is a symbolic link, and llm3 would overwrite its target: remove the link"
-            ) from error
-        kind = NotWritten if error.errno in FULL else UserError
-        raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
+    handle, own, removable = _acquire(path)
     with handle:
-        own = _take(path, handle)
         ended = threading.Event()
         threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True).start()
         try:
@@ -65,15 +57,70 @@ def lock(workdir: Path) -> Iterator[None]:
             ended.set()
             with suppress(OSError):
                 if _holder(path) == own:
+                    if removable:
+                        _remove_if_empty(path)
                     handle.truncate(0)
+
+
+def _acquire(path: Path) -> tuple[BinaryIO, Holder, bool]:
+    """(the lock file, this process in it, whether to remove an empty directory in the end). Raises as `lock`.
+
+    Only what this process has made is removed, and only under the kernel's lock: without it, others could be there.
+    """
+    for _ in range(ATTEMPTS):
+        with suppress(FileNotFoundError), ExitStack() as opened:  # another process has removed the directory it made
+            created, handle = _open(path)
+            opened.enter_context(handle)
+            own, locked = _take(path, handle)
+            opened.pop_all()
+            return handle, own, created and locked
+    raise UserError(f"--workdir={path.parent} is a link to a directory that does not exist, or others keep removing it")
+
+
+def _open(path: Path) -> tuple[bool, BinaryIO]:
+    """(whether the directory of the lock had to be made, the lock file). Raises FileNotFoundError if it is gone again.
+
+    Also raises UserError and NotWritten, as `lock`.
+    """
+    workdir = path.parent
+    try:
+        created = False
+        with suppress(FileExistsError):  # if it is no directory, the lock cannot be opened
+            workdir.mkdir(parents=True)
+            created = True
+        return created, open(path, "ab+", buffering=0, opener=_open_own)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(
+                f"{path} is a symbolic link, and llm3 would overwrite its target: remove the link"
+            ) from error
+        kind = NotWritten if error.errno in FULL else UserError
+        raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
 
 
 def _open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
-def _take(path: Path, handle: Any) -> Holder:
-    """Record this process in the lock and return it. Raises UserError if another holder is alive."""
+def _remove_if_empty(path: Path) -> None:
+    """Remove the lock and its directory, if that holds nothing else; the kernel's lock is held meanwhile.
+
+    A process that has opened the lock before sees in `_take` that it has another file, and opens that of a new
+    directory. A directory into which something is written meanwhile stays.
+    """
+    with suppress(OSError):
+        if os.listdir(path.parent) == [path.name]:
+            path.unlink()
+            path.parent.rmdir()
+
+
+def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
+    """Record this process in the lock; returns it, and whether the kernel has locked the file for it.
+
+    Raises UserError if another holder is alive, and FileNotFoundError if its last holder has removed the file.
+    """
     own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), _command())
     locked = True
     try:
@@ -90,9 +137,11 @@ def _take(path: Path, handle: Any) -> Holder:
         handle.write(json.dumps(own._asdict()).encode())
     if not locked:
         time.sleep(BEAT_SECONDS / 10)  # if another process starts now, the last writer wins
-        if (other := _holder(path)) != own:
-            raise UserError(f"{path.parent} is in use by {other or 'another process'}")
-    return own
+    if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if not locked and (other := _holder(path)) != own:
+        raise UserError(f"{path.parent} is in use by {other or 'another process'}")
+    return own, locked
 
 
 def _command() -> str:
@@ -111,7 +160,8 @@ def _is_alive(path: Path, holder: Holder, host: str) -> bool:
     """Whether the holder of a lock is alive. If that is unknown, wait for it to touch the lock file."""
     if holder.host == host and not _is_running(holder.process):
         return False
-    before = _modified_at(path)
+    if (before := _modified_at(path)) is None:
+        return False
     age = time.time() - before
     seconds = min(max(DEAD_SECONDS - age, 3 * BEAT_SECONDS), DEAD_SECONDS)  # a few beats, as clocks differ
     logger.warning("%s is held by %s: waiting %.0f s for a sign of life", path, holder, seconds)
@@ -134,9 +184,13 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _modified_at(path: Path) -> float:
-    with path.open() as file:  # on a network file system, opening the file refreshes its attributes
-        return os.fstat(file.fileno()).st_mtime
+def _modified_at(path: Path) -> float | None:
+    """The time of the last write; None if the file was removed."""
+    try:
+        with path.open() as file:  # on a network file system, opening the file refreshes its attributes
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _touch(path: Path, ended: threading.Event) -> None:
