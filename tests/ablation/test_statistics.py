@@ -16,7 +16,6 @@ SEEDS, ITEMS = 5, 60
 OURS, THEIRS = ({seed: table[seed] for seed in range(SEEDS)} for table in RANDOM.gamma(2, 1, (2, SEEDS, ITEMS)))
 BYTES = RANDOM.integers(2, 30, ITEMS).astype(float)
 DOCUMENTS = np.repeat(np.arange(12), 5)
-UNEQUAL = np.repeat(np.arange(12), [1, 1, 1, 2, 2, 3, 4, 6, 8, 9, 11, 12])
 
 
 def means(scores, weights=None):
@@ -49,9 +48,9 @@ def test_seeds_are_paired_by_number_not_by_order_and_those_of_one_arm_alone_are_
     assert effect(OUR_MEANS, reordered) == effect(OUR_MEANS, THEIR_MEANS)
 
 
-@pytest.mark.parametrize("paired", [True, False])
-def test_unpaired_seeds_are_compared_by_welchs_test(paired):
-    theirs = {seed + (10 if paired else 0): THEIR_MEANS[seed] for seed in range(3)}
+@pytest.mark.parametrize(("first", "paired"), [(10, True), (SEEDS - 1, True), (0, False)])
+def test_arms_with_at_most_one_seed_in_common_and_unpaired_ones_are_compared_by_welchs_test(first, paired):
+    theirs = {seed + first: THEIR_MEANS[seed] for seed in range(3)}
     found = effect(OUR_MEANS, theirs, paired=paired)
     expected = stats.ttest_ind(list(OUR_MEANS.values()), list(theirs.values()), equal_var=False)
     assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, *expected.confidence_interval()))
@@ -70,8 +69,12 @@ def test_one_seed_of_right_and_wrong_answers_has_the_p_value_of_mcnemar():
     found = effect(means(ours), means(theirs), ours, theirs)
     won = int(np.sum(ours[0] > theirs[0]))
     assert found.p == pytest.approx(stats.binomtest(won, won + int(np.sum(ours[0] < theirs[0]))).pvalue)
-    assert "McNemar" in found.test
-    assert "McNemar" not in effect(means(ours), means(theirs), ours, theirs, DOCUMENTS).test
+    assert found.test == "exact McNemar over items (one seed)"
+
+
+def test_mcnemars_test_is_for_independent_items_only():
+    ours, theirs = {0: np.tile([1.0, 0.0], ITEMS // 2)}, {0: np.tile([0.0, 0.0, 1.0, 0.0], ITEMS // 4)}
+    assert effect(means(ours), means(theirs), ours, theirs, np.arange(ITEMS) // 2).test == "t over items (one seed)"
 
 
 def test_one_seed_without_items_has_no_test():

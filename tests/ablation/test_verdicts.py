@@ -89,8 +89,11 @@ def test_the_seeds_to_decide_find_the_smallest_difference_with_the_power():
     assert first.power == pytest.approx(power(SMALLEST, found(effects[0]), 5, alpha=0.025))
 
 
-def test_more_seeds_are_asked_for_as_long_as_a_claim_is_undecided():
-    assert judge(-0.0001, 0.0201, "better").seeds_to_decide > 5
+def test_an_undecided_claim_with_enough_seeds_for_the_smallest_difference_needs_those_for_half_of_it():
+    open_ = over(-0.0001, 0.0201)
+    assert seeds_needed(SMALLEST, found(open_)) <= 5 < seeds_needed(SMALLEST / 2, found(open_))
+    (verdict,) = verdicts([open_], [Claim("better", SMALLEST)])
+    assert verdict.seeds_to_decide == seeds_needed(SMALLEST / 2, found(open_))
 
 
 def test_where_items_dominate_more_items_are_asked_for():
