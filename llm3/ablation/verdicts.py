@@ -10,7 +10,7 @@ arm:
 |---|---|---|
 | "better" | shown to be better, and not refuted | shown to be worse, or better by less than the smallest difference |
 | "worse" | shown to be worse, and not refuted | shown to be better, or worse by less than the smallest difference |
-| "no worse" | shown not to be worse by the smallest difference | shown to be worse by more than it |
+| "no worse" | shown not to be worse by the smallest difference | shown to be worse, and by more than that |
 
 "Shown to be better by less" is one half of an equivalence test (Schuirmann 1987): the claim fails whether the true
 difference is 0, of the other sign, or too small. Alone in its table, a claim can be judged by eye: the 95 % interval
@@ -65,7 +65,7 @@ class Finding(NamedTuple):
 
     word: str
     shown: str  # as in Verdict
-    enough: bool  # the difference is shown to be larger than the smallest one, in the expected direction
+    enough: bool  # the difference is shown to be larger than the smallest one ("no worse": worse by more than it)
     p: float
     p_size: float | None
 
@@ -117,11 +117,12 @@ def _finding(effect: Effect, claim: Claim, p: float, p_size: float | None, alpha
     sign = (1 if ahead > 0 else -1) * (p <= alpha)
     size = (1 if ahead > _upward(claim) * _bound(claim) else -1) * (p_size is not None and p_size <= alpha)
     if claim.expect == "no worse":
-        word = CONFIRMED if size > 0 else REFUTED if size < 0 else UNDECIDED
+        word = CONFIRMED if size > 0 else REFUTED if size < 0 and sign < 0 else UNDECIDED
     else:
         word = REFUTED if size < 0 or sign < 0 else CONFIRMED if sign > 0 else UNDECIDED
     better = (sign > 0) == (claim.expect != "worse")
-    return Finding(word, "" if not sign else "better" if better else "worse", sign > 0 and size > 0, p, p_size)
+    enough = sign == size == (-1 if claim.expect == "no worse" else 1)
+    return Finding(word, "" if not sign else "better" if better else "worse", enough, p, p_size)
 
 
 def verdicts(effects: Sequence[Effect], claims: Sequence[Claim], alpha: float = power.ALPHA) -> list[Verdict]:
@@ -143,27 +144,22 @@ def _verdict(effect: Effect, claim: Claim, found: Finding, comparisons: int, alp
 
 def _outcome(claim: Claim, found: Finding) -> str:
     """What is shown about the difference."""
-    smallest = _size(claim)
-    of = f"{claim.ours} {{}} {claim.theirs} in {claim.metric}"
-    if claim.expect == "no worse" and found.word == CONFIRMED:
-        less = f", only by less than the {smallest} that counts" if found.shown == "worse" else ""
-        return (
-            of.format(f"is {found.shown} than") + less if found.shown else of.format(f"is not worse by {smallest} than")
-        )
-    if found.word == REFUTED and not found.shown:
-        return of.format(f"is not {claim.expect} by the {smallest} that counts than")
+    counts = f"the {_size(claim)} that counts"
+
+    def arms(relation: str) -> str:
+        return f"{claim.ours} is {relation} than {claim.theirs} in {claim.metric}"
+
     if not found.shown:
-        return f"no difference between {claim.ours} and {claim.theirs} in {claim.metric} is shown"
-    text = of.format(f"is {found.shown} than")
-    if found.word == REFUTED and found.shown == claim.expect:
-        return f"{text}, but by less than the {smallest} that counts"
-    if claim.expect == "no worse":
-        return text + (f", by more than {smallest}" if found.word == REFUTED else f", not shown whether by {smallest}")
-    if found.word == CONFIRMED and claim.smallest:
-        return text + (
-            f", by more than {smallest}" if found.enough else f"; by the {smallest} that counts is not shown"
-        )
-    return text
+        if found.word == UNDECIDED:
+            return f"no difference between {claim.ours} and {claim.theirs} in {claim.metric} is shown"
+        return f"{arms('not ' + claim.expect.removeprefix('no '))} by {counts}"
+    text = arms(found.shown)
+    if found.shown != "worse" if claim.expect == "no worse" else found.shown != claim.expect or not claim.smallest:
+        return text
+    if found.enough:
+        return f"{text}, by more than {counts}"
+    less = found.word == (CONFIRMED if claim.expect == "no worse" else REFUTED)
+    return f"{text}, but by less than {counts}" if less else f"{text}; whether by {counts} is not shown"
 
 
 def _numbers(effect: Effect, claim: Claim, found: Finding, comparisons: int) -> str:

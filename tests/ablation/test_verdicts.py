@@ -31,20 +31,62 @@ def judge(low: float, high: float, expect: str, smallest: float = SMALLEST, **op
 @pytest.mark.parametrize(
     ("low", "high", "expect", "word", "shown", "text"),
     [
-        (0.03, 0.05, "better", "confirmed", "better", "long is better than short in accuracy, by more than 0.02 ("),
-        (0.01, 0.05, "better", "confirmed", "better", "better than short in accuracy; by the 0.02 that counts is not"),
+        (
+            0.03,
+            0.05,
+            "better",
+            "confirmed",
+            "better",
+            "long is better than short in accuracy, by more than the 0.02 that counts (",
+        ),
+        (
+            0.01,
+            0.05,
+            "better",
+            "confirmed",
+            "better",
+            "better than short in accuracy; whether by the 0.02 that counts is not shown (",
+        ),
         (0.005, 0.015, "better", "refuted", "better", "better than short in accuracy, but by less than the 0.02 that"),
-        (-0.01, 0.015, "better", "refuted", "", "long is not better by the 0.02 that counts than short in accuracy ("),
+        (-0.01, 0.015, "better", "refuted", "", "long is not better than short in accuracy by the 0.02 that counts ("),
         (-0.05, -0.01, "better", "refuted", "worse", "long is worse than short in accuracy ("),
         (-0.01, 0.05, "better", "undecided", "", "no difference between long and short in accuracy is shown ("),
-        (-0.05, -0.03, "worse", "confirmed", "worse", "worse than short in accuracy, by more than 0.02 ("),
-        (-0.015, 0.01, "worse", "refuted", "", "long is not worse by the 0.02 that counts than short in accuracy ("),
+        (
+            -0.05,
+            -0.03,
+            "worse",
+            "confirmed",
+            "worse",
+            "worse than short in accuracy, by more than the 0.02 that counts (",
+        ),
+        (-0.015, 0.01, "worse", "refuted", "", "long is not worse than short in accuracy by the 0.02 that counts ("),
         (0.01, 0.05, "worse", "refuted", "better", "long is better than short in accuracy ("),
-        (-0.01, 0.05, "no worse", "confirmed", "", "long is not worse by 0.02 than short in accuracy ("),
+        (
+            -0.01,
+            0.05,
+            "no worse",
+            "confirmed",
+            "",
+            "long is not worse than short in accuracy by the 0.02 that counts (",
+        ),
         (0.01, 0.05, "no worse", "confirmed", "better", "long is better than short in accuracy ("),
-        (-0.015, -0.005, "no worse", "confirmed", "worse", "only by less than the 0.02 that counts ("),
-        (-0.05, -0.03, "no worse", "refuted", "worse", "worse than short in accuracy, by more than 0.02 ("),
-        (-0.05, -0.01, "no worse", "undecided", "worse", "worse than short in accuracy, not shown whether by 0.02 ("),
+        (-0.015, -0.005, "no worse", "confirmed", "worse", "but by less than the 0.02 that counts ("),
+        (
+            -0.05,
+            -0.03,
+            "no worse",
+            "refuted",
+            "worse",
+            "worse than short in accuracy, by more than the 0.02 that counts (",
+        ),
+        (
+            -0.05,
+            -0.01,
+            "no worse",
+            "undecided",
+            "worse",
+            "worse than short in accuracy; whether by the 0.02 that counts is not shown (",
+        ),
         (-0.03, 0.05, "no worse", "undecided", "", "no difference between long and short in accuracy is shown ("),
     ],
 )
@@ -63,6 +105,14 @@ def test_where_any_difference_counts_only_its_sign_is_judged(low, high, word):
     verdict = judge(low, high, "better", smallest=0)
     assert (verdict.word, verdict.p_size, verdict.power) == (word, None, None)
     assert (verdict.seeds_to_decide is None) == (word != "undecided")
+
+
+def test_a_size_alone_calls_no_arms_different():
+    """The size is tested at Holm's last step, where the sign is tested at the first."""
+    equal, open_ = over(-0.001, 0.001), over(-0.078, -0.022)
+    *_, last = verdicts([equal] * 9 + [open_], [Claim("no worse", SMALLEST)] * 10)
+    assert last.p_size < 0.05 < last.p
+    assert (last.word, last.shown) == ("undecided", "")
 
 
 def test_a_sentence_has_the_numbers_it_rests_on():
