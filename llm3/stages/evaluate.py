@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -39,16 +40,21 @@ class Measured(NamedTuple):
         self.predictions.update(other.predictions)
 
 
+NOTHING: Mapping[str, Measured] = MappingProxyType({})
+
+
 def measure(
     session: Session,
     subject: Subject,
     params: dict,
     only: Evaluation | None = None,
     alive: Callable[[], None] = lambda: None,
+    known: Mapping[str, Measured] = NOTHING,
 ) -> Measured:
     """The results of canonical parameters, from all evaluations that apply to the subject.
 
-    only: run just this evaluation. alive: called after each batch. A non-finite metric becomes None.
+    only: run just this evaluation. alive: called after each batch. known: {evaluation: its results of the same
+    parameters}, which are taken over. A non-finite metric becomes None.
     """
     name, model = subject.name, subject.model
     one_segment = segmented(params, ((0, model.layers),))
@@ -56,6 +62,9 @@ def measure(
     tokenizer, compiled = session.experiment.tokenizer, session.compiled_evaluations
     for evaluation in [only] if only else session.experiment.evaluations:
         if not evaluation.applies(subject):
+            continue
+        if evaluation.name in known:
+            found.add(known[evaluation.name])
             continue
         shown = progress(f"{name}: evaluating {evaluation.name}", alive, session.console)
         with (
@@ -113,11 +122,13 @@ def evaluation_fields(name: str) -> list[str]:
     return [f"{where}.batch_size", f"{where}.sequence_length", "config.mesh.fsdp (more devices)"]
 
 
-def evaluate_subject(session: Session, subject: Subject, params: dict) -> tuple[dict[str, Any], Measured]:
-    """The row of the matrix for canonical parameters, and what it is made of."""
+def evaluate_subject(
+    session: Session, subject: Subject, params: dict, known: Mapping[str, Measured] = NOTHING
+) -> tuple[dict[str, Any], Measured]:
+    """The row of the matrix for canonical parameters, and what it is made of. known: see `measure`."""
     session.console.print(f"{subject.name}: evaluating")
     started = time.perf_counter()
-    measured = measure(session, subject, params)
+    measured = measure(session, subject, params, known=known)
     return {
         "stage": subject.name,
         **measured.metrics,
@@ -135,13 +146,19 @@ def digest_of(params: dict) -> str:
 
 
 def write_row(
-    session: Session, subject: Subject, params: dict, cost: dict, writer: MetricsWriter | None = None
+    session: Session,
+    subject: Subject,
+    params: dict,
+    cost: dict,
+    writer: MetricsWriter | None = None,
+    known: Mapping[str, Measured] = NOTHING,
 ) -> None:
     """Evaluate the parameters and save the row, with their cost. Adds the time of it to `wall_seconds`.
 
     writer: also shows the row.
+    known: see `measure`.
     """
-    row, measured = evaluate_subject(session, subject, params)
+    row, measured = evaluate_subject(session, subject, params, known)
     directory = session.workdir / row["stage"]
     spent: dict[str, float] = cost.get("wall_seconds", {})
     row |= cost | {"wall_seconds": spent | {"evaluate": spent.get("evaluate", 0.0) + row["evaluation_seconds"]}}

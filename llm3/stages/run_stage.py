@@ -108,7 +108,8 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 sample(run, done, params, writer)
             if ended := run.meta.get("early_stopping"):
                 session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
-            write_row(session, subject_of(stage), params, row_facts(run, phase, done), writer)
+            known = run.validation.results(done) if run.is_result else {}
+            write_row(session, subject_of(stage), params, row_facts(run, phase, done), writer, known)
     return True
 
 

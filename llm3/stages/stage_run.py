@@ -93,11 +93,16 @@ class StageRun:
             self.checkpoints.save_base(own.params, self.meta, phase.partition.split(own.params)[0])
         return phase.state(own.params, own.opt, own.step), own.step
 
+    @property
+    def is_result(self) -> bool:
+        """Whether the parameters that the last step computes with are the stage's result, bit for bit."""
+        return self.complete is None and (self.stage.config.frozen == "float32" or not self.saves_deltas)
+
     def full_params(self, phase: Phase, state: TrainState) -> dict:
         """The canonical parameters of a state, with the frozen parameters as they were before quantization."""
         if self.complete is not None:
             return self.complete
-        if self.stage.config.frozen == "float32" or not self.saves_deltas:
+        if self.is_result:
             return phase.params(state)
         return phase.partition.join(phase.trained(state), phase.partition.split(self.base())[1])
 

@@ -8,7 +8,7 @@ from typing import Any
 from llm3.distributed import processes
 from llm3.errors import UserError, counted, nearest
 from llm3.report.units import words
-from llm3.stages.evaluate import best_metric, measure
+from llm3.stages.evaluate import Measured, best_metric, measure
 from llm3.stages.evaluation import Evaluation, subject_of
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
@@ -54,6 +54,7 @@ class Validation:
             self._judge = best_metric(self._evaluations or session.experiment.evaluations, stage)
         self.best = Best(**saved) if saved and saved["metric"] == self._config.best else Best(self._config.best)
         self._step, self._value = 0, math.inf  # of the last evaluation
+        self._on_all: dict[str, Measured] = {}  # its results by evaluation, of those on all of their documents
         self.shown: dict[str, float] = {}  # its metrics for the progress line
 
     @property
@@ -80,13 +81,21 @@ class Validation:
     def measure(self, step: int, params: dict, alive: Callable[[], None]) -> dict[str, float | None]:
         """The metrics of canonical parameters after a step. alive: called after each batch."""
         subject, metrics = subject_of(self._stage), dict[str, float | None]()
+        self._step, self._on_all = step, {}
         for each in self._evaluations:
-            metrics |= measure(self._session, subject, params, each, alive)[0]
+            found = measure(self._session, subject, params, each, alive)
+            metrics |= found.metrics
+            if any(each is other for other in self._session.experiment.evaluations):  # not a sample
+                self._on_all[each.name] = found
         self.shown = {key: value for key in self.labels if (value := metrics.get(key)) is not None}
         if self._judge:
-            self._step, self._value = step, self._signed(metrics)
+            self._value = self._signed(metrics)
             self.best.add(step, self._value, self._config.min_delta)
         return metrics
+
+    def results(self, step: int) -> dict[str, Measured]:
+        """{evaluation: its results} after a step, of the evaluations that measured all of their documents then."""
+        return self._on_all if self._step == step else {}
 
     def verdict(self, step: int) -> Verdict:
         """What the evaluation of this step decides."""

@@ -7,6 +7,9 @@ import pytest
 
 from llm3.__main__ import main
 from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.errors import UserError
+from llm3.evals import perplexity
+from llm3.stages import run_stage
 from tests.helpers import tiny_cluster
 from tests.helpers import tiny_run as tiny
 from tests.helpers.tiny_damage import truncate
@@ -29,6 +32,7 @@ c.stages.pretrain.update(eval_every=3, eval_names=["general"], eval_documents=3)
 c.stages.pretrain.update(best="general_bits_per_byte", patience=2, min_delta=0.02)
 """
 BEST, STOPPED = 12, 18
+ORIGINALS = perplexity.evaluate, run_stage.write_row
 # the same training without evaluations; the second stage starts from the step that is the result above
 PLAIN = f"""c.stages.finetune.update(start=start(step={BEST}))
 c.stages.pretrain.update(save_every=3, keep=9)
@@ -190,3 +194,53 @@ def test_evaluations_compile_once_on_any_mesh(base, caplog):
     assert len(measured(workdir, "pretrain")) == 6
     compiled = [each for each in caplog.messages if each.startswith("Compiling") and "on_every_host" in each]
     assert len(compiled) == 1, "for the row of the untrained model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("", []),
+        ("eval_documents=3", ["general"]),
+        # its result is the step before the last
+        (
+            "best='few_bits_per_byte', patience=5, optimizer=dict(learning_rate=1.0, warmup_steps=10)",
+            ["general", "few"],
+        ),
+        # its steps compute with rounded parameters
+        ("train='top(1)', frozen='int8'", ["general", "few"]),
+    ],
+)
+def test_a_row_takes_over_what_was_measured_after_the_last_step(tmp_path, base, monkeypatch, change, again):
+    """If it was measured on all documents, and of the result. A run that dies before its row measures all again."""
+    extra = f"""c.evaluations = dict(general=c.evaluations.general, few=dict(c.evaluations.general, max_documents=3))
+plain = c.stages.pretrain.to_dict()
+own = dict(kind="posttrain", start="init", baseline=True, eval_every=5)
+c.stages = dict(pretrain=plain, own=plain | own | dict({change}))"""
+    config, evaluate, write_row = tiny.write_config(tmp_path / "config.py", base, extra), *ORIGINALS
+    names, measured = {4: "general", 3: "few"}, []
+    counting = lambda context: measured.append(names[context.config.max_documents]) or evaluate(context)  # noqa: E731
+    monkeypatch.setattr(perplexity, "evaluate", counting)
+
+    def run(workdir, dies=False):
+        """What is measured for the row."""
+
+        def write(*arguments):
+            measured.clear()
+            if dies:
+                raise UserError("dies")
+            write_row(*arguments)
+
+        monkeypatch.setattr(run_stage, "write_row", write)
+        assert main(["run", f"--config={config}", f"--workdir={tmp_path / workdir}", "--stages=own"]) == (
+            2 if dies else 0
+        )
+        return list(measured)
+
+    assert (run("alone"), run("disturbed", dies=True), run("disturbed")) == (again, [], ["general", "few"])
+    rows = [tiny.rows(tmp_path / name)["own"] for name in ("alone", "disturbed")]
+    metrics = [{key: row[key] for key in row if key.startswith(("general", "few", "params"))} for row in rows]
+    assert metrics[0] == metrics[1] and list(rows[0]) == list(rows[1])
+    assert rows[0].get("early_stopping", {}).get("result_step") == (5 if "best" in change else None)
+    kept = [tiny.files(tmp_path / name / "own" / "predictions") for name in ("alone", "disturbed")]
+    assert len(kept[0]) == 2 and [content for _, content in kept[0].values()] == [each for _, each in kept[1].values()]
