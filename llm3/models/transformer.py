@@ -6,7 +6,7 @@
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -254,18 +254,26 @@ def init(config: ModelConfig, seed: int, mesh: Mesh, only: Collection[str] | Non
     They are created in place on the mesh, so that no device ever holds all of the model.
     """
     _, shapes, axes = abstract(config)
+    paths = None if only is None else frozenset(only)
+    shardings = _chosen(tree_shardings(mesh, shapes, axes), paths)
+    return unflatten(jax.jit(_creator(config, paths), out_shardings=shardings)(jax.random.key(seed)))
 
-    def chosen(tree: dict) -> dict:
-        return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
+
+def _chosen(tree: dict, only: frozenset[str] | None) -> dict:
+    return {path: leaf for path, leaf in flatten(canonical(tree)).items() if only is None or path in only}
+
+
+@functools.cache
+def _creator(config: ModelConfig, only: frozenset[str] | None) -> Callable[[jax.Array], dict]:
+    """The same function at each call, so that it is compiled once for all stages of a model."""
 
     def create(
         key: jax.Array,
     ) -> dict:  # the key is an argument: XLA constant-folds random numbers from a constant
         model = Transformer(config, ((0, config.layers),), _streams(key))
-        return chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+        return _chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), only)
 
-    shardings = chosen(tree_shardings(mesh, shapes, axes))
-    return unflatten(jax.jit(create, out_shardings=shardings)(jax.random.key(seed)))
+    return create
 
 
 def make_cache(config: ModelConfig, batch: int, length: int) -> dict:

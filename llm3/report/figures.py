@@ -25,8 +25,7 @@ def figures(material: Material) -> dict[str, Draw]:
     """{file name: function that draws it}."""
     found: dict[str, Draw] = {}
     if metrics_of(material.stages):
-        ends = bounds(material)
-        found["matrix.png"] = lambda path: plot_matrix(path, material.shown, material.shown_baselines, ends)
+        found["matrix.png"] = lambda path: plot_matrix(path, material.shown, material.shown_baselines, bounds(material))
     histories = merged(material.histories, material.recipes)
     if has_losses(histories):
         found["loss.png"] = lambda path: plot_losses(path, histories)
