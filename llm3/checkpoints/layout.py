@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 OF_ARRAYS = ("manifest.ocdbt", "_METADATA")
 OF_JSON = ("data.json",)
 OF_STEP = "_CHECKPOINT_METADATA"
+LEAST_SHARED_BYTES = 2**20  # a device writes its own part of a leaf that all devices have only if it is larger
 
 
 class LiteralPath(type(epath.Path())):  # type: ignore[misc]  # the class of local paths
@@ -36,6 +37,8 @@ def orbax_context() -> ocp.Context:
     """The options of all reads and writes."""
     context = ocp.Context()
     context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
+    # else Orbax compiles a slice for each small leaf on each device, so that the replicas share the writing of it
+    context.array_options.saving.min_slice_bytes_for_replica_parallel = LEAST_SHARED_BYTES
     context.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name="meta"
     )
