@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 
-EXTRA = """c.evaluations = dict(general=c.evaluations.general)
+EXTRA = """c.evaluations = {}
 c.stages = dict(pretrain=c.stages.pretrain, posttrain=dict(c.stages.posttrain.to_dict(), train="top(1)"))
 """
 STAGES = {"pretrain": (8, 10), "posttrain": (4, 8)}  # the previous and the latest step
@@ -40,6 +40,8 @@ def runs(tmp_path_factory):
     config = tiny.write_config(base / "config.py", base, EXTRA)
     whole, killed = base / "whole", base / "killed"
     command = lambda workdir: ("run", f"--config={config}", f"--workdir={workdir}")  # noqa: E731
+    tiny.process((*command(whole), "--stages=pretrain"))
+    shutil.copytree(whole, killed)
     tiny.process(command(whole))
     tiny.process(command(killed), point="SIGKILL@saved:posttrain:8", status=-9)
     return types.SimpleNamespace(base=base, whole=whole, killed=killed, command=command)

@@ -66,6 +66,9 @@ def get_config():
 '''
 
 
+NO_EVALUATIONS = "--config.evaluations={}"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A pretrained model, texts, and a config over both."""
@@ -139,7 +142,7 @@ def test_the_lineage_names_the_model_its_family_and_the_digest_of_its_files(caps
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(world, tmp_path):
-    tiny.process(command(world, "run", tmp_path / "run"))
+    tiny.process([*command(world, "run", tmp_path / "run"), NO_EVALUATIONS])
     assert "posttrain: resumes at step 2" in world.out
     assert tiny.digests(tmp_path / "run") == tiny.digests(world.run)
 
@@ -168,7 +171,8 @@ SECOND = (
 
 @pytest.mark.slow
 def test_another_run_takes_over_the_model_and_the_tokenizer_of_a_run_that_began_so(world, tmp_path):
-    tiny.process(command(world, "run", tmp_path, SECOND.replace("RUN", str(world.run)), "model.scan_unroll=2"))
+    changes = (SECOND.replace("RUN", str(world.run)), "model.scan_unroll=2", "evaluations={}")
+    tiny.process(command(world, "run", tmp_path, *changes))
     meta = meta_of(tmp_path, "second")
     assert [link.get("stage", link.get("model")) for link in meta["lineage"]] == [str(world.folder), "posttrain"]
     assert (meta["model_family"], meta["model"]["vocab_size"], meta["model"]["kv_heads"]) == ("llama", 304, 1)
@@ -190,7 +194,7 @@ def start(**fields) -> str:
 def begun(world, tmp_path_factory):
     """A run that has only post-trained."""
     run = tmp_path_factory.mktemp("begun") / "run"
-    tiny.process([*command(world, "run", run), "--stages=posttrain"])
+    tiny.process([*command(world, "run", run), "--stages=posttrain", NO_EVALUATIONS])
     return run
 
 
@@ -201,12 +205,12 @@ FROM_MODEL = "stages.finetune.start={'model': 'MODEL', 'fresh': ['head/.*', '.*/
 def test_a_model_may_be_moved_but_not_replaced_once_a_run_has_begun(capsys, world, begun, tmp_path):
     moved = shutil.copytree(world.folder, tmp_path / "moved")
     other = tiny_folder.write_folder(tmp_path / "other", tiny.documents(), seed=1)
-    options = ["--stages=finetune", "--config.stages.finetune.steps=1", "--config.evaluations={}"]
+    options = ["--stages=finetune", "--config.stages.finetune.steps=1", NO_EVALUATIONS]
     for folder, status in ((other, 2), (moved, 0)):
         run = shutil.copytree(begun, tmp_path / f"run-{folder.name}")
         before = tiny.files(run)
         texts = [f"stages.posttrain.start.model={folder}", FROM_MODEL.replace("MODEL", str(folder))]
-        assert main([*command(world, "run", run, *texts), *options[:2]]) == status
+        assert main([*command(world, "run", run, *texts), *options]) == status
         error = capsys.readouterr().err
         if status:
             assert "has changed since this run began" in error and str(other) in error

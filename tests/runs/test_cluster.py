@@ -125,7 +125,7 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_with_the_same_losse
     shutil.copytree(whole.workdir(saved_on), moved)
     (moved / stage / "evaluation.json").unlink()
     shutil.rmtree(moved / stage / "checkpoints" / str(STEPS))
-    output = run(base, moved.name, layout, f"--stages={stage}")[0].stdout
+    output = run(base, moved.name, layout, f"--stages={stage}", NO_EVALUATIONS)[0].stdout
     assert f"{stage}: resumes at step {SAVES[-2]}" in output
     np.testing.assert_allclose(losses(moved, stage), losses(whole.workdir("1 x 1"), stage), rtol=0, atol=1e-5)
 

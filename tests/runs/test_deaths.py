@@ -15,7 +15,7 @@ SEED, DEATHS = 24, 13
 STAGES = ("pretrain", "posttrain", "finetune")
 STEPS, SAVES = range(1, 11), (4, 8, 10)
 SAVING = ("saving", "part", "commit", "committed", "saved")  # of one step at most one: after it, it may be there
-EXTRA = """c.evaluations = dict(general=c.evaluations.general)
+EXTRA = """c.evaluations = {}
 c.stages = {name: c.stages[name].to_dict() for name in ("pretrain", "posttrain", "finetune")}
 c.stages.finetune.train = "top(1)"
 """

@@ -224,13 +224,15 @@ def test_a_run_on_a_disk_that_fills_up_says_what_is_whole_and_goes_on_once_there
     of_stage = {stage: taken(whole / stage / "checkpoints" / "8") for stage in STAGES}
     second = taken(whole / "pretrain") + taken(whole / "posttrain" / "base") + int(1.5 * of_stage["posttrain"])
     said = {
-        int(0.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 4", "no earlier checkpoint"),
-        int(1.5 * of_stage["pretrain"]): ("pretrain/checkpoints: the checkpoint of step 8", "checkpoint 4 of pretrain"),
-        second: ("posttrain/checkpoints: the checkpoint of step 8", "checkpoint 4 of posttrain"),
+        int(0.5 * of_stage["pretrain"]): (1, "checkpoints: the checkpoint of step 4", "no earlier checkpoint"),
+        int(1.5 * of_stage["pretrain"]): (1, "checkpoints: the checkpoint of step 8", "checkpoint 4 of pretrain"),
+        second: (2, "checkpoints: the checkpoint of step 8", "checkpoint 4 of posttrain"),
     }
-    for allowed, (lost, kept) in said.items():
+    for allowed, (count, lost, kept) in said.items():
         disk.allow(allowed)
-        error = tiny.process(command(base, workdir), status=Exit.NOT_WRITTEN).stderr
+        lost, names = f"{STAGES[count - 1]}/{lost}", ",".join(STAGES[:count])  # a start traces all that it is to train
+        done = tiny.process((*command(base, workdir), f"--stages={names}"), status=Exit.NOT_WRITTEN)
+        error = done.stderr
         assert error.startswith("llm3: ") and len(error.splitlines()) == 1, error
         assert f"{workdir}/{lost} was not written: {FULL}; " in error and kept in error and "rerun the command" in error
         assert_checkpoints_are_intact(workdir)
@@ -260,7 +262,7 @@ def test_of_two_processes_the_one_that_finds_no_space_says_so_and_the_other_ends
     """Orbax lets processes wait for one that has failed for many minutes."""
     workdir = disk.path / "run"
     disk.allow(int(share * taken(base / "whole" / "pretrain" / "checkpoints" / "8")))
-    ended = cluster.run(*command(base, workdir), "--stages=pretrain", devices=2)
+    ended = cluster.run(*command(base, workdir), "--stages=pretrain", "--config.evaluations={}", devices=2)
     assert all(each.status for each in ended) and Exit.NOT_WRITTEN in [each.status for each in ended]
     told = next(each.stderr for each in ended if each.status == Exit.NOT_WRITTEN)
     assert f"was not written: {FULL}; " in told and "Traceback" not in told

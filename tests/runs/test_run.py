@@ -383,7 +383,13 @@ def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_same_examples_on_another_number_of_devices(whole):
     workdir = whole.base / "moved"
-    command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=pretrain")
+    command = (
+        "run",
+        f"--config={whole.config}",
+        f"--workdir={workdir}",
+        "--stages=pretrain",
+        "--config.evaluations={}",
+    )
     tiny.process(command, point="SIGKILL@saved:pretrain:4", status=-9)
     assert main([*command]) == 0  # one device until step 4, eight from there on
     moved, stayed = tiny.metrics(workdir / "pretrain"), tiny.metrics(whole.workdir / "pretrain")

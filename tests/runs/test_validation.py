@@ -142,7 +142,7 @@ def test_without_patience_the_result_is_the_last_step_and_the_best_one_is_kept(w
 def test_evaluations_between_steps_change_no_bit_of_what_is_trained(base, whole):
     """Parameters after every third step of the one stage, and after adapters, NF4 and an average in the other."""
     config, workdir = tiny.write_config(base / "plain.py", base, SHARED + PLAIN), base / "plain"
-    tiny.process(("run", f"--config={config}", f"--workdir={workdir}"))
+    tiny.process(("run", f"--config={config}", f"--workdir={workdir}", "--config.evaluations={}"))
     steps = checkpoints(workdir)
     assert steps.meta(BEST)["params_digest"] == tiny.digests(whole.workdir)["pretrain"]
     assert tiny.digests(workdir)["finetune"] == tiny.digests(whole.workdir)["finetune"]
@@ -154,7 +154,8 @@ def test_a_run_that_dies_around_evaluations_stops_at_the_same_step_with_the_same
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
     deaths = ["evaluating:pretrain:9", "log:pretrain:15", "saved:pretrain:16", "evaluating:pretrain:18"]
     deaths = [f"SIGKILL@{each}" for each in (*deaths, "commit:pretrain:18")]
-    tiny.process(command, deaths=deaths, point="SIGKILL@row:pretrain", status=-9)
+    # a start traces all stages that it is to train
+    tiny.process((*command, "--stages=pretrain"), deaths=deaths, point="SIGKILL@row:pretrain", status=-9)
     last = workdir / "pretrain" / "checkpoints" / str(STOPPED) / "params"
     truncate(max((path for path in last.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     said = tiny.process(command, point="SIGTERM@evaluating:finetune:3", status=75).stdout
@@ -188,10 +189,10 @@ def test_several_processes_stop_at_the_same_step_and_save_during_an_evaluation(b
 @pytest.mark.slow
 def test_evaluations_compile_once_on_any_mesh(base, caplog):
     config, workdir = tiny.write_config(base / "eight.py", base, SHARED + VALIDATING), base / "eight"
-    options = ("--config.mesh.fsdp=2", "--config.stages.pretrain.steps=6", "--config.stages.pretrain.eval_every=1")
+    options = ("--config.mesh.fsdp=2", "--config.stages.pretrain.steps=3", "--config.stages.pretrain.eval_every=1")
     with jax.log_compiles():
         assert main(["run", f"--config={config}", f"--workdir={workdir}", "--stages=pretrain", *options]) == 0
-    assert len(measured(workdir, "pretrain")) == 6
+    assert len(measured(workdir, "pretrain")) == 3
     compiled = [each for each in caplog.messages if each.startswith("Compiling") and "on_every_host" in each]
     assert len(compiled) == 1, "for the row of the untrained model"
 
