@@ -57,7 +57,8 @@ def _make_gradients(
         return result.loss, result
 
     gradient = jax.grad(sums, has_aux=True)
-    accumulated = partial(_over_micro_batches, gradient, micro_batches)
+    # jitted, so that its shapes and the loop over it need a single trace
+    accumulated = partial(_over_micro_batches, jax.jit(gradient, inline=True), micro_batches)
 
     def summed(state: TrainState, batch: Batch, key: jax.Array) -> tuple[dict, Sums]:
         if micro_batches == 1:
