@@ -21,7 +21,7 @@ NODE = ("--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1")  # of tests/slurm
 CONFIG = """
 del c.stages.scratch, c.evaluations.domain, c.evaluations.task
 for stage in c.stages.values():
-    stage.update(log_every=1)
+    stage.update(log_every=1, save_every=10)
 """
 
 # What `python -m llm3` is here: llm3, which in the first start of a job runs the command AT_STEP_4 at step 4 of

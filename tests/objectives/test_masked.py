@@ -240,6 +240,8 @@ def test_an_encoder_is_pretrained_posttrained_and_fine_tuned_to_classify(tmp_pat
     tiny.write_texts(tmp_path / "texts")
     extra = """c.model.causal, c.model.pool = False, "mean"
 c.stages.pretrain.objective = c.stages.posttrain.objective = "masked"
+for stage in c.stages.values():
+    stage.save_every = stage.steps
 del c.stages["scratch"], c.evaluations["general"], c.evaluations["domain"]"""
     config, run = tiny.write_config(tmp_path / "config.py", tmp_path, extra), tmp_path / "run"
     tiny.process(("run", f"--config={config}", f"--workdir={run}"))

@@ -103,9 +103,9 @@ def test_an_encoder_and_a_decoder_of_one_config_have_the_same_parameters_and_tok
     sizes = {f"sources.{name}.max_documents": 60 for name in ("general", "medquad")}
     sizes |= {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain")}
     found = {}
-    for family in ("encoder", "decoder"):
+    for family, more in {"encoder": sizes, "decoder": sizes | {"evaluations": {}}}.items():
         names = ("pretrain", "posttrain", "finetune_0")
-        found[family], _ = rows_of(tmp_path / family, f"encoder.py:{family}", names, data_dir=tiny_run.DATA, **sizes)
+        found[family], _ = rows_of(tmp_path / family, f"encoder.py:{family}", names, data_dir=tiny_run.DATA, **more)
     for name, figure in itertools.product(("pretrain", "posttrain", "finetune_0"), ("params", "trainable_params")):
         assert found["encoder"][name][figure] == found["decoder"][name][figure]
     for name in ("pretrain", "posttrain"):

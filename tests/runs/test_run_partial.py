@@ -115,6 +115,8 @@ def whole(base):
 def killed(whole):
     """The same run, killed at every kind of point of "gradual" and in "nf4", and started again each time."""
     workdir = whole.base / "killed"
+    for name in ("init", "pretrain"):  # trained in one go: it is not what is killed
+        shutil.copytree(whole.workdir / name, workdir / name)
     command = ("run", whole.common[0], f"--workdir={workdir}", "--config.stages.gradual.keep=9")
     points = [f"{point}:gradual{step}" for point, step in POINTS] + ["saved:nf4:6"]
     stages = ("pretrain,gradual", "pretrain,gradual,nf4")  # in turn: a start traces all stages that it is to train
