@@ -56,9 +56,8 @@ def call_verb(arguments: list[str]) -> int:
         if name == "ablate":
             options["config"] = load_ablation(options["config"], overrides)
         elif options.get("config"):
-            options["config"] = load_config(
-                options["config"], overrides, options.get("workdir", Path()), only_planned=name == "plan"
-            )
+            workdir = options["dirs"][0] if "dirs" in options else options.get("workdir", Path())
+            options["config"] = load_config(options["config"], overrides, workdir, only_planned=name == "plan")
         checks.check(name, options)
         cluster = [options.pop(each[2:]) for each, _ in PROCESSES] if verb.clustered else None
         with joined(*cluster) if cluster else nullcontext():

@@ -14,6 +14,8 @@ from llm3.errors import UserError, writing
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"  # the template of conversations, if the run has one
 REPORT = "report.md"
+REPORT_HTML = "report.html"
+FIGURES = "figures"  # folder: the plots of the report, as SVG
 MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence marks a complete report
 INIT = "init"  # the folder of the untrained model, and its name as a parent
 START = "start"  # the folder of the pretrained model that a run starts from
@@ -26,12 +28,15 @@ CHECKPOINTS = "checkpoints"
 RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # the config's prompts, continued
+DATA_SAMPLE = "data_sample.json"  # the first windows that the stage trains on, with their targets
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
 PREDICTIONS = "predictions"  # folder: the results of each evaluation item by item
 
 # In the run directory, so no stage's name
-RESERVED = frozenset({INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, MATRIX, RESOLVED, SESSIONS})
+RESERVED = frozenset(
+    {INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, REPORT_HTML, FIGURES, MATRIX, RESOLVED, SESSIONS}
+)
 
 
 def local_path(text: str | Path, where: str) -> Path:

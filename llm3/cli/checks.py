@@ -11,7 +11,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS, local_path
+from llm3.files import CHECKPOINTS, SESSIONS, local_path
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.origin import complete
@@ -32,7 +32,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
     config: RunConfig | None = options.get("config")
     workdir: Path = options.get("workdir") or Path()
     if config is not None:
-        check_config(verb, config, workdir, options)
+        check_config(verb, config, options["dirs"][0] if verb == "report" else workdir, options)
     if verb == "generate":
         check_sampling(options)
     elif verb == "predict":
@@ -54,7 +54,9 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         check_cache(options)
     elif verb in ("run", "eval"):
         check_evaluations(config, options)
-    if verb in ("generate", "export", "lineage", "eval", "predict", "report"):
+    if verb == "report":
+        check_report(options)
+    if verb in ("generate", "export", "lineage", "eval", "predict"):
         for name in (options["stages"] if options.get("tasks") else None) or [options.get("stage")]:
             check_workdir(workdir, name)
     for run in options.get("runs", ()) if verb == "compare" else ():
@@ -127,6 +129,25 @@ def check_workdir(workdir: Path, stage: str | None, flag: str = "--workdir=") ->
         raise UserError(f"{workdir} holds no trained stage yet")
     if stage is not None and stage not in found:
         raise UserError(f"{workdir} holds no stage {stage!r}; {nearest(stage, found)}")
+
+
+def check_report(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `report` that do not fit together."""
+    dirs: list[Path] = options["dirs"]
+    out: Path | None = options["out"]
+    for run in dirs:
+        check_workdir(run, None, "")
+    if len(dirs) == 1:
+        if out is not None:
+            raise UserError(f"--out={out}: expected several runs; the report of one run is written in {dirs[0]}")
+        return
+    if options["config"] is not None:
+        raise UserError("--config: expected one run; several runs are compared by the configs that they keep")
+    if out is None:
+        raise UserError("report: expected --out=DIR as well, for the report of several runs")
+    if (out / SESSIONS).exists() or out.is_file():
+        what = "a file" if out.is_file() else "a run, whose report would be lost"
+        raise UserError(f"--out={out}: it is {what}; expected another folder")
 
 
 def check_new_folder(out: Path, workdir: Path) -> None:

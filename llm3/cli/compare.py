@@ -1,14 +1,11 @@
 """The verb `compare`: two runs side by side, with what differs in their configs, tokenizers and versions."""
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from llm3.cli.report import gather, kept_config
+from llm3.cli.report import gather, kept_config, surroundings
 from llm3.config.schema import as_dict
-from llm3.files import SESSIONS, TOKENIZER, read_json
 from llm3.report import compare as comparison
 from llm3.report.console import new_console
 from llm3.report.material import Material
@@ -34,20 +31,19 @@ def compare(runs: list[Path]) -> int:
 
 def print_rows(first: Material, second: Material, console: Console) -> None:
     """Print the metrics of all stages that both runs have, and the names of the others."""
-    found = comparison.tables(first, second)
+    found = comparison.tables(comparison.compared(first, second))
     if not found:
         console.print("No stage has the same metric in both runs.")
     for metric, lines in found.items():
         console.print(metric)
-        console.print(plain_table(comparison.HEADS, lines))
+        console.print(plain_table(comparison.heads(), lines))
         console.print()
     used = {line[-1] for lines in found.values() for line in lines}
     for verdict, meaning in comparison.LEGEND.items():
         if verdict in used:
             console.print(f"{verdict}: {meaning}")
-    names = [[row["stage"] for row in each.stages] for each in (first, second)]
-    for side, own, other in (("left", *names), ("right", *reversed(names))):
-        if alone := [name for name in own if name not in other]:
+    for side, own, other in (("left", first, second), ("right", second, first)):
+        if alone := comparison.alone(own, other):
             console.print(f"only {side}: {', '.join(alone)}")
 
 
@@ -56,12 +52,3 @@ def print_differences(console: Console, title: str, left: dict, right: dict) -> 
     found = list(comparison.field_differences(left, right))
     console.print(f"\n{title}")
     console.print("\n".join(f"  {line}" for line in found) or "  no difference")
-
-
-def surroundings(run: Path) -> dict[str, Any]:
-    """The tokenizer of a run, and the commit, the versions and the devices of its last session."""
-    sessions = read_json(run / SESSIONS) or [{"facts": {}, "environment": {}}]
-    facts, environment = sessions[-1]["facts"], sessions[-1]["environment"]
-    path = run / TOKENIZER
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
-    return {"tokenizer": digest, **environment, **{name: facts.get(name) for name in ("devices", "compute dtype")}}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llm3.cli.token_text import piece, spelled
+from llm3.cli.token_text import piece
 from llm3.config.schema import RunConfig
 from llm3.data.cache.token_cache import TokenCache
 from llm3.data.passages import find_overlapping, find_passages
@@ -21,6 +21,7 @@ from llm3.files import local_path, write_atomic
 from llm3.report.console import new_console
 from llm3.report.units import percent
 from llm3.stages import rules
+from llm3.stages.data_sample import spelled
 from llm3.stages.evaluation import Evaluation
 from llm3.stages.experiment import Experiment, prepare
 

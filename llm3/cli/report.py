@@ -1,5 +1,6 @@
-"""The verb `report`: writes report.md again from the files of a run, without devices; `run` ends with it."""
+"""The verb `report`: the report of a run from its files, without devices, or of several runs; `run` ends with it."""
 
+import hashlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from llm3.config import load
-from llm3.config.schema import RunConfig, StageConfig
+from llm3.config.schema import RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, writing
-from llm3.files import DETAILS, REPORT, RESOLVED, ROW, SAMPLES, SESSIONS, read_json
-from llm3.report import page, table
+from llm3.files import DATA_SAMPLE, DETAILS, REPORT, REPORT_HTML, RESOLVED, ROW, SAMPLES, SESSIONS, TOKENIZER, read_json
+from llm3.report import page, side_by_side, table
 from llm3.report.console import new_console
 from llm3.report.cost import with_full_step_seconds
+from llm3.report.html import write_page
 from llm3.report.logs import read_json_lines, read_metrics
 from llm3.report.material import Columns, Material
 from llm3.report.predictions import read_predictions
@@ -22,13 +24,48 @@ from llm3.stages.evaluated import current, definition
 from llm3.stages.parents import first_rows, parent_labels
 
 
-def report(workdir: Path, config: RunConfig | None = None) -> int:
-    """Print the matrix of the finished stages of a run, and write report.md, matrix.json and the plots again.
+def report(dirs: list[Path], config: RunConfig | None = None, out: Path | None = None) -> int:
+    """Write the report of a run again and print its matrix or, of several runs, write one that compares them.
 
-    config: None for the one that `run` keeps. Raises UserError for a directory without a finished stage or config.
+    config: None for the one that `run` keeps. out: for the report of several runs. Raises UserError for a directory
+    without a finished stage or config.
     """
-    write_report(config or kept_config(workdir), workdir, new_console(soft_wrap=True))
+    console = new_console(soft_wrap=True)
+    if len(dirs) == 1:
+        write_report_of(dirs[0], config, console)
+    elif out is not None:
+        write_side_by_side(dirs, out, console)
     return 0
+
+
+def write_report_of(directory: Path, config: RunConfig | None, console: Console) -> None:
+    """Write the report of a directory again; each kind of directory has its own report. Raises UserError."""
+    write_report(config or kept_config(directory), directory, console)
+
+
+def write_side_by_side(runs: list[Path], out: Path, console: Console) -> None:
+    """Write a report that compares the runs with the first of them. Raises UserError."""
+    configs = [kept_config(run) for run in runs]
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    compared = [
+        side_by_side.Run(name, gather(config, run), as_dict(config), surroundings(run))
+        for name, config, run in zip(names, configs, runs, strict=True)
+    ]
+    text, figures = side_by_side.page(compared)
+    with writing(out / REPORT_HTML):
+        write_page(out, side_by_side.title(compared), text, figures)
+    console.print(f"Report: {out / REPORT_HTML}, and {REPORT} beside it")
+
+
+def surroundings(run: Path) -> dict[str, Any]:
+    """The tokenizer of a run, and the commit, the versions and the devices of its last session."""
+    sessions = read_json(run / SESSIONS) or [{"facts": {}, "environment": {}}]
+    facts, environment = sessions[-1]["facts"], sessions[-1]["environment"]
+    path = run / TOKENIZER
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else None
+    return {"tokenizer": digest, **environment, **{name: facts.get(name) for name in ("devices", "compute dtype")}}
 
 
 def kept_config(workdir: Path) -> RunConfig:
@@ -43,9 +80,9 @@ def write_report(config: RunConfig, workdir: Path, console: Console) -> None:
     """Print the matrix of all finished stages, and write it with report.md and the plots. Raises UserError."""
     material = gather(config, workdir)
     table.print_table(material.given_rows, material.given_baselines, console)
-    with writing(workdir / REPORT):
+    with writing(workdir / REPORT_HTML):
         page.write_report(workdir, material)
-    console.print(f"Report: {workdir / REPORT}")
+    console.print(f"Report: {workdir / REPORT_HTML}, and {REPORT} beside it")
 
 
 def gather(config: RunConfig, workdir: Path) -> Material:
@@ -75,12 +112,13 @@ def gather(config: RunConfig, workdir: Path) -> Material:
         [row for row in timed if row["stage"] not in aside],
         [row for row in timed if row["stage"] in aside],
         title=f"Run {workdir.resolve().name}",
-        command=last["command"],
+        command="\n".join(dict.fromkeys(each["command"] for each in sessions)),
         histories={name: read_metrics(workdir / name) for name in found if name not in first},
         facts=last["facts"] | last["environment"] | commits(sessions),
         details=details,
         predictions=predictions,
         samples={name: lines for name in found if (lines := read_json_lines(workdir / name / SAMPLES))},
+        data_samples={name: kept for name in found if (kept := read_json(workdir / name / DATA_SAMPLE))},
         settings=changed(config),
         wall_seconds=summed([each["wall_seconds"] for each in sessions]),
         sessions=[(each["started"], each["seconds"]) for each in sessions],

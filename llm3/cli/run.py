@@ -16,8 +16,9 @@ from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
+    DATA_SAMPLE,
     MATRIX,
-    REPORT,
+    REPORT_HTML,
     RESOLVED,
     ROW,
     TOKENIZER,
@@ -28,6 +29,7 @@ from llm3.files import (
 from llm3.planning.fit import check_fits
 from llm3.report.console import new_console
 from llm3.stages import rules
+from llm3.stages.data_sample import data_sample
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
@@ -38,6 +40,8 @@ from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
 from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
+
+DATA_WINDOWS = 3  # of each stage, kept for the report
 
 
 def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare: bool = False) -> int:
@@ -57,7 +61,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare:
         locate_parent(config, workdir, name, to_train)
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
         finished = "is finished" if len(order) == 1 else "are finished"
-        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir if bare else workdir / REPORT}")
+        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir if bare else workdir / REPORT_HTML}")
         return 0
     check_fits(
         config, [name for name in to_train if not Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps()]
@@ -123,6 +127,8 @@ def begin(session: Session, to_train: list[str]) -> None:
     keep_model(session)
     if processes.is_first():
         write_records(session)
+        for name in to_train:
+            write_json(session.workdir / name / DATA_SAMPLE, data_sample(session.experiment.stages[name], DATA_WINDOWS))
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         if template := session.experiment.library.template:
@@ -156,4 +162,4 @@ def is_reported(workdir: Path, names: list[str]) -> bool:
     """Whether there is a report with these rows."""
     matrix = read_json(workdir / MATRIX) or {"rows": [], "baselines": []}
     reported = {row["stage"] for row in matrix["rows"] + matrix["baselines"]}
-    return reported.issuperset(names) and (workdir / REPORT).is_file()
+    return reported.issuperset(names) and (workdir / REPORT_HTML).is_file()

@@ -116,7 +116,15 @@ VERBS = {
         ),
         True,
     ),
-    "report": Verb("cli.report:report", "write the report of a run again, without devices", (OPTIONAL_CONFIG, WORKDIR)),
+    "report": Verb(
+        "cli.report:report",
+        "write the report of a run again, without devices, or one that compares several runs",
+        (
+            flag("dirs", nargs="+", type=partial(local_path, where="report"), metavar="DIR", help="the files of a run"),
+            OPTIONAL_CONFIG,
+            path_flag("--out", help="where to write the report of several runs"),
+        ),
+    ),
     "compare": Verb(
         "cli.compare:compare",
         "show two runs side by side, and what differs between them",

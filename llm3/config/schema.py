@@ -211,8 +211,7 @@ class RunConfig:
         for section in ("sources", "stages", "evaluations"):
             for name in getattr(self, section):
                 check_name(name, f"config.{section}")
-        plots = {name for name in self.stages if name.endswith(".png")}  # the report's
-        for name in plots | RESERVED.intersection(self.stages):
+        for name in RESERVED.intersection(self.stages):
             raise UserError(
                 f"config.stages.{name}: cannot be a stage's name: the run directory has a file of that name"
             )

@@ -1,6 +1,6 @@
 """Two runs side by side: the metrics of their stages, and the fields in which their configs differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llm3.report import statistics
@@ -11,7 +11,6 @@ from llm3.report.statistics import Difference
 from llm3.report.units import NOT_APPLICABLE, words
 
 OTHER_DATA, UNKNOWN_DATA, UNTESTED = "other data", "data unknown", "no test"
-HEADS = ["stage", "left", "right", "right - left [95 %]", "p (Holm)", "verdict"]
 LEGEND = {
     OTHER_DATA: "the runs measured it on other documents, or in another way: it cannot be compared",
     UNKNOWN_DATA: "a run has not recorded the documents: it cannot be compared",
@@ -41,7 +40,10 @@ def _shown(value: Any) -> str:
 
 
 class Compared(NamedTuple):
-    """A metric of a stage in both runs. difference: right - left; None if it was not tested, for this reason."""
+    """A metric of a stage in both runs. difference: right - left; None if it was not tested, for this reason.
+
+    p: of the difference, corrected for all differences of these runs (Holm).
+    """
 
     stage: str
     measure: Measure
@@ -50,9 +52,17 @@ class Compared(NamedTuple):
     right: float
     difference: Difference | None
     reason: str
+    p: float = 1.0
 
-    def cells(self, p: float) -> list[str]:
-        """The cells of `HEADS`. p: of the difference, corrected."""
+    @property
+    def outcome(self) -> int:
+        """1 if the right run is better beyond chance, -1 if it is worse, else 0."""
+        if self.difference is None or self.p >= SIGNIFICANT:
+            return 0
+        return 1 if (self.difference.value < 0) == self.measure.lower_is_better else -1
+
+    def cells(self, names: Sequence[str] = ("left", "right")) -> list[str]:
+        """The cells of `heads`. names: of the two runs."""
         cells = [self.stage, *(written(value, self.measure) for value in (self.left, self.right))]
         if self.reason:
             return [*cells, NOT_APPLICABLE, NOT_APPLICABLE, self.reason]
@@ -60,21 +70,34 @@ class Compared(NamedTuple):
         if (found := self.difference) is None:
             return [*cells, change, NOT_APPLICABLE, UNTESTED]
         ends = f" [{written(found.low, self.measure, '+')}, {written(found.high, self.measure, '+')}]"
-        if p >= SIGNIFICANT:
-            verdict = "no difference"
-        else:
-            verdict = "right better" if (found.value < 0) == self.measure.lower_is_better else "left better"
-        return [*cells, change + ends, written_p(p), verdict]
+        verdict = {0: "no difference", 1: f"{names[1]} better", -1: f"{names[0]} better"}[self.outcome]
+        return [*cells, change + ends, written_p(self.p), verdict]
 
 
-def tables(left: Material, right: Material) -> dict[str, list[list[str]]]:
-    """{metric: the cells of `HEADS` for each stage that has it in both runs}; p-values are corrected for all."""
+def heads(left: str = "left", right: str = "right") -> list[str]:
+    """The heads of a table of `Compared`."""
+    return ["stage", left, right, f"{right} - {left} [95 %]", "p (Holm)", "verdict"]
+
+
+def compared(left: Material, right: Material) -> list[Compared]:
+    """The metrics of all stages that have them in both runs, with p-values corrected for all."""
     found = [each for name in evaluations_of(left) if name in evaluations_of(right) for each in _all(left, right, name)]
     corrected = iter(statistics.holm([each.difference.p for each in found if each.difference]))
+    return [each._replace(p=next(corrected)) if each.difference else each for each in found]
+
+
+def tables(found: Sequence[Compared], names: Sequence[str] = ("left", "right")) -> dict[str, list[list[str]]]:
+    """{metric: the cells of `heads` for each stage}"""
     made: dict[str, list[list[str]]] = {}
     for each in found:
-        made.setdefault(each.name, []).append(each.cells(next(corrected) if each.difference else 1.0))
+        made.setdefault(each.name, []).append(each.cells(names))
     return made
+
+
+def alone(left: Material, right: Material) -> list[str]:
+    """The stages of the left run that the right one does not have."""
+    others = {row["stage"] for row in right.stages}
+    return [row["stage"] for row in left.stages if row["stage"] not in others]
 
 
 def _all(left: Material, right: Material, evaluation: str) -> Iterator[Compared]:

@@ -1,6 +1,7 @@
 """The section that compares all stages of an evaluation: intervals, differences with tests, and verdicts in words."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,8 @@ LEGEND = (
     "right and wrong answers, else the paired t test); where a side has several seeds, they are tested over the seeds, "
     "paired if both have the same ones. Where all differences are equal, which leaves the t test no spread, the sign "
     "test stands in for it. p is corrected for all tests of its table (Holm); below 0.05 a difference is called better "
-    "or worse. Tests over items say nothing about other seeds, and those over seeds nothing about other items."
+    "or worse, and has a filled triangle in the plot. Tests over items say nothing about other seeds, and those over "
+    "seeds nothing about other items."
 )
 
 
@@ -77,8 +79,8 @@ class Comparison(NamedTuple):
         return f"{self.ours.label} against {self.theirs.label}: {size}{unit} {self.measure.title}, {self.verdict}"
 
 
-def section(material: Material) -> list[str]:
-    """For each evaluation: a table of its stages, and a table of differences for each of its metrics."""
+def section(material: Material, plot: Callable[[str], list[str]] = lambda evaluation: []) -> list[str]:
+    """For each evaluation: a table of its stages, a table of differences for each of its metrics, and their plot."""
     parts: list[str] = []
     for evaluation in evaluations_of(material):
         found = entries(material, evaluation)
@@ -86,9 +88,8 @@ def section(material: Material) -> list[str]:
             continue
         parts += [f"### {words(evaluation).capitalize()}", *described(material, evaluation, found)]
         parts.append(entry_table(material, evaluation, found))
-        for measure in measures(material, evaluation):
-            if compared := comparisons(material, found, measure):
-                parts.append(difference_table(compared))
+        parts += map(difference_table, comparisons_of(material, evaluation))
+        parts += plot(evaluation)
     return ["## The stages compared", LEGEND, *parts] if parts else []
 
 
@@ -179,6 +180,14 @@ def comparisons(material: Material, found: list[Entry], measure: Measure) -> lis
     return [
         Comparison(ours, theirs, measure, each, p) for (ours, theirs, each), p in zip(known, corrected, strict=True)
     ]
+
+
+@lru_cache(maxsize=32)
+def comparisons_of(material: Material, evaluation: str) -> list[list[Comparison]]:
+    """The comparisons in each metric of an evaluation that has any, the main metric first."""
+    found = entries(material, evaluation)
+    compared = (comparisons(material, found, measure) for measure in measures(material, evaluation))
+    return [each for each in compared if each]
 
 
 def compare(ours: Entry, theirs: Entry, measure: Measure) -> Difference | None:

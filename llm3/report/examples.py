@@ -1,8 +1,10 @@
 """The sections that show single items: the most confident errors of a classifier, and samples of all stages."""
 
+from typing import Any
+
 import numpy as np
 
-from llm3.report.details import cell, text_table
+from llm3.report.details import text_table
 from llm3.report.entries import classifiers, evaluations_of
 from llm3.report.material import Material
 from llm3.report.units import percent, words
@@ -40,8 +42,6 @@ def samples_section(material: Material) -> list[str]:
     for stage, lines in material.samples.items():
         for line in (each for each in lines if each["step"] == max(other["step"] for other in lines)):
             last.setdefault(line["prompt"], {})[stage] = line["text"]
-    parts = []
-    for prompt, texts in last.items():
-        parts.append(f"After *{cell(prompt)}*:")
-        parts.append(text_table(["stage", "text"], [[stage, text] for stage, text in texts.items()], LONGEST_SAMPLE))
-    return ["## Samples", *parts] if parts else []
+    stages = [stage for stage in material.samples if any(stage in texts for texts in last.values())]
+    cells: list[list[Any]] = [[prompt, *(texts.get(stage) for stage in stages)] for prompt, texts in last.items()]
+    return ["## Samples", text_table(["prompt", *stages], cells, LONGEST_SAMPLE)] if cells else []

@@ -16,12 +16,13 @@ def no_predictions(stage: str, evaluation: str) -> Columns | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # found again by identity, in caches
 class Material:
     """Everything that the sections of a report show. Rows need not be complete.
 
     histories: {stage: lines of `read_metrics`}. details: {stage: evaluation results that are not single numbers}.
-    predictions: (stage, evaluation) -> columns, or None. samples: {stage: lines of its samples.jsonl}. facts: {name:
+    predictions: (stage, evaluation) -> columns, or None. samples: {stage: lines of its samples.jsonl}. data_samples:
+    {stage: windows, each a list of (text, whether its tokens are targets)}. command: one line for each. facts: {name:
     value}, e.g. devices, versions and seed. settings: lines "field = value" of the config's fields that are no
     defaults. wall_seconds: of the run by part, as in a row, without its stages. sessions: when each call of `run`
     started, and how many seconds it took.
@@ -36,6 +37,7 @@ class Material:
     details: Mapping[str, dict | None] = field(default_factory=dict)
     predictions: Callable[[str, str], Columns | None] = no_predictions
     samples: Mapping[str, list[dict]] = field(default_factory=dict)
+    data_samples: Mapping[str, list[list[tuple[str, bool]]]] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     wall_seconds: Mapping[str, float] = field(default_factory=dict)
     sessions: list[tuple[str, float]] = field(default_factory=list)
@@ -84,3 +86,13 @@ class Material:
         if any(row is each for each in self.rows):
             return parent_of(self.rows, row)
         return parent_of(self.stages, row) if row.get("parent") else None
+
+    def ancestors(self, row: dict) -> list[dict]:
+        """The rows of the parent of a row, of its parent, and so on; each stage once."""
+        found: list[dict] = []
+        seen, parent = {row["stage"]}, self.parent(row)
+        while parent is not None and parent["stage"] not in seen:
+            found.append(parent)
+            seen.add(parent["stage"])
+            parent = self.parent(parent)
+        return found

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llm3.files import MATRIX, REPORT, write_atomic
-from llm3.report import comparisons, cost, examples, seeds, settings, time_spent, verdict
+from llm3.files import MATRIX
+from llm3.report import comparisons, cost, examples, forgetting, seeds, settings, time_spent, verdict
 from llm3.report.details import in_detail, repeated
+from llm3.report.escape import block, escaped, marked_block
 from llm3.report.figures import figures, image, task_section
+from llm3.report.html import write_page
 from llm3.report.material import Material
 from llm3.report.matrix import Metric, metrics_of, write_matrix
 from llm3.report.replicates import unreplicated
@@ -31,12 +33,13 @@ LEGEND = (
 
 
 def write_report(directory: Path | str, material: Material) -> None:
-    """Write DIR/report.md with its plots, and DIR/matrix.json. Raises ValueError for a metric that is not finite."""
+    """Write the report as Markdown and as HTML, with its figures, and DIR/matrix.json.
+
+    Raises ValueError for a metric that is not finite, OSError if the disk refuses.
+    """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures(material).items():
-        draw(directory / name)
-    write_atomic(directory / REPORT, page(material))
+    text = page(material)
+    write_page(directory, material.title, text, {name: draw() for name, draw in figures(material).items()})
     # last, since it marks the report as complete
     write_matrix(directory / MATRIX, material.given_rows, material.given_baselines)
 
@@ -48,20 +51,36 @@ def page(material: Material) -> str:
 
 def title_section(material: Material) -> list[str]:
     """The title."""
-    return [f"# {material.title}"]
+    return [f"# {escaped(material.title)}"]
 
 
 def matrix_section(material: Material) -> list[str]:
-    """The table of all stages, and its plot."""
+    """The table of all stages, and its heat map."""
     shown, baselines = material.shown, material.shown_baselines
     parts = [markdown(shown, baselines), LEGEND]
     if any_errors([*shown, *baselines]):
         parts.append(f"{ERRORS_NOTE}.")
     if len(shown) + len(baselines) < len(material.stages):
         parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
-    plot = image(material, "matrix.png", "Metrics by stage")
-    note = "Error bars: 95 % intervals, over the items of an evaluation or, of a mean, over its seeds."
-    return [*parts, *plot, *([note] if plot else [])]
+    plot = image(material, "matrix.svg", "Heat map of the metrics by stage")
+    note = "The darker a cell, the better the stage is among the trained stages of its column."
+    return ["## Stages and evaluations", *parts, *plot, *([note] if plot else [])]
+
+
+def cost_section(material: Material) -> list[str]:
+    """Quality against cost."""
+    plot = image(material, "cost.svg", "Quality against training FLOPs, with the Pareto front")
+    note = (
+        "FLOPs are those of a stage with all its ancestors. On the Pareto front (filled) no stage is both cheaper and "
+        "better. Differences between stages may be chance: see the tests above."
+    )
+    return ["## Quality against cost", *plot, note] if plot else []
+
+
+def forgetting_section(material: Material) -> list[str]:
+    """What each stage lost of its ancestors' fit to each text."""
+    found = forgetting.section(material)
+    return [*found, *image(material, "forgetting.svg", "Bits per byte lost since the best ancestor")] if found else []
 
 
 def stages_section(material: Material) -> list[str]:
@@ -74,10 +93,15 @@ def stages_section(material: Material) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
+def comparisons_section(material: Material) -> list[str]:
+    """The tests of all stages, and their intervals as a forest plot."""
+    return comparisons.section(material, lambda name: image(material, f"intervals_{name}.svg", "Intervals"))
+
+
 def seeds_section(material: Material) -> list[str]:
     """Means over seeds, and the plot of all seeds."""
     found = seeds.section(material)
-    return [*found, *image(material, "seeds.png", "Every seed by recipe")] if found else []
+    return [*found, *image(material, "seeds.svg", "Every seed by recipe")] if found else []
 
 
 def step_section(material: Material) -> list[str]:
@@ -93,15 +117,36 @@ def details_section(material: Material) -> list[str]:
 
 
 def training_section(material: Material) -> list[str]:
-    """The curves."""
-    plots = image(material, "loss.png", "Loss by step")
-    return ["## Training", *plots] if plots else []
+    """The curves over all stages."""
+    plots = image(material, "progress.svg", "Loss and evaluations over all stages, by tokens and by FLOPs")
+    note = (
+        "Each stage begins where its parent ends; dotted lines mark the hand-offs. The loss is smoothed. Where stages "
+        "differ in their seed only, each seed is a thin line and their mean a thick one. The evaluations of "
+        "baselines are dotted, with hollow points."
+    )
+    return ["## Training", *plots, note] if plots else []
+
+
+def data_section(material: Material) -> list[str]:
+    """The first windows of each stage, with the tokens that carry loss."""
+    parts = []
+    for stage, lines in material.data_samples.items():
+        parts += [f"**{stage}**", marked_block([[(text, bool(mark)) for text, mark in line] for line in lines])]
+    note = "The first windows that each stage trains on, shortened. Marked (in angle quotes): the targets of the loss."
+    return ["## Training data", note, *parts] if parts else []
+
+
+def lineage_section(material: Material) -> list[str]:
+    """Which model each stage began with."""
+    plot = image(material, "lineage.svg", "Lineage of the models")
+    note = "An arrow leads from a model to the stage that began with its parameters; digests are of the parameters."
+    return ["## Lineage", *plot, f"{note} Baselines have dashed boxes."] if plot else []
 
 
 def reproduce_section(material: Material) -> list[str]:
     """The command, and where it ran."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in material.facts.items())
-    return ["## How to reproduce it", f"```bash\n{material.command}\n```", *([facts] if facts else [])]
+    facts = "\n".join(f"- {name}: {escaped(str(value))}" for name, value in material.facts.items())
+    return ["## How to reproduce it", block(material.command, "bash"), *([facts] if facts else [])]
 
 
 Section = Callable[[Material], list[str]]
@@ -110,16 +155,20 @@ SECTIONS: tuple[Section, ...] = (
     verdict.section,
     matrix_section,
     stages_section,
-    comparisons.section,
+    comparisons_section,
     seeds_section,
+    forgetting_section,
+    cost_section,
+    training_section,
     task_section,
     examples.errors_section,
     examples.samples_section,
+    data_section,
+    lineage_section,
     step_section,
     time_spent.wall_section,
     time_spent.chain_section,
     details_section,
-    training_section,
     reproduce_section,
     settings.section,
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from llm3.files import RESOLVED
+from llm3.report.escape import block
 from llm3.report.material import Material
 
 
@@ -17,7 +18,7 @@ def section(material: Material) -> list[str]:
     return [
         "## Config",
         f"[{RESOLVED}]({RESOLVED}) has every field. These are not at their defaults:",
-        f"```\n{lines}\n```",
+        block(lines),
     ]
 
 

@@ -1,6 +1,7 @@
 """The sections on wall time by part, and on the cost of each stage with all its ancestors."""
 
 from llm3.errors import counted
+from llm3.report.escape import escaped
 from llm3.report.material import Material
 from llm3.report.table import markdown_table
 from llm3.report.units import NOT_APPLICABLE, count, duration
@@ -58,8 +59,8 @@ def chain_section(material: Material) -> list[str]:
     lines = []
     for row in [*material.shown, *material.shown_baselines]:
         if chain := row.get("chain"):
-            unknown = f" (without {', '.join(chain['unknown'])})" if chain["unknown"] else ""
-            path = " → ".join([*chain["stages"], row["stage"]])
+            unknown = f" (without {', '.join(map(escaped, chain['unknown']))})" if chain["unknown"] else ""
+            path = " → ".join(escaped(each) for each in [*chain["stages"], row["stage"]])
             costs = [count(chain["tokens"]), count(chain["flops"]), duration(chain["seconds"])]
             lines.append([f"{path}{unknown}", *(each or NOT_APPLICABLE for each in costs)])
     if not lines:

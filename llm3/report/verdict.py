@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from llm3.report.comparisons import Comparison, comparisons
+from llm3.report.comparisons import Comparison, comparisons_of
 from llm3.report.entries import Entry, Measure, entries, evaluations_of, main_measure, written
 from llm3.report.material import Material
 from llm3.report.matrix import majority
@@ -21,9 +21,10 @@ def section(material: Material) -> list[str]:
 
 
 def _clause(material: Material, evaluation: str, found: list[Entry], measure: Measure) -> str:
-    compared = comparisons(material, found, measure)
     if measure.lower_is_better:
         return _of_text(evaluation, found, measure)
+    every = comparisons_of(material, evaluation)
+    compared = [each for group in every for each in group if each.measure == measure]
     return _of_task(evaluation, found, measure, compared)
 
 
@@ -52,8 +53,8 @@ def _outcome(best: Entry, compared: list[Comparison]) -> Iterator[str]:
     """Which of the comparisons with the best entry show a difference."""
     others: dict[bool, list[str]] = {True: [], False: []}
     for each in compared:
-        if each.ours is best or each.theirs is best:
-            others[each.significant].append((each.theirs if each.ours is best else each.ours).label)
+        if best.label in (each.ours.label, each.theirs.label):
+            others[each.significant].append((each.theirs if each.ours.label == best.label else each.ours).label)
     if others[True]:
         yield f"; better than {_listed(others[True])} beyond chance"
     if others[False]:

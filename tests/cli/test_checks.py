@@ -64,7 +64,7 @@ REFUSED = {
     "bench-model --dtype=float23": "did you mean 'float32'",
     "bench-model --gigabytes=0": "--gigabytes=0.0: expected a number above 0",
     "lineage --workdir=NONE": "--workdir=NONE: no such directory",
-    "report --workdir=NONE": "--workdir=NONE: no such directory",
+    "report NONE": "NONE: no such directory",
     "compare NONE NONE": "NONE: no such directory",
 }
 CALLS = """

@@ -80,3 +80,32 @@ def single(predictions=predictions, **changes):
 def material(**options):
     """The whole run."""
     return Material(rows(), [row("scratch", "init")], predictions=predictions, **options)
+
+
+def confusion(stage):
+    """The details of a stage with its confusion."""
+    columns = task(stage)
+    counts = np.zeros((3, 3), int)
+    for truth, prediction in zip(columns["truth"], columns["prediction"], strict=True):
+        counts[CLASSES.index(truth), CLASSES.index(prediction)] += 1
+    return {"task_confusion": {"classes": CLASSES, "counts": counts.tolist()}}
+
+
+def everything():
+    """The whole run with all that a report shows."""
+    stages = ("pretrain", *SHARES)
+    curve = [{"step": step, "loss": 1 + 3 / step, "tokens": step} for step in range(1, 200)]
+    between = [{"step": step, "general_bits_per_byte": 2 + 3 / step} for step in (50, 100, 150)]
+    prompts = ("Once upon a time", "<script>alert(1)</script>")
+    return material(
+        title="Run everything",
+        command="python -m llm3 run --config=configs/tiny.py --workdir=runs/a/long/path/to/everything " + "--x=1 " * 30,
+        histories={name: curve + between for name in stages},
+        details={name: confusion(name) for name in SHARES},
+        samples={name: [{"step": 9, "prompt": each, "text": "there was " * 20} for each in prompts] for name in stages},
+        data_samples={name: [[("the prompt ", False), ("and the answer " * 20, True)]] * 2 for name in stages},
+        facts={"devices": "1 x cpu", "versions": "llm3"},
+        settings=["model.layers = 6", f"stages.{stages[0]}.steps = 100"],
+        wall_seconds={"tokenize": 5.0},
+        sessions=[("2026-01-01", 100.0)],
+    )

@@ -20,7 +20,11 @@ def run(scratch, data="d", predictions=tiny_report.predictions):
 
 def cells(left, right):
     """{(stage, metric): the other cells}"""
-    return {(line[0], metric): line[1:] for metric, lines in compare.tables(left, right).items() for line in lines}
+    return {
+        (line[0], metric): line[1:]
+        for metric, lines in compare.tables(compare.compared(left, right)).items()
+        for line in lines
+    }
 
 
 def test_stages_of_one_name_are_compared_item_by_item():

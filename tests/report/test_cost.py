@@ -11,9 +11,12 @@ from scipy import stats
 from llm3.report import replicates, units
 from llm3.report.comparisons import comparisons
 from llm3.report.entries import entries, main_measure
+from llm3.report.figures import figures, seed_panels
 from llm3.report.material import Material
 from llm3.report.matrix import complete, read_matrix
 from llm3.report.page import page, write_report
+from llm3.report.plots.dots import plot_dots
+from llm3.report.progress import progress
 from llm3.report.table import print_table
 
 PARAMS = 1_000_000
@@ -137,14 +140,12 @@ def test_the_matrix_keeps_the_row_of_every_seed(tmp_path):
     kept, _ = read_matrix(tmp_path / "matrix.json")
     assert [row["stage"] for row in kept] == [row["stage"] for row in rows]
     assert [row["seed"] for row in kept] == [None, 0, 1, 2, 0, 1, 2]
-    assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
-    assert "(seeds.png)" in (tmp_path / "report.md").read_text()
+    assert "(figures/seeds.svg)" in (tmp_path / "report.md").read_text()
     json.loads((tmp_path / "matrix.json").read_text())
 
 
-def test_without_replicates_there_is_no_plot_over_seeds(tmp_path):
-    write_report(tmp_path, Material([stage("a", seed=0, recipe="x")]))
-    assert not (tmp_path / "seeds.png").exists()
+def test_without_replicates_there_is_no_plot_over_seeds():
+    assert "seeds.svg" not in figures(Material([stage("a", seed=0, recipe="x")]))
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.5], [3.0, 3.0, 3.0], [1.0, 2.0, 4.0, 8.0, 7.5]])
@@ -228,28 +229,22 @@ def test_replicated_baselines_are_compared_as_well():
     assert cells(text, "scratch - full", "accuracy, points")[1].startswith("-20.0 [")
 
 
-def test_the_losses_of_a_recipe_are_smoothed_as_the_mean_of_its_seeds():
-    from llm3.report.figures import merged
-    from llm3.report.plots import _means
-
-    rows, _ = complete(replicated("full"), [])
+def test_the_losses_of_a_recipe_are_a_thin_line_for_each_seed_and_their_mean():
+    rows = replicated("full")
     histories = {f"full_{seed}": [{"step": s, "loss": float(seed)} for s in (1, 2)] for seed in range(3)}
-    joined = merged(histories | {"posttrain": []}, replicates.recipes(rows))
-    assert list(joined) == ["full", "posttrain"]
-    assert _means([(line["step"], line["loss"]) for line in joined["full"]]) == [(1, 1.0), (2, 1.0)]
+    panel = next(each for each in progress(Material(rows, histories=histories)) if each.title == "training loss")
+    assert [(each.label, each.thin, {y for _, y in each.points}) for each in panel.curves] == [
+        *(("", True, {float(seed)}) for seed in range(3)),
+        ("full", False, {1.0}),
+    ]
 
 
-def test_the_plot_over_seeds_has_every_seed_of_every_recipe(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    from llm3.report.seeds_plot import plot_seeds
-
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
-    rows, _ = complete(replicated("full", "top2", "biases"), [])
-    plot_seeds(tmp_path / "seeds.png", replicates.recipes(rows))
-    accuracy = next(each for each in drawn[0].axes if each.get_xlabel() == "task accuracy, %")
-    names = [label.get_text() for label in accuracy.get_yticklabels()]
-    assert names == ["full (1.00M)", "biases (20.0k)", "top2 (250k)"]
-    points = [sorted(line.get_xdata()) for line in accuracy.lines if line.get_marker() == "o"]
-    assert points == [sorted(100 * value for value in ACCURACIES[name.split()[0]]) for name in names]
+def test_the_plot_over_seeds_has_every_seed_of_every_recipe():
+    panels = seed_panels(Material(replicated("full", "top2", "biases")))
+    accuracy = next(each for each in panels if each.x_name == "task accuracy, %")
+    assert [row.label for row in accuracy.rows] == ["full (1.00M)", "biases (20.0k)", "top2 (250k)"]
+    for row in accuracy.rows:
+        own = [100 * value for value in ACCURACIES[row.label.split()[0]]]
+        assert row.values == own and row.mean[0] == pytest.approx(sum(own) / 3)
+    svg = plot_dots([accuracy])
+    assert all(f">{row.label}<" in svg for row in accuracy.rows)

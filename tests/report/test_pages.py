@@ -12,12 +12,11 @@ from rich.console import Console
 
 from llm3.errors import UserError
 from llm3.report import units
+from llm3.report.figures import figures
 from llm3.report.logs import MetricsWriter, read_metrics
 from llm3.report.material import Material
 from llm3.report.matrix import KEYS, complete, metrics_of, read_matrix, write_matrix
-from llm3.report.matrix_plot import plot_matrix
 from llm3.report.page import page, write_report
-from llm3.report.plots import plot_losses, smooth
 from llm3.report.table import markdown, print_table
 
 
@@ -158,7 +157,7 @@ def test_sentences_say_what_was_gained_forgotten_and_paid():
     assert "Domain: 2.300 → 1.800 bits per byte (-21.7 %)." in text
     assert "Forgetting: general text costs 0.100 bits a byte more than after pretrain." in text
     assert "1.23M tokens, 3.40T FLOPs, 2m 05s, 1.50 GiB at the peak, 1.20M of 3.40M parameters trained." in text
-    assert text.count("Forgetting") == 2, "an untrained parent has nothing to forget"
+    assert text.count("Forgetting: ") == 2, "an untrained parent has nothing to forget"
 
 
 def test_sentences_stay_true_where_every_stage_made_things_worse():
@@ -182,40 +181,32 @@ def test_a_page_omits_values_that_the_rows_lack(keys):
     assert "nan" not in text
 
 
-def test_a_report_is_a_page_two_plots_and_the_matrix(tmp_path):
+def test_a_report_is_a_page_its_figures_and_the_matrix(tmp_path):
     histories = {"pretrain": [{"step": step, "loss": 5.0 / step} for step in range(1, 30)], "empty": []}
     material = Material(ROWS, BASELINES, "T", "run it", histories, facts={"seed": 0})
     write_report(tmp_path / "r", material)
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
-        "loss.png",
-        "matrix.json",
-        "matrix.png",
-        "report.md",
-    ]
+    names = sorted(path.name for path in (tmp_path / "r").iterdir())
+    assert names == ["figures", "matrix.json", "report.html", "report.md"]
     text = (tmp_path / "r" / "report.md").read_text()
     assert text.startswith("# T\n")
     assert "```bash\nrun it\n```\n\n- seed: 0\n" in text
-    for name in ("loss.png", "matrix.png"):
-        assert (tmp_path / "r" / name).read_bytes().startswith(b"\x89PNG")
+    figures = sorted(path.name for path in (tmp_path / "r" / "figures").iterdir())
+    drawn = ["cost", "forgetting", "intervals_task", "lineage", "matrix", "progress"]
+    assert figures == [f"{name}.svg" for name in drawn]
 
 
-def test_plots_do_without_values_that_are_missing_or_not_finite(tmp_path):
+def test_plots_do_without_values_that_are_missing_or_not_finite():
     lines = [{"step": 1, "loss": None}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": 1.0}]
     lines += [{"step": 3, "task_nll": 2.0, "task_accuracy": None}, {"step": 4, "domain_bits_per_byte": None}]
-    plot_losses(tmp_path / "some.png", {"a": lines})
-    plot_matrix(tmp_path / "bare.png", [{"stage": "a", "x_accuracy": 0.5}, {"stage": "b"}], [])
-    assert len(list(tmp_path.iterdir())) == 2
+    bare = Material([{"stage": "a", "x_accuracy": 0.5}, {"stage": "b"}], histories={"a": lines})
+    assert set(figures(bare)) == {"matrix.svg", "progress.svg", "lineage.svg"}
+    assert all(draw().startswith("<svg") for draw in figures(bare).values())
 
 
 def test_nothing_is_drawn_of_a_run_without_metrics_or_losses(tmp_path):
     write_report(tmp_path, Material([{"stage": "a"}]))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html", "matrix.json"}
     assert "![" not in (tmp_path / "report.md").read_text()
-
-
-def test_smoothing_is_a_centred_mean_of_the_same_length():
-    assert smooth([1.0, 2.0, 3.0, 10.0], 3) == [1.5, 2.0, 5.0, 6.5]
-    assert smooth([4.0], 1) == [4.0]
 
 
 def test_metrics_are_read_back_with_numbers_of_numpy_and_null_for_nan(tmp_path):
@@ -245,7 +236,7 @@ def test_a_line_that_is_broken_in_the_middle_of_the_file_is_named(tmp_path):
 
 def test_importing_the_report_loads_no_slow_library():
     script = "import sys, llm3.report.{}, llm3.report.logs, llm3.report.console; print(*sys.modules)"
-    slow = {"matplotlib", "rich", "tensorboardX", "jax", "scipy"}
+    slow = {"matplotlib", "markdown_it", "rich", "tensorboardX", "jax", "scipy"}
     for module, others in (("units", {"numpy"}), ("page", set()), ("compare", set())):
         command = [sys.executable, "-c", script.format(module)]
         loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

@@ -8,21 +8,12 @@ import pytest
 from llm3.config import load
 from llm3.config.schema import as_dict
 from llm3.report import examples, settings, time_spent
-from llm3.report.figures import bounds, confusions, figures, reliabilities
+from llm3.report.figures import confusions, figures, reliabilities
 from llm3.report.material import Material
-from llm3.report.page import page, write_report
-from llm3.report.plots import figure, first_of_row, row_sizes
-from llm3.report.statistics import calibration_error, wilson
+from llm3.report.page import data_section, page, write_report
+from llm3.report.statistics import calibration_error
 from tests.helpers import tiny_report, tiny_run
-from tests.helpers.tiny_report import CLASSES, SHARES, task
-
-
-def confusion(stage):
-    columns = task(stage)
-    counts = np.zeros((3, 3), int)
-    for truth, prediction in zip(columns["truth"], columns["prediction"], strict=True):
-        counts[CLASSES.index(truth), CLASSES.index(prediction)] += 1
-    return {"task_confusion": {"classes": CLASSES, "counts": counts.tolist()}}
+from tests.helpers.tiny_report import CLASSES, SHARES, confusion, task
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +23,20 @@ def run():
     return tiny_report.material(title="Run tiny", command="run it", histories=histories, details=details)
 
 
-@pytest.mark.parametrize(("panels", "sizes"), [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])])
-def test_no_slot_of_a_figure_is_empty(tmp_path, panels, sizes):
-    assert row_sizes(panels, 3) == sizes
-    with figure(tmp_path / "a.png", panels, 3, size=(1, 1)) as axes:
-        assert len(axes) == panels
-        right = max(each.get_subplotspec().colspan.stop for each in axes)
-        ends = {each.get_subplotspec().colspan.stop for each in axes if each.get_subplotspec().is_last_col()}
-        assert ends == {right}
-        lefts = [index for index in range(panels) if axes[index].get_subplotspec().is_first_col()]
-    assert [index for index in range(panels) if first_of_row(index, panels, 3)] == lefts
-
-
-def test_a_report_has_a_plot_for_each_part_and_equal_files_when_written_again(tmp_path, run):
+def test_a_report_has_a_figure_for_each_part_and_equal_files_when_written_again(tmp_path, run):
     for name in ("one", "two"):
         write_report(tmp_path / name, run)
-    plots = {"matrix.png", "loss.png", "seeds.png", "confusion_task.png", "reliability_task.png"}
-    assert set(figures(run)) == plots
+    plots = {"matrix", "progress", "seeds", "cost", "forgetting", "lineage", "confusion_task", "reliability_task"}
+    plots |= {"intervals_task", "intervals_general"}
+    assert set(figures(run)) == {f"{name}.svg" for name in plots}
     one, two = (tiny_run.files(tmp_path / name) for name in ("one", "two"))
-    assert set(one) == plots | {"report.md", "matrix.json"}
+    assert set(one) == {f"figures/{name}.svg" for name in plots} | {"report.md", "report.html", "matrix.json"}
     assert {name: content for name, (_, content) in one.items()} == {
         name: content for name, (_, content) in two.items()
     }
-    text = (tmp_path / "one" / "report.md").read_text()
-    assert all(text.count(f"]({name})") == 1 for name in plots)
+    text, page = ((tmp_path / "one" / name).read_text() for name in ("report.md", "report.html"))
+    assert all(text.count(f"](figures/{name}.svg)") == 1 for name in plots)
+    assert page.count("<svg") == len(plots) and len(page.encode()) < 400_000
     assert text.splitlines()[2].startswith("**task: ")
 
 
@@ -76,15 +57,6 @@ def test_the_reliability_diagram_shows_the_calibration_error_of_the_predictions(
     assert calibration_error(bins["scratch"]) == pytest.approx(sum(gaps) / 120)
 
 
-def test_error_bars_are_intervals_over_seeds_of_a_recipe_and_over_items_of_a_stage(run):
-    ends = bounds(run)
-    assert ends["scratch", "task_accuracy"] == wilson(task("scratch")["score"].sum(), 120)[1:]
-    low, high = ends["full x3", "task_accuracy"]
-    values = [task(f"full_{seed}")["score"].mean() for seed in range(3)]
-    assert (low + high) / 2 == pytest.approx(np.mean(values))
-    assert {stage for stage, _ in ends} == {"init", "pretrain", "full x3", "top x3", "scratch"}
-
-
 def test_the_most_confident_errors_of_the_last_stage_are_listed(run):
     text = "\n".join(examples.errors_section(run))
     columns = task("top_0")
@@ -99,11 +71,19 @@ def test_the_most_confident_errors_of_the_last_stage_are_listed(run):
 def test_samples_of_the_last_step_stand_side_by_side():
     line = {"step": 5, "prompt": "Once", "text": "upon"}
     samples = {"pretrain": [line | {"text": "old"}, line | {"step": 9}], "finetune": [line | {"text": "a | b\n" * 99}]}
-    (_, prompt, table) = examples.samples_section(Material([], samples=samples))
-    assert prompt == "After *Once*:"
-    assert table.splitlines()[2] == "| pretrain | upon |" and "old" not in table
-    assert table.splitlines()[3].endswith("… |") and "a \\| b a" in table
+    (_, table) = examples.samples_section(Material([], samples=samples))
+    heads, _, cells = table.splitlines()
+    assert heads == "| prompt | pretrain | finetune |"
+    assert cells.startswith("| Once | upon | a \\| b a") and cells.endswith("… |") and "old" not in table
     assert examples.samples_section(Material([])) == []
+
+
+def test_the_windows_of_a_stage_are_shown_with_their_targets_marked():
+    samples = {"finetune": [[("a label of ```\nthis: ", False), ("«cause»", True)]]}
+    (_, _, stage, block) = data_section(Material([], data_samples=samples))
+    assert stage == "**finetune**"
+    assert block == "````marked\na label of ```⏎this: «\u2039cause\u203a»\n````"
+    assert data_section(Material([])) == []
 
 
 def test_wall_time_is_summed_by_part_over_seeds_stages_and_sessions():

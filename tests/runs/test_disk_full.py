@@ -246,11 +246,11 @@ def test_a_run_on_a_disk_that_fills_up_says_what_is_whole_and_goes_on_once_there
 def test_a_report_that_has_no_space_is_named_and_written_by_the_same_command(base, disk):
     workdir = disk.path / "run"
     subprocess.run(["cp", "-r", base / "whole", workdir], check=True)
-    for path in [*workdir.glob("*.png"), workdir / "report.md", workdir / "matrix.json"]:
+    for path in [*workdir.glob("figures/*"), *workdir.glob("report.*"), workdir / "matrix.json"]:
         path.unlink()
     disk.fill(4 * PAGE)
     error = tiny.process(command(base, workdir), plots=True, status=Exit.NOT_WRITTEN).stderr
-    assert error.startswith(f"llm3: {workdir / 'report.md'} was not written: {FULL}; checkpoint 10 of posttr")
+    assert error.startswith(f"llm3: {workdir / 'report.html'} was not written: {FULL}; checkpoint 10 of posttr")
     disk.free()
     tiny.process(command(base, workdir))
     assert (workdir / "matrix.json").read_bytes() == (base / "whole" / "matrix.json").read_bytes()

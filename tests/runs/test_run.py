@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import shutil
 import types
 
@@ -87,8 +88,11 @@ def test_a_run_trains(whole):
 def test_a_run_leaves_a_report_with_plots(whole):
     report = (whole.workdir / "report.md").read_text()
     assert all(stage in report for stage in tiny.STAGES)
-    for plot in ("loss.png", "matrix.png"):
-        assert (whole.workdir / plot).read_bytes().startswith(b"\x89PNG")
+    page = (whole.workdir / "report.html").read_text()
+    for plot in ("matrix", "progress", "lineage"):
+        assert (whole.workdir / "figures" / f"{plot}.svg").read_text().startswith("<svg")
+        assert f"(figures/{plot}.svg)" in report
+    assert page.count("<svg") == report.count("](figures/") and len(page.encode()) < 10**6
 
 
 def test_prompts_are_continued_by_every_model_and_between_steps(whole):
@@ -144,9 +148,10 @@ def test_a_checkpoint_tells_its_lineage_back_to_the_first_stage(whole):
 def answers(whole):
     """What the verbs say of the finished run, and whether they leave it as it was."""
     copy = shutil.copytree(whole.workdir, whole.base / "copied" / "whole")
-    written = {path.name: path.read_bytes() for path in (copy / "report.md", copy / "matrix.json", *copy.glob("*.png"))}
-    for name in written:
-        (copy / name).unlink()
+    files = [copy / name for name in ("report.md", "report.html", "matrix.json")]
+    written = {path.name: path.read_bytes() for path in files}
+    for path in [*files, *(copy / "figures").iterdir()]:
+        path.unlink()
     common, prompt = whole.command[1:3], ("--prompt=The president", "--max_tokens=4", "--seed=1")
     before = tiny.files(whole.workdir)
     task, general = (whole.base / "texts" / f"{name}.jsonl" for name in ("task-test", "general-validation"))
@@ -159,7 +164,7 @@ def answers(whole):
         ("bench", common[0], f"--workdir={whole.base / 'bench'}", "--stage=pretrain", "--json"),
         ("plan", common[0], "--stages=finetune", "--config.stages.finetune.train=top(1)"),
         ("lineage", common[1]),
-        ("report", f"--workdir={copy}"),
+        ("report", copy),
         ("compare", whole.workdir, copy),
         ("predict", common[1], "--stage=finetune", f"--in={task}", f"--out={whole.base / 'labels.jsonl'}"),
         ("predict", common[1], "--stage=pretrain", f"--in={general}", f"--out={whole.base / 'scores.csv'}"),
@@ -173,7 +178,7 @@ def answers(whole):
 
 
 def test_the_same_command_again_says_so_and_does_nothing(answers):
-    assert "Nothing left to do" in answers.again and "report.md" in answers.again
+    assert "Nothing left to do" in answers.again and "report.html" in answers.again
     assert "evaluating" not in answers.again
 
 
@@ -183,7 +188,7 @@ def test_no_verb_changes_a_file_of_a_finished_run(answers):
 
 def test_a_run_without_a_whole_report_has_something_left_to_do(tmp_path, whole):
     names = ["init", *tiny.STAGES]
-    for name in ("matrix.json", "report.md"):
+    for name in ("matrix.json", "report.html"):
         assert not is_reported(tmp_path, names)
         (tmp_path / name).write_bytes((whole.workdir / name).read_bytes())
     assert is_reported(tmp_path, names) and not is_reported(tmp_path, [*names, "another"])
@@ -467,7 +472,8 @@ def test_lineage_goes_back_to_the_first_pretraining_step(whole, answers):
 def test_report_writes_the_page_and_the_matrix_again_from_the_files_of_a_run(answers):
     for name in ("report.md", "matrix.json"):
         assert (answers.copy / name).read_bytes() == answers.written[name]
-    assert {path.name for path in answers.copy.glob("*.png")} == {name for name in answers.written if ".png" in name}
+    shown = {f"figures/{path.name}" for path in (answers.copy / "figures").iterdir()}
+    assert shown == set(re.findall(r"\]\((figures/.*?)\)", answers.written["report.md"].decode()))
     assert "Report:" in answers.report and "finetune" in answers.report
 
 

@@ -1,0 +1,1 @@
+"""Plots of a report. Each function takes plain values and returns an SVG; equal values give equal bytes."""
