@@ -182,12 +182,19 @@ def comparisons(material: Material, found: list[Entry], measure: Measure) -> lis
     ]
 
 
-@lru_cache(maxsize=32)
 def comparisons_of(material: Material, evaluation: str) -> list[list[Comparison]]:
     """The comparisons in each metric of an evaluation that has any, the main metric first."""
-    found = entries(material, evaluation)
-    compared = (comparisons(material, found, measure) for measure in measures(material, evaluation))
-    return [each for each in compared if each]
+    return _all_comparisons(material)[evaluation]
+
+
+@lru_cache(maxsize=1)  # of the report that is being written: three sections and the plots show them
+def _all_comparisons(material: Material) -> dict[str, list[list[Comparison]]]:
+    made = {}
+    for evaluation in evaluations_of(material):
+        found = entries(material, evaluation)
+        compared = (comparisons(material, found, measure) for measure in measures(material, evaluation))
+        made[evaluation] = [each for each in compared if each]
+    return made
 
 
 def compare(ours: Entry, theirs: Entry, measure: Measure) -> Difference | None:

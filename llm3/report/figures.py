@@ -27,7 +27,7 @@ from llm3.report.units import NOT_APPLICABLE, count, fixed, words
 Draw = Callable[[], str]  # the text of an SVG
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # of the report that is being written: each section asks
 def figures(material: Material) -> dict[str, Draw]:
     """{file name: function that draws it}."""
     found: dict[str, Draw] = {}

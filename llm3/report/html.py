@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # slow to import
 STYLE = Path(__file__).with_name("page.css")
 # The browser itself refuses scripts, and whatever is not in the file.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+LARGEST = 800_000  # characters of all figures in a page; later ones are linked
 NARROWEST = 0.78  # a figure is not drawn smaller than this share of its size: a narrow page scrolls it
 
 
@@ -37,7 +38,10 @@ def write_page(directory: Path, title: str, markdown: str, figures: Mapping[str,
 
 
 def page_html(title: str, markdown: str, figures: Mapping[str, str]) -> str:
-    """The page. HTML in the Markdown is shown as text; an image that is none of the figures, as its title."""
+    """The page. HTML in the Markdown is shown as text; an image that is none of the figures, as its title.
+
+    Figures are inside the page up to `LARGEST`, so that it stays below 1 MB; the others are links to their files.
+    """
     parser = _parser({f"{FIGURES}/{name}": svg for name, svg in figures.items()})
     tokens = parser.parse(markdown)
     contents = _with_anchors(tokens)
@@ -83,13 +87,16 @@ def _parser(figures: Mapping[str, str]) -> "MarkdownIt":
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    left = LARGEST
 
     def image(tokens: "Sequence[Token]", index: int, *_: Any) -> str:
         token = tokens[index]
         title, source = escape(token.content), str(token.attrs["src"])
         if (svg := figures.get(source)) is None:
             return title
-        return _inline(svg, Path(source).stem, title)
+        nonlocal left
+        left -= len(svg)
+        return _inline(svg, Path(source).stem, title) if left >= 0 else f'<a href="{escape(source)}">{title}</a>'
 
     def fence(tokens: "Sequence[Token]", index: int, *_: Any) -> str:
         token = tokens[index]

@@ -132,7 +132,7 @@ def data_section(material: Material) -> list[str]:
     parts = []
     for stage, lines in material.data_samples.items():
         parts += [f"**{stage}**", marked_block([[(text, bool(mark)) for text, mark in line] for line in lines])]
-    note = "The first windows that each stage trains on, shortened. Marked (in angle quotes): the targets of the loss."
+    note = "The first windows that each stage trains on, shortened. The targets of the loss are marked."
     return ["## Training data", note, *parts] if parts else []
 
 
@@ -166,7 +166,7 @@ SECTIONS: tuple[Section, ...] = (
     data_section,
     lineage_section,
     step_section,
-    time_spent.wall_section,
+    time_spent.resources_section,
     time_spent.chain_section,
     details_section,
     reproduce_section,

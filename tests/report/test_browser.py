@@ -25,6 +25,7 @@ SECTIONS = (
     "Samples",
     "Training data",
     "Lineage",
+    "Resources",
     "How to reproduce it",
     "Config",
 )

@@ -137,6 +137,14 @@ def test_a_page_is_written_with_its_figures_and_without_those_of_an_earlier_one(
     assert first == {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
+def test_a_page_with_too_many_figures_stays_small_and_links_the_last_ones():
+    svg = plot_heat_map(["a"], ["b"], [[1.0]], [["1"]])
+    figures = {f"{at}.svg": svg.replace(">1<", f">{'x' * 150_000}<") for at in range(8)}
+    text = page_html("T", "".join(f"![Figure {at}](figures/{at}.svg)\n\n" for at in range(8)), figures)
+    assert len(text) < 1_000_000 and text.count("<svg") == 5
+    assert text.index("<svg") < text.index('<a href="figures/5.svg">Figure 5</a>') < text.index("figures/7.svg")
+
+
 @pytest.mark.parametrize("title", ["A & B", "</title><script>"])
 def test_the_title_is_text(title):
     assert "<title>" + title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in page_html(title, "", {})

@@ -86,16 +86,17 @@ def test_the_windows_of_a_stage_are_shown_with_their_targets_marked():
     assert data_section(Material([])) == []
 
 
-def test_wall_time_is_summed_by_part_over_seeds_stages_and_sessions():
+def test_resources_are_summed_over_seeds_stages_and_sessions():
     spent = {"compile": 3.0, "train": 60.0, "evaluate": 10.0}
-    rows = [each | {"wall_seconds": spent} for each in tiny_report.rows()]
+    rows = [each | {"wall_seconds": spent, "peak_bytes": 2**30} for each in tiny_report.rows()]
+    rows[3]["peak_bytes"] = 2**31
     made = Material(rows, wall_seconds={"tokenize": 5.0}, sessions=[("2026-01-01", 100.0), ("2026-01-02", 500.0)])
-    parts = time_spent.wall_section(made)
-    assert "|  | tokenizing | compiling | training | evaluating | sum |" in parts[1]
-    assert "| full x3 | - | 9.0s | 3m 00s | 30.0s | 3m 39s |" in parts[1]
-    assert "| **all** | 5.0s | 24.0s | 8m 00s | 1m 20s | 9m 49s |" in parts[1]
+    parts = time_spent.resources_section(made)
+    assert "|  | tokens | FLOPs | peak GiB | tokenizing | compiling | training | evaluating | sum |" in parts[1]
+    assert "| full x3 | 30 | 3.00G | 2.00 | - | 9.0s | 3m 00s | 30.0s | 3m 39s |" in parts[1]
+    assert "| **all** | 80 | 8.00G | 2.00 | 5.0s | 24.0s | 8m 00s | 1m 20s | 9m 49s |" in parts[1]
     assert parts[3] == "2 sessions, the first from 2026-01-01: 10m 00s in all."
-    assert time_spent.wall_section(Material([{"stage": "a"}])) == []
+    assert time_spent.resources_section(Material([{"stage": "a"}])) == []
 
 
 def test_the_cost_of_a_chain_names_its_stages_and_what_nobody_recorded():

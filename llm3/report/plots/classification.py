@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # slow to import
 
 PANELS = 3  # side by side at most
 SHOWN_CLASSES = 40  # more are no longer readable as names
-SHOWN_COUNTS = 12  # with more classes, the cells have no numbers
+SHOWN_CELLS = 12 * 12 * 4  # with more cells in all, they have no numbers
 
 
 def plot_confusion(classes: list[str], counts: Mapping[str, np.ndarray]) -> str:
@@ -22,8 +22,8 @@ def plot_confusion(classes: list[str], counts: Mapping[str, np.ndarray]) -> str:
 
     counts: {stage: [true class, predicted class]}.
     """
-    few = len(classes) <= SHOWN_COUNTS
-    most = min(len(counts), PANELS if few else 2)
+    few = len(classes) ** 2 * len(counts) <= SHOWN_CELLS
+    most = min(len(counts), PANELS if len(classes) <= 12 else 2)
     side = min(0.36 * max(len(classes), 4), 5)
     names = [shortened(each, 20) for each in classes] if len(classes) <= SHOWN_CLASSES else []
     space = max(map(text_inches, names), default=0)
@@ -41,8 +41,9 @@ def plot_confusion(classes: list[str], counts: Mapping[str, np.ndarray]) -> str:
             axes.set_xlabel("predicted class")
             axes.tick_params(length=0)
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(len(names)), names)
-            if first_of_row(index, len(counts), most):
+            first = first_of_row(index, len(counts), most)
+            axes.set_yticks(range(len(names)) if first else [], names if first else [])
+            if first:
                 axes.set_ylabel("true class")
     return drawing.svg
 

@@ -122,7 +122,7 @@ def figure(
     are given, since measuring the labels would take as long as drawing. aside: inches at the right, for
     a legend.
     """
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
 
     margins = margins or Margins()
@@ -131,7 +131,9 @@ def figure(
     width = inner + aside
     line_height = margins.bottom + size[1] + margins.top
     height = line_height * len(sizes)
-    with rc_context(STYLE), warnings.catch_warnings():
+    own = {**rcParamsDefault, **STYLE}  # not the matplotlibrc of the user
+    own.pop("backend")
+    with rc_context(own), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts have it
         drawn = Drawing(Figure(figsize=(width, height)), [])
         for line, number in enumerate(sizes):
@@ -175,13 +177,29 @@ def tidy(svg: str) -> str:
     def short(found: re.Match) -> str:
         tag = re.sub(r' id="([^"]*)"', lambda own: own[0] if own[1] in used else "", found[0])
         tag = tag.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "").replace("xlink:href", "href")
-        return re.sub(r" font-family: [^;\"]*;", "", tag).replace("\n", " ")
+        tag = re.sub(r" font-family: [^;\"]*;", "", tag).replace("\n", " ")
+        return tag if "matrix(" in tag else re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
 
-    svg = re.sub(r"<[^>]*>", short, svg).replace(' version="1.1"', FONT, 1)
+    svg = _without_plain_groups(re.sub(r"<[^>]*>", short, svg)).replace(' version="1.1"', FONT, 1)
     start = svg.index(">") + 1
     paper = f'<rect width="100%" height="100%" style="fill: {PAPER}"/>'
     body = re.sub(r"\n\s*", "\n", svg[start:]).strip()
     return f"{svg[:start]}\n{paper}\n{body}\n"
+
+
+def _without_plain_groups(svg: str) -> str:
+    """The SVG without groups that have no attribute, which are half of its tags."""
+    kept: list[bool] = []
+
+    def own(found: re.Match) -> str:
+        if found[0] == "</g>":
+            return found[0] if kept.pop() else ""
+        if found[0].endswith("/>"):
+            return ""
+        kept.append(found[0] != "<g>")
+        return found[0] if kept[-1] else ""
+
+    return re.sub(r"</?g\b[^>]*>", own, svg)
 
 
 def for_page(svg: str, name: str) -> str:
