@@ -61,7 +61,8 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare:
         locate_parent(config, workdir, name, to_train)
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
         finished = "is finished" if len(order) == 1 else "are finished"
-        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {workdir if bare else workdir / REPORT_HTML}")
+        where = workdir if bare else workdir / REPORT_HTML
+        console.print(f"Nothing left to do: {', '.join(order)} {finished}. See {where}")
         return 0
     check_fits(
         config, [name for name in to_train if not Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps()]

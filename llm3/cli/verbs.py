@@ -50,12 +50,7 @@ STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (de
 STAGE = flag("--stage", type=one_name, required=True)
 PROCESSES = (
     flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
-    flag(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="number of processes (SLURM, Open MPI and TPUs set it)",
-    ),
+    flag("--processes", type=int, metavar="N", help="number of processes (SLURM, Open MPI and TPUs set it)"),
     flag("--process", type=int, metavar="I", help="index of this process, from 0"),
 )
 

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from llm3.cli import checks
 from llm3.cli.output import ReaderGone, watched_output
-from llm3.errors import NotWritten
+from llm3.errors import NotWritten, UserError
 from tests.helpers import tiny_run as tiny
 
 REFUSED = {
@@ -65,6 +66,7 @@ REFUSED = {
     "bench-model --gigabytes=0": "--gigabytes=0.0: expected a number above 0",
     "lineage --workdir=NONE": "--workdir=NONE: no such directory",
     "report NONE": "NONE: no such directory",
+    "report W NONE": "W: no such directory",
     "compare NONE NONE": "NONE: no such directory",
 }
 CALLS = """
@@ -134,3 +136,23 @@ def test_a_verb_that_reads_files_of_a_run_needs_no_devices(verb):
     script = f"import sys, llm3.cli.{verb}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "flax", "orbax", "matplotlib"} & set(loaded)
+
+
+def test_the_report_of_several_runs_needs_a_folder_of_its_own(tmp_path):
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    for run in (one, two):
+        (run / "pretrain" / "checkpoints").mkdir(parents=True)
+        (run / "sessions.json").touch()
+    given = {"dirs": [one, two], "out": other, "config": None}
+    checks.check_report(given)
+    checks.check_report(given | {"dirs": [one], "out": None})
+    for change, part in (
+        ({"out": None}, "expected --out=DIR"),
+        ({"out": two}, "it is a run, whose report would be lost"),
+        ({"out": one / "sessions.json"}, "it is a file"),
+        ({"dirs": [one]}, "expected several runs"),
+        ({"config": object()}, "expected one run"),
+        ({"dirs": [one, other]}, "no such directory"),
+    ):
+        with pytest.raises(UserError, match=part):
+            checks.check_report(given | change)

@@ -166,12 +166,13 @@ def answers(whole):
         ("lineage", common[1]),
         ("report", copy),
         ("compare", whole.workdir, copy),
+        ("report", whole.workdir, copy, f"--out={whole.base / 'compared'}"),
         ("predict", common[1], "--stage=finetune", f"--in={task}", f"--out={whole.base / 'labels.jsonl'}"),
         ("predict", common[1], "--stage=pretrain", f"--in={general}", f"--out={whole.base / 'scores.csv'}"),
     )
     names = (
         *("again", "eval", "eval_json", "generate", "generate_stage", "bench", "plan", "lineage"),
-        *("report", "compare", "labels", "scores"),
+        *("report", "compare", "report_both", "labels", "scores"),
     )
     outputs = dict(zip(names, done.stdout.split(tiny.NEXT), strict=False))
     return types.SimpleNamespace(**outputs, copy=copy, written=written, unchanged=tiny.files(whole.workdir) == before)
@@ -475,6 +476,22 @@ def test_report_writes_the_page_and_the_matrix_again_from_the_files_of_a_run(ans
     shown = {f"figures/{path.name}" for path in (answers.copy / "figures").iterdir()}
     assert shown == set(re.findall(r"\]\((figures/.*?)\)", answers.written["report.md"].decode()))
     assert "Report:" in answers.report and "finetune" in answers.report
+
+
+def test_a_report_of_two_runs_compares_them(whole, answers):
+    text = (whole.base / "compared" / "report.md").read_text()
+    assert "better than" in text.splitlines()[2] and "0 cannot be compared" in text
+    assert "## Training loss" in text and text.count("No difference.") == 2
+    assert "compared/report.html" in answers.report_both
+
+
+def test_a_stage_keeps_windows_with_their_targets_for_the_report(whole):
+    windows = {name: json.loads((whole.workdir / name / "data_sample.json").read_text()) for name in tiny.STAGES}
+    assert {len(each) for each in windows.values()} == {3}
+    assert all(mark for (_, mark) in windows["pretrain"][0][1:]), "each token after the first is a target"
+    labels = {text for window in windows["finetune"] for text, mark in window if mark}
+    assert labels <= {"general", "domain"}
+    assert "«general»" in (whole.workdir / "report.md").read_text()
 
 
 def test_compare_shows_two_runs_side_by_side(answers):
