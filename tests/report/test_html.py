@@ -116,6 +116,12 @@ def test_a_page_refers_to_nothing_outside_itself_and_needs_no_script(tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_html_and_images_in_the_markdown_itself_are_text():
+    found = of("# T\n\n<script>x</script>\n\na <b>c</b> ![picture](http://a.b/c.png)\n")
+    assert not {tag for tag, _ in found.tags} & {"script", "b", "img"}
+    assert "<script>x</script>" in found.text and "a <b>c</b> picture" in found.text
+
+
 def test_contents_link_to_every_section_and_anchors_are_unique():
     found = of("# T\n\nThe verdict.\n\n## One\n\n## One\n\n### Below\n\n## & <b>\n")
     anchors = [attrs["id"] for tag, attrs in found.tags if tag == "h2"]
