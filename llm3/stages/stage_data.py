@@ -7,12 +7,9 @@ from llm3.config.schema import RunConfig
 from llm3.data.cache.token_cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.mixture import Mixture
-from llm3.data.mixture_weights import weight_schedule
 from llm3.data.packing import Windows
-from llm3.errors import UserError, counted
-from llm3.files import RECORD, local_path, read_json
-from llm3.stages.parents import parent_name
-from llm3.stages.rules import data_sources
+from llm3.errors import counted
+from llm3.stages.mixture_schedule import drawn_sources, stage_schedule
 from llm3.stages.truncation import truncation_warning
 
 
@@ -69,55 +66,11 @@ def read_data(
     kinds: {row format: kind of windows}. length: tokens of a document that a window holds. seed: of the data order.
     corrupt: what the objective does to each batch; None: nothing
     """
-    stage, sources = config.stages[name], _sources(config, name, library)
+    stage, schedule = config.stages[name], stage_schedule(config, name, library)
+    sources = drawn_sources(config, name, schedule)
     caches = {source: library.cache(source, "train") for source in sources}
     tables = {
         source: library.windows(kinds[config.sources[source].row_format], source, "train", length) for source in sources
     }
-    schedule = _schedule(config, name, library)
     mixture = Mixture(tables, schedule, stage.batch_size, seed, by=stage.weights, corrupt=corrupt)
     return StageData(caches, tables, schedule, mixture, length)
-
-
-def _schedule(config: RunConfig, name: str, library: Library) -> list[tuple[int, dict[str, float]]]:
-    """Pairs (first step, weights of the sources)."""
-    stage = config.stages[name]
-    return weight_schedule(
-        data=stage.data,
-        temperature=stage.temperature,
-        data_schedule=stage.data_schedule,
-        replay=stage.replay,
-        parent=_parent_weights(config, name, library),
-        tokens={source: library.cache(source, "train").tokens for source in _sources(config, name, library)},
-        steps=stage.steps,
-        where=f"config.stages.{name}",
-    )
-
-
-def _parent_weights(config: RunConfig, name: str, library: Library) -> dict[str, float] | None:
-    """The weights of the parent's sources to replay; None without replay or without a trained parent."""
-    stage = config.stages[name]
-    if not stage.replay:
-        return None
-    if (parent := parent_name(stage)) in config.stages:
-        return _schedule(config, parent, library)[-1][1]
-    if not (isinstance(stage.start, dict) and stage.start.get("run")):
-        return None
-    run = local_path(stage.start["run"], f"config.stages.{name}.start.run")
-    path = run / stage.start["stage"] / RECORD
-    if (record := read_json(path)) is None:
-        raise UserError(
-            f"config.stages.{name}.replay: {path}, which names the data to replay, does not exist: if that run was "
-            f"moved, set start.run to its new place"
-        )
-    return record["stage"]["data"]
-
-
-def _sources(config: RunConfig, name: str, library: Library) -> list[str]:
-    """The sources that a stage draws from. Raises UserError if this config lacks a source of the parent."""
-    names = data_sources(config, name)
-    for source in _parent_weights(config, name, library) or ():
-        if source not in config.sources:
-            raise UserError(f"config.stages.{name}.replay: the parent's source {source!r} is not in config.sources")
-        names += [] if source in names else [source]
-    return names

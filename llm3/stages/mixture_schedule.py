@@ -1,0 +1,67 @@
+"""The weights of a stage's sources over its steps, with the data of its parent that it replays."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm3.config.schema import RunConfig, StageConfig
+from llm3.data.library import Library
+from llm3.data.mixture import Schedule
+from llm3.data.mixture_weights import weight_schedule
+from llm3.errors import UserError
+from llm3.files import RECORD, local_path, read_json
+from llm3.stages.parents import parent_name
+from llm3.stages.rules import data_sources
+
+
+def stage_schedule(config: RunConfig, name: str, library: Library) -> Schedule:
+    """Pairs (first step, weights of the sources), as `weight_schedule`. Raises UserError."""
+    stage, where = config.stages[name], f"config.stages.{name}"
+    return _schedule(vars(stage), _replayed(stage, config, library, where), library, where)
+
+
+def drawn_sources(config: RunConfig, name: str, schedule: Schedule) -> list[str]:
+    """The sources that a stage draws from, its own first. schedule: that of the stage."""
+    return list(dict.fromkeys([*data_sources(config, name), *(each for _, weights in schedule for each in weights)]))
+
+
+def _replayed(stage: StageConfig, config: RunConfig, library: Library, where: str) -> dict[str, float] | None:
+    """The weights of the parent's sources to replay; None without replay or without a trained parent."""
+    if not stage.replay:
+        return None
+    if (parent := parent_name(stage)) in config.stages:
+        return stage_schedule(config, parent, library)[-1][1]
+    if not (isinstance(stage.start, dict) and stage.start.get("run")):
+        return None
+    run = local_path(stage.start["run"], f"{where}.start.run")
+    return _recorded(run, stage.start["stage"], library, f"{where}.replay")
+
+
+def _recorded(run: Path, name: str, library: Library, where: str) -> dict[str, float]:
+    """The weights in the last step of a stage of another run, by the record that it keeps."""
+    path = run / name / RECORD
+    if (record := read_json(path)) is None:
+        raise UserError(
+            f"{where}: {path}, which names the data to replay, does not exist: if that run was moved, set start.run to "
+            "its new place"
+        )
+    own, parent = {"temperature": 0.0, "data_schedule": (), "replay": 0.0} | record["stage"], None
+    if own["replay"] and (start := own["start"]) is not None:
+        start = start if isinstance(start, dict) else {"stage": start}
+        parent = _recorded(Path(start.get("run") or run), start["stage"], library, where)
+    return _schedule(own, parent, library, where)[-1][1]
+
+
+def _schedule(own: Mapping[str, Any], parent: Mapping[str, float] | None, library: Library, where: str) -> Schedule:
+    """The schedule of a stage with these fields. parent: the weights that it replays."""
+    weights = [own["data"], *(each for _, each in own["data_schedule"]), parent or {}]
+    sources = dict.fromkeys(source for each in weights for source in each)
+    for source in sources:
+        if source not in library.configs:
+            raise UserError(f"{where}: the parent's source {source!r} is not in config.sources")
+    return weight_schedule(
+        **{key: own[key] for key in ("data", "temperature", "data_schedule", "replay", "steps")},
+        parent=parent,
+        tokens={source: library.cache(source, "train").tokens for source in sources},
+        where=where,
+    )
