@@ -164,8 +164,10 @@ def chain_config(values: Mapping[str, Any], stage: str) -> RunConfig:
 def _points(grid: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any], int]]:
     """(cell, changes, shared_by) of every point of the grid."""
     axes = []
+    last = [axis.rpartition(".")[2] for axis in grid]
     for axis, values in grid.items():
         short = axis.rpartition(".")[2]
+        short = short if last.count(short) == 1 else axis
         if isinstance(values, dict):
             axes.append([(axis, str(label), changes, 1) for label, changes in values.items()])
         elif axis == SHARED_BY:
@@ -184,8 +186,9 @@ def seeded(values: Mapping[str, Any], seed: int, vary: list[str]) -> dict[str, A
     for own in found["stages"].values():
         fixed = own.get("seed")
         fixed = found.get("seed", 0) if fixed is None else fixed
+        fixed_order = own.get("order_seed")
         kind = own["kind"]
         init = seed if {kind, f"{kind}.init"} & set(vary) else fixed
-        order = seed if {kind, f"{kind}.order"} & set(vary) else fixed
+        order = seed if {kind, f"{kind}.order"} & set(vary) else fixed if fixed_order is None else fixed_order
         own |= {"seed": init, "order_seed": None if order == init else order}
     return found

@@ -4,16 +4,16 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from llm3.ablation.arms import BASE, Variant, chain, chain_config
 from llm3.ablation.schema import AblationConfig
-from llm3.config.schema import RunConfig
+from llm3.config.schema import MeshConfig, RunConfig
 from llm3.data.library import Library
+from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.errors import UserError
 from llm3.planning.plan import on_abstract_mesh
 from llm3.stages.experiment import read_library
@@ -109,7 +109,7 @@ class Prices:
         key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
         if key not in self._costs:
             stage = read_stage(config, name, self._workdir, library).computed_in("float32")
-            with on_abstract_mesh(config.mesh, jax.device_count()) as mesh:
+            with on_abstract_mesh(config.mesh, fewest_devices(config.mesh)) as mesh:
                 phases = stage.phases(mesh)
             seconds = self._timed(config, name, key)
             flops = sum(each.hardware_flops_per_step * (each.stop - each.first) for each in phases)
@@ -117,6 +117,11 @@ class Prices:
             total = Cost(stage.step_tokens * own.steps, flops, None if seconds is None else seconds * own.steps)
             self._costs[key] = StageCost(total, step, key)
         return self._costs[key]
+
+
+def fewest_devices(mesh: MeshConfig) -> int:
+    """The fewest devices that a mesh can have; the FLOPs of a step do not depend on how many there are."""
+    return math.prod(abs(getattr(mesh, axis)) for axis in MESH_AXES)  # -1: as many as there are
 
 
 def price_all(variants: Sequence[Variant], config: AblationConfig, prices: Prices) -> list[Priced]:

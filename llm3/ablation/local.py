@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from llm3 import config_folder
 from llm3.ablation.graph import NODE, Node, directory
 from llm3.distributed import interrupts
+from llm3.distributed.lock import holder
 from llm3.errors import Exit
 from llm3.files import write_json
 from llm3.report.units import duration
@@ -40,13 +40,19 @@ def command(folder: Path) -> list[str]:
 
 
 def environment(workdir: Path) -> dict[str, str]:
-    """The variables of a stage run: it finds the functions beside the config, and what others have compiled."""
-    paths = [config_folder.current(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The variables of a stage run: it finds what others have compiled."""
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str((workdir / COMPILED).resolve()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return compiled | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return compiled | os.environ
+
+
+def start_process(folder: Path, workdir: Path) -> subprocess.Popen:
+    """A process that trains the stage run in this folder; what it prints is added to its log."""
+    arguments, variables = [sys.executable, "-m", "llm3", *command(folder)], environment(workdir)
+    with open(folder / LOG, "ab") as log:
+        return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
 
 
 class Trainer:
@@ -66,55 +72,70 @@ class Trainer:
         self._workdir, self._jobs, self._console = workdir, jobs, console
         self._prepare, self._result = prepare, result
         self._running: list[Running] = []
+        self._waiting: dict[str, Node] = {}
         self._failed: dict[str, str] = {}
+        self._in_use: set[str] = set()
         self._ended = self._total = 0
         self._signal: int | None = None
 
     def train(self, nodes: Iterable[Node]) -> int:
         """Train the nodes, parents first, that are not finished; returns the exit status.
 
-        A node that fails stops only those that start from it; `failed.json` says why. The first Ctrl-C or SIGTERM
-        reaches the running nodes, which save and end; then this returns its status.
+        A node that fails stops only those that start from it; `failed.json` says why. A node that another process
+        trains, such as one of an `ablate` that was killed, is waited for. The first Ctrl-C or SIGTERM reaches the
+        running nodes, which save and end; then this returns its status.
         """
-        waiting = {each.name: each for each in nodes if self._result(each) is None}
-        self._total = len(waiting)
+        self._waiting = {each.name: each for each in nodes if self._result(each) is None}
+        self._total = len(self._waiting)
         write_json(self._workdir / FAILED, self._failed)
         with self._listening():
-            while self._running or (waiting and self._signal is None):
-                self._start_some(waiting)
-                for each in [each for each in self._running if each.process.poll() is not None]:
-                    self._running.remove(each)
-                    self._end(each)
-                time.sleep(POLL_SECONDS)
+            try:
+                self._train()
+            except BaseException:
+                for each in self._running:
+                    each.process.send_signal(signal.SIGTERM)
+                raise
         if self._signal is not None:
             self._console.print("Stopped; everything is saved. Rerun the command to resume.")
             return interrupts.exit_status(self._signal)
         return Exit.PARTIAL if self._failed else 0
 
-    def _start_some(self, waiting: dict[str, Node]) -> None:
+    def _train(self) -> None:
+        while self._running or (self._waiting and self._signal is None):
+            self._start_some()
+            for each in [each for each in self._running if each.process.poll() is not None]:
+                self._running.remove(each)
+                self._end(each)
+            time.sleep(POLL_SECONDS)
+
+    def _start_some(self) -> None:
         """Start the next nodes whose parents are finished; drop those whose parents failed."""
-        busy = {each.node.name for each in self._running}
+        waiting, busy = self._waiting, {each.node.name for each in self._running}
         for node in list(waiting.values()):
             if node.parent in self._failed:
                 self._fail(waiting.pop(node.name), f"its parent {node.parent} failed")
-            elif self._signal is None and len(busy) < self._jobs and node.parent not in {*waiting, *busy}:
-                self._running.append(self._start(waiting.pop(node.name)))
+            elif self._signal is not None or len(busy) >= self._jobs or node.parent in {*waiting, *busy}:
+                continue
+            elif other := holder(directory(self._workdir, node.name)):
+                if node.name not in self._in_use:
+                    self._console.print(f"{node.name}: {other} trains it, and is waited for")
+                self._in_use.add(node.name)
+            elif node.name in self._in_use and (result := self._result(node)) is not None:
+                self._say(waiting.pop(node.name), result)
+            else:
+                process = start_process(self._prepare(node), self._workdir)
+                self._running.append(Running(waiting.pop(node.name), process, time.monotonic()))
                 busy.add(node.name)
-
-    def _start(self, node: Node) -> Running:
-        folder = self._prepare(node)
-        with open(folder / LOG, "ab") as log:
-            arguments = [sys.executable, "-m", "llm3", *command(folder)]
-            process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(self._workdir)
-            )
-        return Running(node, process, time.monotonic())
+                if self._signal is not None:  # which came while the process was started
+                    process.send_signal(self._signal)
 
     def _end(self, ended: Running) -> None:
         node, status = ended.node, ended.process.returncode
-        if status in STOPPED and self._signal is not None:
+        if self._signal is not None and status in (*STOPPED, -self._signal):
             return
-        if status == 0 and (result := self._result(node)) is not None:
+        if status and holder(directory(self._workdir, node.name)):  # another process was faster
+            self._waiting[node.name] = node
+        elif status == 0 and (result := self._result(node)) is not None:
             self._say(node, f"{result}, {duration(time.monotonic() - ended.since)}")
         else:
             self._fail(node, f"exit {status}: {last_line(directory(self._workdir, node.name) / LOG)}")

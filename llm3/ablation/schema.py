@@ -8,7 +8,7 @@ from llm3.errors import UserError, nearest, one_of
 KINDS = ("pretrain", "posttrain", "finetune")
 PARTS = (*KINDS, *(f"{kind}.{part}" for kind in KINDS for part in ("init", "order")))
 EXPECTATIONS = ("better", "worse", "no worse", "different")
-UNITS = ("", "tokens", "flops", "seconds")
+UNITS = ("tokens", "flops", "seconds")
 SHARED_BY = "shared_by"  # a field of the grid that is no field of the base
 
 
@@ -72,7 +72,8 @@ class AblationConfig:
     comparisons: dict[str, ComparisonConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        one_of("match", self.match, UNITS)
+        if self.match:
+            one_of("match", self.match, UNITS)
         for number, name in enumerate(self.vary):
             if name not in PARTS:
                 raise UserError(f"config.vary[{number}]={name!r}: {nearest(name, PARTS)}")
@@ -86,6 +87,8 @@ class AblationConfig:
             if comparison.ours == comparison.theirs:
                 raise UserError(f"config.comparisons.{name}: compares {comparison.ours!r} with itself")
         for name, arm in self.arms.items():
+            if not name or {",", "="} & set(name):
+                raise UserError(f"config.arms: {name!r} cannot be the name of an arm: expected one without ',' and '='")
             if arm.adjust and not self.match:
                 raise UserError(
                     f"config.arms.{name}.adjust={arm.adjust!r}: needs `match`, what arms use equally much of"
@@ -106,6 +109,8 @@ class AblationConfig:
                 raise UserError(f"config.grid.{axis}={values!r}: expected a list of values, or {{value: changes}}")
             if isinstance(values, dict) and not all(isinstance(each, dict) for each in values.values()):
                 raise UserError(f"config.grid.{axis}: expected {{value: {{field: value}}}}")
+            if len({str(each) for each in values}) < len(values):
+                raise UserError(f"config.grid.{axis}={values!r}: expected different values")
         numbers = self.grid.get(SHARED_BY, [1])
         if not (isinstance(numbers, list) and all(isinstance(each, int) and each >= 1 for each in numbers)):
             raise UserError(f"config.grid.{SHARED_BY}={numbers!r}: expected a list of numbers from 1")

@@ -168,12 +168,14 @@ def read_study(workdir: Path) -> Study:
 
 def read_outcome(workdir: Path, variant: str, seed: int, chain: list[str]) -> Outcome | None:
     """The results of a chain of stage runs, by the evaluations of its last one; None if one is not finished."""
+    paths = [_row(workdir, name) for name in chain]
+    if not all(path.is_file() for path in paths):
+        return None
+    given = read_json(directory(workdir, chain[-1]) / NODE)
+    own = load.read({key: value for key, value in given.items() if key != load.FOLDER} | {"model": STAND_IN})
+    now = {each: {"config": definition(own, each)} for each in own.evaluations}
     rows, details, folders = {}, {}, {}
-    for name in chain:
-        if not (path := _row(workdir, name)).is_file():
-            return None
-        own = load.read(read_json(directory(workdir, chain[-1]) / NODE) | {"model": STAND_IN})
-        now = {each: {"config": definition(own, each)} for each in own.evaluations}
+    for path in paths:
         row = read_json(path)
         stage = row["stage"]
         rows[stage], details[stage] = current(path.parent, row, read_json(path.parent / DETAILS), now)

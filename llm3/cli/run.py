@@ -77,7 +77,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare:
         request = held.enter_context(stop_on_signals())
         with session.on_mesh():
             with watch.part("prepare"):
-                begin(session, to_train)
+                begin(session, to_train, bare)
             facts = session.facts() if processes.is_first() else {}
             if processes.is_first():
                 log.write(facts, watch.seconds)
@@ -122,12 +122,13 @@ def intact_checkpoint(workdir: Path, order: list[str]) -> str:
     return "there is no earlier checkpoint; rerun the command to start again"
 
 
-def begin(session: Session, to_train: list[str]) -> None:
-    """Check all stages to train, then write the files of the run."""
+def begin(session: Session, to_train: list[str], bare: bool) -> None:
+    """Check all stages to train, then write the files of the run; bare: without rows for what they start from."""
     check_all_before_training(session, to_train)
     keep_model(session)
     if processes.is_first():
-        write_records(session)
+        if not bare:
+            write_records(session)
         for name in to_train:
             write_json(session.workdir / name / DATA_SAMPLE, data_sample(session.experiment.stages[name], DATA_WINDOWS))
         with writing(session.workdir / TOKENIZER):

@@ -19,6 +19,7 @@ from llm3.errors import SYNONYMS, UserError, known_as, nearest
 from llm3.files import local_path, read_json
 
 ORDERED = ("sources", "stages", "evaluations")  # sections whose entries run and are shown in the order of the file
+FOLDER = "config_folder"  # a key of a config in a JSON file
 Config = typing.TypeVar("Config")
 
 
@@ -108,9 +109,9 @@ def _run_file(file: str) -> dict:
     if not path.is_file():
         siblings = sorted(str(each) for each in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"--config={name}: no such file; {nearest(name, siblings)}")
-    config_folder.enter(path.parent)
     if path.suffix == ".json":
         return _read_file(path, name)
+    config_folder.enter(path.parent)
     try:
         with config_folder.on_path():
             get_config = runpy.run_path(str(path)).get("get_config")
@@ -126,10 +127,14 @@ def _run_file(file: str) -> dict:
 
 
 def _read_file(path: Path, name: str) -> dict:
-    """The fields in a JSON file, such as the one with every field that `run` keeps."""
+    """The fields in a JSON file, such as the one with every field that `run` keeps.
+
+    `FOLDER` is no field: it names the folder of the config that the fields come from, where its functions are.
+    """
     given = read_json(path)
     if not isinstance(given, dict):
         raise UserError(f"--config={name}: holds {type(given).__name__}, expected the fields of a config")
+    config_folder.enter(given.pop(FOLDER, path.parent))
     return given
 
 

@@ -100,6 +100,17 @@ def _open(path: Path) -> tuple[bool, BinaryIO]:
         raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
 
 
+def holder(workdir: Path) -> Holder | None:
+    """The process that holds the workdir; None if none does, or if it shows no sign of life."""
+    path = workdir / LOCK
+    found = _holder(path)
+    if found is None or (found.host == socket.gethostname() and not _is_running(found.process)):
+        return None
+    with suppress(FileNotFoundError):
+        return found if time.time() - _modified_at(path) < DEAD_SECONDS else None
+    return None
+
+
 def _open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 

@@ -111,9 +111,9 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     return Experiment(config, workdir, library, computed, evaluations, dtype)
 
 
-def read_evaluation_data(config: RunConfig, workdir: Path) -> dict[str, str]:
+def read_evaluation_data(config: RunConfig, library: Library) -> dict[str, str]:
     """{evaluation with a source: the digest of its documents}. Raises UserError."""
-    library, found = read_library(config, workdir), {}
+    found = {}
     for name, own in config.evaluations.items():
         if own.source:
             cache = library.cache(own.source, own.split)

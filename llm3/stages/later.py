@@ -15,7 +15,7 @@ from llm3.files import DETAILS, ROW, read_json
 from llm3.stages.evaluate import Measured, digest_of, measure, write_results
 from llm3.stages.evaluated import Entries, changes, definition, entries, majority, owner, without
 from llm3.stages.evaluation import Subject, subject_of_checkpoint
-from llm3.stages.experiment import read_evaluation_data
+from llm3.stages.experiment import read_evaluation_data, read_library
 from llm3.stages.first_rows import subject_and_params, unreadable
 from llm3.stages.parents import first_rows
 from llm3.stages.session import Session
@@ -48,7 +48,7 @@ def is_current(config: RunConfig, workdir: Path, names: list[str]) -> bool:
     if outdated(workdir, names, now):
         return False
     with suppress(UserError):
-        for name, fingerprint in read_evaluation_data(config, workdir).items():
+        for name, fingerprint in read_evaluation_data(config, read_library(config, workdir)).items():
             now[name] |= {"data": fingerprint}
     return not outdated(workdir, names, now)
 

@@ -100,7 +100,10 @@ def differences(saved: Any, now: Any, where: str = "") -> list[str]:
 
 
 def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> dict:
-    """`saved` with the parent's run or model of `now`, if the parent that the stage started from is there."""
+    """`saved` with the parent's run or model of `now`, if the parent that the stage started from is there.
+
+    A stage that has saved no checkpoint has nothing from the parent that was recorded.
+    """
     start, moved = (record.get("stage", {}).get("start") for record in (saved, now))
     if not (isinstance(start, dict) and isinstance(moved, dict)):
         return saved
@@ -123,7 +126,7 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
     run = local_path(moved["run"], f"config.stages.{name}.start.run")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
     with suppress(DamagedCheckpoint):
-        if (step := checkpoints.latest()) is not None and holds(run, checkpoints.meta(step)["parent"]):
+        if (step := checkpoints.latest()) is None or holds(run, checkpoints.meta(step)["parent"]):
             return saved | {"stage": saved["stage"] | {"start": start | {"run": moved["run"]}}}
     return saved
 

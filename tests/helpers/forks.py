@@ -72,10 +72,13 @@ class Fork:
             self._said = stdout, stderr
         return self._said
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            os.kill(self.pid, signal.SIGKILL)
-            self.communicate(60)
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+        self.communicate(60)
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any]:

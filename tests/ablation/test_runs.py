@@ -1,0 +1,166 @@
+"""Whole ablations with steps of milliseconds: what is trained, its results, and what a kill or a failure leaves."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import types
+
+import pytest
+
+from llm3.__main__ import main
+from llm3.ablation import local
+from llm3.errors import Exit
+from tests.helpers import tiny_ablation as tiny_ab
+from tests.helpers import tiny_run as tiny
+
+pytestmark = pytest.mark.slow
+SMALL = "c.seeds = [0]\n"
+TOP = 'c.arms["top"] = {"change": {"stages.finetune.train": "top(1)"}}\n'
+NO_GENERAL = "del c.evaluations.general\n"
+# the stages of one run that does by hand what all arms do with seed 1
+BY_HAND = """
+shared, fit = dict(c.stages.posttrain, seed=1), dict(c.stages.finetune, seed=1)
+of = lambda parent, **more: dict(fit, start=dict(stage=parent, fresh=["head/.*"]), **more)
+c.stages = dict(
+    pretrain=dict(c.stages.pretrain, seed=0),
+    posttrain=shared,
+    all_three=of("posttrain"),
+    no_domain=of("pretrain"),
+    top=of("posttrain", train="top(1)"),
+)
+c.tokenizer.sources = ["domain", "general"]
+"""
+
+
+class Started(list):
+    """The names of the stage runs that were started, of which some get a point at which they die."""
+
+    def __init__(self):
+        self.points, self.polled = {}, lambda process: None
+
+    def __call__(self, folder, workdir):
+        self.append(folder.name)
+        point = self.points.pop(folder.name.rpartition("-")[0], "")
+        return tiny_ab.Process(folder, point, lambda process: self.polled(process))
+
+
+@pytest.fixture(scope="module")
+def started():
+    with pytest.MonkeyPatch.context() as patch:
+        found = Started()
+        patch.setattr(local, "start_process", found)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ablate(tmp_path_factory):
+    """Runs the verb on the tiny ablation with some more lines; its base is one folder for all workdirs."""
+    base = tmp_path_factory.mktemp("ablation")
+
+    def ablate(workdir, lines="", *flags):
+        file = tiny_ab.write_ablation(base, lines, NO_GENERAL)
+        return main(["ablate", f"--config={file}", f"--workdir={workdir}", *flags])
+
+    ablate.base = base
+    return ablate
+
+
+@pytest.fixture(scope="module")
+def study(ablate, started, tmp_path_factory):
+    """Two arms and a seed; then a plan with one more of each; then these trained, two at a time."""
+    workdir = tmp_path_factory.mktemp("study") / "w"
+    assert ablate(workdir, SMALL, "--plan") == 0 and not workdir.exists()
+    assert ablate(workdir, SMALL) == 0
+    first, before = list(started), tiny.files(workdir)
+    assert ablate(workdir, TOP, "--plan") == 0 and tiny.files(workdir) == before
+    assert ablate(workdir, TOP, "--jobs=2") == 0
+    return types.SimpleNamespace(workdir=workdir, first=first, second=started[len(first) :], before=before)
+
+
+def kinds(names):
+    return sorted(name.rpartition("-")[0] for name in names)
+
+
+def test_shared_stages_are_trained_once_and_what_is_added_alone_later(study):
+    assert kinds(study.first) == ["finetune", "finetune", "posttrain", "pretrain"]
+    assert kinds(study.second) == 4 * ["finetune"] + ["posttrain"]
+    assert not set(study.first) & set(study.second)
+    chains = [chain for variant in tiny_ab.plan(study.workdir).values() for chain in variant["chains"].values()]
+    assert len(chains) == 6 and {name for chain in chains for name in chain} == {*study.first, *study.second}
+
+
+def test_files_of_finished_stage_runs_are_not_touched(study):
+    after = tiny.files(study.workdir)
+    runs = {path: file for path, file in study.before.items() if path.startswith("runs/")}
+    assert runs and runs == {path: after[path] for path in runs}
+
+
+def test_a_chain_has_the_bits_of_the_same_stages_in_one_config(study, ablate, tmp_path):
+    """Also where a stage replays the data of its parent by weights that follow from sizes of sources."""
+    config = tiny.write_config(tmp_path / "hand.py", ablate.base, tiny_ab.SMALL + NO_GENERAL + BY_HAND)
+    tiny.process(["run", f"--config={config}", f"--workdir={tmp_path / 'hand'}"])
+    for name, variant in tiny_ab.plan(study.workdir).items():
+        *_, run = variant["chains"]["1"]
+        row = json.loads((study.workdir / "runs" / run / "finetune" / "evaluation.json").read_text())
+        by_hand = tiny.rows(tmp_path / "hand")[name.replace(" ", "_")]
+        same = ("params_digest", "task_accuracy", "task_nll", "tokens", "hardware_flops")
+        assert {key: row.get(key) for key in same} == {key: by_hand.get(key) for key in same}, name
+
+
+def test_nothing_is_left_to_do_and_the_plan_is_the_same_again(study, ablate, started, capsys):
+    before, count = tiny.files(study.workdir), len(started)
+    assert ablate(study.workdir, TOP) == 0
+    assert "of which 0 are to be trained" in " ".join(capsys.readouterr().out.split())
+    after = tiny.files(study.workdir)
+    assert len(started) == count and {path: file[1] for path, file in after.items()} == {
+        path: file[1] for path, file in before.items()
+    }
+
+
+def test_what_a_kill_and_a_stop_leave_is_resumed_to_the_same_bits(study, ablate, started, tmp_path, capsys):
+    """In a copy elsewhere, without the runs of seed 1: a stage run is killed, then the launcher gets SIGTERM."""
+    workdir = tmp_path / "moved"
+    shutil.copytree(study.workdir, workdir)
+    of_seed = {name for variant in tiny_ab.plan(workdir).values() for name in variant["chains"]["1"]}
+    for name in of_seed.intersection(study.second):
+        shutil.rmtree(workdir / "runs" / name)
+    started.points = {"posttrain": "SIGKILL@saved:posttrain:2"}
+    assert ablate(workdir, TOP) == Exit.PARTIAL
+    failed = json.loads((workdir / "failed.json").read_text())
+    [killed] = [name for name, why in failed.items() if why.startswith("exit -9")]
+    assert kinds(failed) == ["finetune", "finetune", "posttrain"]
+    assert {why for name, why in failed.items() if name != killed} == {f"its parent {killed} failed"}
+
+    def stop(process):
+        if process.metrics("posttrain") >= 3 and not stops:
+            stops.append(process)
+            os.kill(os.getpid(), signal.SIGTERM)  # the launcher, which passes it on
+            process.send_signal(signal.SIGCONT)
+
+    stops, started.points, started.polled = [], {"posttrain": "SIGSTOP@log:posttrain:3"}, stop
+    assert ablate(workdir, TOP) == Exit.PREEMPTED and stops
+    assert "Stopped; everything is saved" in capsys.readouterr().out
+    started.polled = lambda process: None
+    assert ablate(workdir, TOP) == 0
+    log = (workdir / "runs" / killed / "log.txt").read_text()
+    assert re.findall(r"resumes at step (\d)", log) == ["2", "4"], log
+    assert tiny_ab.digests(workdir) == tiny_ab.digests(study.workdir)
+    assert tiny_ab.plan(workdir) == tiny_ab.plan(study.workdir)
+
+
+def test_an_arm_that_fails_is_reported_and_stops_no_other(study, ablate, started, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    shutil.copytree(study.workdir, workdir)
+    change = {"stages.posttrain.optimizer.learning_rate": 1e30, "stages.posttrain.guard.stop_after": 1}
+    bias = {"change": {"stages.finetune.train": ".*/bias"}}
+    bad = f'c.arms = {{"bad": {{"change": {change}}}, **c.arms, "bias": {bias}}}\n'
+    assert ablate(workdir, SMALL + bad) == Exit.PARTIAL
+    failed = json.loads((workdir / "failed.json").read_text())
+    [(parent, why), (child, other)] = failed.items()
+    assert parent.startswith("posttrain-") and why.startswith(f"exit {Exit.DIVERGED}: ")
+    assert child.startswith("finetune-") and other == f"its parent {parent} failed"
+    [bias] = tiny_ab.digests(workdir).keys() - tiny_ab.digests(study.workdir).keys()
+    assert tiny_ab.plan(workdir)["bias"]["chains"]["0"][-1] == bias
+    assert f"{parent}: failed: exit 3" in " ".join(capsys.readouterr().out.split())
