@@ -1,41 +1,49 @@
 """The verb `ablate`: train the arms of an ablation over its seeds, from stages that they share, and compare them."""
 
+import json
 import shlex
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
+from llm3 import config_folder
 from llm3.ablation.arms import variants
 from llm3.ablation.costs import EQUAL, Cost, Priced, Prices, difference, price_all, reference_of
 from llm3.ablation.graph import Graph, Node, build, row_of, write_node
 from llm3.ablation.local import Trainer
 from llm3.ablation.schema import AblationConfig
+from llm3.ablation.slurm import Jobs
 from llm3.ablation.study import write_plan
-from llm3.cli.bench import measure
 from llm3.cli.plan_totals import plan_console, time_text
-from llm3.config.schema import RunConfig
+from llm3.config.load import FOLDER
+from llm3.config.schema import RunConfig, as_dict
 from llm3.distributed.lock import lock
-from llm3.errors import counted
+from llm3.errors import UserError, counted
 from llm3.files import read_json, write_json
 from llm3.report.console import new_console
 from llm3.report.units import count
-from llm3.stages.experiment import prepare
-from llm3.stages.session import Session
 
 STEP_SECONDS = "step_seconds.json"  # {key of a program: seconds of a step}, as measured where budgets match in seconds
 
 
-def ablate(config: AblationConfig, workdir: Path, plan: bool = False, launcher: str = "local", jobs: int = 1) -> int:
+def ablate(
+    config: AblationConfig, workdir: Path, plan: bool = False, launcher: str = "local", jobs: int = 1, sbatch: str = ""
+) -> int:
     """Plan the stage runs of all arms and seeds, train those that are not finished, and write the report.
 
-    plan: only print the stage runs and their cost. Returns the exit status, `Exit.PARTIAL` if a stage run failed.
-    Raises UserError for an arm that cannot run.
+    plan: only print the stage runs and their cost. sbatch: options of the jobs, with launcher="slurm", which submits
+    the stage runs and returns; called again, it says how they stand. Returns the exit status, `Exit.PARTIAL` if a stage
+    run failed. Raises UserError for an arm that cannot run.
     """
+    jax.config.update("jax_platforms", "cpu")  # a plan needs no devices, which the stage runs take
     console = plan_console()
     prices = Prices(workdir, partial(timed, workdir) if config.match == "seconds" else partial(known, workdir))
     priced = price_all(variants(config), config, prices)
@@ -53,6 +61,9 @@ def ablate(config: AblationConfig, workdir: Path, plan: bool = False, launcher: 
         def result(node: Node) -> str | None:
             return None if (row := row_of(workdir, node)) is None else phrase(row, config.metric)
 
+        if launcher == "slurm":
+            queue = Jobs(workdir, new_console(), prepared, result, shlex.split(sbatch), config.seeds)
+            return queue.submit(graph.nodes.values())
         return Trainer(workdir, jobs, new_console(), prepared, result).train(graph.nodes.values())
 
 
@@ -105,8 +116,13 @@ def timed(workdir: Path, config: RunConfig, name: str, key: str) -> float:
     """The seconds of a step of a program; measured once, so that the same plan comes out again."""
     if (seconds := known(workdir, config, name, key)) is not None:
         return seconds
-    session = Session(prepare(config, workdir, [name]), new_console(stderr=True))
-    with session.on_mesh():
-        seconds = measure(session, session.experiment.stages[name], alone=True)["step_seconds"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.json"
+        write_json(file, as_dict(config) | {FOLDER: config_folder.current()})
+        flags = [f"--config={file}", f"--workdir={workdir}", f"--stage={name}", "--alone", "--json"]
+        done = subprocess.run([sys.executable, "-m", "llm3", "bench", *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"timing {name}: {done.stderr.strip().rpartition(chr(10))[2].removeprefix('llm3: ')}")
+    seconds = json.loads(done.stdout.splitlines()[-1])["step_seconds"]
     write_json(workdir / STEP_SECONDS, (read_json(workdir / STEP_SECONDS) or {}) | {key: seconds})
     return seconds

@@ -1,6 +1,7 @@
 """Checks of the flags, the config and the names of files, made before jax is imported, which takes seconds."""
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,18 @@ def check_ablation(options: Mapping[str, Any]) -> None:
     config: AblationConfig = options["config"]
     if options["jobs"] < 1:
         raise UserError(f"--jobs={options['jobs']}: expected at least 1")
-    if options["launcher"] not in LAUNCHERS:
-        raise UserError(f"--launcher={options['launcher']}: {nearest(options['launcher'], LAUNCHERS)}")
+    if (launcher := options["launcher"]) not in LAUNCHERS:
+        raise UserError(f"--launcher={launcher}: {nearest(launcher, LAUNCHERS)}")
+    if options["sbatch"] and launcher != "slurm":
+        raise UserError(f"--sbatch={options['sbatch']}: needs --launcher=slurm")
+    if launcher == "slurm" and options["jobs"] > 1:
+        raise UserError(f"--jobs={options['jobs']}: has no effect with --launcher=slurm, whose limits decide")
+    if launcher == "slurm" and not options["plan"]:
+        check_slurm()
     try:
-        rules.check(complete(config.base))
+        base = complete(config.base)
+        rules.check(base)
+        check_trackers(base)
     except UserError as error:
         raise UserError(re.sub(r"^config\.", "config.base.", str(error))) from None
     for each in variants(config):
@@ -79,6 +88,10 @@ def check_ablation(options: Mapping[str, Any]) -> None:
             own = chain_config(each.values, each.stage)
             rules.check(own)
             rules.check_metric(own, own.stages[each.stage], config.metric, "config.metric")
+            for name, comparison in config.comparisons.items():
+                if comparison.metric and each.arm in (comparison.ours, comparison.theirs):
+                    where = f"config.comparisons.{name}.metric"
+                    rules.check_metric(own, own.stages[each.stage], comparison.metric, where)
         except UserError as error:
             raise UserError(f"{each.name}: {error}") from None
 
@@ -112,6 +125,16 @@ def check_plan(options: Mapping[str, Any]) -> None:
         machines.parse(options["topology"], measure=False)
     elif options["aot"]:
         raise UserError("--aot: expected --topology=NAME as well, a TPU")
+
+
+def check_slurm() -> None:
+    """Raise UserError unless jobs can be submitted from here."""
+    if not shutil.which("sbatch"):
+        raise UserError("--launcher=slurm: no sbatch here: run this on a SLURM cluster")
+    if not Path("launch/slurm.sbatch").is_file():
+        raise UserError(
+            f"--launcher=slurm: no launch/slurm.sbatch in {Path.cwd()}: run this from the repository's root"
+        )
 
 
 def check_split_names(source: SourceConfig) -> None:

@@ -89,7 +89,8 @@ VERBS = {
             path_flag("--workdir", required=True, help="the ablation's files"),
             flag("--plan", action="store_true", help="only print what is to be trained, and what it costs"),
             flag("--launcher", default="local", help="local (default) or slurm"),
-            flag("--jobs", type=int, default=1, metavar="N", help="stage runs at a time (default: 1)"),
+            flag("--jobs", type=int, default=1, metavar="N", help="local: stage runs at a time (default: 1)"),
+            flag("--sbatch", default="", metavar="OPTIONS", help="slurm: of sbatch, as in '--partition=gpu --nodes=1'"),
         ),
     ),
     "eval": Verb(

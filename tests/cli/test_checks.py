@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -64,11 +65,37 @@ REFUSED = {
     "export --workdir=NONE --stage=a --to=b --format=merge": "did you mean 'merged'",
     "bench-model --dtype=float23": "did you mean 'float32'",
     "bench-model --gigabytes=0": "--gigabytes=0.0: expected a number above 0",
+    "ablate --config=ABLATION --workdir=W --config.arms.all.chnage={}": "arms.all.chnage: no such field; did you mean",
+    "ablate --config=ABLATION --workdir=W --config.arms.all.without=['posttrian']": (
+        "config.arms.all.without: no stage 'posttrian'; did you mean 'posttrain'"
+    ),
+    "ablate --config=ABLATION --workdir=W --config.metric=task_acuracy": "config.metric='task_acuracy'",
+    "ablate --config=ABLATION --workdir=W --config.reference=al": "reference='al': no such arm; did you mean 'all'",
+    "ablate --config=ABLATION --workdir=W --config.comparisons={'x':{'ours':'all','theirs':'alll'}}": (
+        "config.comparisons.x.theirs='alll': no such arm; did you mean 'all'"
+    ),
+    "ablate --config=ABLATION --workdir=W "
+    "--config.comparisons={'x':{'ours':'all','theirs':'no','metric':'task_acuracy'}}": (
+        "config.comparisons.x.metric='task_acuracy': no such metric of this stage; did you mean 'task_accuracy'"
+    ),
+    "ablate --config=ABLATION --workdir=W --config.base.stages.finetune.stepz=3": "base.stages.finetune.stepz",
+    "ablate --config=ABLATION --workdir=W --config.grid={'stages.finetune.stepz':[1]}": "grid.stages.finetune.stepz",
+    "ablate --config=ABLATION --workdir=W --jobs=0": "--jobs=0: expected at least 1",
+    "ablate --config=ABLATION --workdir=W --launcher=slrum": "--launcher=slrum: did you mean 'slurm'",
+    "ablate --config=ABLATION --workdir=W --sbatch=--nodes=1": "--sbatch=--nodes=1: needs --launcher=slurm",
+    "ablate --config=ABLATION --workdir=W --launcher=slurm": "--launcher=slurm: no ",
     "lineage --workdir=NONE": "--workdir=NONE: no such directory",
     "report NONE": "NONE: no such directory",
     "report W NONE": "W: no such directory",
     "compare NONE NONE": "NONE: no such directory",
 }
+ABLATION = """
+from ml_collections import ConfigDict
+
+def get_config():
+    fields = dict(base="config.py", metric="task_accuracy", arms={"all": {}, "no": {"without": ["posttrain"]}})
+    return ConfigDict(fields, convert_dict=False)
+"""
 CALLS = """
 import contextlib, io, json, sys
 from llm3.__main__ import main
@@ -84,7 +111,12 @@ def test_every_refusal_comes_before_jax_and_says_its_place_once(tmp_path):
     (tmp_path / "texts").mkdir()
     for name in ("domain-train", "domain-test", "more"):
         (tmp_path / "texts" / f"{name}.jsonl").touch()
-    lines = [[part.replace("FILE", file) for part in line.split(" ")] for line in REFUSED]
+    ablation = tmp_path / "ablation.py"
+    ablation.write_text(ABLATION)
+    names = {"FILE": file, "ABLATION": str(ablation)}
+    lines = [
+        [re.sub("FILE|ABLATION", lambda found: names[found[0]], part) for part in line.split(" ")] for line in REFUSED
+    ]
     done = subprocess.run(
         [sys.executable, "-c", CALLS], input=json.dumps(lines), capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},

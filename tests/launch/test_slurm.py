@@ -3,6 +3,7 @@
 What SLURM's scripts do with an exit status is tried on a stand-in for llm3; all else on llm3 itself.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,9 +12,10 @@ import types
 
 import pytest
 
+from llm3.__main__ import main
 from llm3.distributed.processes import detect
 from llm3.errors import Exit
-from tests.helpers import forks, slurm_cluster
+from tests.helpers import forks, slurm_cluster, tiny_ablation
 from tests.helpers import tiny_run as tiny
 
 STAGES = ("pretrain", "posttrain", "finetune")
@@ -26,9 +28,10 @@ for stage in c.stages.values():
 
 # What `python -m llm3` is here: llm3, which in the first start of a job runs the command AT_STEP_4 at step 4 of
 # posttrain, and waits until its signal has come. Or, where END is set, a stand-in that ends with one status after
-# another from start to start; "wait" is to wait for SIGTERM.
+# another from start to start; "wait" is to wait for SIGTERM. Or, where ROWS is set, one that writes the row of a stage
+# run: pretraining ends with 75 at its first start, and with 3 where its learning rate is 1.
 WORKER = """
-import os, pathlib, signal, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, time
 
 start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 if "END" in os.environ:
@@ -38,6 +41,22 @@ if "END" in os.environ:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     print("waits", flush=True)
     time.sleep(100)
+
+if "ROWS" in os.environ and sys.argv[1] == "run":
+    from llm3.config import load
+    from llm3.stages.evaluated import definition
+
+    folder = pathlib.Path(sys.argv[3].partition("=")[2])
+    config = load.load(str(folder / "node.json"))
+    [(name, stage)] = config.stages.items()
+    print(f"start {start} of {name}", flush=True)
+    status = 0 if name != "pretrain" else 3 if stage.optimizer.learning_rate == 1 else 0 if start else 75
+    if status == 0:
+        defined = {each: {"config": definition(config, each), "data": None} for each in config.evaluations}
+        (folder / name).mkdir(exist_ok=True)
+        row = {"stage": name, "general_bits_per_byte": 1.0, "evaluations": defined}
+        (folder / name / "evaluation.json").write_text(json.dumps(row))
+    sys.exit(status)
 
 from llm3.__main__ import main
 from llm3.report.logs import MetricsWriter
@@ -202,6 +221,57 @@ def test_a_job_is_requeued_where_it_may_end_otherwise_the_next_time(slurm, submi
     slurm.ended(*numbers.values(), seconds=600)
     found = {end: slurm.job(number) for end, number in numbers.items()}
     assert {end: (job["JobState"], job["Restarts"]) for end, job in found.items()} == ends
+
+
+ABLATION = """
+c.arms = {"all": {}, "bad": {"change": {"stages.pretrain.optimizer.learning_rate": 1.0}}}
+c.stage, c.metric, c.vary = "posttrain", "general_bits_per_byte", ["pretrain", "posttrain"]
+"""
+
+
+@pytest.fixture
+def ablate(repository, slurm, monkeypatch):
+    """Runs `ablate --launcher=slurm` on a tiny ablation; gives its exit status, and the jobs once they have ended."""
+    monkeypatch.chdir(repository.base)
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    for name, value in forks.environment().items():
+        monkeypatch.setenv(name, value)
+
+    def ablate(workdir, lines):
+        file = tiny_ablation.write_ablation(repository.base, lines, "del c.evaluations.domain, c.evaluations.task")
+        options = f"--sbatch={' '.join(NODE)} --ntasks-per-node=1"
+        status = main(["ablate", f"--config={file}", f"--workdir={workdir}", "--launcher=slurm", options])
+        jobs = json.loads((repository.base / workdir / "jobs.json").read_text())
+        slurm_cluster.until(lambda: not slurm.ask("squeue", "--noheader"), 600, "all tasks have ended")
+        return status, {name: slurm.job(task) for name, task in jobs.items()}
+
+    return ablate
+
+
+@pytest.mark.slow
+def test_an_ablation_is_a_graph_of_array_jobs_and_a_failed_arm_stops_no_other(ablate, repository, monkeypatch, capsys):
+    monkeypatch.setenv("ROWS", "1")
+    status, jobs = ablate("arms", ABLATION)
+    assert status == 0
+    ended = {name: (job["JobState"], job["Restarts"]) for name, job in jobs.items()}
+    expected = {("CANCELLED", "0"), ("COMPLETED", "0"), ("COMPLETED", "1"), ("FAILED", "0")}
+    assert sorted(ended.values()) == sorted(2 * [*expected]), ended
+    assert len({job["ArrayJobId"] for job in jobs.values()}) == 4
+    status, again = ablate("arms", ABLATION)
+    failed = json.loads((repository.base / "arms" / "failed.json").read_text())
+    assert status == Exit.PARTIAL and set(failed) == {name for name, job in jobs.items() if job["JobState"] == "FAILED"}
+    assert {name for name, job in again.items() if job != jobs[name]} == {
+        name for name, job in jobs.items() if job["JobState"] != "COMPLETED"
+    }
+
+
+@pytest.mark.slow
+def test_stage_runs_of_an_ablation_are_trained_by_jobs(ablate, capsys):
+    lines = 'c.arms, c.seeds = {"all": {}}, [0]\nc.stage, c.metric = "posttrain", "general_bits_per_byte"\n'
+    status, jobs = ablate("trained", lines)
+    assert status == 0 and [job["JobState"] for job in jobs.values()] == ["COMPLETED"] * 2
+    assert ablate("trained", lines)[0] == 0
+    assert "of which 0 are to be trained" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
