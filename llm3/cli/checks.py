@@ -71,7 +71,7 @@ def check_ablation(options: Mapping[str, Any]) -> None:
         raise UserError(f"--jobs={options['jobs']}: expected at least 1")
     if (launcher := options["launcher"]) not in LAUNCHERS:
         raise UserError(f"--launcher={launcher}: {nearest(launcher, LAUNCHERS)}")
-    if options["sbatch"] and launcher != "slurm":
+    if options.get("sbatch") and launcher != "slurm":
         raise UserError(f"--sbatch={options['sbatch']}: needs --launcher=slurm")
     if launcher == "slurm" and options["jobs"] > 1:
         raise UserError(f"--jobs={options['jobs']}: has no effect with --launcher=slurm, whose limits decide")
@@ -89,9 +89,11 @@ def check_ablation(options: Mapping[str, Any]) -> None:
             rules.check(own)
             rules.check_metric(own, own.stages[each.stage], config.metric, "config.metric")
             for name, comparison in config.comparisons.items():
-                if comparison.metric and each.arm in (comparison.ours, comparison.theirs):
-                    where = f"config.comparisons.{name}.metric"
-                    rules.check_metric(own, own.stages[each.stage], comparison.metric, where)
+                if each.arm in (comparison.ours, comparison.theirs):
+                    where, stage = f"config.comparisons.{name}", comparison.stage or each.stage
+                    if stage not in own.stages:
+                        raise UserError(f"{where}.stage={stage!r}: no such stage; {nearest(stage, own.stages)}")
+                    rules.check_metric(own, own.stages[stage], comparison.metric or config.metric, f"{where}.metric")
         except UserError as error:
             raise UserError(f"{each.name}: {error}") from None
 

@@ -106,9 +106,8 @@ def holder(workdir: Path) -> Holder | None:
     found = _holder(path)
     if found is None or (found.host == socket.gethostname() and not _is_running(found.process)):
         return None
-    with suppress(FileNotFoundError):
-        return found if time.time() - _modified_at(path) < DEAD_SECONDS else None
-    return None
+    modified = _modified_at(path)
+    return found if modified is not None and time.time() - modified < DEAD_SECONDS else None
 
 
 def _open_own(path: str, flags: int) -> int:
