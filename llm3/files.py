@@ -23,6 +23,9 @@ RESOLVED = "config.resolved.json"  # every field of the config of the last sessi
 SESSIONS = "sessions.json"  # when and where `run` worked on the run, and how long
 MODEL = "model.json"  # in START: what the run keeps of that model
 
+# In the directory of an ablation
+PLAN = "ablation.json"  # its arms and stage runs; tells it from a run
+
 # In a stage folder
 CHECKPOINTS = "checkpoints"
 RECORD = "config.json"  # the part of the config that determines the stage

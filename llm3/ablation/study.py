@@ -14,13 +14,11 @@ from llm3.ablation.schema import AblationConfig
 from llm3.config import load
 from llm3.config.schema import as_dict
 from llm3.errors import UserError
-from llm3.files import DETAILS, ROW, read_json, write_json
+from llm3.files import DETAILS, PLAN, ROW, read_json, write_json
 from llm3.report.compare import field_differences
 from llm3.report.predictions import Columns, read_predictions
 from llm3.stages.evaluated import current, definition
 from llm3.stages.origin import STAND_IN, complete
-
-PLAN = "ablation.json"  # in the directory of an ablation; tells it from a run
 
 
 class Planned(NamedTuple):

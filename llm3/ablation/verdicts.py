@@ -11,6 +11,7 @@ arm:
 | "better" | shown to be better, and not refuted | shown to be worse, or better by less than the smallest difference |
 | "worse" | shown to be worse, and not refuted | shown to be better, or worse by less than the smallest difference |
 | "no worse" | shown not to be worse by the smallest difference | shown to be worse, and by more than that |
+| "different" | shown to be better or worse, and not refuted | shown to differ by less than the smallest difference |
 
 "Shown to be better by less" is one half of an equivalence test (Schuirmann 1987): the claim fails whether the true
 difference is 0, of the other sign, or too small. Alone in its table, a claim can be judged by eye: the 95 % interval
@@ -28,7 +29,7 @@ from llm3.ablation.statistics import Effect
 from llm3.errors import UserError, counted, nearest
 from llm3.report.statistics import holm
 
-EXPECTATIONS = ("better", "worse", "no worse")
+EXPECTATIONS = ("better", "worse", "no worse", "different")
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
 
@@ -90,7 +91,7 @@ def findings(effects: Sequence[Effect], claims: Sequence[Claim], alpha: float = 
     pairs = list(zip(effects, claims, strict=True))
     signs = holm([_p(effect, 0.0) for effect, _ in pairs])
     sized = [index for index, claim in enumerate(claims) if claim.smallest]
-    sizes = dict(zip(sized, holm([_p(effects[index], _bound(claims[index])) for index in sized]), strict=True))
+    sizes = dict(zip(sized, holm([_p_of_size(*pairs[index]) for index in sized]), strict=True))
     return [
         _finding(*pair, sign, sizes.get(index), alpha)
         for index, (pair, sign) in enumerate(zip(pairs, signs, strict=True))
@@ -100,6 +101,14 @@ def findings(effects: Sequence[Effect], claims: Sequence[Claim], alpha: float = 
 def _p(effect: Effect, null: float) -> float:
     """The p-value of a difference; 1 with one seed, whose p-value says nothing about the arms."""
     return effect.p_value(null) if effect.variance.seed_df else 1.0
+
+
+def _p_of_size(effect: Effect, claim: Claim) -> float:
+    """The p-value of the smallest difference; if no direction is expected, of both of its signs (Schuirmann 1987)."""
+    if claim.expect != "different":
+        return _p(effect, _bound(claim))
+    inside = abs(effect.value) < claim.smallest
+    return max(_p(effect, -claim.smallest), _p(effect, claim.smallest)) if inside else 1.0
 
 
 def _upward(claim: Claim) -> float:
@@ -116,7 +125,10 @@ def _finding(effect: Effect, claim: Claim, p: float, p_size: float | None, alpha
     ahead = _upward(claim) * effect.value  # how far the difference is in the expected direction
     sign = (1 if ahead > 0 else -1) * (p <= alpha)
     size = (1 if ahead > _upward(claim) * _bound(claim) else -1) * (p_size is not None and p_size <= alpha)
-    if claim.expect == "no worse":
+    if claim.expect == "different":
+        size = -int(p_size is not None and p_size <= alpha)
+        word = REFUTED if size else CONFIRMED if sign else UNDECIDED
+    elif claim.expect == "no worse":
         word = CONFIRMED if size > 0 else REFUTED if size < 0 and sign < 0 else UNDECIDED
     else:
         word = REFUTED if size < 0 or sign < 0 else CONFIRMED if sign > 0 else UNDECIDED
@@ -152,8 +164,12 @@ def _outcome(claim: Claim, found: Finding) -> str:
     if not found.shown:
         if found.word == UNDECIDED:
             return f"no difference between {claim.ours} and {claim.theirs} in {claim.metric} is shown"
+        if claim.expect == "different":
+            return f"{claim.ours} and {claim.theirs} differ in {claim.metric} by less than {counts}"
         return f"{arms('not ' + claim.expect.removeprefix('no '))} by {counts}"
     text = arms(found.shown)
+    if claim.expect == "different" and found.word == REFUTED:
+        return f"{text}, but by less than {counts}"
     if found.shown != "worse" if claim.expect == "no worse" else found.shown != claim.expect or not claim.smallest:
         return text
     if found.enough:
@@ -171,7 +187,8 @@ def _numbers(effect: Effect, claim: Claim, found: Finding, comparisons: int) -> 
         f"p = {found.p:.2g}",
     ]
     if found.p_size is not None:
-        parts.append(f"p = {found.p_size:.2g} for a difference of {claim.write(_bound(claim))}")
+        size = f"±{_size(claim)}" if claim.expect == "different" else claim.write(_bound(claim))
+        parts.append(f"p = {found.p_size:.2g} for a difference of {size}")
     parts.append(counted(effect.seeds, "seed"))
     if effect.items:
         parts.append(counted(effect.items, "item"))

@@ -19,14 +19,16 @@ from llm3.ablation.arms import variants
 from llm3.ablation.costs import EQUAL, Cost, Priced, Prices, difference, price_all, reference_of
 from llm3.ablation.graph import Graph, Node, build, row_of, write_node
 from llm3.ablation.local import Trainer
+from llm3.ablation.report import write_report
 from llm3.ablation.schema import AblationConfig
 from llm3.ablation.slurm import Jobs
 from llm3.ablation.study import write_plan
+from llm3.ablation.terminal import print_summary
 from llm3.cli.plan_totals import plan_console, time_text
 from llm3.config.load import FOLDER
 from llm3.config.schema import RunConfig, as_dict
 from llm3.distributed.lock import lock
-from llm3.errors import UserError, counted
+from llm3.errors import Exit, UserError, counted
 from llm3.files import read_json, write_json
 from llm3.report.console import new_console
 from llm3.report.units import count
@@ -61,10 +63,17 @@ def ablate(
         def result(node: Node) -> str | None:
             return None if (row := row_of(workdir, node)) is None else phrase(row, config.metric)
 
+        output = new_console()
         if launcher == "slurm":
-            queue = Jobs(workdir, new_console(), prepared, result, shlex.split(sbatch), config.seeds)
+            queue = Jobs(workdir, output, prepared, result, shlex.split(sbatch), config.seeds)
             return queue.submit(graph.nodes.values())
-        return Trainer(workdir, jobs, new_console(), prepared, result).train(graph.nodes.values())
+        if all(result(each) is not None for each in graph.nodes.values()):
+            finished = counted(len(graph.nodes), "stage run is", "stage runs are")
+            output.print(f"Nothing left to train: {finished} finished.")
+        status = Trainer(workdir, jobs, output, prepared, result).train(graph.nodes.values())
+        if status in (0, Exit.PARTIAL):
+            print_summary(write_report(workdir), output)
+        return status
 
 
 def phrase(row: Mapping[str, Any], metric: str) -> str:

@@ -12,7 +12,7 @@ from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS, SESSIONS, local_path
+from llm3.files import CHECKPOINTS, PLAN, SESSIONS, local_path
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.origin import complete
@@ -160,7 +160,12 @@ def check_report(options: Mapping[str, Any]) -> None:
     """Raise UserError for flags of `report` that do not fit together."""
     dirs: list[Path] = options["dirs"]
     out: Path | None = options["out"]
-    for run in dirs:
+    ablations = [each for each in dirs if (each / PLAN).is_file()]
+    if ablations and len(dirs) > 1:
+        raise UserError(f"report: {ablations[0]} is an ablation; expected it alone, or several runs")
+    if ablations and options["config"] is not None:
+        raise UserError("--config: expected none; the report of an ablation is written from the config that it keeps")
+    for run in dirs if not ablations else []:
         check_workdir(run, None, "")
     if len(dirs) == 1:
         if out is not None:

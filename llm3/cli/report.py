@@ -10,7 +10,19 @@ from rich.console import Console
 from llm3.config import load
 from llm3.config.schema import RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, writing
-from llm3.files import DATA_SAMPLE, DETAILS, REPORT, REPORT_HTML, RESOLVED, ROW, SAMPLES, SESSIONS, TOKENIZER, read_json
+from llm3.files import (
+    DATA_SAMPLE,
+    DETAILS,
+    PLAN,
+    REPORT,
+    REPORT_HTML,
+    RESOLVED,
+    ROW,
+    SAMPLES,
+    SESSIONS,
+    TOKENIZER,
+    read_json,
+)
 from llm3.report import page, side_by_side, table
 from llm3.report.console import new_console
 from llm3.report.cost import with_full_step_seconds
@@ -40,6 +52,12 @@ def report(dirs: list[Path], config: RunConfig | None = None, out: Path | None =
 
 def write_report_of(directory: Path, config: RunConfig | None, console: Console) -> None:
     """Write the report of a directory again; each kind of directory has its own report. Raises UserError."""
+    if (directory / PLAN).is_file():
+        from llm3.ablation import report as ablation_report  # with jax, which takes seconds to import
+        from llm3.ablation.terminal import print_summary
+
+        print_summary(ablation_report.write_report(directory), console)
+        return
     write_report(config or kept_config(directory), directory, console)
 
 

@@ -116,7 +116,13 @@ VERBS = {
         "cli.report:report",
         "write the report of a run again, without devices, or one that compares several runs",
         (
-            flag("dirs", nargs="+", type=partial(local_path, where="report"), metavar="DIR", help="the files of a run"),
+            flag(
+                "dirs",
+                nargs="+",
+                type=partial(local_path, where="report"),
+                metavar="DIR",
+                help="the files of a run, or of an ablation",
+            ),
             OPTIONAL_CONFIG,
             path_flag("--out", help="where to write the report of several runs"),
         ),

@@ -9,8 +9,13 @@ MARKED = "marked"
 
 def escaped(text: str) -> str:
     """A text on one line as it is, anywhere in a page: nothing in it becomes markup, HTML, a link or an image."""
-    text = SPECIAL.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
+    text = escaped_cell(text)
     return re.sub(r"^(\d*)([#+\-=.)])", r"\1\\\2", text)
+
+
+def escaped_cell(text: str) -> str:
+    """As `escaped`, but only in a cell of a table, where no list or heading begins."""
+    return SPECIAL.sub(lambda found: f"\\{found[0]}", " ".join(text.split()))
 
 
 def block(text: str, language: str = "") -> str:

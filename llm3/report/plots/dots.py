@@ -34,11 +34,11 @@ class DotPanel(NamedTuple):
     reference: tuple[float, str] | None = None
 
 
-def plot_dots(panels: Sequence[DotPanel], most: int = 3) -> str:
-    """The panels as SVG; the rows of all panels are the same, the first at the top."""
+def plot_dots(panels: Sequence[DotPanel], most: int = 3, width: float = 2.3) -> str:
+    """The panels as SVG, their axes `width` inches wide; the rows of all panels are the same, the first at the top."""
     names = [shortened(each.label) for each in panels[0].rows]
     margins = Margins(left=max(map(text_inches, names)) + 0.15, right=0.25, bottom=0.48, top=0.28)
-    with figure(len(panels), most, size=(2.3, ROW_INCHES * len(names) + 0.1), margins=margins) as drawing:
+    with figure(len(panels), most, size=(width, ROW_INCHES * len(names) + 0.1), margins=margins) as drawing:
         for index, (axes, panel) in enumerate(zip(drawing.axes, panels, strict=True)):
             for line, row in enumerate(panel.rows):
                 axes.plot(row.values, [line] * len(row.values), "o", color=VERMILLION, markersize=4, alpha=0.8)
