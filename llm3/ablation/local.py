@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
 
 from llm3.ablation.graph import NODE, Node, directory
+from llm3.ablation.slots import Slot, slots
 from llm3.distributed import interrupts
 from llm3.distributed.lock import holder
 from llm3.errors import Exit
@@ -32,6 +33,7 @@ class Running(NamedTuple):
     node: Node
     process: subprocess.Popen
     since: float
+    slot: Slot
 
 
 def command(folder: Path) -> list[str]:
@@ -48,11 +50,14 @@ def environment(workdir: Path) -> dict[str, str]:
     return compiled | os.environ
 
 
-def start_process(folder: Path, workdir: Path) -> subprocess.Popen:
+def start_process(folder: Path, workdir: Path, slot: Slot) -> subprocess.Popen:
     """A process that trains the stage run in this folder; what it prints is added to its log."""
-    arguments, variables = [sys.executable, "-m", "llm3", *command(folder)], environment(workdir)
+    arguments, variables = [sys.executable, "-m", "llm3", *command(folder)], environment(workdir) | slot.variables
     with open(folder / LOG, "ab") as log:
-        return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
+    with suppress(ProcessLookupError):
+        os.sched_setaffinity(process.pid, slot.cores)
+    return process
 
 
 class Trainer:
@@ -69,7 +74,7 @@ class Trainer:
         prepare: Callable[[Node], Path],
         result: Callable[[Node], str | None],
     ):
-        self._workdir, self._jobs, self._console = workdir, jobs, console
+        self._workdir, self._slots, self._console = workdir, slots(jobs), console
         self._prepare, self._result = prepare, result
         self._running: list[Running] = []
         self._waiting: dict[str, Node] = {}
@@ -114,7 +119,7 @@ class Trainer:
         for node in list(waiting.values()):
             if node.parent in self._failed:
                 self._fail(waiting.pop(node.name), f"its parent {node.parent} failed")
-            elif self._signal is not None or len(busy) >= self._jobs or node.parent in {*waiting, *busy}:
+            elif self._signal is not None or len(busy) >= len(self._slots) or node.parent in {*waiting, *busy}:
                 continue
             elif other := holder(directory(self._workdir, node.name)):
                 if node.name not in self._in_use:
@@ -123,8 +128,9 @@ class Trainer:
             elif node.name in self._in_use and (result := self._result(node)) is not None:
                 self._say(waiting.pop(node.name), result)
             else:
-                process = start_process(self._prepare(node), self._workdir)
-                self._running.append(Running(waiting.pop(node.name), process, time.monotonic()))
+                slot = next(each for each in self._slots if each not in [other.slot for other in self._running])
+                process = start_process(self._prepare(node), self._workdir, slot)
+                self._running.append(Running(waiting.pop(node.name), process, time.monotonic(), slot))
                 busy.add(node.name)
                 if self._signal is not None:  # which came while the process was started
                     process.send_signal(self._signal)

@@ -50,7 +50,7 @@ class World:
                 self.finished.add(folder.name)
         return OTHER if left else None
 
-    def start(self, folder, workdir):
+    def start(self, folder, workdir, slot):
         self.events.append(folder.name)
         self.alive += 1
         self.most = max(self.most, self.alive)
@@ -101,9 +101,9 @@ def test_a_stage_run_that_another_process_took_first_is_waited_for_too(tmp_path,
     world = World(tmp_path, monkeypatch, {"a-0": Exit.BAD_INPUT})
     start = world.start
 
-    def late(folder, workdir):
+    def late(folder, workdir, slot):
         world.held[folder.name] = 3 if folder.name == "a-0" else 0
-        return start(folder, workdir)
+        return start(folder, workdir, slot)
 
     monkeypatch.setattr(local, "start_process", late)
     assert world.trainer.train(NODES) == 0
@@ -122,3 +122,16 @@ def test_running_stage_runs_are_told_when_the_launcher_breaks_down(tmp_path, mon
     with pytest.raises(OSError, match="no space"):
         world.trainer.train(NODES)
     assert world.last.signals == [signal.SIGTERM]
+
+
+def test_stage_runs_under_way_have_different_shares_of_the_machine(tmp_path, monkeypatch):
+    world = World(tmp_path, monkeypatch, jobs=2)
+    started, shares = world.start, []
+
+    def start(folder, workdir, slot):
+        shares.append((slot, [each.slot for each in world.trainer._running]))
+        return started(folder, workdir, slot)
+
+    monkeypatch.setattr(local, "start_process", start)
+    assert world.trainer.train(NODES) == 0
+    assert any(others for _, others in shares) and all(slot not in others for slot, others in shares)

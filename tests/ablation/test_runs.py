@@ -40,7 +40,7 @@ class Started(list):
     def __init__(self):
         self.points, self.polled = {}, lambda process: None
 
-    def __call__(self, folder, workdir):
+    def __call__(self, folder, workdir, slot):
         self.append(folder.name)
         point = self.points.pop(folder.name.rpartition("-")[0], "")
         return tiny_ab.Process(folder, point, lambda process: self.polled(process))
