@@ -278,7 +278,7 @@ def loss(model, batch, key, task):
 from llm3.evals import by_item, segment_sums
 from llm3.objectives.causal import token_losses
 
-WINDOWS, HEAD, CAUSAL, BETTER = {"text": "pieces"}, "", True, {"surprise": "lower"}
+WINDOWS, HEAD, CAUSAL, BETTER = {"text": "pieces"}, "", True, {"mean_surprise": "lower"}
 
 
 def sums(model, batch, *, segments):
@@ -287,7 +287,7 @@ def sums(model, batch, *, segments):
 
 def evaluate(context):
     nats = context.by_document(sums)["nats"] / context.cache.document_bytes
-    found = {"surprise": float(nats.mean()), "surprise_stderr": float(nats.std(ddof=1) / len(nats) ** 0.5)}
+    found = {"mean_surprise": float(nats.mean())}
     return found | {"predictions": by_item({"nats": nats}, context.cache.rows)}
 """,
 }
@@ -308,7 +308,7 @@ c.evaluations = dict(held_out=dict(c.evaluations.general.to_dict(), kind="my_pac
         ("run", *common),
         ("eval", *common, "--json"),
         ("generate", common[1], "--prompt=The president", "--max_tokens=4"),
-        ("report", common[1]),
+        ("report", workdir),
         deaths=["SIGKILL@saved:pretrain:4", "SIGKILL@log:pretrain:6"],
     )
     *_, killed, ended = done.stdout.split(tiny.KILLED)
@@ -318,9 +318,10 @@ c.evaluations = dict(held_out=dict(c.evaluations.general.to_dict(), kind="my_pac
     shares = {line["step"]: line["hard_share"] for line in tiny.metrics(workdir / "pretrain")}
     assert list(shares) == [2, 4, 6, 8, 10] and 0 < shares[10] < shares[2] <= 1
     rows = tiny.rows(workdir)
-    surprise = rows["pretrain"]["held_out_surprise"]
-    assert 0 < surprise < rows["init"]["held_out_surprise"]
-    assert json.loads(evaluated)["held_out_surprise"] == surprise
+    surprise = rows["pretrain"]["held_out_mean_surprise"]
+    assert 0 < surprise < rows["init"]["held_out_mean_surprise"]
+    assert json.loads(evaluated)["held_out_mean_surprise"] == surprise
     assert "The president" in generated and "Report: " in reported
     report = (workdir / "report.md").read_text(encoding="utf-8")
-    assert "| stage | held out surprise |" in report and f"| pretrain | {surprise:.3f} " in report
+    assert "pretrain has the lowest mean surprise" in report
+    assert "| stage | held out mean surprise |" in report and f"| pretrain | {surprise:.3f} " in report

@@ -4,11 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm3.report.entries import Measure, measure_of
-from llm3.report.matrix import metrics_of
+from llm3.report.matrix import LOWER_IS_BETTER, metrics_of
 from llm3.report.table import PERCENTAGES
 from llm3.report.units import words
-
-LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "nll", "brier", "ece")
 
 
 def measures_of(rows: Sequence[dict[str, Any]]) -> list[Measure]:
@@ -25,7 +23,9 @@ def measure_of_key(key: str, rows: Sequence[dict[str, Any]]) -> Measure:
     names = [name for row in rows for name in (*(row.get("evaluations") or ()), *(row.get("evaluation_digests") or ()))]
     evaluation = max((each for each in names if key.startswith(f"{each}_")), key=len, default=key.partition("_")[0])
     name = key.removeprefix(f"{evaluation}_")
-    return Measure(key, name, name in PERCENTAGES, name.endswith(LOWER_IS_BETTER))
+    declared = next((row["better"][key] for row in rows if key in (row.get("better") or ())), None)
+    lower = name.endswith(LOWER_IS_BETTER) if declared is None else declared == "lower"
+    return Measure(key, name, name in PERCENTAGES, lower)
 
 
 def evaluation_of(measure: Measure) -> str:

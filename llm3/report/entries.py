@@ -111,7 +111,7 @@ def main_measure(material: Material, evaluation: str) -> Measure:
 
 def measure_of(metric: Metric) -> Measure:
     """A metric of the table as a measure."""
-    return Measure(metric.key, metric.name, metric.name in PERCENTAGES, metric.name.endswith("bits_per_byte"))
+    return Measure(metric.key, metric.name, metric.name in PERCENTAGES, metric.lower_is_better)
 
 
 def measures(material: Material, evaluation: str) -> list[Measure]:
@@ -174,7 +174,7 @@ def error(entry: Entry, measure: Measure) -> float | None:
     if f"{measure.key}_stderr" not in entry.rows[0] and measure.name not in SHARES:
         return None
     evaluation = measure.key.removesuffix(f"_{measure.name}")
-    return standard_error(entry.rows[0], Metric(measure.key, evaluation, measure.name))
+    return standard_error(entry.rows[0], Metric(measure.key, evaluation, measure.name, measure.lower_is_better))
 
 
 def written(value: float | None, measure: Measure, sign: str = "") -> str:

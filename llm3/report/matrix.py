@@ -72,23 +72,38 @@ METRICS = {
 }
 
 
+LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "nll", "brier", "ece")  # where a row does not say what is better
+
+
 class Metric(NamedTuple):
     """A key of a row, split into the evaluation and the name of the metric."""
 
     key: str
     evaluation: str
     name: str
+    lower_is_better: bool
 
 
 def metrics_of(rows: list[dict]) -> list[Metric]:
-    """The metrics that at least one row has: bits per byte first, then in row order; without majority classes."""
+    """The metrics that at least one row has: bits per byte first, then in row order; without majority classes.
+
+    Of an evaluation without any metric of `METRICS`, those that its plugin declares (the row's `better`).
+    """
     found: dict[str, Metric] = {}
+    better = {key: each for row in rows for key, each in (row.get("better") or {}).items()}
     with_error = {key for row in rows for key in row if f"{key}_stderr" in row}
     for key in (key for row in rows for key, value in row.items() if value is not None):
         unlisted = key.rpartition("_")[2] if key in with_error else None
         name = METRICS.get(next((name for name in METRICS if key.endswith(f"_{name}")), ""), unlisted)
         if name and key != "majority_accuracy":
-            found[key] = Metric(key, key.removesuffix(f"_{name}"), name)
+            lower = better.get(key) == "lower" if key in better else name.endswith(LOWER_IS_BETTER)
+            found[key] = Metric(key, key.removesuffix(f"_{name}"), name, lower)
+    listed = {each.evaluation for each in found.values()}
+    for row in rows:
+        for evaluation in (each for each in row.get("evaluation_digests") or () if each not in listed):
+            for key, each in better.items():
+                if key.startswith(f"{evaluation}_") and row.get(key) is not None:
+                    found[key] = Metric(key, evaluation, key.removeprefix(f"{evaluation}_"), each == "lower")
     return sorted(found.values(), key=lambda metric: metric.name != "bits_per_byte")
 
 

@@ -21,7 +21,7 @@ def section(material: Material) -> list[str]:
 
 
 def _clause(material: Material, evaluation: str, found: list[Entry], measure: Measure) -> str:
-    if measure.lower_is_better:
+    if measure.name.endswith("bits_per_byte"):
         return _of_text(evaluation, found, measure)
     every = comparisons_of(material, evaluation)
     compared = [each for group in every for each in group if each.measure == measure]
@@ -38,10 +38,11 @@ def _of_text(evaluation: str, found: list[Entry], measure: Measure) -> str:
 
 
 def _of_task(evaluation: str, found: list[Entry], measure: Measure, compared: list[Comparison]) -> str:
-    """The highest mean of a task, and how it compares with the others."""
-    best = max(found, key=lambda entry: entry.mean(measure.key) or 0.0)
+    """The best mean of a task, and how it compares with the others."""
+    sign, word = (-1, "lowest") if measure.lower_is_better else (1, "highest")
+    best = max(found, key=lambda entry: sign * (entry.mean(measure.key) or 0.0))
     value = written(best.mean(measure.key), measure) + " %" * measure.shares
-    text = f"{words(evaluation)}: {best.label} has the highest {measure.title}, {value}"
+    text = f"{words(evaluation)}: {best.label} has the {word} {measure.title}, {value}"
     if len(best.rows) > 1:
         text += f" (mean of {len(best.rows)} seeds)"
     if measure.name == "accuracy" and (chance := majority(best.rows[0], evaluation)) is not None:

@@ -32,15 +32,17 @@ def _definition(own: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str,
     return json.loads(json.dumps({"evaluation": fields, "source": sources.get(own["source"])}))
 
 
-def entry(defined: dict[str, Any], data: str) -> dict[str, Any]:
+def entry(defined: dict[str, Any], data: str, better: Mapping[str, str]) -> dict[str, Any]:
     """What a row keeps of an evaluation. data: the fingerprint of its documents, "" if it has no source.
+
+    better: {metric: "higher" or "lower"}
 
     Equal digests: the same measurement of the same data, in whatever run, wherever its files are.
     """
     own = defined["evaluation"]
     decides = [own["kind"], own["sequence_length"], own["options"], data]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    return {"config": defined, "data": data, "digest": digest}
+    return {"config": defined, "data": data, "digest": digest, "better": dict(better)}
 
 
 def entries(directory: Path, row: Mapping[str, Any]) -> Entries:
@@ -93,7 +95,8 @@ def current(
     """A row and its details with the evaluations of this config alone, as they are now, in its order.
 
     What was measured by another definition or on other data is left out: it cannot be compared. The row gets
-    `evaluation_digests`: {name: digest, None if it is of an older version} in place of `evaluations`.
+    `evaluation_digests`: {name: digest, None if it is of an older version} in place of `evaluations`, and `better`:
+    {key of a metric: "higher" or "lower"}.
     """
     saved = entries(directory, row)
     known = [*saved, *now]
@@ -104,5 +107,6 @@ def current(
     if hidden:
         kept["majority_accuracy"] = majority(metrics)
     digests = {name: saved[name]["digest"] for name in shown}
-    ordered = {"stage": row["stage"]} | metrics | kept | {"evaluation_digests": digests}
+    better = {f"{name}_{key}": each for name in shown for key, each in saved[name].get("better", {}).items()}
+    ordered = {"stage": row["stage"]} | metrics | kept | {"evaluation_digests": digests, "better": better}
     return ordered, None if details is None else without(details, hidden, known)

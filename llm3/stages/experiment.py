@@ -67,7 +67,7 @@ class Experiment:
     def evaluation_entries(self) -> Entries:
         """What a row keeps of each evaluation, by name."""
         return {
-            each.name: entry(definition(self.config, each.name), data_digest(each.plugin, each.cache))
+            each.name: entry(definition(self.config, each.name), data_digest(each.plugin, each.cache), each.better)
             for each in self.evaluations
         }
 

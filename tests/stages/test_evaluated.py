@@ -22,7 +22,7 @@ def read(tmp_path_factory):
 
 def entries_of(config, **data: str) -> evaluated.Entries:
     return {
-        name: evaluated.entry(evaluated.definition(config, name), data.get(name, "old data"))
+        name: evaluated.entry(evaluated.definition(config, name), data.get(name, "old data"), {"nll": "lower"})
         for name in config.evaluations
     }
 
