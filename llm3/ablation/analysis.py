@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from llm3.ablation.items import paired
+from llm3.ablation.items import Items, items_of, paired
 from llm3.ablation.metrics import claim_writer, evaluation_of, measure_of_key, measures_of, title_of
 from llm3.ablation.pairs import Pair, pairs
 from llm3.ablation.statistics import Effect, effect, over_documents
@@ -56,6 +56,11 @@ class Analysis:
     """The results of an ablation; each part is computed once, when it is asked for."""
 
     study: Study
+
+    @cached_property
+    def _items(self) -> dict[tuple[str, int, str], Items | None]:
+        """Read before: {(variant, seed, metric): its items}; an arm is in more than one comparison."""
+        return {}
 
     @cached_property
     def rows(self) -> list[dict]:
@@ -129,11 +134,19 @@ class Analysis:
         ours_by_seed, theirs_by_seed = (
             {seed: float(each.row[measure.key]) for seed, each in side.items()} for side in (ours, theirs)
         )
-        items = paired(ours, theirs, measure)
+        items = paired(
+            *({seed: self._items_of(each, measure) for seed, each in side.items()} for side in (ours, theirs))
+        )
         if items is None:
             return found._replace(effect=effect(ours_by_seed, theirs_by_seed))
         over = over_documents(*items) if with_documents and items.weights is not None else None
         return found._replace(effect=effect(ours_by_seed, theirs_by_seed, *items), documents=over)
+
+    def _items_of(self, outcome: Outcome, measure: Measure) -> Items | None:
+        key = outcome.variant, outcome.seed, measure.key
+        if key not in self._items:
+            self._items[key] = items_of(outcome, measure)
+        return self._items[key]
 
     def _with_metric(self, variant: Planned, measure: Measure) -> dict[int, Outcome]:
         return {each.seed: each for each in self.study.of(variant.name) if each.row.get(measure.key) is not None}

@@ -8,7 +8,6 @@ import numpy as np
 from llm3.ablation.metrics import evaluation_of
 from llm3.ablation.study import Outcome
 from llm3.report.entries import Measure, agree
-from llm3.report.predictions import Columns
 
 
 class Items(NamedTuple):
@@ -37,28 +36,23 @@ class Paired(NamedTuple):
     weights: np.ndarray | None
 
 
-def paired(ours: Mapping[int, Outcome], theirs: Mapping[int, Outcome], measure: Measure) -> Paired | None:
+def paired(ours: Mapping[int, Items | None], theirs: Mapping[int, Items | None]) -> Paired | None:
     """The scores of both variants at the same seeds; None if some were not kept, or are of other items."""
-    first: Items | None = None
-    sides: list[dict[int, np.ndarray]] = []
-    for outcomes in (ours, theirs):
-        sides.append({})
-        for seed, outcome in outcomes.items():
-            found = items_of(outcome.predictions(evaluation_of(measure)), measure, outcome.row[measure.key])
-            first = first or found
-            if found is None or first is None or not first.same_as(found):
-                return None
-            sides[-1][seed] = found.scores
-    return None if first is None else Paired(sides[0], sides[1], first.documents, first.weights)
+    known = [each for each in (*ours.values(), *theirs.values()) if each is not None]
+    if len(known) < len(ours) + len(theirs) or not all(each.same_as(known[0]) for each in known):
+        return None
+    first, second = ({seed: each.scores for seed, each in side.items() if each} for side in (ours, theirs))
+    return Paired(first, second, known[0].documents, known[0].weights)
 
 
-def items_of(columns: Columns | None, measure: Measure, value: float) -> Items | None:
-    """The items of an evaluation; None unless their scores make up the value of the metric."""
+def items_of(outcome: Outcome, measure: Measure) -> Items | None:
+    """The items of the metric's evaluation; None unless they were kept, and their scores make up its value."""
+    columns = outcome.predictions(evaluation_of(measure))
     if columns is None or (scores := measure.values(columns)) is None:
         return None
     weights, order = measure.weights(columns), np.argsort(columns["item"], kind="stable")
     total = len(scores) if weights is None else weights.sum()
-    if not total or not agree(scores.sum() / total, value):
+    if not total or not agree(scores.sum() / total, outcome.row[measure.key]):
         return None
     documents = np.asarray(columns["item"])[order]
     return Items(scores[order].astype(np.float64), documents, None if weights is None else weights[order])

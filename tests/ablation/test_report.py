@@ -224,7 +224,9 @@ def test_a_map_marks_the_cells_in_which_a_difference_is_shown(tmp_path):
     (text, figure, _) = grids.section(own)
     assert text == "## Over share and labels"
     assert figure.svg.count("▲") == 4 and figure.svg.count("▼") == 2
-    assert opening.headline(own) == "In task accuracy, new against old is better in 4 and worse in 2 of 6 cells."
+    assert opening.headline(own) == (
+        "In task accuracy, new against old is better in 4 and worse in 2 of 6 cells (up: confirmed in 4, refuted in 2)."
+    )
 
 
 def test_the_terminal_shows_arms_verdicts_and_the_place_of_the_report(tmp_path):

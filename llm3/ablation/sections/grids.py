@@ -7,6 +7,7 @@ from llm3.ablation.analysis import Analysis, Result, by_name
 from llm3.ablation.metrics import direction, number_text, scale_of, title_of
 from llm3.ablation.sections.parts import Figure, Part
 from llm3.ablation.statistics import interval
+from llm3.ablation.verdicts import REFUTED
 from llm3.report.escape import escaped
 from llm3.report.plots.intervals import Band, BandPanel, BandPoint, plot_bands
 from llm3.report.plots.verdict_map import VerdictCell, VerdictPanel, plot_verdict_maps
@@ -85,8 +86,8 @@ def _maps(analysis: Analysis, axes: dict[str, list[str]]) -> Iterator[Part]:
     yield (
         f"Each cell: the mean difference in {escaped(title_of(measure))}{', points' * measure.shares} "
         f"({direction(measure)}), paired by seed; blue: better, red: worse. ▲ better, ▼ worse: shown beyond chance, "
-        "adjusted for all cells and comparisons together; without a sign nothing is shown. The black line is where the "
-        "verdict turns. Grey: not compared."
+        "adjusted for all cells and comparisons together. ✗: shown not to be what was expected, though not which is "
+        "better. Without a sign nothing is shown. The black line is where the verdict turns. Grey: not compared."
     )
     if len(panels) > MOST_PANELS:
         yield f"These are the first {MOST_PANELS} of {len(panels)} maps; the table of comparisons has all cells."
@@ -96,5 +97,6 @@ def _cell(result: Result) -> VerdictCell | None:
     if result.effect is None:
         return None
     ahead = -result.effect.value if result.measure.lower_is_better else result.effect.value
-    sign = {1: " ▲", -1: " ▼", 0: ""}[result.outcome]
-    return VerdictCell(ahead, number_text(result.effect.value, result.measure, "+") + sign, str(result.outcome))
+    sign = {1: " ▲", -1: " ▼", 0: " ✗" if result.word == REFUTED else ""}[result.outcome]
+    verdict = f"{result.word} {result.outcome}"
+    return VerdictCell(ahead, number_text(result.effect.value, result.measure, "+") + sign, verdict)

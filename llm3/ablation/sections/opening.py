@@ -102,7 +102,12 @@ def _in_cells(name: str, results: Sequence[Result]) -> str:
     ours, theirs = results[0].pair.ours, results[0].pair.theirs
     if ours.arm != theirs.arm:
         parts = [f"{text} in {number}" for text, number in numbers.items()]
-        return f"{ours.arm} against {theirs.arm} is {joined(parts)} of {len(results)} cells"
+        shown = f"{ours.arm} against {theirs.arm} is {joined(parts)} of {len(results)} cells"
+        if results[0].pair.declared.expect == "different":
+            return shown
+        words = [each.word for each in results]
+        known = [f"{word} in {words.count(word)}" for word in (CONFIRMED, REFUTED, UNDECIDED) if word in words]
+        return f"{shown} ({name}: {', '.join(known)})"
     parts = [f"{number} {_is(number)} {text}" for text, number in numbers.items()]
     return f"of {len(results)} points {name}, {joined(parts)}"
 
