@@ -262,3 +262,11 @@ def test_an_ablation_is_reported_alone_and_by_its_own_config(tmp_path):
         checks.check_report({"dirs": [tmp_path, tmp_path], "out": tmp_path / "x", "config": None})
     with pytest.raises(UserError, match="the report of an ablation is written from the config that it keeps"):
         checks.check_report({"dirs": [tmp_path], "out": None, "config": object()})
+
+
+def test_a_stage_run_that_all_seeds_share_is_there_once_and_no_replicate(tmp_path):
+    own = study(tmp_path, {"old": OLD, "new": BETTER})
+    shared = {seed: ["pretrain-0", chain[1]] for seed, chain in own.variants[0].chains.items()}
+    found = groups({"old": own.variants[0]._replace(chains=shared)})
+    assert found[0].runs == {0: "pretrain-0"}
+    assert len(found[1].runs) == 5
