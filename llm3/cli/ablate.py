@@ -63,15 +63,14 @@ def ablate(
         def result(node: Node) -> str | None:
             return None if (row := row_of(workdir, node)) is None else phrase(row, config.metric)
 
-        output = new_console()
+        output, nodes = new_console(), list(graph.nodes.values())
+        if finished := all(result(each) is not None for each in nodes):
+            output.print(f"Nothing left to train: {counted(len(nodes), 'stage run is', 'stage runs are')} finished.")
         if launcher == "slurm":
-            queue = Jobs(workdir, output, prepared, result, shlex.split(sbatch), config.seeds)
-            return queue.submit(graph.nodes.values())
-        if all(result(each) is not None for each in graph.nodes.values()):
-            finished = counted(len(graph.nodes), "stage run is", "stage runs are")
-            output.print(f"Nothing left to train: {finished} finished.")
-        status = Trainer(workdir, jobs, output, prepared, result).train(graph.nodes.values())
-        if status in (0, Exit.PARTIAL):
+            status = Jobs(workdir, output, prepared, result, shlex.split(sbatch), config.seeds).submit(nodes)
+        else:
+            status = Trainer(workdir, jobs, output, prepared, result).train(nodes)
+        if status in (0, Exit.PARTIAL) and (finished or launcher == "local"):
             print_summary(write_report(workdir), output)
         return status
 
