@@ -176,7 +176,12 @@ def test_a_few_steps_on_the_real_texts_say_what_an_adapter_saves(tmp_path):
         "model.d_model": 16,
         "model.d_ff": 16,
         **{f"sources.{name}.max_documents": 150 for name in ("general", "medquad")},
-        **{f"evaluations.{name}.max_documents": 4 for name in ("general", "domain")},
+        **{
+            f"evaluations.{name}.{field}": 4
+            for name in ("general", "domain")
+            for field in ("max_documents", "batch_size")
+        },
+        **{f"stages.{name}.batch_size": 4 for name in names},
         **{f"stages.{name}.steps": 2 for name in names},
         **{f"stages.{name}.optimizer.warmup_steps": 1 for name in names},
         "stages.lora_0.start.stage": "pretrain",

@@ -102,6 +102,8 @@ def test_answers_that_are_learnt_by_heart_are_written_and_chosen_after_every_sta
 def test_an_encoder_and_a_decoder_of_one_config_have_the_same_parameters_and_tokens(tmp_path):
     sizes = {f"sources.{name}.max_documents": 60 for name in ("general", "medquad")}
     sizes |= {f"evaluations.{name}.max_documents": 4 for name in ("general", "domain")}
+    sizes |= {f"evaluations.{name}.batch_size": 4 for name in ("general", "domain")}
+    sizes |= {f"stages.{name}.batch_size": 4 for name in ("pretrain", "posttrain", "finetune_0")}
     found = {}
     for family, more in {"encoder": sizes, "decoder": sizes | {"evaluations": {}}}.items():
         names = ("pretrain", "posttrain", "finetune_0")
@@ -110,7 +112,7 @@ def test_an_encoder_and_a_decoder_of_one_config_have_the_same_parameters_and_tok
         assert found["encoder"][name][figure] == found["decoder"][name][figure]
     for name in ("pretrain", "posttrain"):
         tokens = [found[family][name]["tokens"] for family in found]
-        assert tokens[0] == tokens[1] == 2 * 32 * 128
+        assert tokens[0] == tokens[1] == 2 * 4 * 128
     assert found["encoder"]["finetune_0"]["task_items"] == 34
 
 
