@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from llm3 import config_folder
 from llm3.ablation.arms import variants
-from llm3.ablation.costs import EQUAL, Cost, Priced, Prices, difference, price_all, reference_of
+from llm3.ablation.costs import EQUAL, Cost, Priced, Prices, difference, price_all, reference_arm, reference_of
 from llm3.ablation.graph import Graph, Node, build, row_of, write_node
 from llm3.ablation.local import Trainer
 from llm3.ablation.report import write_report
@@ -82,37 +82,70 @@ def phrase(row: Mapping[str, Any], metric: str) -> str:
 
 
 def print_plan(config: AblationConfig, priced: list[Priced], graph: Graph, workdir: Path, console: Console) -> None:
-    """Print what each variant costs, and what has to be trained."""
-    table = Table("arm", box=None, header_style="bold")
-    for head in ("stages", "tokens", "FLOPs", *["more than the reference"] * bool(config.match), "new stage runs"):
-        table.add_column(head, justify="right")
-    new = [each for each in graph.nodes.values() if row_of(workdir, each) is None]
-    names = {each.name for each in new}
-    notes = []
-    for each in priced:
-        variant, reference = each.variant, reference_of(each, priced, config)
-        own = {name for seed in config.seeds for name in graph.chains[variant.name, seed]}
-        cells = [" > ".join(each.chain), count(each.budget.tokens), count(each.budget.flops)]
-        if (excess := difference(each, reference, config.match)) is not None:
-            cells.append(f"{100 * excess:+.1f} %")
-            if abs(excess) > EQUAL:
-                notes.append(f"{variant.name} does not use as much {config.match} as {reference.variant.name}")
-        if each.adjusted:
-            stage, before, now = each.adjusted
-            notes.append(f"{variant.name}: {stage} trains {now:,} steps instead of {before:,}, to match {config.match}")
-        table.add_row(variant.name, *cells, f"{len(own & names)} of {len(own)}")
-    console.print(table)
-    for note in notes:
+    """Print what each arm costs, over the points of the grid, and what has to be trained."""
+    new = {each.name: each for each in graph.nodes.values() if row_of(workdir, each) is None}
+    console.print(arms_table(config, priced, graph, new))
+    for note in [*unequal(config, priced), *adjustments(config, priced)]:
         console.print(f"  {note}")
-    total = sum((each.cost for each in new), Cost())
-    chains = counted(len(graph.chains), "chain")
+    total = sum((each.cost for each in new.values()), Cost())
+    points = counted(len({tuple(each.variant.cell.items()) for each in priced}), "point") + " of the grid, "
     time = f", about {time_text(total.seconds)} of steps" if total.seconds else ""
     console.print(
-        f"{chains} of stages ({counted(len(priced), 'arm')}, {counted(len(config.seeds), 'seed')}) are "
+        f"{counted(len(graph.chains), 'chain')} of stages ({counted(len(by_arm(priced)), 'arm')}, "
+        f"{points * bool(config.grid)}{counted(len(config.seeds), 'seed')}) are "
         f"{counted(len(graph.nodes), 'stage run')}, of which {len(new)} are to be trained: "
         f"{count(total.tokens)} tokens, {count(total.flops)}FLOP{time}"
     )
     console.print(f"  the seed changes: {', '.join(config.vary)}")
+
+
+def by_arm(priced: list[Priced]) -> dict[str, list[Priced]]:
+    """{arm: its variants}"""
+    found: dict[str, list[Priced]] = {}
+    for each in priced:
+        found.setdefault(each.variant.arm, []).append(each)
+    return found
+
+
+def arms_table(config: AblationConfig, priced: list[Priced], graph: Graph, new: Mapping[str, Node]) -> Table:
+    """One row per arm: its stages, its budget, and how many of its stage runs are to be trained."""
+    table = Table("arm", box=None, header_style="bold")
+    for head in ("stages", "tokens", "FLOPs", "to be trained"):
+        table.add_column(head, justify="right")
+    for arm, group in by_arm(priced).items():
+        own = {name for each in group for seed in config.seeds for name in graph.chains[each.variant.name, seed]}
+        stages = " or ".join(dict.fromkeys(" > ".join(each.chain) for each in group))
+        tokens, flops = ([getattr(each.budget, unit) for each in group] for unit in ("tokens", "flops"))
+        table.add_row(
+            arm, stages, spread(tokens, count), spread(flops, count), f"{len(own & new.keys())} of {len(own)}"
+        )
+    return table
+
+
+def spread(values: Sequence[float], text: Callable[[float], str]) -> str:
+    """One value, or the least and the greatest."""
+    ends = dict.fromkeys((text(min(values)), text(max(values))))
+    return " to ".join(ends)
+
+
+def unequal(config: AblationConfig, priced: list[Priced]) -> Iterator[str]:
+    """A sentence on the arms that do not use as much of what is matched as the reference."""
+    found = []
+    for arm, group in by_arm(priced).items():
+        each_one = [difference(each, reference_of(each, priced, config), config.match) for each in group]
+        if off := [each for each in each_one if each is not None and abs(each) > EQUAL]:
+            found.append(f"{arm} ({spread(off, lambda share: f'{100 * share:+.1f} %')})")
+    if found:
+        yield f"not equal in {config.match} to {reference_arm(config)}, by more than 1 %: {', '.join(found)}"
+
+
+def adjustments(config: AblationConfig, priced: list[Priced]) -> Iterator[str]:
+    """A sentence on each arm whose steps were adjusted."""
+    for arm, group in by_arm(priced).items():
+        if found := [each.adjusted for each in group if each.adjusted]:
+            steps = spread([now for _, _, now in found], lambda number: f"{number:,}")
+            before = spread([before for _, before, _ in found], lambda number: f"{number:,}")
+            yield f"{arm}: {found[0][0]} trains {steps} steps instead of {before}, to match {config.match}"
 
 
 def known(workdir: Path, config: RunConfig, name: str, key: str) -> float | None:
