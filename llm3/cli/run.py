@@ -16,7 +16,6 @@ from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (
     CHAT_TEMPLATE,
     CHECKPOINTS,
-    DATA_SAMPLE,
     MATRIX,
     REPORT_HTML,
     RESOLVED,
@@ -29,7 +28,6 @@ from llm3.files import (
 from llm3.planning.fit import check_fits
 from llm3.report.console import new_console
 from llm3.stages import rules
-from llm3.stages.data_sample import data_sample
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
@@ -40,8 +38,6 @@ from llm3.stages.session import Session
 from llm3.stages.start import check_ancestry, locate_parent
 from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
-
-DATA_WINDOWS = 3  # of each stage, kept for the report
 
 
 def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare: bool = False) -> int:
@@ -129,8 +125,6 @@ def begin(session: Session, to_train: list[str], bare: bool) -> None:
     if processes.is_first():
         if not bare:
             write_records(session)
-        for name in to_train:
-            write_json(session.workdir / name / DATA_SAMPLE, data_sample(session.experiment.stages[name], DATA_WINDOWS))
         with writing(session.workdir / TOKENIZER):
             session.experiment.tokenizer.save(session.workdir / TOKENIZER)
         if template := session.experiment.library.template:

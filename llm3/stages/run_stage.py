@@ -11,11 +11,12 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.distributed import interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
-from llm3.files import CHECKPOINTS, RECORD, write_json
+from llm3.files import CHECKPOINTS, DATA_SAMPLE, RECORD, write_json
 from llm3.report.console import WARNING
 from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
 from llm3.stages.cost import chain_cost, recipe, step_cost
+from llm3.stages.data_sample import data_sample
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.hooks import make_hooks, sample
@@ -32,6 +33,8 @@ from llm3.training.loop import train
 from llm3.training.metrics import Meter
 from llm3.training.phase import Phase
 from llm3.tree import size
+
+DATA_WINDOWS = 3  # of each stage, kept for the report
 
 
 def check_before_training(session: Session, stage: Stage, in_this_run: list[str]) -> None:
@@ -82,6 +85,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             state, done = run.begin(parent)
         if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
             write_json(directory / RECORD, stage.record)
+            write_json(directory / DATA_SAMPLE, data_sample(stage, DATA_WINDOWS))
             drop_samples(directory, after=done)
         phase = run.phase_of(done)
         said = session.console.print
