@@ -13,6 +13,7 @@ from llm3.__main__ import main
 from llm3.ablation import local
 from llm3.errors import Exit
 from tests.helpers import tiny_ablation as tiny_ab
+from tests.helpers import tiny_folder
 from tests.helpers import tiny_run as tiny
 
 pytestmark = pytest.mark.slow
@@ -164,3 +165,40 @@ def test_an_arm_that_fails_is_reported_and_stops_no_other(study, ablate, started
     [bias] = tiny_ab.digests(workdir).keys() - tiny_ab.digests(study.workdir).keys()
     assert tiny_ab.plan(workdir)["bias"]["chains"]["0"][-1] == bias
     assert f"{parent}: failed: exit 3" in " ".join(capsys.readouterr().out.split())
+
+
+def one_arm(ablate, folder, base):
+    """An ablation in `folder` of the base alone, which has these lines; {stage: its row}."""
+    file = tiny_ab.write_ablation(folder, "c.arms, c.seeds = {}, [0]", base)
+    assert main(["ablate", f"--config={file}", f"--workdir={folder / 'w'}"]) == 0
+    [variant] = tiny_ab.plan(folder / "w").values()
+    paths = [folder / "w" / "runs" / name / name.rpartition("-")[0] for name in variant["chains"]["0"]]
+    return {path.name: json.loads((path / "evaluation.json").read_text()) for path in paths}
+
+
+def test_a_base_that_starts_from_a_stage_of_another_run_has_the_bits_of_the_whole_chain(study, ablate, tmp_path):
+    [*_, pretrain] = (name for name in study.first if name.startswith("pretrain"))
+    shutil.copytree(ablate.base / "texts", tmp_path / "texts")
+    start = {"run": str(study.workdir / "runs" / pretrain), "stage": "pretrain"}
+    rows = one_arm(
+        ablate,
+        tmp_path,
+        NO_GENERAL + f"del c.stages.pretrain, c.stages.posttrain.start\nc.stages.posttrain.start = {start}\n",
+    )
+    chain = tiny_ab.plan(study.workdir)["all three"]["chains"]["0"]
+    digests = tiny_ab.digests(study.workdir)
+    assert [row["params_digest"] for row in rows.values()] == [digests[name] for name in chain[1:]]
+
+
+def test_a_base_that_starts_from_a_pretrained_model_has_the_bits_of_one_run(started, ablate, tmp_path):
+    tiny.write_texts(tmp_path / "texts")
+    tiny_folder.write_folder(tmp_path / "model", tiny.documents())
+    begin = f'c.stages.posttrain.update(start=dict(model="{tmp_path}/model"), data=dict(domain=1.0), replay=0.0)\n'
+    gone = "c.model, c.tokenizer, c.stages.pretrain, c.stages.posttrain.start, c.evaluations.general"
+    base = f"del {gone}\n{begin}"
+    rows = one_arm(ablate, tmp_path, base)
+    seeds = "for stage in c.stages.values():\n    stage.seed = 0\n"
+    config = tiny.write_config(tmp_path / "hand.py", tmp_path, tiny_ab.SMALL + base + seeds)
+    tiny.process(["run", f"--config={config}", f"--workdir={tmp_path / 'hand'}"])
+    by_hand = tiny.digests(tmp_path / "hand")
+    assert {name: row["params_digest"] for name, row in rows.items()} == {name: by_hand[name] for name in rows}
