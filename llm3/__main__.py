@@ -1,8 +1,10 @@
 """The command line: `python -m llm3 VERB --config=FILE --workdir=DIR [--config.field=value ...]`."""
 
+import gc
 import signal
 
 if __name__ == "__main__":
+    gc.disable()  # until a verb is imported: see `function_of`
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it, Ctrl-C ends the process without a traceback
 
 import importlib
@@ -93,7 +95,12 @@ def joined(*cluster: Any) -> Iterator[None]:
 def function_of(verb: Verb) -> Callable[..., int]:
     """The function of a verb, imported late so that bad arguments fail fast."""
     module, name = verb.call.split(":")
-    return getattr(importlib.import_module(f"llm3.{module}"), name)
+    found = getattr(importlib.import_module(f"llm3.{module}"), name)
+    if not gc.isenabled():  # a command of its own: searches for garbage need not look at what is imported, which stays
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)  # tracing makes many objects and little garbage
+        gc.enable()
+    return found
 
 
 if __name__ == "__main__":
