@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llm3.ablation.arms import BASE, Variant, chain, chain_config
 from llm3.ablation.schema import AblationConfig
-from llm3.config.schema import MeshConfig, RunConfig
+from llm3.config.schema import MeshConfig, RunConfig, as_dict
 from llm3.data.library import Library
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.errors import UserError
@@ -19,7 +19,10 @@ from llm3.planning.plan import on_abstract_mesh
 from llm3.stages.experiment import read_library
 from llm3.stages.rules import check, data_sources
 from llm3.stages.stage import read_stage
+from llm3.stages.workdir import FREE_FIELDS, VALIDATION_FIELDS
 
+# fields of a stage that its step does not depend on: stages with equal other fields are timed once
+NOT_IN_PROGRAM = {"steps", "kind", "start", "baseline", "seed", "order_seed", *FREE_FIELDS, *VALIDATION_FIELDS}
 EQUAL = 0.01  # budgets that differ by more than this share are named
 
 
@@ -59,12 +62,16 @@ class Priced(NamedTuple):
     adjusted: tuple[str, int, int] | None = None
 
 
-Timed = Callable[[RunConfig, str, str], float | None]  # (config, stage, key of its program) -> seconds of a step
+Timed = Callable[[RunConfig, str, str], float | None]  # (config, stage, key of the program of a step) -> its seconds
 
 
 def not_timed(config: RunConfig, name: str, key: str) -> float | None:
     """The seconds of a step where nobody needs them."""
     return None
+
+
+def _digest(record: list[str]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
 
 
 class Prices:
@@ -104,14 +111,14 @@ class Prices:
     def _stage(self, config: RunConfig, name: str, library: Library) -> StageCost:
         own = config.stages[name]
         data = [library.cache(source, "train").fingerprint for source in data_sources(config, name)]
-        program = dataclasses.replace(own, seed=None, order_seed=None)
-        record = [repr(config.model), repr(program), repr(config.mesh), library.tokenizer.hash, *data]
-        key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
+        record = [repr(config.model), repr(config.mesh), library.tokenizer.hash, *data]
+        key = _digest([*record, repr(dataclasses.replace(own, seed=None, order_seed=None))])
         if key not in self._costs:
             stage = read_stage(config, name, self._workdir, library).computed_in("float32")
             with on_abstract_mesh(config.mesh, fewest_devices(config.mesh)) as mesh:
                 phases = stage.phases(mesh)
-            seconds = self._timed(config, name, key)
+            program = {field: value for field, value in as_dict(own).items() if field not in NOT_IN_PROGRAM}
+            seconds = self._timed(config, name, _digest([*record, json.dumps(program, sort_keys=True)]))
             flops = sum(each.hardware_flops_per_step * (each.stop - each.first) for each in phases)
             step = Cost(stage.step_tokens, phases[-1].hardware_flops_per_step, seconds)
             total = Cost(stage.step_tokens * own.steps, flops, None if seconds is None else seconds * own.steps)

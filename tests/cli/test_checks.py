@@ -1,5 +1,6 @@
 """What the command line and the config alone can tell is told before jax is imported."""
 
+import gc
 import json
 import os
 import re
@@ -8,8 +9,10 @@ import sys
 
 import pytest
 
+from llm3.__main__ import function_of
 from llm3.cli import checks
 from llm3.cli.output import ReaderGone, watched_output
+from llm3.cli.verbs import VERBS
 from llm3.errors import NotWritten, UserError
 from tests.helpers import tiny_run as tiny
 
@@ -188,3 +191,18 @@ def test_the_report_of_several_runs_needs_a_folder_of_its_own(tmp_path):
     ):
         with pytest.raises(UserError, match=part):
             checks.check_report(given | change)
+
+
+def test_a_command_keeps_searches_for_garbage_off_what_it_has_imported():
+    """And a caller within another program keeps its own settings."""
+    gc.collect()
+    threshold, frozen = gc.get_threshold(), gc.get_freeze_count()
+    function_of(VERBS["report"])
+    assert gc.get_threshold() == threshold and gc.get_freeze_count() <= frozen
+    try:
+        gc.disable()  # as `python -m llm3` begins
+        function_of(VERBS["report"])
+        assert gc.isenabled() and gc.get_freeze_count() > frozen
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()

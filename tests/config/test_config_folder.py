@@ -97,3 +97,18 @@ def test_the_key_of_a_source_changes_with_what_a_package_of_hooks_imports_relati
         hooks._load_function.cache_clear()
         keys.append(records(file).key)
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_config_in_json_names_the_folder_whose_functions_it_uses(tmp_path):
+    """As the config of a stage run of an ablation does, which is in another folder than the base's config."""
+    file = tmp_path / "runs" / "node.json"
+    file.parent.mkdir()
+    given = configfile.values(project(tmp_path / "mine", steps=3))
+    file.write_text(json.dumps(given | {configfile.FOLDER: str(tmp_path / "mine")}))
+    config_folder.enter("")
+    config = configfile.load(str(file))
+    assert config.stages["a"].steps == 3 and config_folder.current() == str(tmp_path / "mine")
+    assert hooks.load_function("neighbour:is_long", "filters")({"text": "long"})
+    file.write_text(json.dumps(given))
+    configfile.load(str(file))
+    assert config_folder.current() == str(file.parent)
