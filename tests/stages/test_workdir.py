@@ -98,3 +98,17 @@ def test_what_decides_where_a_stage_stops_early_must_not_change(begun, file):
 def test_differences_name_the_field():
     before, now = {"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": 1, "c": 3}, "d": [2], "e": None}
     assert workdir.differences(before, now) == ["  a.c: saved 2, now 3", "  d: saved [1], now [2]"]
+
+
+def test_a_stage_that_has_saved_nothing_may_find_its_parent_elsewhere(tmp_path, file):
+    """As a stage run of an ablation whose folder was moved, or is named by another path, before the first save."""
+
+    def config(run):
+        start = f"stages.posttrain.start={{'run': {run!r}, 'stage': 'pretrain'}}"
+        return configfile.load(file, [start, "stages.posttrain.data={'domain': 1.0}"])
+
+    write_json(tmp_path / "posttrain" / RECORD, workdir.stage_record(config("here/run"), "posttrain"))
+    workdir.check_record(tmp_path, config("/there/run"), "posttrain")
+    (tmp_path / "posttrain" / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(UserError, match="saved 'here/run', now '/there/run'"):
+        workdir.check_record(tmp_path, config("/there/run"), "posttrain")
