@@ -11,10 +11,8 @@ from llm3.ablation.sections.comparisons import detectable
 from llm3.ablation.sections.opening import headline, sentences
 from llm3.ablation.statistics import over_documents
 from llm3.report.predictions import write_predictions
-from tests.helpers.tiny_study import ITEMS, comparison, row, study
+from tests.helpers.tiny_study import BETTER, ITEMS, OLD, comparison, row, study
 
-OLD = [0.50, 0.53, 0.49, 0.52, 0.51]
-BETTER = [0.60, 0.64, 0.58, 0.63, 0.61]
 SAME = [0.51, 0.52, 0.50, 0.51, 0.50]
 
 

@@ -11,7 +11,6 @@ from llm3.ablation.analysis import Analysis
 from llm3.ablation.materials import groups, material
 from llm3.ablation.pairs import cells
 from llm3.ablation.report import page
-from llm3.ablation.schema import ArmConfig
 from llm3.ablation.sections import arms, comparisons, grids, more, opening, origin
 from llm3.ablation.sections.curves import Curves, mean
 from llm3.ablation.terminal import WIDTH, print_summary
@@ -22,40 +21,7 @@ from llm3.errors import UserError
 from llm3.files import PLAN, REPORT, write_json
 from llm3.report.html import page_html
 from llm3.report.plots.verdict_map import VerdictCell, turns
-from tests.helpers.tiny_study import comparison, study
-
-OLD = [0.50, 0.53, 0.49, 0.52, 0.51]
-BETTER = [0.60, 0.64, 0.58, 0.63, 0.61]
-EVIL = "<b>a|b</b>"
-SHARES, LABELS = ["1%", "10%", "100%"], ["50", "all"]
-
-
-def many(path):
-    """Arms with everything that a report can show, one with a name that must not become markup."""
-    own = study(
-        path,
-        {"old": OLD, EVIL: [*BETTER[:3], None, BETTER[4]]},
-        ("old", EVIL),
-        items=True,
-        history=True,
-        question="Is it better?",
-        match="flops",
-        comparisons={"main": comparison(EVIL, "old", expect="better", smallest=0.02, literature="Doe 2020: it helps")},
-        failed={"finetune-1-3": f"exit 1: {path.resolve()}/runs/x: loss is not finite"},
-        arm_configs={"old": ArmConfig(), EVIL: ArmConfig(note="has <i>no</i> note")},
-    )
-    own.variants[1] = own.variants[1]._replace(
-        excess=0.04, adjusted=["pretrain", 100, 140], differs=["stages.pretrain.steps: 100 / 140"]
-    )
-    return own
-
-
-def in_grid(path):
-    def value(arm, cell, seed):
-        return OLD[seed] + (arm == "new") * (0.1 * SHARES.index(cell["share"]) - 0.08 + 0.02 * BETTER[seed])
-
-    declared = {"up": comparison(expect="better", literature="Doe 2020: it helps")}
-    return study(path, value, grid={"share": SHARES, "labels": LABELS}, comparisons=declared)
+from tests.helpers.tiny_study import BETTER, EVIL, OLD, comparison, in_grid, many, study
 
 
 @pytest.fixture(scope="module")

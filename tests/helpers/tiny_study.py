@@ -15,6 +15,10 @@ from llm3.report.predictions import write_predictions
 
 STAGES = ("pretrain", "finetune")
 ITEMS = 40
+OLD = [0.50, 0.53, 0.49, 0.52, 0.51]
+BETTER = [0.60, 0.64, 0.58, 0.63, 0.61]
+EVIL = "<b>a|b</b>"
+SHARES, LABELS = ["1%", "10%", "100%"], ["50", "all"]
 Value = Callable[[str, Mapping[str, str], int], float | None]  # (arm, cell, seed) -> accuracy, None: not finished
 
 
@@ -109,3 +113,33 @@ def write_items(folder: Path, accuracy: float, seed: int) -> float:
     columns |= {"confidence": np.full(ITEMS, 0.8), "classes": classes}
     write_predictions(folder, "task", columns)
     return float(right.mean())
+
+
+def many(path):
+    """Arms with everything that a report can show, one with a name that must not become markup."""
+    own = study(
+        path,
+        {"old": OLD, EVIL: [*BETTER[:3], None, BETTER[4]]},
+        ("old", EVIL),
+        items=True,
+        history=True,
+        question="Is it better?",
+        match="flops",
+        comparisons={"main": comparison(EVIL, "old", expect="better", smallest=0.02, literature="Doe 2020: it helps")},
+        failed={"finetune-1-3": f"exit 1: {path.resolve()}/runs/x: loss is not finite"},
+        arm_configs={"old": ArmConfig(), EVIL: ArmConfig(note="has <i>no</i> note")},
+    )
+    own.variants[1] = own.variants[1]._replace(
+        excess=0.04, adjusted=["pretrain", 100, 140], differs=["stages.pretrain.steps: 100 / 140"]
+    )
+    return own
+
+
+def in_grid(path):
+    """Two arms at six points of a grid, where one is worse at first and better at last."""
+
+    def value(arm, cell, seed):
+        return OLD[seed] + (arm == "new") * (0.1 * SHARES.index(cell["share"]) - 0.08 + 0.02 * BETTER[seed])
+
+    declared = {"up": comparison(expect="better", literature="Doe 2020: it helps")}
+    return study(path, value, grid={"share": SHARES, "labels": LABELS}, comparisons=declared)

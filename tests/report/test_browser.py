@@ -5,13 +5,17 @@ import shutil
 
 import pytest
 
+from llm3.ablation.analysis import Analysis
+from llm3.ablation.report import page as ablation_page
 from llm3.report.html import write_page
 from llm3.report.page import write_report
 from llm3.report.side_by_side import page, title
 from tests.helpers.tiny_report import everything
+from tests.helpers.tiny_study import in_grid, many
 from tests.report.test_side_by_side import run
 
 pytestmark = pytest.mark.slow
+NAMES = ("run", "runs", "ablation", "grid")
 WIDTHS, SCHEMES = (400, 1400), ("light", "dark")
 SECTIONS = (
     "Stages and evaluations",
@@ -83,17 +87,19 @@ def browser():
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """The files of a report with all sections, and of one that compares two runs."""
+    """The files of a report with all sections, of one that compares two runs, and of two ablations."""
     folder = tmp_path_factory.mktemp("reports")
     write_report(folder / "run", everything())
     runs = [run("a", "scratch"), run("b", "full_0", data="other", config={"seed": 1})]
     write_page(folder / "runs", title(runs), *page(runs))
-    return {name: folder / name / "report.html" for name in ("run", "runs")}
+    for name, study in (("ablation", many(folder / "ablation")), ("grid", in_grid(folder / "grid"))):
+        write_page(folder / name, name, *ablation_page(Analysis(study)))
+    return {name: folder / name / "report.html" for name in NAMES}
 
 
 @pytest.fixture(
     scope="module",
-    params=itertools.product(("run", "runs"), WIDTHS, SCHEMES),
+    params=itertools.product(NAMES, WIDTHS, SCHEMES),
     ids=lambda each: "-".join(map(str, each)),
 )
 def opened(request, browser, reports):
