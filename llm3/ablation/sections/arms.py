@@ -16,6 +16,7 @@ from llm3.report.entries import Measure
 from llm3.report.escape import escaped
 from llm3.report.matrix import majority
 from llm3.report.plots.dots import DotPanel, Dots, plot_dots
+from llm3.report.plots.svg import shortened
 from llm3.report.plots.trade_off import Point, TradeOff, plot_trade_offs
 from llm3.report.units import NOT_APPLICABLE, count, duration
 
@@ -147,10 +148,13 @@ def trade_off(analysis: Analysis) -> Iterator[Part]:
     """Quality against cost, a panel for each cell."""
     measure = analysis.measure
     panels = []
+    axes: list[str] = []
     for cell, variants in cells(analysis.study).items():
         points = [point for name, each in variants.items() if (point := _point(analysis, name, each))]
         if len({point.cost for point in points}) > 1:
-            title = cell or title_of(measure) + ", %" * measure.shares
+            place = next(iter(variants.values())).cell if cell else {}
+            axes = list(place)
+            title = shortened(", ".join(place.values()), 20) or title_of(measure) + ", %" * measure.shares
             panels.append(TradeOff(title, "FLOPs of all stages", points, measure.lower_is_better, measure.shares))
     if not panels:
         return
@@ -160,6 +164,7 @@ def trade_off(analysis: Analysis) -> Iterator[Part]:
     yield (
         f"Mean {escaped(title_of(measure))} over seeds. On the Pareto front (filled) no arm is both cheaper and "
         "better. Differences between neighbours may be chance: see the comparisons."
+        + (f" A panel is a cell of the grid: {escaped(', '.join(axes))}." if axes else "")
     )
     if len(panels) > MOST_PANELS:
         yield f"These are the first {MOST_PANELS} of {len(panels)} cells."

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from llm3.report.plots.svg import BLUE, GRID, VERMILLION, Margins, figure, shortened
+from llm3.report.plots.svg import BLUE, GRID, VERMILLION, Margins, figure, shortened, text_inches
 from llm3.report.units import count
 
 if TYPE_CHECKING:  # slow to import
@@ -43,7 +43,8 @@ def pareto_front(points: Sequence[Point], lower_is_better: bool = False) -> list
 
 def plot_trade_offs(panels: Sequence[TradeOff], most: int = 3) -> str:
     """A panel for each trade-off as SVG: the front as a line of filled points, the others hollow."""
-    margins = Margins(left=0.62, right=0.62, bottom=0.48, top=0.38)
+    widest = max((text_inches(shortened(each.label, 18), 7) for panel in panels for each in panel.points), default=0.0)
+    margins = Margins(left=0.62, right=max(0.62, widest), bottom=0.48, top=0.38)  # the last point may be at the end
     with figure(len(panels), most, size=(2.5, 2.1), margins=margins) as drawing:
         for axes, panel in zip(drawing.axes, panels, strict=True):
             front = pareto_front(panel.points, panel.lower_is_better)

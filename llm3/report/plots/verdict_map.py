@@ -47,11 +47,11 @@ def plot_verdict_maps(
             axes.set_title(shortened(panel.title, 60), pad=12)
             axes.set_xticks(range(len(heads)), heads)
             axes.xaxis.tick_top()
-            axes.set_xlabel(columns[0])
+            axes.set_xlabel(shortened(columns[0], int(size[0] / text_inches("x", 9))))
             axes.xaxis.set_label_position("top")
             first = first_of_row(index, len(panels), most)
             axes.set_yticks(range(len(names)), names if first else [""] * len(names))
-            axes.set_ylabel(rows[0] if first else "")
+            axes.set_ylabel(shortened(rows[0], int(size[1] / text_inches("x", 9))) if first else "")
             axes.tick_params(length=0)
     return drawing.svg
 
