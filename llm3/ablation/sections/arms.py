@@ -40,7 +40,7 @@ def section(analysis: Analysis) -> Iterator[Part]:
     rows = dots(analysis)
     if any(row.values for row in rows) and len(rows) <= MOST_DOTS:
         panel = DotPanel(title_of(measure) + unit, rows, reference(analysis, rows))
-        yield Figure("seeds", "Every seed by arm", plot_dots([panel], width=4.2))
+        yield Figure("seeds", "Every seed by arm", plot_dots([panel], width=3.4))
         yield "Points are seeds; the bar is their mean with its 95 % interval."
 
 

@@ -25,7 +25,7 @@ def section(analysis: Analysis) -> Iterator[Part]:
     if 0 < number <= SHOWN:
         yield "\n".join(f"- {escaped(line)}" for line in sentences(analysis.results))
         if number > 1:
-            yield f"p-values are adjusted for all {number} comparisons together (Holm), intervals are not."
+            yield f"p-values are adjusted for the {number} comparisons together (Holm), intervals are not."
 
 
 def title(analysis: Analysis) -> str:
