@@ -45,14 +45,14 @@ def paired(ours: Mapping[int, Items | None], theirs: Mapping[int, Items | None])
     return Paired(first, second, known[0].documents, known[0].weights)
 
 
-def items_of(outcome: Outcome, measure: Measure) -> Items | None:
-    """The items of the metric's evaluation; None unless they were kept, and their scores make up its value."""
-    columns = outcome.predictions(evaluation_of(measure))
+def items_of(outcome: Outcome, stage: str, measure: Measure) -> Items | None:
+    """The items of the metric's evaluation of a stage; None unless they were kept and make up its value."""
+    columns = outcome.predictions(evaluation_of(measure), stage)
     if columns is None or (scores := measure.values(columns)) is None:
         return None
     weights, order = measure.weights(columns), np.argsort(columns["item"], kind="stable")
     total = len(scores) if weights is None else weights.sum()
-    if not total or not agree(scores.sum() / total, outcome.row[measure.key]):
+    if not total or not agree(scores.sum() / total, outcome.rows[stage][measure.key]):
         return None
     documents = np.asarray(columns["item"])[order]
     return Items(scores[order].astype(np.float64), documents, None if weights is None else weights[order])

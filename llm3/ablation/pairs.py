@@ -22,11 +22,29 @@ class Pair(NamedTuple):
         return ", ".join([self.name, *filter(None, [cell_text(self.cell)])])
 
     @property
+    def stage(self) -> str:
+        """The stage whose rows are compared; "" for that whose row counts."""
+        return self.declared.stage
+
+    @property
+    def runs(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """The stage runs that both results come from, by seed."""
+        return tuple(
+            tuple(runs_of(each, seed, self.stage) for seed in each.chains) for each in (self.ours, self.theirs)
+        )
+
+    @property
     def sides(self) -> tuple[str, str]:
         """The names of both: their arms, or, of a single arm, those of its points."""
         if self.ours.arm != self.theirs.arm:
             return self.ours.arm, self.theirs.arm
         return cell_text(self.ours.cell), cell_text(self.theirs.cell)
+
+
+def runs_of(variant: Planned, seed: str, stage: str = "") -> tuple[str, ...]:
+    """The stage runs of a variant at a seed, up to a stage; "" for all."""
+    number = variant.stages.index(stage) + 1 if stage in variant.stages else len(variant.stages)
+    return tuple(variant.chains[seed][:number])
 
 
 def cell_text(cell: dict[str, str]) -> str:

@@ -78,9 +78,7 @@ def test_an_arm_without_results_is_not_compared_and_named(tmp_path):
         comparisons={"a": comparison(expect="better"), "b": comparison("best", "old", expect="better")},
     )
     assert headline(found) == "Of 2 comparisons, 1 is confirmed (b) and 1 is not compared (a)."
-    assert next(sentences(found.results)).startswith(
-        "a: not compared, since no seed of new is finished. new lacks seeds"
-    )
+    assert next(sentences(found.results)).startswith("a: not compared, since no seed of new is finished.")
 
 
 def test_arms_without_a_common_seed_are_not_compared(tmp_path):
@@ -174,8 +172,8 @@ def test_the_points_of_a_single_arm_are_compared_with_the_first_one(tmp_path):
     )
     assert [each.pair.title for each in found.results] == ["against rate=1, rate=2", "against rate=1, rate=3"]
     assert headline(found) == (
-        "In task accuracy, rate=2 has the best mean, 61.2 %; of 2 points against rate=1, 1 is better and 1 "
-        "is not shown to differ."
+        "In task accuracy, rate=2 has the best mean, 61.2 %; of 2 points against rate=1, 1 is better and 1 is not "
+        "shown to differ."
     )
     assert next(sentences(found.results)).startswith("rate=2 is better than rate=1 in task accuracy (+10.2 points")
 
@@ -211,3 +209,41 @@ def test_without_a_direction_a_comparison_is_refuted_by_a_difference_shown_to_be
     (found,) = analysis(tmp_path, value={"old": OLD, "new": new}, comparisons=declared).results
     assert found.word == word
     assert says in found.verdict.sentence
+
+
+def test_the_rows_of_another_stage_can_be_compared(tmp_path):
+    declared = {"a": comparison(metric="general_bits_per_byte", stage="pretrain", expect="worse"), "b": comparison()}
+    own = study(tmp_path, {"old": OLD, "new": OLD}, comparisons=declared)
+    for number, variant in enumerate(own.variants):  # otherwise arms share their first stage
+        variant.chains.update({seed: [f"{chain[0]}-{number}", chain[1]] for seed, chain in variant.chains.items()})
+    for each in own.of("new"):
+        each.rows["pretrain"]["general_bits_per_byte"] += 0.1 + 0.01 * each.seed
+    first, second = Analysis(own).results
+    assert (first.word, first.metric) == ("confirmed", "general bits/byte after pretrain")
+    assert first.effect.value == pytest.approx(0.12)
+    assert second.metric == "task accuracy"
+
+
+def test_a_stage_that_the_seed_does_not_change_has_one_result(tmp_path):
+    declared = {"a": comparison(metric="general_bits_per_byte", stage="pretrain")}
+    own = study(tmp_path, {"old": OLD, "new": OLD}, comparisons=declared)
+    for variant in own.variants:
+        variant.chains.update({seed: ["pretrain-0", chain[1]] for seed, chain in variant.chains.items()})
+    (found,) = Analysis(own).results
+    assert found.seeds == [0]
+
+
+def test_cells_whose_arms_are_the_same_stage_runs_are_one_test(tmp_path):
+    values = {"old": OLD, "new": BETTER}
+    own = study(tmp_path, lambda arm, cell, seed: values[arm][seed], grid={"shared by": ["1", "3"]})
+    p = Analysis(own).results[0].verdict.p
+    for variant in own.variants[1::2]:
+        variant.chains.update(own.variants[own.variants.index(variant) - 1].chains)
+    found = Analysis(own)
+    assert (found.tests, [each.verdict.p for each in found.results]) == (1, pytest.approx([p / 2, p / 2]))
+
+
+def test_two_arms_are_in_a_table_of_another_metric_once(tmp_path):
+    declared = {"a": comparison(expect="better"), "b": comparison(expect="no worse", smallest=0.1)}
+    ((_, (only,)),) = analysis(tmp_path, value={"old": OLD, "new": SAME}, comparisons=declared).secondary.items()
+    assert only.result.pair.title == "new against old"

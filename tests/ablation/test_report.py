@@ -187,7 +187,7 @@ def test_the_line_in_a_map_is_where_neighbours_have_other_verdicts():
 
 def test_a_map_marks_the_cells_in_which_a_difference_is_shown(tmp_path):
     own = Analysis(in_grid(tmp_path))
-    (text, figure, _) = grids.section(own)
+    (text, figure, *_) = grids.section(own)
     assert text == "## Over share and labels"
     assert figure.svg.count("▲") == 4 and figure.svg.count("▼") == 2
     assert opening.headline(own) == (

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llm3.ablation import power
 from llm3.ablation.analysis import Analysis, Result, by_name
-from llm3.ablation.metrics import direction, number_text, scale_of, title_of
+from llm3.ablation.metrics import direction, number_text, scale_of
 from llm3.ablation.sections.parts import Figure, Part, table
 from llm3.ablation.verdicts import CONFIRMED, REFUTED, UNDECIDED
 from llm3.errors import counted
@@ -49,7 +49,7 @@ def legend(analysis: Analysis) -> str:
         "brackets, 95 % intervals that are not adjusted for other comparisons.",
         f"They hold for {' or for '.join(covers)}." if covers else "",
         f"Tests: {'; '.join(tests)}." if tests else "",
-        f"p is adjusted by Holm for {counted(len(effects), 'comparison')}; only p up to {power.ALPHA:g} calls two arms "
+        f"p is adjusted by Holm for {counted(analysis.tests, 'test')}; only p up to {power.ALPHA:g} calls two arms "
         "different.",
         "With one seed nothing is decided, whatever the interval." if any(len(r.seeds) == 1 for r in results) else "",
         POWER if any(each.pair.declared.smallest for each in results) else "",
@@ -66,13 +66,13 @@ def legend(analysis: Analysis) -> str:
 def comparisons_table(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
     """The heads and the lines of the table of comparisons; columns that say nothing are left out."""
     results = analysis.results
-    compared = max(1, sum(each.effect is not None for each in results))
+    compared = max(1, analysis.tests)
     planned, after = len(analysis.study.config.seeds), analysis.study.declared_after
     columns: dict[str, Callable[[Result], str]] = {"comparison": lambda each: each.pair.name}
     for axis in dict.fromkeys(axis for each in results for axis in each.pair.cell):
         columns[axis] = lambda each, axis=axis: each.pair.cell[axis]  # type: ignore[misc]
-    if len({each.measure.key for each in results}) > 1:
-        columns["metric"] = lambda each: title_of(each.measure)
+    if len({each.metric for each in results}) > 1:
+        columns["metric"] = lambda each: each.metric
     columns |= {
         "expected": expected,
         "smallest": lambda each: _or_dash(each.pair.declared.smallest or None, each),
@@ -146,13 +146,15 @@ def detectable(smallest: float, seeds: int, alpha: float) -> float | None:
 def forest_panels(results: Sequence[Result]) -> Iterator[Forest]:
     """A panel for each metric and each smallest difference, of the comparisons that have an interval."""
     drawn = [(each, each.effect) for each in results if each.effect and math.isfinite(each.effect.low)]
-    for measure, smallest in dict.fromkeys((each.measure, each.pair.declared.smallest) for each, _ in drawn):
+    for key in dict.fromkeys((each.metric, each.pair.declared.smallest) for each, _ in drawn):
+        own = [each for each, _ in drawn if (each.metric, each.pair.declared.smallest) == key]
+        (metric, smallest), measure = key, own[0].measure
         effects = [
             Effect(each.pair.title, found.value, found.low, found.high, each.outcome)
-            for each, found in drawn
-            if (each.measure, each.pair.declared.smallest) == (measure, smallest)
+            for each in own
+            if (found := each.effect)
         ]
-        title = title_of(measure) + (f", counts from {number_text(smallest, measure)}" if smallest else "")
+        title = metric + (f", counts from {number_text(smallest, measure)}" if smallest else "")
         name = f"difference{', points' * measure.shares} ({direction(measure)})"
         yield Forest(title, name, effects, smallest, scale_of(measure))
 

@@ -13,6 +13,11 @@ from llm3.report.plots.intervals import Band, BandPanel, BandPoint, plot_bands
 from llm3.report.plots.verdict_map import VerdictCell, VerdictPanel, plot_verdict_maps
 
 MOST_PANELS = 12
+SIGNS = (
+    "▲ better, ▼ worse: shown beyond chance, adjusted for all cells and comparisons together. ✗: shown not to be what "
+    "was expected, though not which is better. Without a sign nothing is shown. The black line is where the verdict "
+    "turns. Grey: not compared."
+)
 
 
 def section(analysis: Analysis) -> Iterator[Part]:
@@ -38,13 +43,13 @@ def _lines(analysis: Analysis, axis: str) -> Iterator[Part]:
     places, measure = axes_of(analysis)[axis], analysis.measure
     means = _means(analysis, axis, places)
     panels = [BandPanel(title_of(measure), axis, measure.title + ", %" * measure.shares, places, means)]
-    results = [each for each in analysis.results if each.measure == measure]
-    if bands := [Band(name, _differences(found, axis, places)) for name, found in by_name(results)]:
-        name = "difference" + ", points" * measure.shares
-        panels.append(BandPanel(f"differences ({direction(measure)})", axis, name, places, bands, zero=True))
+    for metric, results in _by_metric(analysis):
+        bands = [Band(name, _differences(found, axis, places)) for name, found in by_name(results)]
+        title, unit = f"{metric} ({direction(results[0].measure)})", ", points" * results[0].measure.shares
+        panels.append(BandPanel(title, axis, f"difference{unit}", places, bands, zero=True))
     yield Figure("grid", f"Means and differences over {axis}", plot_bands(panels))
     yield (
-        f"First: means over seeds with 95 % intervals ({direction(measure)}). Second: differences with their 95 % "
+        f"First: means over seeds with 95 % intervals ({direction(measure)}). Then: differences with their 95 % "
         "intervals; filled where they are shown beyond chance, adjusted for all comparisons together."
     )
 
@@ -70,27 +75,37 @@ def _differences(results: Sequence[Result], axis: str, places: Sequence[str]) ->
 
 def _maps(analysis: Analysis, axes: dict[str, list[str]]) -> Iterator[Part]:
     """A panel for each comparison and each value of the axes beyond two."""
+    down, across, *_ = axes
+    for number, (metric, results) in enumerate(_by_metric(analysis)):
+        panels, measure = _map_panels(results, axes), results[0].measure
+        shown = plot_verdict_maps(panels[:MOST_PANELS], (down, axes[down]), (across, axes[across]))
+        name = f"map_{number}" if number else "map"
+        yield Figure(name, f"Differences in {metric} over {down} and {across}", shown)
+        yield (
+            f"Each cell: the mean difference in {escaped(metric)}{', points' * measure.shares} ({direction(measure)}), "
+            "paired by seed; blue: better, red: worse."
+        )
+        if len(panels) > MOST_PANELS:
+            yield f"These are the first {MOST_PANELS} of {len(panels)} maps; the table of comparisons has all cells."
+    yield SIGNS
+
+
+def _by_metric(analysis: Analysis) -> Iterator[tuple[str, list[Result]]]:
+    for metric in dict.fromkeys(each.metric for each in analysis.results):
+        yield metric, [each for each in analysis.results if each.metric == metric]
+
+
+def _map_panels(results: Sequence[Result], axes: dict[str, list[str]]) -> list[VerdictPanel]:
     down, across, *others = axes
-    panels, measure = [], analysis.measure
-    for name, found in by_name(analysis.results):
+    panels = []
+    for name, found in by_name(results):
         for rest in product(*(axes[each] for each in others)):
             fixed = dict(zip(others, rest, strict=True))
             own = [each for each in found if all(each.pair.cell[axis] == value for axis, value in fixed.items())]
             cells = {(each.pair.cell[down], each.pair.cell[across]): _cell(each) for each in own}
             grid = [[cells.get((row, column)) for column in axes[across]] for row in axes[down]]
             panels.append(VerdictPanel(", ".join([name, *(f"{axis}={fixed[axis]}" for axis in others)]), grid))
-    if not panels:
-        return
-    shown = plot_verdict_maps(panels[:MOST_PANELS], (down, axes[down]), (across, axes[across]))
-    yield Figure("map", f"Differences over {down} and {across}", shown)
-    yield (
-        f"Each cell: the mean difference in {escaped(title_of(measure))}{', points' * measure.shares} "
-        f"({direction(measure)}), paired by seed; blue: better, red: worse. ▲ better, ▼ worse: shown beyond chance, "
-        "adjusted for all cells and comparisons together. ✗: shown not to be what was expected, though not which is "
-        "better. Without a sign nothing is shown. The black line is where the verdict turns. Grey: not compared."
-    )
-    if len(panels) > MOST_PANELS:
-        yield f"These are the first {MOST_PANELS} of {len(panels)} maps; the table of comparisons has all cells."
+    return panels
 
 
 def _cell(result: Result) -> VerdictCell | None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from llm3.ablation.analysis import Analysis, Result, by_name
-from llm3.ablation.metrics import title_of, value_text
+from llm3.ablation.metrics import value_text
 from llm3.ablation.pairs import cells, has_one_arm
 from llm3.ablation.sections.parts import Part
 from llm3.ablation.verdicts import CONFIRMED, REFUTED, UNDECIDED
@@ -25,7 +25,8 @@ def section(analysis: Analysis) -> Iterator[Part]:
     if 0 < number <= SHOWN:
         yield "\n".join(f"- {escaped(line)}" for line in sentences(analysis.results))
         if number > 1:
-            yield f"p-values are adjusted for the {number} comparisons together (Holm), intervals are not."
+            tests = counted(analysis.tests, "test")
+            yield f"p-values are adjusted for all comparisons together ({tests}, Holm), intervals are not."
 
 
 def title(analysis: Analysis) -> str:
@@ -39,9 +40,13 @@ def headline(analysis: Analysis) -> str:
     if not groups:
         return f"Nothing is compared: there is {counted(len(analysis.study.variants), 'arm')}."
     if max(len(found) for _, found in groups) > 1:
-        parts = [best_point(analysis)] if has_one_arm(analysis.study) else []
-        parts += [_in_cells(*group) for group in groups]
-        return f"In {title_of(analysis.measure)}, {'; '.join(filter(None, parts))}."
+        parts = []
+        for metric in dict.fromkeys(each.metric for each in analysis.results):
+            own = [_in_cells(*group) for group in groups if group[1][0].metric == metric]
+            best = [best_point(analysis)] if has_one_arm(analysis.study) else []
+            parts.append(f"in {metric}, {'; '.join(filter(None, [*best, *own]))}")
+        text = "; ".join(parts)
+        return f"{text[:1].upper()}{text[1:]}."
     declared = any(each.pair.declared.expect != "different" for each in analysis.results)
     return f"{_declared(analysis.results) if declared else _compared(analysis.results)}."
 
@@ -61,14 +66,12 @@ def _compared(results: Sequence[Result]) -> str:
     for each in results:
         ours, theirs = each.pair.sides
         if each.outcome:
-            parts.append(
-                f"{ours} is {'better' if each.outcome > 0 else 'worse'} than {theirs} in {title_of(each.measure)}"
-            )
+            parts.append(f"{ours} is {'better' if each.outcome > 0 else 'worse'} than {theirs} in {each.metric}")
     for theirs in dict.fromkeys(each.pair.sides[1] for each in results):
         same = [each for each in results if each.verdict and not each.outcome and each.pair.sides[1] == theirs]
         if same:
             names = joined([each.pair.sides[0] for each in same], "or")
-            parts.append(f"no difference between {theirs} and {names} is shown in {title_of(same[0].measure)}")
+            parts.append(f"no difference between {theirs} and {names} is shown in {same[0].metric}")
     if lacking := [each.pair.name for each in results if each.verdict is None]:
         parts.append(f"not compared: {', '.join(lacking)}")
     text = "; ".join(parts)
@@ -107,7 +110,8 @@ def _in_cells(name: str, results: Sequence[Result]) -> str:
             return shown
         words = [each.word for each in results]
         known = [f"{word} in {words.count(word)}" for word in (CONFIRMED, REFUTED, UNDECIDED) if word in words]
-        return f"{shown} ({name}: {', '.join(known)})"
+        lead = "" if name == f"{ours.arm} against {theirs.arm}" else f"{name}: "
+        return f"{shown} ({lead}{', '.join(known)})"
     parts = [f"{number} {_is(number)} {text}" for text, number in numbers.items()]
     return f"of {len(results)} points {name}, {joined(parts)}"
 
@@ -126,7 +130,7 @@ def sentences(results: Sequence[Result]) -> Iterator[str]:
     for each in results:
         lacking = "".join(f" {name} lacks {seeds_text(seeds)}." for name, seeds in each.missing.items())
         if each.verdict is None:
-            yield f"{each.pair.title}: not compared, since {each.reason}.{lacking}"
+            yield f"{each.pair.title}: not compared, since {each.reason}."
             continue
         text = ADJUSTED.sub("", each.verdict.sentence)
         if each.pair.declared.expect == "different" and each.word != REFUTED:  # nothing to confirm: the outcome alone
