@@ -23,7 +23,7 @@ def get_config():
     c.seeds = [0, 1, 2, 3, 4]
     c.change = {"stages.posttrain.data": {"domain": 1.0}}
     c.arms = {
-        f"{how}, replay {share} %".replace(",", ""): dict(
+        f"{how} replay {share} %": dict(
             change={"stages.posttrain.replay": share / 100, "stages.posttrain.optimizer.learning_rate": rate}
         )
         for how, rate in (("warmed up", 0.02), ("kept low", 0.002))
