@@ -11,6 +11,7 @@ import pytest
 
 from llm3.__main__ import main
 from llm3.ablation import local
+from llm3.distributed.lock import lock
 from llm3.errors import Exit
 from tests.helpers import tiny_ablation as tiny_ab
 from tests.helpers import tiny_folder
@@ -118,6 +119,13 @@ def test_nothing_is_left_to_do_and_the_plan_is_the_same_again(study, ablate, sta
     assert len(started) == count and {path: file[1] for path, file in after.items()} == {
         path: file[1] for path, file in before.items()
     }
+
+
+def test_a_second_ablate_in_the_same_directory_is_refused(study, ablate, capsys):
+    before = tiny.files(study.workdir)
+    with lock(study.workdir):
+        assert ablate(study.workdir, TOP) == Exit.BAD_INPUT
+    assert "is in use by process" in capsys.readouterr().err and tiny.files(study.workdir) == before
 
 
 def test_what_a_kill_and_a_stop_leave_is_resumed_to_the_same_bits(study, ablate, started, tmp_path, capsys):
