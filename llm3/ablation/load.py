@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llm3.ablation.schema import AblationConfig
 from llm3.config import load
+from llm3.errors import UserError
 
 
 def load_ablation(file: str, overrides: Iterable[str] = ()) -> AblationConfig:
@@ -13,6 +14,8 @@ def load_ablation(file: str, overrides: Iterable[str] = ()) -> AblationConfig:
     Raises UserError as `llm3.config.load.load`. The base itself is checked with each arm; see `llm3.ablation.arms`.
     """
     given = load.values(file, (), AblationConfig)
+    if "base" not in given and "stages" in given:
+        raise UserError(f"--config={file}: the config of a run, which `run` trains; an ablation names it as its `base`")
     if isinstance(base := given.get("base"), str):
         folder = Path(file.partition(":")[0]).expanduser().parent
         name, colon, argument = base.partition(":")

@@ -35,6 +35,8 @@ def load(file: str, overrides: Iterable[str] = ()) -> RunConfig:
 def values(file: str, overrides: Iterable[str] = (), kind: Any = RunConfig) -> dict[str, Any]:
     """The fields that `file` and the overrides give a config of this kind, not yet read. Raises UserError as `load`."""
     given = _run_file(file)
+    if kind is RunConfig and "base" in given and "stages" not in given:
+        raise UserError(f"--config={file}: the config of an ablation, which `ablate` trains")
     override(kind, given, overrides)
     return given
 

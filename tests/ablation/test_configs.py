@@ -2,6 +2,7 @@
 
 import pytest
 
+from llm3.__main__ import main
 from llm3.ablation.arms import variants
 from llm3.ablation.load import load_ablation
 from llm3.cli.checks import check
@@ -20,3 +21,16 @@ def test_every_arm_of_a_shipped_ablation_is_a_config_that_can_run(name, tmp_path
     check("ablate", {"config": config, "jobs": 1, "launcher": "local", "sbatch": ""})
     assert len({each.name for each in variants(config)}) == len(variants(config)) > 1
     assert all(each.smallest > 0 for each in config.comparisons.values())
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "message"),
+    [
+        ("ablate", "configs/quickstart.py", "the config of a run, which `run` trains"),
+        ("run", "configs/ablations/replay.py", "the config of an ablation, which `ablate` trains"),
+    ],
+)
+def test_the_config_of_a_run_and_that_of_an_ablation_are_told_apart(verb, file, message, capsys, tmp_path):
+    assert main([verb, f"--config={tiny.ROOT / file}", f"--workdir={tmp_path / 'work'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
