@@ -55,7 +55,8 @@ def value_text(value: float, measure: Measure) -> str:
 
 def number_text(value: float, measure: Measure, sign: str = "") -> str:
     """A value without its unit: percent or percentage points for a share, else with three decimals."""
-    return f"{100 * value:{sign}.1f}" if measure.shares else f"{value:{sign}.3f}"
+    digits = 1 if measure.shares else 3
+    return f"{round(scale_of(measure) * value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no negative zero
 
 
 def unit_of(measure: Measure) -> str:

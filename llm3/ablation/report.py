@@ -43,5 +43,5 @@ def page(analysis: Analysis) -> tuple[str, dict[str, str]]:
     """The Markdown of the page, and its figures by name."""
     parts: list[Part] = list(chain.from_iterable(section(analysis) for section in SECTIONS))
     figures = {part.file: part.svg for part in parts if isinstance(part, Figure)}
-    texts = [f"![{part.title}](figures/{part.file})" if isinstance(part, Figure) else part for part in parts]
+    texts = [part.markdown if isinstance(part, Figure) else part for part in parts]
     return "\n\n".join(texts) + "\n", figures

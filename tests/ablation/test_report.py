@@ -1,6 +1,7 @@
 """The report of an ablation: what it shows, that it is the same each time, and that it stays small."""
 
 import io
+import json
 import re
 
 import pytest
@@ -11,14 +12,15 @@ from llm3.ablation.analysis import Analysis
 from llm3.ablation.materials import groups, material
 from llm3.ablation.pairs import cells
 from llm3.ablation.report import page
-from llm3.ablation.sections import arms, comparisons, grids, more, opening, origin
+from llm3.ablation.sections import arms, comparisons, grids, more, opening, origin, stages
 from llm3.ablation.sections.curves import Curves, mean
+from llm3.ablation.sections.parts import Figure
 from llm3.ablation.terminal import WIDTH, print_summary
 from llm3.cli import checks
 from llm3.cli.report import report
 from llm3.config.schema import as_dict
 from llm3.errors import UserError
-from llm3.files import PLAN, REPORT, write_json
+from llm3.files import PLAN, REPORT, SAMPLES, write_json
 from llm3.report.html import page_html
 from llm3.report.plots.verdict_map import VerdictCell, turns
 from tests.helpers.tiny_study import BETTER, EVIL, OLD, comparison, in_grid, many, study
@@ -236,3 +238,23 @@ def test_a_stage_run_that_all_seeds_share_is_there_once_and_no_replicate(tmp_pat
     found = groups({"old": own.variants[0]._replace(chains=shared)})
     assert found[0].runs == {0: "pretrain-0"}
     assert len(found[1].runs) == 5
+
+
+def test_values_of_a_grid_do_not_end_the_link_of_a_figure():
+    assert Figure("map", "Over a=[1, 2] and b=]", "<svg/>").markdown == "![Over a=(1, 2) and b=)](figures/map.svg)"
+
+
+def test_the_answers_to_a_prompt_stand_side_by_side_for_every_stage_of_the_first_seed(tmp_path):
+    own = study(tmp_path, {"old": OLD, "new": BETTER}, history=True)
+    for each in own.outcomes:
+        for stage, folder in each.folders.items():
+            lines = [{"step": step, "prompt": "Why?", "text": f"{stage} {each.seed} at {step}"} for step in (5, 10)]
+            (folder / SAMPLES).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    text = text_of(stages.section, own)
+    assert "| prompt | old + new: pretrain | old: finetune | new: finetune |" in text
+    assert "| Why? | pretrain 0 at 10 | finetune 0 at 10 | finetune 0 at 10 |" in text
+
+
+def test_of_a_grid_the_first_and_the_last_cell_show_their_stages(tmp_path):
+    heads = [line for line in text_of(stages.section, in_grid(tmp_path)).splitlines() if line.startswith("## ")]
+    assert heads == ["## Stages at share=1%, labels=50", "## Stages at share=100%, labels=all"]

@@ -76,9 +76,9 @@ def comparisons_table(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
     columns |= {
         "expected": expected,
         "smallest": lambda each: _or_dash(each.pair.declared.smallest or None, each),
+        "verdict": _verdict,
         "difference [95 %]": difference_text,
         "p (Holm)": lambda each: p_text(each.verdict.p) if each.verdict else NOT_APPLICABLE,
-        "verdict": _verdict,
         "SD for 80 %": lambda each: _or_dash(
             detectable(each.pair.declared.smallest, planned, power.ALPHA / compared), each
         ),
@@ -116,7 +116,7 @@ def p_text(p: float) -> str:
 
 def _verdict(result: Result) -> str:
     if result.verdict is None:
-        return f"not compared: {result.reason}"
+        return result.word
     if result.pair.declared.expect != "different":
         return ", ".join(filter(None, [result.word, result.verdict.shown]))
     shown = result.verdict.shown or "no difference shown"

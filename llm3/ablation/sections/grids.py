@@ -5,6 +5,7 @@ from itertools import product
 
 from llm3.ablation.analysis import Analysis, Result, by_name
 from llm3.ablation.metrics import direction, number_text, scale_of, title_of
+from llm3.ablation.sections.opening import joined
 from llm3.ablation.sections.parts import Figure, Part
 from llm3.ablation.statistics import interval
 from llm3.ablation.verdicts import REFUTED
@@ -25,7 +26,7 @@ def section(analysis: Analysis) -> Iterator[Part]:
     axes = axes_of(analysis)
     if not axes or not analysis.rows:
         return
-    yield f"## Over {escaped(' and '.join(axes))}"
+    yield f"## Over {escaped(joined(list(axes)))}"
     yield from _lines(analysis, *axes) if len(axes) == 1 else _maps(analysis, axes)
 
 

@@ -38,7 +38,7 @@ def _line(secondary: Secondary, documents: bool) -> list[str]:
         ends = [number_text(each, result.measure, "+") for each in (over.low, over.high)] if over else []
         line.append(f"[{', '.join(ends)}]" if ends else NOT_APPLICABLE)
     if p is None or result.effect is None:
-        return [*line, NOT_APPLICABLE, f"not compared: {result.reason}"]
+        return [*line, NOT_APPLICABLE, result.word]
     better = (result.effect.value < 0) == result.measure.lower_is_better
     return [*line, p_text(p), ("better" if better else "worse") if p <= power.ALPHA else "no difference shown"]
 

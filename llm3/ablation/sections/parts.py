@@ -19,6 +19,12 @@ class Figure(NamedTuple):
         """The name of its file."""
         return f"{self.name}.svg"
 
+    @property
+    def markdown(self) -> str:
+        """The link to it; values of a grid in its title may have brackets, which would end the link."""
+        title = self.title.translate(str.maketrans("[]", "()", "\\"))
+        return f"![{title}](figures/{self.file})"
+
 
 Part = str | Figure
 Section = Callable[[Analysis], Iterator[Part]]

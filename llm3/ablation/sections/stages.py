@@ -39,7 +39,9 @@ def section(analysis: Analysis) -> Iterator[Part]:
             continue
         place = f"at {cell}" if cell else ""
         suffix = f"_{number}" if len(ends) > 1 else ""
-        yield f"## Stages, evaluations and resources{_at(place)}"
+        if place:
+            yield f"## Stages {escaped(place)}"
+        yield _head("Stages, evaluations and resources", place)
         yield from _matrix(found, place, suffix)
         if notes := list(_left_out(len(every), len(every[cell]), len(arms))):
             yield " ".join(notes)
@@ -50,8 +52,9 @@ def section(analysis: Analysis) -> Iterator[Part]:
         yield from _lineage(found, place, suffix)
 
 
-def _at(place: str) -> str:
-    return f" {escaped(place)}" if place else ""
+def _head(name: str, place: str) -> str:
+    """The head of a section; those of a cell stand below the head of the cell."""
+    return f"### {name}" if place else f"## {name}"
 
 
 def _left_out(number_of_cells: int, arms: int, shown: int) -> Iterator[str]:
@@ -76,7 +79,7 @@ def _matrix(found: Material, place: str, suffix: str) -> Iterator[Part]:
 def _forgetting(found: Material, place: str, suffix: str) -> Iterator[Part]:
     if not (panels := forgetting.forgetting_panels(found)):
         return
-    yield f"## Forgetting{_at(place)}"
+    yield _head("Forgetting", place)
     heads = ["stage", *(panel.x_name for panel in panels)]
     stages = zip(*(panel.rows for panel in panels), strict=True)
     yield table(heads, [[rows[0].label, *(_lost(row.values) for row in rows)] for rows in stages])
@@ -98,7 +101,7 @@ def _curves(analysis: Analysis, arms: Mapping[str, Planned], place: str, suffix:
     panels = Curves(analysis.study, arms).panels([analysis.measure, *texts][:MOST_METRICS])
     if not panels:
         return
-    yield f"## Training{_at(place)}"
+    yield _head("Training", place)
     yield Figure(f"progress{suffix}", f"Loss and metrics over all stages {place}".strip(), plot_curves(panels))
     yield (
         "Each stage begins where its parent ends; dotted lines mark the hand-offs. Each seed is a thin line and their "
@@ -116,7 +119,7 @@ def _calibration(analysis: Analysis, found: Material, place: str, suffix: str) -
         bins = {arms[label]: each for label, each in bins.items()}
     if bins:
         errors = {label: calibration_error(each) for label, each in bins.items()}
-        yield f"## Calibration{_at(place)}"
+        yield _head("Calibration", place)
         yield Figure(f"calibration{suffix}", f"Accuracy by confidence {place}".strip(), plot_reliability(bins, errors))
         yield (
             f"{escaped(words(evaluation).capitalize())}: the share of right answers by the confidence in the predicted "
@@ -126,13 +129,13 @@ def _calibration(analysis: Analysis, found: Material, place: str, suffix: str) -
 
 def _samples(found: Material, place: str) -> Iterator[Part]:
     if parts := samples_section(found):
-        yield f"{parts[0]}{_at(place)}"
+        yield _head("Samples", place)
         yield "The same prompts after every stage, with the first seed."
         yield from parts[1:]
 
 
 def _lineage(found: Material, place: str, suffix: str) -> Iterator[Part]:
     if any(row.get("parent") for row in found.stages):
-        yield f"## Lineage{_at(place)}"
+        yield _head("Lineage", place)
         yield Figure(f"lineage{suffix}", f"Stages that arms share {place}".strip(), plot_lineage(lineage(found)))
         yield "An arrow leads from a stage to those that start from its model; xN: one for each of N seeds."
