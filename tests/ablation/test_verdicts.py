@@ -8,7 +8,6 @@ import pytest
 from llm3.ablation.power import found, power, seeds_needed
 from llm3.ablation.statistics import Effect, effect
 from llm3.ablation.variance import Variance
-from llm3.ablation.verdict_map import verdict_map
 from llm3.ablation.verdicts import Claim, verdicts
 from llm3.errors import UserError
 
@@ -180,16 +179,3 @@ def test_differences_that_are_all_equal_are_undecided_up_to_five_seeds():
 def test_a_claim_that_cannot_be_judged_is_refused(claim, message):
     with pytest.raises(UserError, match=message):
         verdicts([over(0, 1)], [claim])
-
-
-def test_the_map_of_verdicts_shows_where_they_turn():
-    better, open_, worse = over(0.03, 0.05), over(-0.1, 0.1), over(-0.06, -0.04)
-    found = verdict_map([[better, better, open_], [better, worse, None]], Claim("better", SMALLEST))
-    assert found.words.tolist() == [["confirmed", "confirmed", "undecided"], ["confirmed", "refuted", ""]]
-    assert found.shown.tolist() == [[True, True, False], [True, True, False]]
-    assert found.turns == [((0, 1), (0, 2)), ((0, 1), (1, 1)), ((1, 0), (1, 1))]
-    assert np.isnan(found.values[1, 2]) and found.values[1, 1] == pytest.approx(-0.05)
-    assert found.verdicts[0, 2].p == pytest.approx(open_.p_value()), "Holm's last step"
-    assert found.verdicts[1, 1].p == pytest.approx(5 * worse.p_value()), "Holm's first step of five cells"
-    with pytest.raises(ValueError, match="equally many"):
-        verdict_map([[better], []], Claim("better", SMALLEST))
