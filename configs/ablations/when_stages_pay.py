@@ -12,7 +12,7 @@ are left out of the test.
 
 from ml_collections import ConfigDict
 
-LM_STEPS = {"pretrain": 160, "posttrain": 200}
+LM_STEPS = {"pretrain": 120, "posttrain": 150}
 DOMAIN = {"1 %": 20, "3 %": 60, "10 %": 200, "30 %": 600, "100 %": 0}  # documents; 0: all of 1,996
 LABELS = {"50": 50, "500": 500, "all": 0}
 FEW = {"sources.task.bad_rows": 0.1}  # rows of the test whose class is not among the labels
@@ -31,7 +31,7 @@ def get_config():
     c.change = {
         "model.d_model": 96,
         "model.d_ff": 264,
-        "stages.finetune.steps": 100,
+        "stages.finetune.steps": 75,
         "stages.finetune.save_every": 1000,
         "evaluations.general.max_documents": 20,
         "evaluations.domain.max_documents": 20,
