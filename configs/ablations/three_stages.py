@@ -4,10 +4,10 @@ r"""Why three stages? Every stage left out, replaced, or done otherwise, with eq
     python -m llm3 ablate --config=configs/ablations/three_stages.py:medical --workdir=runs/three_stages_medical \
         --jobs=2 --config.base.data_dir=data
 
-The first is on the text of the installation, with the model and the stages of configs/quickstart.py at three quarters of
-the width, half of the context and half of the steps. The second goes from general text to medical answers (MedQuAD) to their question types, with
-2,000 and with 200 labels. `--plan` shows what is to be trained. `all three` has its budget of FLOPs; `no domain` and
-the arms of the last stage use less, which the table says.
+The first is on the text of the installation, with the model and the stages of configs/quickstart.py at three quarters
+of the width, half of the context and half of the steps. The second goes from general text to medical answers (MedQuAD)
+to their question types, with 2,000 and with 200 labels. `--plan` shows what is to be trained. Most arms use as many
+FLOPs as `all three`; `no domain` and the arms of the last stage use less, which the table says.
 
 The learning rates are those of the base, and for a part of the parameters those that were chosen for
 configs/medical.py; none was tuned for an arm here.

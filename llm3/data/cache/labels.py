@@ -1,5 +1,6 @@
 """The classes of the documents of a token cache."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ def read_labels(
     return names, ordered if manifest["several"] else None, numbers
 
 
+@functools.cache
+def _say_once(line: str) -> None:
+    """Print a line, which every library that opens the same cache would print again."""
+    print(line, file=sys.stderr)
+
+
 def check_unknown(
     unknown: np.ndarray,
     rows: np.ndarray,
@@ -60,5 +67,5 @@ def check_unknown(
     )
     if len(unknown) + sum(manifest["bad"].values()) > max_bad_share * read:
         raise UserError(f"{message}; more unusable rows than bad_rows={max_bad_share:g}")
-    print(f"tokens: {message}; set aside", file=sys.stderr)
+    _say_once(f"tokens: {message}; set aside")
     return "class is not in the train split"
