@@ -23,7 +23,8 @@ def write(path):
         path.write_text(json.dumps(ROWS))
     elif kind in ("jsonl", "jsonl.gz"):
         content = "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS)
-        (gzip.open if kind.endswith("gz") else open)(path, "wb").write(content.encode())
+        with (gzip.open if kind.endswith("gz") else open)(path, "wb") as file:
+            file.write(content.encode())
     else:
         mark = "\t" if kind == "tsv" else ";"
         cells = "".join(f'{row["id"]}{mark}"{row["text"]}"\n' for row in ROWS)
