@@ -36,26 +36,7 @@ def get_config(family="encoder"):
         scan_unroll=4,
     )
     c.tokenizer = dict(vocab_size=4096)
-    medquad = dict(
-        path="lavita/MedQuAD",
-        local="medical/medquad",
-        text="answer",
-        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
-        train="train[:90%]",
-        validation="train[90%:95%]",
-        test="train[95%:]",
-    )
-    c.sources = dict(
-        general=dict(
-            path="Salesforce/wikitext",
-            name="wikitext-103-raw-v1",
-            local="general",
-            bad_rows=0.5,  # the hub has one row per line, many of them empty
-            max_documents=100_000,
-        ),
-        medquad=medquad,
-        task=medquad | dict(label="question_type", max_documents=2000),
-    )
+    c.sources = sources()
     objective = dict(name="masked", share=0.2) if encoder else "causal"
     shape = dict(batch_size=32, sequence_length=128, save_every=200, log_every=50)
     muon = dict(name="muon", learning_rate=0.02, warmup_steps=20, options=dict(adam_learning_rate=5e-3))
@@ -82,6 +63,30 @@ def get_config(family="encoder"):
         task=dict(kind="classification", source="task", split="test"),
     )
     return c
+
+
+def sources():
+    """General text, text of the domain, and the labelled task."""
+    medquad = dict(
+        path="lavita/MedQuAD",
+        local="medical/medquad",
+        text="answer",
+        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
+        train="train[:90%]",
+        validation="train[90%:95%]",
+        test="train[95%:]",
+    )
+    return dict(
+        general=dict(
+            path="Salesforce/wikitext",
+            name="wikitext-103-raw-v1",
+            local="general",
+            bad_rows=0.5,  # the hub has one row per line, many of them empty
+            max_documents=100_000,
+        ),
+        medquad=medquad,
+        task=medquad | dict(label="question_type", max_documents=2000),
+    )
 
 
 def finetune(seed):

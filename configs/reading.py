@@ -31,37 +31,7 @@ def get_config():
     c.seed = 0
     c.model = dict(layers=4, d_model=128, heads=4, d_ff=352, qk_norm="head", scan_unroll=4)
     c.tokenizer = dict(vocab_size=4096, sources=["general", "medquad"])
-    medquad = dict(
-        path="lavita/MedQuAD",
-        local="medical/medquad",
-        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
-        train="train[:90%]",
-        validation="train[90%:95%]",
-        test="train[95%:]",
-    )
-    c.sources = dict(
-        general=dict(
-            path="Salesforce/wikitext",
-            name="wikitext-103-raw-v1",
-            local="general",
-            bad_rows=0.5,  # the hub has one row per line, many of them empty
-            max_documents=100_000,
-        ),
-        medquad=medquad | dict(text="answer"),
-        questions=medquad | dict(prompt="Question: {question}\nAnswer:", answer=" {answer}"),
-        pubmedqa=dict(
-            path="qiaojin/PubMedQA",
-            name="pqa_labeled",
-            local="medical/pubmedqa",
-            transforms=["configs.reading:flat"],
-            prompt="{context}\nQuestion: {question}\nAnswer: ",
-            choices=["yes", "no", "maybe"],
-            answer="label",
-            train="train[:450]",
-            validation="train[450:500]",
-            test="train[500:]",
-        ),
-    )
+    c.sources = sources()
     shape = dict(batch_size=16, sequence_length=256, save_every=250, log_every=50)
     muon = dict(name="muon", learning_rate=0.02, warmup_steps=20, options=dict(adam_learning_rate=5e-3))
     fit = dict(
@@ -90,7 +60,48 @@ def get_config():
         finetune=dict(start="posttrain", **fit),
         scratch=dict(start="init", baseline=True, **fit),
     )
-    c.evaluations = dict(
+    c.evaluations = evaluations()
+    return c
+
+
+def sources():
+    """General text, medical answers with and without their questions, and the reading comprehension."""
+    medquad = dict(
+        path="lavita/MedQuAD",
+        local="medical/medquad",
+        bad_rows=0.7,  # the hub's copy lacks copyrighted answers
+        train="train[:90%]",
+        validation="train[90%:95%]",
+        test="train[95%:]",
+    )
+    return dict(
+        general=dict(
+            path="Salesforce/wikitext",
+            name="wikitext-103-raw-v1",
+            local="general",
+            bad_rows=0.5,  # the hub has one row per line, many of them empty
+            max_documents=100_000,
+        ),
+        medquad=medquad | dict(text="answer"),
+        questions=medquad | dict(prompt="Question: {question}\nAnswer:", answer=" {answer}"),
+        pubmedqa=dict(
+            path="qiaojin/PubMedQA",
+            name="pqa_labeled",
+            local="medical/pubmedqa",
+            transforms=["configs.reading:flat"],
+            prompt="{context}\nQuestion: {question}\nAnswer: ",
+            choices=["yes", "no", "maybe"],
+            answer="label",
+            train="train[:450]",
+            validation="train[450:500]",
+            test="train[500:]",
+        ),
+    )
+
+
+def evaluations():
+    """Text, written answers, and choices."""
+    return dict(
         general=dict(kind="perplexity", source="general", max_documents=40),
         domain=dict(kind="perplexity", source="medquad", max_documents=100),
         answers=dict(
@@ -104,4 +115,3 @@ def get_config():
         ),
         reading=dict(kind="choice", source="pubmedqa", split="test", sequence_length=640, batch_size=12),
     )
-    return c

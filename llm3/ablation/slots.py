@@ -1,7 +1,4 @@
-"""What stage runs that train at the same time get of this machine: each its own cores and its own GPUs.
-
-Two small models on one core each train faster than one after the other on both.
-"""
+"""What stage runs that train at the same time get of this machine: each its own cores and its own GPUs."""
 
 import os
 import shutil

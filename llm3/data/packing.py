@@ -1,5 +1,6 @@
 """Packing documents into windows of a fixed length, for the plugins in `llm3/data/windows`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -29,7 +30,7 @@ class Windows(Protocol):
     def documents_of(self, index: int) -> list[tuple[int, int, tuple[int, int]]]: ...
 
 
-class PackedWindows:
+class PackedWindows(ABC):
     """Windows packed with pieces of documents, none of them split. A subclass defines the pieces.
 
     sizes: int [pieces], positions of each piece, at most `length`. document, first, stop: int [pieces]; a piece has the
@@ -69,9 +70,9 @@ class PackedWindows:
             yield segment, piece, slice(start, stop)
             start = stop
 
+    @abstractmethod
     def _fill(self, window: Batch, piece: int, place: slice) -> None:
         """Write tokens, targets and weights of a piece into its slice of the window."""
-        raise NotImplementedError
 
     def _tokens_of(self, piece: int) -> tuple[int, tuple[int, int]]:
         """(document, (first, stop) of its tokens) of a piece."""

@@ -260,8 +260,6 @@ class Tokenizer:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # bad JSON, or of another layout
             raise UserError(f"tokenizer: {file} cannot be read as a tokenizer.json: {error}") from error
 
-    from_folder = load
-
     @classmethod
     def of_files(cls, text: str, files: dict[str, str], special: Mapping[str, Any], where: str) -> "Tokenizer":
         """A tokenizer of others. text: its tokenizer.json. files: {name: text} of the files beside it.

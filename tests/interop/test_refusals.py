@@ -13,7 +13,7 @@ from tests.helpers.tiny_files import SHARDS, change_tensors, cut_in_two, write_i
 FIELD = "config.stages.posttrain.start.model"
 
 
-def refused(folder, *says: str, revision: str | None = None) -> str:
+def assert_refused(folder, *says: str, revision: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         open_folder(str(folder), revision, FIELD)
     message = str(caught.value)
@@ -29,56 +29,56 @@ def test_pickle_is_refused_with_the_way_to_convert_it(name, tmp_path):
     folder = write_model("llama", tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    refused(folder, name, "pickle", "save_pretrained")
+    assert_refused(folder, name, "pickle", "save_pretrained")
 
 
 def test_a_missing_shard_is_named(tmp_path):
     cut_in_two(write_model("llama", tmp_path))
     (tmp_path / SHARDS[1]).unlink()
-    refused(tmp_path, "1 of 2 files are missing", SHARDS[1])
+    assert_refused(tmp_path, "1 of 2 files are missing", SHARDS[1])
 
 
 def test_a_truncated_file_is_named(tmp_path):
     file = write_model("llama", tmp_path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    refused(tmp_path, "model.safetensors is not a complete safetensors file")
+    assert_refused(tmp_path, "model.safetensors is not a complete safetensors file")
     file.write_bytes(b"")
-    refused(tmp_path, "model.safetensors is not a complete safetensors file")
+    assert_refused(tmp_path, "model.safetensors is not a complete safetensors file")
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):
     file = write_model("llama", tmp_path) / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    refused(tmp_path, "git lfs pull")
+    assert_refused(tmp_path, "git lfs pull")
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "sub/other.safetensors", "/etc/passwd", "..", "weights.bin"])
 def test_an_index_that_leaves_the_folder_is_refused(name, tmp_path):
     where = cut_in_two(write_model("llama", tmp_path / "in"))
     write_index(tmp_path / "in", where | {"model.norm.weight": name})
-    refused(tmp_path / "in", repr(name), "in the same folder")
+    assert_refused(tmp_path / "in", repr(name), "in the same folder")
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     where = cut_in_two(write_model("llama", tmp_path))
     write_index(tmp_path, where | {"model.extra.weight": SHARDS[0]})
-    refused(tmp_path, "not in their file: model.extra.weight")
+    assert_refused(tmp_path, "not in their file: model.extra.weight")
     write_index(tmp_path, {name: file for name, file in where.items() if name != "model.norm.weight"})
-    refused(tmp_path, "does not name tensors that its files hold: model.norm.weight")
+    assert_refused(tmp_path, "does not name tensors that its files hold: model.norm.weight")
 
 
 def test_a_damaged_config_and_index_are_named(tmp_path):
     folder = write_model("llama", tmp_path)
     for text, says in (("{", "cannot be read"), ("[]", "expected an object"), ("{}", "no 'model_type'")):
         (folder / "config.json").write_text(text)
-        refused(folder, says)
+        assert_refused(folder, says)
     (folder / "config.json").unlink()
-    refused(folder, "config.json does not exist")
+    assert_refused(folder, "config.json does not exist")
 
 
 def test_an_unknown_family_lists_the_known_ones(tmp_path):
     folder = write_model("llama", tmp_path, model_type="qwen")
-    refused(folder, "model_type 'qwen'", "did you mean", *model_types())
+    assert_refused(folder, "model_type 'qwen'", "did you mean", *model_types())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_an_unknown_family_lists_the_known_ones(tmp_path):
     ],
 )
 def test_a_family_that_is_no_llama_with_options_is_refused_with_the_reason(kind, reason, tmp_path):
-    refused(write_model("llama", tmp_path, model_type=kind), repr(kind), reason, "valid: bert, ")
+    assert_refused(write_model("llama", tmp_path, model_type=kind), repr(kind), reason, "valid: bert, ")
 
 
 def test_reasons_are_for_families_that_cannot_be_read():
@@ -106,7 +106,7 @@ def test_another_scaling_of_rotary_positions_is_refused(kind, tmp_path):
     old = write_model("llama", tmp_path / "old", rope_scaling={"type": kind, "factor": 4.0})
     new = write_model("llama", tmp_path / "new", rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 4.0})
     for folder in (old, new):
-        refused(folder, f"rope_type '{kind}'", "linear, llama3")
+        assert_refused(folder, f"rope_type '{kind}'", "linear, llama3")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_another_scaling_of_rotary_positions_is_refused(kind, tmp_path):
     ],
 )
 def test_an_option_that_llm3_does_not_compute_is_named(kind, changes, says, tmp_path):
-    refused(write_model(kind, tmp_path, **changes), says)
+    assert_refused(write_model(kind, tmp_path, **changes), says)
 
 
 def test_all_leaves_too_many_too_few_and_of_another_shape_are_listed(tmp_path):
@@ -135,7 +135,7 @@ def test_all_leaves_too_many_too_few_and_of_another_shape_are_listed(tmp_path):
         tensors["model.layers.0.self_attn.q_proj.weight"] = np.zeros((8, 16), np.float32)
         return tensors | {"model.layers.4.mlp.up_proj.weight": np.zeros((2, 2), np.float32)}
 
-    refused(
+    assert_refused(
         change_tensors(write_model("llama", tmp_path), change),
         "missing: model.norm.weight, model.layers.2.mlp.up_proj.weight",
         "unknown: model.layers.4.mlp.up_proj.weight",
@@ -146,33 +146,33 @@ def test_all_leaves_too_many_too_few_and_of_another_shape_are_listed(tmp_path):
 def test_a_leaf_that_is_there_twice_is_refused(tmp_path):
     folder = write_model("llama", tmp_path)
     change_tensors(folder, lambda tensors: tensors | {"norm.weight": tensors["model.norm.weight"]})
-    refused(folder, "twice: ")
+    assert_refused(folder, "twice: ")
 
 
 def test_a_part_of_a_head_is_not_a_head(tmp_path):
     folder = write_model("bert", tmp_path)
     change_tensors(folder, lambda t: {name: value for name, value in t.items() if not name.endswith("dense.bias")})
-    refused(folder, "missing: ", "cls.predictions.transform.dense.bias")
+    assert_refused(folder, "missing: ", "cls.predictions.transform.dense.bias")
 
 
 def test_integers_are_no_weights(tmp_path):
     folder = write_model("llama", tmp_path)
     change_tensors(folder, lambda tensors: tensors | {"model.norm.weight": np.zeros(16, np.int8)})
-    refused(folder, "dtype I8: model.norm.weight", "F32")
+    assert_refused(folder, "dtype I8: model.norm.weight", "F32")
 
 
 def test_an_adapter_is_no_model(tmp_path):
     write_model("llama", tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "adapter_model.safetensors")
-    refused(tmp_path, "neither model.safetensors nor", "found adapter_model.safetensors")
+    assert_refused(tmp_path, "neither model.safetensors nor", "found adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    refused(tmp_path, "PEFT adapter", "merge")
+    assert_refused(tmp_path, "PEFT adapter", "merge")
 
 
 def test_a_folder_has_no_revision(tmp_path):
-    refused(write_model("llama", tmp_path), "revision='v1'", "has no revisions", revision="v1")
+    assert_refused(write_model("llama", tmp_path), "revision='v1'", "has no revisions", revision="v1")
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/a/b/c", "no such model", "~/nowhere"])
 def test_what_is_neither_a_folder_nor_a_name_is_refused(name):
-    refused(name, "neither a folder nor a name of a model")
+    assert_refused(name, "neither a folder nor a name of a model")
