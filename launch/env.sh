@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: sets the repository's root, this machine's accelerator, and the allocator settings.
+# Sourced by the other scripts: sets the repository's root and this machine's accelerator.
 
 # shellcheck disable=SC2034  # read by the scripts that source this
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,12 +16,3 @@ find_accelerator() {
 }
 
 export LLM3_ACCELERATOR=${LLM3_ACCELERATOR:-$(find_accelerator)}
-
-# On a CPU, glibc by default returns each large buffer of a step to the kernel, and the next step faults it in again.
-# Keeping the pages makes a step about a quarter faster. The settings must be set before the process starts.
-if [ "$LLM3_ACCELERATOR" = cpu ]; then
-    export MALLOC_ARENA_MAX=1
-    export MALLOC_MMAP_MAX_=0
-    export MALLOC_TOP_PAD_=268435456       # 256 MiB
-    export MALLOC_TRIM_THRESHOLD_=34359738368 # 32 GiB
-fi

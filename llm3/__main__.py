@@ -3,7 +3,10 @@
 import gc
 import signal
 
+from llm3.distributed import allocator
+
 if __name__ == "__main__":
+    allocator.keep_freed_pages()
     gc.disable()  # until a verb is imported: see `function_of`
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` handles it, Ctrl-C ends the process without a traceback
 

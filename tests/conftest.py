@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from llm3.data.cache.place import VARIABLE
+from llm3.distributed import allocator
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -26,6 +27,7 @@ SPENT = pytest.StashKey[float]()
 def pytest_configure(config):
     """Directories for all workers, which inherit the environment of the process that starts them."""
     config.stash[SPENT] = cpu_seconds()
+    allocator.keep_freed_pages()
     if not hasattr(config, "workerinput"):
         for variable in (COMPILED, VARIABLE):  # the cache of tests that name none: never that of the user
             directory = os.environ[variable] = tempfile.mkdtemp(prefix="llm3-test-")

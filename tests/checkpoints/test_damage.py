@@ -105,7 +105,7 @@ def test_changed_metadata_is_found(copy):
 def test_a_truncated_file_and_missing_parts_fall_back_with_the_cause(copy):
     path = largest(copy / "20" / "params")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert "20/params cannot be read: a file in it is cut short, needed for " in newest(Checkpoints(copy)).skipped[0]
+    assert "20/params cannot be read: a file in it is cut short" in newest(Checkpoints(copy)).skipped[0]
     for part in ("params", "opt", "meta"):
         shutil.rmtree(copy / "20" / part)
         restored = newest(Checkpoints(copy))

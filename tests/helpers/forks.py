@@ -164,6 +164,9 @@ IMPORTED = ("llm3.cli.run", "ml_collections.config_dict", "tensorboardX", "matpl
 PLUGINS = ("llm3.evals", "llm3.objectives", "llm3.data.formats", "llm3.data.windows")
 
 if __name__ == "__main__":
+    from llm3.distributed import allocator
+
+    allocator.keep_freed_pages()
     for module in (*IMPORTED, *PLUGINS):
         importlib.import_module(module)
     for folder in PLUGINS:

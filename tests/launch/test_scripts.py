@@ -163,14 +163,6 @@ def test_quickstart_takes_a_directory_of_the_caller_and_further_arguments(reposi
     ]
 
 
-def test_the_allocator_is_set_only_where_there_is_no_accelerator():
-    script = 'unset MALLOC_MMAP_MAX_; . launch/env.sh && echo "${MALLOC_MMAP_MAX_-unset} $root"'
-    for accelerator, value in (("cpu", "0"), ("cuda", "unset")):
-        environment = {**os.environ, "LLM3_ACCELERATOR": accelerator}
-        answer = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert answer.stdout == f"{value} {ROOT}\n", answer.stderr
-
-
 # In the place of llm3: says what it was given, ends as END says of its process, or with 75 at the first signal.
 WORKER = """
 import json, os, signal, sys, time
