@@ -51,10 +51,20 @@ def test_figures_in_one_page_share_no_id_and_have_no_colour_of_their_own():
     ids = [set(re.findall(r' id="([^"]*)"', each)) for each in (one, two)]
     assert ids[0] and not ids[0] & ids[1]
     for figure, own in zip((one, two), ids, strict=True):
-        tags = " ".join(re.findall(r"<[^>]*>", figure))
+        tags = " ".join(re.findall(r"<style>[^<]*|<[^>]*>", figure))
         assert set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", tags)) == own, "no id is missing or unused"
         assert not re.search("|".join(svg.PALETTE), tags)
     assert svg.BLUE in svg.for_page(plot_curves([line([(0, 1)], svg.BLUE)]), "a"), "a label stays as it is"
+
+
+def test_a_style_that_is_used_often_is_written_once_and_every_element_keeps_its_own():
+    often, seldom, own = "fill: none; stroke: #0072b2", "fill: #ffffff", "fill: url(#h1)"
+    styles = [often, seldom, *[often] * 3, *[own] * 4]
+    written = svg.with_classes(svg.ROUND + "".join(f'<path style="{each}"/>' for each in styles))
+    assert written.count(often) == 1 and written.count(own) == 4
+    rules = dict(re.findall(r"\.(\w+){([^}]*)}", written))
+    used = re.findall(r'<path (class|style)="([^"]*)"/>', written)
+    assert [rules[value] if kind == "class" else value for kind, value in used] == styles
 
 
 def contrast(one, other):

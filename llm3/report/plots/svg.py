@@ -9,6 +9,8 @@ import itertools
 import math
 import re
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,7 +165,7 @@ def shortened(text: str, longest: int = 28) -> str:
     return text if len(text) <= longest else f"{text[: longest - half]}…{text[len(text) - half + 1 :]}"
 
 
-ROUND = "<style>*{stroke-linejoin:round}</style>"
+ROUND = "<style>*{stroke-linejoin:round}"  # of the style sheet, which ends with the classes
 FONT = ' font-family="DejaVu Sans, Verdana, sans-serif"'
 
 
@@ -181,10 +183,24 @@ def tidy(svg: str) -> str:
         return tag if "matrix(" in tag else re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
 
     svg = _without_plain_groups(re.sub(r"<[^>]*>", short, svg)).replace(' version="1.1"', FONT, 1)
+    svg = with_classes(re.sub(r' transform="rotate\(-0 [^"]*"', "", svg))
     start = svg.index(">") + 1
     paper = f'<rect width="100%" height="100%" style="fill: {PAPER}"/>'
     body = re.sub(r"\n\s*", "\n", svg[start:]).strip()
     return f"{svg[:start]}\n{paper}\n{body}\n"
+
+
+def with_classes(svg: str) -> str:
+    """The SVG with a class in the place of a style that is used several times: most of a figure with many lines.
+
+    The name of a class is made of its style, so that figures of one page may share it.
+    """
+    counts = Counter(re.findall(r'style="([^"]*)"', svg))
+    often = (style for style, count in counts.items() if count > 2 and "url(" not in style)
+    names = {style: f"s{zlib.crc32(style.encode()):08x}" for style in often}
+    svg = re.sub(r'style="([^"]*)"', lambda own: f'class="{names[own[1]]}"' if own[1] in names else own[0], svg)
+    rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
+    return svg.replace(ROUND, f"{ROUND}{rules}</style>", 1)
 
 
 def _without_plain_groups(svg: str) -> str:
@@ -210,6 +226,6 @@ def for_page(svg: str, name: str) -> str:
         tag = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", found[0])
         return colours.sub(lambda colour: f"var(--{PALETTE[colour[0]][0]})", tag)
 
-    svg = svg.replace(ROUND, "", 1).replace(FONT, "", 1)
+    svg = svg.replace(ROUND, "<style>", 1).replace(FONT, "", 1)
     svg = re.sub(r'<rect width="100%" height="100%"[^>]*>\n', "", svg, count=1)
-    return re.sub(r"<[^>]*>", own, svg)
+    return re.sub(r"<style>[^<]*</style>|<[^>]*>", own, svg)
