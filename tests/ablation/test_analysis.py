@@ -162,6 +162,17 @@ def test_every_cell_of_a_grid_is_compared_and_all_cells_are_one_family(tmp_path)
     assert headline(found).startswith("In task accuracy, new against old is better in")
 
 
+def test_many_declared_comparisons_are_counted_over_all_cells_in_one_sentence(tmp_path):
+    found = analysis(
+        tmp_path,
+        value=lambda arm, cell, seed: OLD[seed] + (arm == "new" and cell["x"] == "2") * (0.1 + 0.02 * SAME[seed]),
+        grid={"x": ["1", "2"]},
+        comparisons={f"c{i}": comparison(expect="better") for i in range(5)},
+    )
+    half = ", ".join(f"c{i} in 1 of 2 cells" for i in range(5))
+    assert headline(found) == f"Of 10 comparisons, 5 are confirmed ({half}) and 5 are undecided ({half})."
+
+
 def test_the_points_of_a_single_arm_are_compared_with_the_first_one(tmp_path):
     found = analysis(
         tmp_path,

@@ -1,6 +1,7 @@
 """The first words of an ablation's report: the question, and the verdicts on its comparisons."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from llm3.ablation.analysis import Analysis, Result, by_name
@@ -11,6 +12,7 @@ from llm3.ablation.verdicts import CONFIRMED, REFUTED, UNDECIDED
 from llm3.errors import counted
 from llm3.report.escape import escaped
 
+MOST_IN_WORDS = 4  # comparisons in the cells of a grid, of which the one sentence says more than how many are confirmed
 SHOWN = 12  # verdicts with a sentence of their own; those of more cells stand in the table
 ADJUSTED = re.compile(r"; p-values adjusted for \d+ comparisons, the interval not")
 
@@ -39,7 +41,8 @@ def headline(analysis: Analysis) -> str:
     groups = list(by_name(analysis.results))
     if not groups:
         return f"Nothing is compared: there is {counted(len(analysis.study.variants), 'arm')}."
-    if max(len(found) for _, found in groups) > 1:
+    declared = any(each.pair.declared.expect != "different" for each in analysis.results)
+    if max(len(found) for _, found in groups) > 1 and not (declared and len(groups) > MOST_IN_WORDS):
         parts = []
         for metric in dict.fromkeys(each.metric for each in analysis.results):
             own = [_in_cells(*group) for group in groups if group[1][0].metric == metric]
@@ -47,17 +50,21 @@ def headline(analysis: Analysis) -> str:
             parts.append(f"in {metric}, {'; '.join(filter(None, [*best, *own]))}")
         text = "; ".join(parts)
         return f"{text[:1].upper()}{text[1:]}."
-    declared = any(each.pair.declared.expect != "different" for each in analysis.results)
     return f"{_declared(analysis.results) if declared else _compared(analysis.results)}."
 
 
 def _declared(results: Sequence[Result]) -> str:
-    """How many declared comparisons are confirmed, refuted and undecided, with their names."""
-    parts = []
+    """How many declared comparisons are confirmed, refuted and undecided, with their names and in how many cells."""
+    parts, numbers = [], Counter(each.pair.name for each in results)
     for word in (CONFIRMED, REFUTED, UNDECIDED, "not compared"):
         if names := [each.pair.name for each in results if each.word == word]:
-            parts.append(f"{len(names)} {_is(len(names))} {word} ({', '.join(names)})")
+            listed = [f"{name}{_share(names.count(name), numbers[name])}" for name in dict.fromkeys(names)]
+            parts.append(f"{len(names)} {_is(len(names))} {word} ({', '.join(listed)})")
     return f"Of {counted(len(results), 'comparison')}, {joined(parts)}"
+
+
+def _share(number: int, cells: int) -> str:
+    return f" in {number} of {cells} cells" if number < cells else ""
 
 
 def _compared(results: Sequence[Result]) -> str:
