@@ -72,6 +72,10 @@ def test_claims_and_the_jobs_in_a_jobset_fit_the_schemas_of_kubernetes(manifest)
         {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": job(manifest)["template"]["spec"]},
     ):
         kubernetes.validate(each, kubernetes.latest_version(), strict=True)
+        with pytest.raises(kubernetes.ValidationError, match="misspelt"):
+            kubernetes.validate(
+                each | {"spec": each["spec"] | {"misspelt": 0}}, kubernetes.latest_version(), strict=True
+            )
 
 
 def test_a_run_that_says_what_became_of_it_is_taken_at_its_word(manifest):
