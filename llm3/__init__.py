@@ -23,7 +23,7 @@ EXPORTS = {
     "make_partition": "llm3.optim.partition",
     "make_train_step": "llm3.training.step",
     "new_guard": "llm3.training.guard",
-    "sample": "llm3.models.decoding",
+    "sample": "llm3.models.batching",
 }
 
 

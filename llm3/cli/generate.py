@@ -14,8 +14,9 @@ from llm3.data.prompts import read_prompt
 from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
 from llm3.files import TOKENIZER
-from llm3.models.decoding import sample
+from llm3.models.batching import timed_sample
 from llm3.report.console import new_console
+from llm3.report.units import count
 from llm3.stages.workdir import check_record
 
 
@@ -32,8 +33,8 @@ def generate(
     A stage that was trained with a chat template takes the prompt for the user's turn and answers it, up to the end of
     its own turn. It only continues a prompt that is written with the template already, or with `raw`.
 
-    The run holds all that is needed; a given config must match it. options: the sampling options of `sample`. Raises
-    UserError.
+    The run holds all that is needed; a given config must match it. options: the sampling options of `timed_sample`.
+    Raises UserError.
     """
     check_sampling(options)
     console = new_console()
@@ -51,7 +52,8 @@ def generate(
             console.rule(name, align="left")
         read = read_prompt(prompt, template, tokenizer, raw)
         stops = [*([end] for end in tokenizer.end_ids), read.end]
-        found = sample(jax.tree.map(jnp.asarray, params), model, read.tokens, stops=stops, **options)
+        found, rate = timed_sample(jax.tree.map(jnp.asarray, params), model, read.tokens, stops=stops, **options)
         text = read.text(found, tokenizer)
         print(text if read.answers else prompt + text, flush=True)
+        new_console(stderr=True).print(f"{len(found)} tokens, {count(rate)} tokens/s", style="dim")
     return 0

@@ -184,10 +184,14 @@ def with_sharding(shapes: Any, shardings: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: Any) -> Any:
-    """Numpy arrays [batch, length], equal on every process, as global arrays; each process places its own shards."""
+    """Numpy arrays [batch, length, ...], equal on every process, as global arrays; each process places its own shards.
+
+    Arrays [batch] have no length.
+    """
 
     def place(x: np.ndarray) -> jax.Array:
-        sharding = named(mesh, "batch", "length", shape=x.shape)
+        axes = ("batch", "length", *(None,) * x.ndim)[: x.ndim]
+        sharding = named(mesh, *axes, shape=x.shape)
         return jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x)[at])
 
     return jax.tree.map(place, batch)

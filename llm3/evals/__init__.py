@@ -40,7 +40,7 @@ from llm3.data.mixture import finite_batches
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
-from llm3.models.decoding import width_groups
+from llm3.models.batching import width_groups
 from llm3.models.transformer import abstract
 from llm3.registry import load_plugin
 
@@ -102,10 +102,12 @@ class EvalContext:
         """The documents (of `cache`, if given) cut into windows."""
         return load_plugin(windows, kind or self.kind).WindowTable(cache or self.cache, self.config.sequence_length)
 
-    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def jit(self, function: Callable[..., Any], *, stateful: bool = False) -> Callable[..., Any]:
         """function(model, *arrays), jitted, as a function of the arrays. Compiled once for each function and model.
 
-        `function` must be a module-level function, or a partial of one with hashable arguments.
+        `function` must be a module-level function, or a partial of one with hashable arguments. Every process gets all
+        of the result. stateful: function(model, state, *arrays) -> (state, result); the state, which stays as it is
+        placed, is donated.
         """
         key = (getattr(function, "func", function), tuple(getattr(function, "keywords", {}).items()), self.model)
         if key not in self.compiled:
@@ -114,9 +116,11 @@ class EvalContext:
             def on_every_host(params: dict, *arrays: Any) -> Any:
                 with jax.default_matmul_precision("float32"):  # for products of the plugin; the kernels set their own
                     result = function(nnx.merge(graph, params), *arrays)
-                return jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), result)
+                state, result = result if stateful else (None, result)
+                result = jax.tree.map(lambda x: constrain(x, *(None,) * jnp.ndim(x)), result)
+                return (state, result) if stateful else result
 
-            self.compiled[key] = jax.jit(on_every_host)
+            self.compiled[key] = jax.jit(on_every_host, donate_argnums=(1,) if stateful else ())
         return lambda *arrays: self.compiled[key](self.params, *arrays)
 
     def each(
@@ -141,7 +145,7 @@ class EvalContext:
     def groups(
         self, lengths: Sequence[int], max_width: int, unit: str = "documents"
     ) -> Iterator[tuple[int, list[int]]]:
-        """Yield (width, numbers) of prompts of these lengths, a batch at a time: see `decoding.width_groups`."""
+        """Yield (width, numbers) of prompts of these lengths, a batch at a time: see `batching.width_groups`."""
         with self.counting(len(lengths), unit) as advance:
             for width, numbers in width_groups(lengths, max_width, self.config.batch_size):
                 yield width, numbers

@@ -20,7 +20,9 @@ from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
 from llm3.evals import EvalContext, by_item
-from llm3.models.decoding import prefill, right_aligned
+from llm3.models.batching import left_aligned
+from llm3.models.incremental import read
+from llm3.models.kv_cache import make_cache
 from llm3.models.transformer import Transformer
 
 WINDOWS = {"choice": "dialogue"}
@@ -89,16 +91,16 @@ def nats(
 ) -> dict[str, jax.Array]:
     """Negative log-likelihood of each choice, float32 [B, K]. The model reads the shared prompt once.
 
-    prompts, lengths: see `decoding.right_aligned`. tokens, targets: int32 [B, K C]. weights: float32 [B, K C], 1 at the
+    prompts, lengths: see `batching.left_aligned`. tokens, targets: int32 [B, K C]. weights: float32 [B, K C], 1 at the
     tokens of a choice.
     """
-    size = tokens.shape[1] // choices
-    _, kv = prefill(model, prompts, lengths, size)
-    positions = lengths + jnp.arange(size, dtype=jnp.int32)
+    (rows, width), size = prompts.shape, tokens.shape[1] // choices
+    empty = make_cache(model.config, ((0, model.config.layers),), rows, width + size, size)
+    _, cache = read(model, prompts, lengths, empty, first=True)
 
     def one(part: tuple) -> jax.Array:
         tokens, targets, weights = part
-        hidden, _ = model(tokens, positions, jnp.ones_like(tokens), kv)
+        hidden, _ = read(model, tokens, jnp.full(rows, size), cache)
         return jnp.sum(model.score(hidden, targets)[0] * weights, axis=1)
 
     parts = [each.reshape(-1, choices, size).swapaxes(0, 1) for each in (tokens, targets, weights)]
@@ -114,7 +116,7 @@ def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]
     lengths = [len(each.prompt) for each in items]
     for width, numbers in context.groups(lengths, context.config.sequence_length):
         chosen = [items[number] for number in numbers]
-        prompts = right_aligned([each.prompt for each in chosen], width, rows)
+        prompts = left_aligned([each.prompt for each in chosen], width, rows)
         found = jax.device_get(run(*context.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]
         for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
             result[number] = -found[row, : len(each.tails)].astype(np.float64)

@@ -10,16 +10,16 @@ import dataclasses
 import functools
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext, by_item
-from llm3.models.decoding import decode, greedy, right_aligned
+from llm3.models.batching import Decoder, Request, Shape, padded_width, stop_sizes
+from llm3.models.decoding import GREEDY, Sampling
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -124,8 +124,10 @@ def generate_answers(
     seeds: Sequence[int] | None = None,
 ) -> list[str]:
     """The model's answer to each question. width: max tokens of a prompt. seeds: of each answer, if it is drawn."""
-    asked, most = [(each.prompt, each.end) for each in questions], context.options.max_tokens
-    made = generate_tokens(context, asked, width, most, temperature=temperature, seeds=seeds)
+    draws = seeds or [0] * len(questions)
+    most, ends = context.options.max_tokens, [[end] for end in context.tokenizer.end_ids]
+    asked = [Request(each.prompt, most, [*ends, each.end], seed) for each, seed in zip(questions, draws, strict=True)]
+    made = generate_tokens(context, asked, width, sampling=Sampling(temperature))
     return [
         without_lead(each.lead, context.tokenizer.decode(tokens)) for each, tokens in zip(questions, made, strict=True)
     ]
@@ -133,45 +135,33 @@ def generate_answers(
 
 def generate_tokens(
     context: EvalContext,
-    asked: list[tuple[list[int], list[int]]],
+    requests: Sequence[Request],
     width: int,
-    max_tokens: int,
     *,
-    temperature: float = 0.0,
-    seeds: Sequence[int] | None = None,
+    sampling: Sampling = GREEDY,
+    unit: str = "documents",
+    steps: int = 0,
+    ended: Callable[[int, list[int]], bool] = lambda number, tokens: False,
 ) -> list[list[int]]:
-    """The tokens after each of some prompts, given as (prompt, end of an answer), without the end.
+    """The tokens of the answer to each request, without the stop that ended it.
 
-    width: max tokens of a prompt. seeds: of each answer, if it is drawn; None: the likeliest tokens.
+    width: max tokens of a prompt. unit: of the count that is shown. ended(number of the request, tokens so far):
+    whether an answer is complete already, asked every `steps` tokens.
     """
-    stops = context.tokenizer.end_ids
-    run = context.jit(
-        functools.partial(greedy, stops=stops, max_tokens=max_tokens)
-        if seeds is None
-        else functools.partial(decode, stops=stops, max_tokens=max_tokens, temperature=temperature)
-    )
-    made: list[list[int]] = [[]] * len(asked)
-    rows, longest = context.config.batch_size, max((len(end) for _, end in asked), default=1)
-    for padded, numbers in context.groups([len(prompt) for prompt, _ in asked], width):
-        ends = np.full((rows, longest), stops[0], np.int32)
-        for row, number in enumerate(numbers):
-            end = asked[number][1]
-            ends[row] = [-1] * (longest - len(end)) + end
-        prompts = right_aligned([asked[number][0] for number in numbers], padded, rows)
-        given = [] if seeds is None else [np.resize([seeds[number] for number in numbers], (rows, 1)).astype(np.int32)]
-        decoded = jax.device_get(run(*context.place((*prompts, ends, *given))))
-        for row, number in enumerate(numbers):
-            answer = decoded["tokens"][row, : decoded["count"][row, 0] + 1].tolist()
-            for stop in (*([stop] for stop in stops), asked[number][1]):
-                answer = _cut(answer, stop)
-            made[number] = answer
+    made: list[list[int]] = [[] for _ in requests]
+    groups: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+    for number, each in enumerate(requests):  # by the request's own lengths only
+        groups[padded_width(len(each.prompt), width), padded_width(each.limit)].append(number)
+    jit, segments = functools.partial(context.jit, stateful=True), ((0, context.model.layers),)
+    with context.counting(len(requests), unit) as advance:
+        for (padded, most), numbers in sorted(groups.items()):
+            chosen = [requests[number] for number in numbers]
+            shape = Shape(context.config.batch_size, padded, most, stop_sizes(requests))
+            decoder = Decoder(jit, context.place, context.model, segments, shape, sampling, steps)
+            for place, tokens in decoder.answers(chosen, lambda place, tokens, at=numbers: ended(at[place], tokens)):
+                made[numbers[place]] = tokens
+                advance(1)
     return made
-
-
-def _cut(tokens: list[int], end: list[int]) -> list[int]:
-    """The tokens before the first occurrence of `end`."""
-    found = (start for start in range(len(tokens)) if tokens[start : start + len(end)] == end)
-    return tokens[: next(found, len(tokens))]
 
 
 def score(text: str, references: list[str]) -> dict[str, float]:

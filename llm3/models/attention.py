@@ -13,6 +13,7 @@ from flax import nnx
 from llm3.config.model_schema import ModelConfig
 from llm3.distributed.sharding import constrain
 from llm3.models.kernels import attend
+from llm3.models.kv_cache import Buffers, LayerCache
 from llm3.models.layers import Norm, Projection, adapters_of, at_positions, projection_key, residual_init, small_init
 from llm3.models.positions import Angles, rotate
 
@@ -21,16 +22,15 @@ from llm3.models.positions import Angles, rotate
 class LayerInputs:
     """What a layer reads besides the hidden states.
 
-    angles: see `rotation`; None: no rotary positions. mask: bool [B, 1, T, S]. cache: key, value [B, S, K, h], written
-    at `index`. random: a key for dropout. output_positions: int32 [B, N], the positions of the result; None: all.
-    in_order: T is S, and the mask allows no key after the query. skip_norm: bool scalar, whether attention reads x
+    angles: see `rotation`; None: no rotary positions. mask: bool [B, 1, T, S]. cache: of this layer; None: the keys are
+    those of the queries. random: a key for dropout. output_positions: int32 [B, N], the positions of the result; None:
+    all. in_order: T is S, and the mask allows no key after the query. skip_norm: bool scalar, whether attention reads x
     itself, not its norm; None: never.
     """
 
     angles: Angles | None
     mask: jax.Array
-    cache: dict | None
-    index: jax.Array | None
+    cache: LayerCache | None
     random: jax.Array | None
     output_positions: jax.Array | None
     in_order: bool
@@ -61,9 +61,9 @@ class Attention(nnx.Module):
         self.key_norm = Norm(c, kv if whole else head) if c.qk_norm != "none" else None
         self.interleaved, self.scale, self.softcap = c.rope_interleaved, c.attention_scale, c.attention_softcap
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, dict | None]:
-        """x: [B, T, D]. Returns [B, T, D], or [B, N, D] with `output_positions`, and the cache."""
-        cache, index, random, positions = inputs.cache, inputs.index, inputs.random, inputs.output_positions
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, Buffers | None]:
+        """x: [B, T, D]. Returns [B, T, D], or [B, N, D] with `output_positions`, and the buffers of the cache."""
+        random, positions, buffers = inputs.random, inputs.output_positions, None
         query = self.query(at_positions(x, positions, 1), projection_key(random, "query"))
         key = self.key(x, projection_key(random, "key"))
         value = self.value(x, projection_key(random, "value"))
@@ -75,10 +75,8 @@ class Attention(nnx.Module):
             key = turned(key, *inputs.angles)
         key = constrain(key, "batch", "keys", "kv_heads", "head_dim")
         value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
-        if cache is not None and index is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            key, value = write(cache["key"], key, index, axis=1), write(cache["value"], value, index, axis=1)
-            cache = {"key": key, "value": value}
+        if inputs.cache is not None:
+            buffers, key, value = inputs.cache.write(key, value)
         mask, in_order = at_positions(inputs.mask, positions, 2), inputs.in_order and positions is None
         y = attend(query, key, value, mask, in_order, self.scale, self.softcap)
-        return self.out(y, projection_key(random, "out")), cache
+        return self.out(y, projection_key(random, "out")), buffers

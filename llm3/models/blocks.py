@@ -6,6 +6,7 @@ from flax import nnx
 
 from llm3.config.model_schema import ModelConfig
 from llm3.models.attention import Attention, LayerInputs
+from llm3.models.kv_cache import Buffers
 from llm3.models.layers import MLP, Norm, at_positions
 
 
@@ -30,20 +31,20 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
         self.mlp_out_norm = Norm(config, width) if sandwich else None
 
-    def __call__(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, dict | None]:
-        """x: [B, T, D]. Returns [B, T, D], or [B, N, D] with `output_positions`, and the cache."""
+    def __call__(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, Buffers | None]:
+        """x: [B, T, D]. Returns [B, T, D], or [B, N, D] with `output_positions`, and the buffers of the cache."""
         normed = self._input(x, self.attention_norm)
         if inputs.skip_norm is not None:
             normed = jnp.where(inputs.skip_norm, x, normed)
-        update, cache = self.attention(normed, inputs)
+        update, buffers = self.attention(normed, inputs)
         x = at_positions(x, inputs.output_positions, 1)
         if self.mlp_norm is None:
-            return x + update + self.mlp(at_positions(normed, inputs.output_positions, 1), inputs.random), cache
+            return x + update + self.mlp(at_positions(normed, inputs.output_positions, 1), inputs.random), buffers
         if self.form == "parallel":
-            return x + update + self.mlp(self.mlp_norm(x), inputs.random), cache
+            return x + update + self.mlp(self.mlp_norm(x), inputs.random), buffers
         x = self._add(x, update, self.attention_norm, self.attention_out_norm)
         update = self.mlp(self._input(x, self.mlp_norm), inputs.random)
-        return self._add(x, update, self.mlp_norm, self.mlp_out_norm), cache
+        return self._add(x, update, self.mlp_norm, self.mlp_out_norm), buffers
 
     def _input(self, x: jax.Array, norm: Norm) -> jax.Array:
         return x if self.form in ("after", "post") else norm(x)

@@ -1,20 +1,35 @@
-"""Sampling and greedy decoding with a key-value cache."""
+"""Greedy decoding and sampling: one loop for a batch of rows, each of which is an answer of its own.
 
-import collections
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+A row's answer depends on its prompt and seed only. Prompts of different lengths share a batch, and a row that has
+ended can take the next prompt: see `llm3.models.batching`.
+
+Shapes: B rows, T length, M max tokens of an answer, E stops of a row, of up to L tokens.
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from llm3.config.model_schema import ModelConfig, check_length
-from llm3.distributed.sharding import constrain
-from llm3.models.transformer import Transformer, abstract, make_cache
-from llm3.segments import segmented
+from llm3.config.model_schema import ModelConfig
+from llm3.models.incremental import read
+from llm3.models.kv_cache import Cache, make_cache
+from llm3.models.transformer import Transformer
+from llm3.segments import Segments
 
-MIN_WIDTH = 32  # least tokens of a padded row of prompts
+ANY, NEVER = -1, -2  # in a stop: any token or none, and no token
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen: see `next_token`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
 
 
 def next_token(
@@ -40,149 +55,108 @@ def next_token(
     return jax.random.categorical(key, logits)
 
 
-@cache
-def make_advance(config: ModelConfig, temperature: float, top_k: int, top_p: float) -> Callable:
-    """A jitted advance(params, cache, tokens [B, T], key) -> (cache, next token [B]). The cache is donated."""
-    graph = abstract(config).graph
+class Rows(NamedTuple):
+    """The state of a batch while it is decoded.
 
-    @partial(jax.jit, donate_argnums=1)
-    def advance(params: dict, cache: dict, tokens: jax.Array, key: jax.Array) -> tuple[dict, jax.Array]:
-        positions = cache["index"] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        model = nnx.merge(graph, params)
-        hidden, cache = model(tokens, positions, jnp.ones_like(tokens), cache)
-        logits = model.logits(hidden[:, -1:])[:, 0]
-        return cache, next_token(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    return advance
-
-
-def sample(
-    params: dict,
-    config: ModelConfig,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    seed: int = 0,
-    stops: Sequence[Sequence[int]] = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> list[int]:
-    """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical.
-
-    Raises UserError if a model with learned positions has none for so many tokens.
+    answer: int32 [B, M], the tokens so far, the last of which the cache lacks. count: int32 [B], their number. limit:
+    int32 [B], the most tokens. stops: int32 [B, E, L], runs of tokens that end an answer, right-aligned after `ANY`;
+    `NEVER`: no stop. seeds: int32 [B]. active: bool [B], whether the answer goes on.
     """
-    check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
-    advance = make_advance(config, temperature, top_k, top_p)
-    params = segmented(params, ((0, config.layers),))
-    # leaves of a new cache may share a buffer, and a buffer can be donated only once
-    kv = jax.tree.map(jnp.copy, make_cache(config, 1, len(prompt) + max_tokens))
-    tokens, keys, result = jnp.array([prompt], jnp.int32), jax.random.key(seed), []
-    for i in range(max_tokens):
-        kv, token = advance(params, kv, tokens, jax.random.fold_in(keys, i))
-        result.append(int(token[0]))
-        if ends := [len(stop) for stop in stops if stop and result[-len(stop) :] == list(stop)]:
-            return result[: -max(ends)]
-        tokens = token[:, None].astype(jnp.int32)
-    return result
+
+    cache: Cache
+    answer: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    stops: jax.Array
+    seeds: jax.Array
+    active: jax.Array
 
 
-def padded_width(length: int, max_width: int, least: int = MIN_WIDTH) -> int:
-    """The next power of two, at least `least`, capped at `max_width`."""
-    return min(max_width, max(least, 1 << max(length - 1, 0).bit_length()))
+@partial(jax.jit, static_argnames=("config", "segments", "rows", "capacity", "max_tokens", "stops"))
+def no_rows(
+    config: ModelConfig, segments: Segments, rows: int, capacity: int, max_tokens: int, stops: tuple[int, int]
+) -> Rows:
+    """A batch without prompts. capacity: the most tokens of a prompt with its answer. stops: (E, L)."""
+    each = jnp.zeros(rows, jnp.int32)
+    cache = make_cache(config, segments, rows, capacity)
+    answer, ends = jnp.zeros((rows, max_tokens), jnp.int32), jnp.full((rows, *stops), NEVER)
+    return Rows(cache, answer, each, each, ends, each, each > 0)
 
 
-def width_groups(lengths: Sequence[int], max_width: int, rows: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (width, numbers) of prompts that are padded to the same width, at most `rows` at a time.
-
-    The width is a `padded_width`; it depends on the prompt's own length only.
-    """
-    found: dict[int, list[int]] = collections.defaultdict(list)
-    for number, length in enumerate(lengths):
-        found[padded_width(length, max_width)].append(number)
-    for width, numbers in sorted(found.items()):
-        for first in range(0, len(numbers), rows):
-            yield width, numbers[first : first + rows]
-
-
-def right_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-aligned prompts, int32 [rows, width], and their lengths, int32 [rows, 1]; padding rows have length 0."""
-    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros((rows, 1), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        lengths[row] = len(prompt)
-    return tokens, lengths
-
-
-def prefill(model: Transformer, prompts: jax.Array, lengths: jax.Array, max_tokens: int) -> tuple[jax.Array, dict]:
-    """Hidden states [B, P, D] of right-aligned prompts, and their key-value cache, with room for `max_tokens` more."""
-    width = prompts.shape[1]
-    positions = jnp.arange(width, dtype=jnp.int32) - (width - lengths)
-    kv = make_cache(model.config, len(prompts), width + max_tokens)
-    hidden, filled = model(prompts, jnp.maximum(positions, 0), (positions >= 0).astype(jnp.int32), kv)
-    assert filled is not None  # a cache was given
-    return hidden, filled
-
-
-def greedy(
+def admit(
     model: Transformer,
+    rows: Rows,
     prompts: jax.Array,
     lengths: jax.Array,
-    ends: jax.Array,
+    places: jax.Array,
+    limits: jax.Array,
+    seeds: jax.Array,
+    stops: jax.Array,
     *,
-    stops: tuple[int, ...],
-    max_tokens: int,
-) -> dict[str, jax.Array]:
-    """`decode` with the likeliest tokens."""
-    return decode(model, prompts, lengths, ends, None, stops=stops, max_tokens=max_tokens)
+    sampling: Sampling,
+) -> tuple[Rows, None]:
+    """Put N prompts into the rows `places`, int32 [N], with the first token of each answer; a place of B: no prompt.
 
-
-def decode(
-    model: Transformer,
-    prompts: jax.Array,
-    lengths: jax.Array,
-    ends: jax.Array,
-    seeds: jax.Array | None,
-    *,
-    stops: tuple[int, ...],
-    max_tokens: int,
-    temperature: float = 0.0,
-) -> dict[str, jax.Array]:
-    """Decode after each prompt, all rows at a time: greedily, or drawn with the `seeds` of the rows, int32 [B, 1].
-
-    prompts: int32 [B, P], lengths: int32 [B, 1]: see `right_aligned`. ends: int32 [B, L], up to L tokens that end the
-    answer, right-aligned after -1; each token of `stops` ends it as well. Returns tokens, int32 [B, max_tokens], and
-    count, int32 [B, 1], the number of tokens of the answer without the last one of its end; later tokens are undefined.
-    The answer of a row does not depend on other rows.
+    prompts: int32 [N, T], of which the first lengths [n] belong to prompt n. Other arguments: see `Rows`.
     """
-    real = (lengths > 0).astype(jnp.int32)
+    count, none = len(prompts), jnp.zeros(len(prompts), jnp.int32)
+    empty = jax.tree.map(
+        lambda each: jnp.zeros((each.shape[0], count, *each.shape[2:]), each.dtype), rows.cache.buffers
+    )
+    hidden, cache = read(model, prompts, lengths, Cache(none, empty), first=True)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    answer = jnp.zeros((count, rows.answer.shape[1]), jnp.int32)
+    new = _extended(model, last, Rows(cache, answer, none, limits, stops, seeds, lengths > 0), sampling)
+
+    def put(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[(*(slice(None),) * axis, places)].set(new, mode="drop")
+
+    buffers = jax.tree.map(partial(put, 1), rows.cache.buffers, new.cache.buffers)
+    joined = jax.tree.map(partial(put, 0), rows._replace(cache=rows.cache.lengths), new._replace(cache=cache.lengths))
+    return joined._replace(cache=Cache(joined.cache, buffers)), None
+
+
+def advance(
+    model: Transformer, rows: Rows, going: jax.Array, fewest: jax.Array, *, steps: int, sampling: Sampling
+) -> tuple[Rows, dict[str, jax.Array]]:
+    """Decode up to `steps` more tokens of each answer, as long as more than `fewest` answers go on, int32 [].
+
+    going: bool [B], False for an answer that ends here. Also returns `answer`, `count` and `active` of `Rows`.
+    """
 
     def unfinished(state: tuple) -> jax.Array:
-        step, *_, count = state
-        return (step < max_tokens) & jnp.any(count == step)  # an unfinished row has one token a step
+        step, rows = state
+        return (step < steps) & (jnp.sum(rows.active) > fewest)
 
     def body(state: tuple) -> tuple:
-        step, kv, token, recent, answer, count = state
-        recent = jnp.concatenate([recent[:, 1:], token], axis=1)
-        ended = ((recent == ends) | (ends < 0)).all(axis=-1, keepdims=True)
-        for stop in stops:
-            ended |= token == stop
-        count += (count == step) & ~ended
-        answer = jax.lax.dynamic_update_slice_in_dim(answer, token, step, 1)
-        hidden, kv = model(token, lengths + step, real, kv)
-        return step + 1, kv, chosen(hidden, step + 1), recent, answer, count
+        step, rows = state
+        token = jnp.take_along_axis(rows.answer, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)
+        hidden, cache = read(model, token, rows.active.astype(jnp.int32), rows.cache)
+        return step + 1, _extended(model, hidden, rows._replace(cache=cache), sampling)
 
-    def chosen(hidden: jax.Array, step: int | jax.Array) -> jax.Array:
-        logits = model.logits(hidden[:, -1:])
-        if seeds is None:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed[0]), step))(seeds)
-        draw = partial(next_token, temperature=temperature)
-        return jax.vmap(lambda row, key: draw(row, key))(logits, keys).astype(jnp.int32)
+    rows = rows._replace(active=rows.active & going)
+    _, rows = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows))
+    return rows, {"answer": rows.answer, "count": rows.count, "active": rows.active}
 
-    hidden, kv = prefill(model, prompts, lengths, max_tokens)
-    answer = jnp.zeros((len(prompts), max_tokens), jnp.int32)
-    recent = jnp.full_like(ends, -1)  # the last tokens of each answer
-    state = (jnp.int32(0), kv, chosen(hidden, 0), recent, answer, real - 1)  # a padding row is finished from the start
-    *_, answer, count = jax.lax.while_loop(unfinished, body, state)
-    return {"tokens": constrain(answer, None, None), "count": constrain(jnp.maximum(count, 0), None, None)}
+
+def _extended(model: Transformer, hidden: jax.Array, rows: Rows, sampling: Sampling) -> Rows:
+    """The rows with the next token of each active answer, chosen by the hidden states [B, 1, D] before it."""
+    logits = model.logits(hidden)
+    if sampling.temperature:
+        # from the row's own seed and count, so that other rows and their order change nothing
+        keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(rows.seeds, rows.count)
+        draw = partial(next_token, **sampling._asdict())
+        token = jax.vmap(lambda row, key: draw(row, key))(logits, keys).astype(jnp.int32)
+    else:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    here = (jnp.arange(rows.answer.shape[1]) == rows.count[:, None]) & rows.active[:, None]
+    answer, count = jnp.where(here, token, rows.answer), rows.count + rows.active
+    active = rows.active & (count < rows.limit) & ~_stopped(answer, count, rows.stops)
+    return rows._replace(answer=answer, count=count, active=active)
+
+
+def _stopped(answer: jax.Array, count: jax.Array, stops: jax.Array) -> jax.Array:
+    """Whether each answer ends with one of its stops: bool [B]."""
+    places = count[:, None] - stops.shape[-1] + jnp.arange(stops.shape[-1])
+    last = jnp.where(places >= 0, jnp.take_along_axis(answer, jnp.maximum(places, 0), axis=1), NEVER - 1)
+    return ((last[:, None] == stops) | (stops == ANY)).all(axis=-1).any(axis=-1)

@@ -55,43 +55,25 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segments: jax.Array,
-        cache: dict | None = None,
         key: jax.Array | None = None,
         output_positions: jax.Array | None = None,
         prefix: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict | None]:
-        """Hidden states [B, T, D] after the last norm, and the cache with these tokens written to it.
+    ) -> tuple[jax.Array, None]:
+        """Hidden states [B, T, D] after the last norm, and None. See `incremental.read` for a key-value cache.
 
-        tokens, positions, segments: int32 [B, T]; see `Batch`. cache: see `make_cache`. key: for dropout; None: no
-        dropout. output_positions: int32 [B, N]; the last layer is computed at these positions only, and the result is
-        [B, N, D]. prefix: bool [B, T], tokens to which all queries of their document may attend, also in a causal
-        model; not with a cache.
+        tokens, positions, segments: int32 [B, T]; see `Batch`. key: for dropout; None: no dropout. output_positions:
+        int32 [B, N]; the last layer is computed at these positions only, and the result is [B, N, D]. prefix: bool
+        [B, T], tokens to which all queries of their document may attend, also in a causal model.
         """
-        keys, index = (positions, segments), None
-        if cache is not None:
-            index, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
-            keys = (write(cache["positions"], positions, index, 1), write(cache["segments"], segments, index, 1))
-        mask = masks(self.config, (positions, segments), keys, prefix)
-        in_order = self.config.causal and cache is None and prefix is None and not is_cut("length")
+        mask = masks(self.config, (positions, segments), (positions, segments), prefix)
+        in_order = self.config.causal and prefix is None and not is_cut("length")
         rotary = angles(self.config, positions)
         x = constrain(self.embed(tokens, positions), "batch", "length", None)
-        stored = []
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
-            part = None if cache is None else {k: v[first:last] for k, v in cache["layers"].items()}
             top_positions = output_positions if last == self.config.layers else None
-            random = key if self._drops() else None
-            x, part = self._scan(stack, first, x, rotary, mask, part, index, random, top_positions, in_order)
-            stored.append(part)
-        if cache is not None:
-            layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stored)
-            cache = {
-                "layers": layers,
-                "positions": keys[0],
-                "segments": keys[1],
-                "index": cache["index"] + tokens.shape[1],
-            }
-        return x if self.final_norm is None else self.final_norm(x), cache
+            x = self._scan(stack, first, x, rotary, mask, key if self._drops() else None, top_positions, in_order)
+        return (x if self.final_norm is None else self.final_norm(x)), None
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -103,27 +85,23 @@ class Transformer(nnx.Module):
         x: jax.Array,
         rotary: PerLayer,
         mask: PerLayer,
-        cache: dict | None,
-        index: jax.Array | None,
         key: jax.Array | None,
         output_positions: jax.Array | None,
         in_order: bool,
-    ) -> tuple[jax.Array, dict | None]:
+    ) -> jax.Array:
         """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `LayerInputs`."""
         graph, params = nnx.split(stack)
         length = jax.tree.leaves(params)[0].shape[0]
         stop, skips = first + length, self.config.skip_first_norm and first == 0
 
-        def body(
-            x: jax.Array, layer: tuple, output_positions: jax.Array | None = None
-        ) -> tuple[jax.Array, dict | None]:
-            params, cache, number = layer
+        def body(x: jax.Array, layer: tuple, output_positions: jax.Array | None = None) -> tuple[jax.Array, None]:
+            params, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
             own_angles, own_mask = rotary.at(number, first, stop), mask.at(number, first, stop)
             skip_norm = number == 0 if skips else None
-            inputs = LayerInputs(own_angles, own_mask, cache, index, random, output_positions, in_order, skip_norm)
-            x, cache = nnx.merge(graph, params)(x, inputs)
-            return constrain(x, "batch", "length", None), cache
+            inputs = LayerInputs(own_angles, own_mask, None, random, output_positions, in_order, skip_norm)
+            x, _ = nnx.merge(graph, params)(x, inputs)
+            return constrain(x, "batch", "length", None), None
 
         count = length if output_positions is None else length - 1
         unroll, top = min(self.config.scan_unroll, max(count, 1)), body
@@ -131,12 +109,12 @@ class Transformer(nnx.Module):
             # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
             remat = partial(jax.checkpoint, policy=REMAT_POLICIES[self.config.remat])
             body, top = remat(body, prevent_cse=unroll >= count), remat(body, prevent_cse=True)
-        if output_positions is None:
-            return jax.lax.scan(body, x, (params, cache, jnp.arange(first, first + length)), unroll=unroll)
+        lower = params if output_positions is None else jax.tree.map(lambda leaf: leaf[:-1], params)
         if count:
-            lower = jax.tree.map(lambda leaf: leaf[:-1], params)
-            x, _ = jax.lax.scan(body, x, (lower, None, jnp.arange(first, first + count)), unroll=unroll)
-        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), None, first + count), output_positions)
+            x, _ = jax.lax.scan(body, x, (lower, jnp.arange(first, first + count)), unroll=unroll)
+        if output_positions is None:
+            return x
+        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), first + count), output_positions)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, padded V]; the tokens that only fill `vocab_multiple` have -1e30, as if masked.
@@ -274,11 +252,3 @@ def _creator(config: ModelConfig, only: frozenset[str] | None) -> Callable[[jax.
         return _chosen(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]), only)
 
     return create
-
-
-def make_cache(config: ModelConfig, batch: int, length: int) -> dict:
-    """An empty key-value cache for `length` tokens. Empty slots have segment 0, real tokens segment 1."""
-    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    layers = {name: jnp.zeros(shape, config.compute_dtype) for name in ("key", "value")}
-    slots = jnp.zeros((batch, length), jnp.int32)
-    return {"layers": layers, "positions": slots, "segments": slots, "index": jnp.zeros((), jnp.int32)}

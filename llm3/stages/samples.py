@@ -20,6 +20,7 @@ from llm3.errors import UserError, writing
 from llm3.evals import EvalContext
 from llm3.evals.generation import generate_tokens
 from llm3.files import SAMPLES, write_atomic
+from llm3.models.batching import Request
 from llm3.models.transformer import Transformer
 from llm3.report.console import shortened
 from llm3.report.logs import MetricsWriter
@@ -87,7 +88,8 @@ def _context(session: Session, subject: Subject, params: dict) -> EvalContext:
 def continued(context: EvalContext, prompts: list[Prompt], max_tokens: int) -> list[str]:
     """The most likely continuation, or answer, of each prompt."""
     width = max(len(each.tokens) for each in prompts)
-    made = generate_tokens(context, [(each.tokens, each.end) for each in prompts], width, max_tokens)
+    ends = [[end] for end in context.tokenizer.end_ids]
+    made = generate_tokens(context, [Request(each.tokens, max_tokens, [*ends, each.end]) for each in prompts], width)
     return [prompt.text(tokens, context.tokenizer) for prompt, tokens in zip(prompts, made, strict=True)]
 
 

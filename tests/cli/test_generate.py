@@ -10,7 +10,8 @@ from flax import nnx
 
 from llm3.__main__ import main
 from llm3.config.schema import ModelConfig
-from llm3.models.decoding import next_token, sample
+from llm3.models.batching import sample
+from llm3.models.decoding import next_token
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import map_with_path
@@ -100,14 +101,16 @@ def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with
 
     def answer(params, config, prompt, *, stops, **_):
         asked.append((prompt, stops))
-        return tokenizer().encode("hello")
+        return tokenizer().encode("hello"), 1234.0
 
-    monkeypatch.setattr("llm3.cli.generate.sample", answer)
+    monkeypatch.setattr("llm3.cli.generate.timed_sample", answer)
     tiny_export.write_run(tmp_path, *tiny_export.model(), template=tiny_export.SPELLED)
     command = ["generate", f"--workdir={tmp_path}", f"--stage={tiny_export.STAGE}", "--prompt=hi 7"]
     by_hand = "<user>hi 7<|im_end|>\n<assistant>"
     assert main(command) == 0 and main([*command, f"--prompt={by_hand}"]) == 0 and main([*command, "--raw"]) == 0
-    assert capsys.readouterr().out == f"hello\n{by_hand}hello\nhi 7hello\n"
+    printed, count = capsys.readouterr(), len(tokenizer().encode("hello"))
+    assert printed.out == f"hello\n{by_hand}hello\nhi 7hello\n"
+    assert printed.err.splitlines() == [f"{count} tokens, 1.23k tokens/s"] * 3
     document = encoded({"messages": MESSAGES}, TALK, tokenizer(), tiny_export.SPELLED)
     (prompt, stops), again, (raw, _) = asked
     start = int(document.answer_mask.argmax())

@@ -9,7 +9,7 @@ from llm3.config import load, schema
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.model_schema import AdapterConfig, ModelConfig, RopeScaling, check_length, read_model
 from llm3.errors import UserError
-from llm3.models.decoding import sample
+from llm3.models.batching import sample
 from llm3.stages.experiment import check_without_data
 from tests.helpers.tiny import model_config
 

@@ -1,5 +1,7 @@
 """Models of each family compute in llm3 what they compute in transformers, and are written as they were read."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from flax import nnx
 
 from llm3.interop.folder import open_folder
-from llm3.models.transformer import abstract, make_cache
+from llm3.models.incremental import read
+from llm3.models.kv_cache import make_cache
+from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from tests.helpers.tiny import jit
 from tests.helpers.tiny_hf import FAMILIES, VOCAB, logits, saved, tiny
@@ -38,14 +42,15 @@ def test_decoding_with_a_cache_gives_the_logits_of_transformers(name, tmp_path):
     model, text, given = float32_model(folder), documents()[0], 20
     expected = logits(tiny(name), text)
 
-    @jit
-    def step(params, tokens, positions, cache):
+    @functools.partial(jit, static_argnames="first")
+    def step(params, tokens, cache, first):
         built = nnx.merge(abstract(model).graph, params)
-        hidden, cache = built(tokens, positions, jnp.ones_like(tokens), cache)
+        hidden, cache = read(built, tokens, jnp.full(1, tokens.shape[1]), cache, first=first)
         return built.logits(hidden[:, -1:])[0, -1], cache
 
-    params, cache = segmented(read_params(folder), ((0, model.layers),)), make_cache(model, 1, len(text))
+    whole = ((0, model.layers),)
+    params, cache = segmented(read_params(folder), whole), make_cache(model, whole, 1, len(text))
     for start, stop in [(0, given), *((at, at + 1) for at in range(given, len(text)))]:
         tokens = jnp.asarray(text[None, start:stop], jnp.int32)
-        found, cache = step(params, tokens, jnp.arange(start, stop, dtype=jnp.int32)[None], cache)
+        found, cache = step(params, tokens, cache, start == 0)
         np.testing.assert_allclose(jax.device_get(found), expected[stop - 1], atol=1e-4)

@@ -14,8 +14,10 @@ from flax import nnx
 
 from llm3.config.model_schema import ModelConfig, RopeScaling
 from llm3.distributed.sharding import place_batch, tree_shardings
+from llm3.models.incremental import read
+from llm3.models.kv_cache import make_cache
 from llm3.models.positions import attention_mask
-from llm3.models.transformer import abstract, make_cache
+from llm3.models.transformer import abstract
 from llm3.segments import canonical, segmented
 from llm3.tree import flatten, unflatten
 from tests.helpers import reference
@@ -118,25 +120,32 @@ def test_packed_documents_read_as_if_alone(name):
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_decoding_with_a_cache_equals_reading_the_whole_text(name):
+def test_reading_in_pieces_with_a_cache_gives_the_logits_of_the_whole_text(name):
     config, params, _ = family(name)
-    graph = abstract(config).graph
+    cut, tokens, lengths = ((0, 1), (1, 3)), np.stack(make_documents(2, least=12, most=12)).astype(np.int32), (12, 11)
+    graph, expected = abstract(config, cut).graph, reference.logits(config, params, stack(*map(make_row, tokens)))
 
-    @jit
-    def read(params, tokens, positions, cache):
+    @functools.partial(jit, static_argnames="first")
+    def read_on(params, tokens, counts, cache, first):
         model = nnx.merge(graph, params)
-        hidden, cache = model(tokens, positions, np.ones(tokens.shape, np.int32), cache)
+        hidden, cache = read(model, tokens, counts, cache, first=first)
         return model.logits(hidden), cache
 
-    tokens, last = np.stack(make_documents(2, least=8)).astype(np.int32), 5
-    positions = np.tile(np.arange(8, dtype=np.int32), (2, 1))
-    expected = reference.logits(config, params, stack(*map(make_row, tokens)))[:, :8]
-    cut, cache = segmented(params, ((0, 3),)), make_cache(config, 2, 9)
-    logits, cache = read(cut, tokens[:, :last], positions[:, :last], cache)
-    np.testing.assert_allclose(logits[..., :VOCAB], expected[:, :last], atol=TOLERANCE)
-    for i in range(last, 8):
-        logits, cache = read(cut, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
-        np.testing.assert_allclose(logits[:, 0, :VOCAB], expected[:, i], atol=TOLERANCE)
+    cache, done = make_cache(config, cut, 2, 12, chunk=3), np.zeros(2, np.int32)
+    for counts in ((7, 5), (3, 1), (0, 3), (1, 2), (1, 0)):
+        width = 3 if done.any() else 8  # more than the rings of windows have room for
+        piece = np.full((2, width), VOCAB - 1, np.int32)
+        for row, count in enumerate(counts):
+            piece[row, :count] = tokens[row, done[row] : done[row] + count]
+        logits, cache = read_on(segmented(params, cut), piece, np.array(counts), cache, not done.any())
+        for row, (start, count) in enumerate(zip(done, counts, strict=True)):
+            found, right = logits[row, :count, :VOCAB], expected[row, start : start + count]
+            np.testing.assert_allclose(found, right, atol=TOLERANCE)
+        done += counts
+    assert tuple(done) == lengths == tuple(cache.lengths.tolist())
+    slots = {buffer.shape[3] for buffer in jax.tree.leaves(cache.buffers)}
+    rings = {config.window - 1 + 3} if config.window else set()
+    assert slots == rings | ({12} if len(config.full_attention_layers) or not config.window else set())
 
 
 slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]  # noqa: E731

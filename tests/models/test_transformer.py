@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llm3.models.transformer import abstract, init, make_cache
+from llm3.models.transformer import abstract, init
 from llm3.objectives.causal import token_losses
 from llm3.segments import canonical, segmented
 from llm3.tree import flatten, leaf_digests
@@ -286,26 +286,3 @@ def test_on_eight_devices_init_gives_the_same_values_and_no_device_holds_a_whole
         shards = flatten(params)[path].addressable_shards
         assert {shard.data.shape for shard in shards} == {shape}, path
         assert len(shards) == 8
-
-
-def test_decoding_with_a_cache_equals_reading_the_whole_text():
-    config = model_config(qk_norm="head", attention_bias="all")
-    graph = abstract(config).graph
-
-    @jit
-    def read(params, tokens, positions, cache):
-        model = nnx.merge(graph, params)
-        hidden, cache = model(tokens, positions, np.ones(tokens.shape, np.int32), cache)
-        return model.logits(hidden), cache
-
-    params, tokens = make_params(config), np.stack(make_documents(2, least=10, most=10)).astype(np.int32)
-    positions = np.tile(np.arange(10, dtype=np.int32), (2, 1))
-    row = make_row(tokens[0]), make_row(tokens[1])
-    expected = reference.logits(config, params, stack(*row))[:, :10]
-    cut, cache = segmented(params, ((0, 3),)), make_cache(config, 2, 12)
-    logits, cache = read(cut, tokens[:, :6], positions[:, :6], cache)
-    np.testing.assert_allclose(logits, expected[:, :6], atol=1e-4)
-    for i in range(6, 10):
-        logits, cache = read(cut, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
-        np.testing.assert_allclose(logits[:, 0], expected[:, i], atol=1e-4)
-    assert int(cache["index"]) == 10

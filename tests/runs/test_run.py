@@ -18,7 +18,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.run import is_reported
 from llm3.data.prompts import read_prompt
 from llm3.data.tokenizer import Tokenizer
-from llm3.models.decoding import sample
+from llm3.models.batching import sample
 from llm3.report.matrix import KEYS
 from llm3.report.predictions import read_predictions
 from llm3.stages.samples import read_samples

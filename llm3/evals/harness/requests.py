@@ -1,6 +1,5 @@
 """Log-likelihoods of given tokens, and generated answers, for many requests in batches on the mesh."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm3.evals import EvalContext
-from llm3.models.decoding import greedy, padded_width, right_aligned
+from llm3.evals.generation import generate_tokens
+from llm3.models.batching import Request, padded_width
 from llm3.models.transformer import Transformer
 
 STEP = 32  # tokens that are generated between two looks at the stop strings
@@ -82,36 +82,23 @@ def answers(
     """The greedy answer to each prompt, without the stop string, the end token or the tokens `end` that end it.
 
     A prompt and the tokens of its answer must fit sequence_length. A stop string may begin and end within tokens, so it
-    is looked for in the text, after every `STEP` tokens; the unfinished answers go on from their own tokens.
+    is looked for in the text, after every `STEP` tokens.
     """
-    stops, rows = context.tokenizer.end_ids, context.config.batch_size
-    run = context.jit(functools.partial(greedy, stops=stops, max_tokens=STEP))
-    made: list[list[int]] = [[] for _ in prompts]
-    texts, unfinished = [""] * len(prompts), list(range(len(prompts)))
-    while unfinished:
-        read = [[*prompts[number], *made[number]] for number in unfinished]
-        for width, places in context.groups([len(each) for each in read], context.config.sequence_length, "requests"):
-            ends = np.tile(np.array(end, np.int32), (rows, 1))
-            arrays = (*right_aligned([read[place] for place in places], width, rows), ends)
-            found = jax.device_get(run(*context.place(arrays)))
-            for row, place in enumerate(places):
-                made[unfinished[place]] += found["tokens"][row, : found["count"][row, 0] + 1].tolist()
-        going = []
-        for number in unfinished:
-            tokens = made[number][: limits[number].tokens]
-            before = _before([*([stop] for stop in stops), [*end]], tokens)
-            texts[number], stopped = _cut(context.tokenizer.decode(before), limits[number].stops)
-            going += [] if stopped or before != tokens or len(tokens) == limits[number].tokens else [number]
-        unfinished = going
-    return texts
+    stops = [*([each] for each in context.tokenizer.end_ids), end]
+    asked = [Request(each, limit.tokens, stops) for each, limit in zip(prompts, limits, strict=True)]
 
+    def text(number: int, tokens: Sequence[int]) -> tuple[str, bool]:
+        return _cut(context.tokenizer.decode(tokens), limits[number].stops)
 
-def _before(ends: Sequence[list[int]], tokens: list[int]) -> list[int]:
-    """The tokens before the first of the runs of tokens that end an answer."""
-    for end in ends:
-        places = (place for place in range(len(tokens)) if tokens[place : place + len(end)] == end)
-        tokens = tokens[: next(places, len(tokens))]
-    return tokens
+    made = generate_tokens(
+        context,
+        asked,
+        context.config.sequence_length,
+        unit="requests",
+        steps=STEP,
+        ended=lambda number, tokens: text(number, tokens)[1],
+    )
+    return [text(number, tokens)[0] for number, tokens in enumerate(made)]
 
 
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

@@ -1,0 +1,225 @@
+"""Continuous batching: many prompts, a fixed number of rows at a time; a finished row takes the next prompt."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from llm3.config.model_schema import ModelConfig, check_length
+from llm3.distributed.sharding import axis_size
+from llm3.models.decoding import ANY, GREEDY, NEVER, Sampling, admit, advance, no_rows
+from llm3.models.transformer import abstract
+from llm3.segments import Segments, segmented
+
+MIN_WIDTH = 32  # least tokens of a padded row of prompts
+
+
+class Request(NamedTuple):
+    """A prompt, the max tokens of its answer, the runs of tokens that end it, and the seed of its draws."""
+
+    prompt: Sequence[int]
+    limit: int
+    stops: Sequence[Sequence[int]] = ()
+    seed: int = 0
+
+
+def padded_width(length: int, max_width: int | None = None, least: int = MIN_WIDTH) -> int:
+    """The next power of two, at least `least`, capped at `max_width` (None: not capped)."""
+    width = max(least, 1 << max(length - 1, 0).bit_length())
+    return width if max_width is None else min(max_width, width)
+
+
+def width_groups(lengths: Sequence[int], max_width: int, rows: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield (width, numbers) of prompts that are padded to the same width, at most `rows` at a time.
+
+    The width is a `padded_width`; it depends on the prompt's own length only.
+    """
+    found: dict[int, list[int]] = collections.defaultdict(list)
+    for number, length in enumerate(lengths):
+        found[padded_width(length, max_width)].append(number)
+    for width, numbers in sorted(found.items()):
+        for first in range(0, len(numbers), rows):
+            yield width, numbers[first : first + rows]
+
+
+def left_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts from the first column on, int32 [rows, width], and their lengths, int32 [rows]; other rows are empty."""
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
+    return tokens, lengths
+
+
+class Shape(NamedTuple):
+    """The sizes of a compiled batch: rows, tokens of a prompt and of an answer, and (number, tokens) of its stops."""
+
+    rows: int
+    width: int
+    max_tokens: int
+    stops: tuple[int, int] = (1, 1)
+
+
+def stop_sizes(requests: Sequence[Request]) -> tuple[int, int]:
+    """The number of stops that a request has at most, and the tokens of one."""
+    stops = [each.stops for each in requests]
+    return max([1, *map(len, stops)]), max([1, *(len(stop) for each in stops for stop in each)])
+
+
+@dataclasses.dataclass
+class Decoder:
+    """A batch of rows on the devices, and the request in each row.
+
+    jit: turns a function(model, rows, *arrays) -> (rows, result) into one of (rows, *arrays), which donates the rows
+    and replicates the result. place: puts numpy arrays with a first axis of rows on the devices. steps: between two
+    looks of the host at the answers; 0: as many as an answer has.
+    """
+
+    jit: Callable[[Callable], Callable]
+    place: Callable[[Any], Any]
+    config: ModelConfig
+    segments: Segments
+    shape: Shape
+    sampling: Sampling = GREEDY
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        rows, width, max_tokens, stops = self.shape
+        self._rows = no_rows(self.config, self.segments, rows, width + max_tokens, max_tokens, stops)
+        self._admit = self.jit(partial(admit, sampling=self.sampling))
+        self._advance = self.jit(partial(advance, steps=self.steps or max_tokens, sampling=self.sampling))
+        self.requests: list[tuple[int, Request] | None] = [None] * rows
+        # prompts are read so many at a time, a number that the mesh divides
+        pieces = axis_size(jax.sharding.get_abstract_mesh(), "batch")
+        self.fill = rows if rows % pieces else pieces * max(1, rows // pieces // 4)
+
+    def admit(self, requests: Sequence[tuple[int, Request]]) -> None:
+        """Put up to `fill` numbered requests into rows that have none."""
+        rows, width, _, stops = self.shape
+        free = [row for row, each in enumerate(self.requests) if each is None]
+        places, limits, seeds = np.full(self.fill, rows, np.int32), *np.zeros((2, self.fill), np.int32)
+        ends = np.full((self.fill, *stops), NEVER, np.int32)
+        for place, (row, numbered) in enumerate(zip(free, requests, strict=False)):
+            self.requests[row], (_, request) = numbered, numbered
+            places[place], limits[place], seeds[place] = row, request.limit, request.seed
+            for end, stop in zip(ends[place], filter(None, request.stops), strict=False):
+                end[:] = [ANY] * (len(end) - len(stop)) + list(stop)
+        prompts = left_aligned([request.prompt for _, request in requests], width, self.fill)
+        self._rows, _ = self._admit(self._rows, *self.place((*prompts, places, limits, seeds, ends)))
+
+    def advance(self, fewest: int = 0) -> Iterator[tuple[int, list[int], bool]]:
+        """Decode, and yield (number, tokens so far, whether the answer is complete) of each request.
+
+        fewest: stop when at most this many rows go on.
+        """
+        going = np.array([each is not None for each in self.requests])
+        self._rows, found = self._advance(self._rows, self.place(going), np.int32(fewest))
+        found = jax.device_get(found)
+        for row, numbered in enumerate([*self.requests]):
+            if numbered is None:
+                continue
+            number, request = numbered
+            tokens, active = found["answer"][row, : found["count"][row]].tolist(), bool(found["active"][row])
+            if not active:
+                self.requests[row] = None
+            yield number, tokens if active else without_stop(tokens, request.stops), not active
+
+    def cancel(self, number: int) -> None:
+        """Free the row of a request whose answer is not complete."""
+        self.requests = [None if each is not None and each[0] == number else each for each in self.requests]
+
+    def answers(
+        self, requests: Sequence[Request], ended: Callable[[int, list[int]], bool] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield (number, tokens of the answer, without the stop that ended it) as the answers are complete.
+
+        ended(number, tokens so far): whether an answer is complete already, asked every `steps` tokens.
+        """
+        waiting = collections.deque(enumerate(requests))
+        while waiting or any(self.requests):
+            free = self.requests.count(None)
+            while waiting and free >= min(self.fill, len(waiting)):
+                chosen = [waiting.popleft() for _ in range(min(self.fill, len(waiting)))]
+                self.admit(chosen)
+                free -= len(chosen)
+            fewest = self.shape.rows - min(self.fill, len(waiting)) if waiting else 0
+            for number, tokens, complete in self.advance(fewest):
+                if complete or (ended is not None and ended(number, tokens)):
+                    self.cancel(number)
+                    yield number, tokens
+
+
+def without_stop(tokens: list[int], stops: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens without the longest stop at their end."""
+    lengths = [len(stop) for stop in stops if stop and tokens[-len(stop) :] == list(stop)]
+    return tokens[: len(tokens) - max(lengths, default=0)]
+
+
+@cache
+def _jitted(config: ModelConfig, segments: Segments, function: Callable, **options: Any) -> Callable:
+    graph = abstract(config, segments).graph
+    return jax.jit(
+        lambda params, rows, *arrays: function(nnx.merge(graph, params), rows, *arrays, **options), donate_argnums=1
+    )
+
+
+def local_decoder(
+    params: dict,
+    config: ModelConfig,
+    shape: Shape,
+    sampling: Sampling = GREEDY,
+    *,
+    segments: Segments | None = None,
+    steps: int = 0,
+) -> Decoder:
+    """A decoder of canonical parameters. segments: default: one for each layer, whose kernels are then read in place.
+
+    The loop over the layers of a longer segment compiles faster, but on CPU it copies each layer's kernels and cache
+    before it reads them.
+    """
+    cut = segments or tuple((layer, layer + 1) for layer in range(config.layers))
+    leaves = segmented(params, cut)
+
+    def jit(function: partial) -> Callable:
+        return partial(_jitted(config, cut, function.func, **function.keywords), leaves)
+
+    return Decoder(jit, partial(jax.tree.map, jnp.asarray), config, cut, shape, sampling, steps)
+
+
+def timed_sample(
+    params: dict,
+    config: ModelConfig,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    seed: int = 0,
+    stops: Sequence[Sequence[int]] = (),
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[list[int], float]:
+    """See `sample`; and the tokens decoded per second, without the time to compile."""
+    check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
+    request = Request(prompt, max_tokens, stops, seed)
+    shape = Shape(1, padded_width(len(prompt)), padded_width(max_tokens), stop_sizes([request]))
+    decoder = local_decoder(params, config, shape, Sampling(temperature, top_k, top_p))
+    decoder.admit([])  # compiles both functions
+    list(decoder.advance())
+    before = time.perf_counter()
+    ((_, tokens),) = decoder.answers([request])
+    return tokens, len(tokens) / (time.perf_counter() - before)
+
+
+def sample(params: dict, config: ModelConfig, prompt: Sequence[int], **options: Any) -> list[int]:
+    """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical.
+
+    options: max_tokens, and those of `next_token`, seed and stops as in `timed_sample`. Raises UserError if a model
+    with learned positions has none for so many tokens.
+    """
+    return timed_sample(params, config, prompt, **options)[0]
