@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from llm3.cli.bench_decoding import measure_decoding
 from llm3.config.schema import RunConfig
 from llm3.distributed import memory
 from llm3.distributed.sharding import place_batch
@@ -44,11 +45,13 @@ WORDS = {
 }
 
 
-def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, alone: bool = False) -> int:
+def bench(
+    config: RunConfig, workdir: Path, stage: str, as_json: bool = False, alone: bool = False, decode: bool = False
+) -> int:
     """Compile and warm up the step of a stage, time 10 steps on its first batches, and print the metrics.
 
     If the stage begins with frozen parameters or adapters, it also times full training of the plain model, in the same
-    process and in alternating steps, unless `alone` is set.
+    process and in alternating steps, unless `alone` is set. decode: time decoding instead.
     """
     order = rules.check(config)
     if stage not in order:
@@ -56,7 +59,7 @@ def bench(config: RunConfig, workdir: Path, stage: str, as_json: bool = False, a
     session = Session(prepare(config, workdir, [stage]), new_console(stderr=True))
     chosen = session.experiment.stages[stage]
     with session.on_mesh(), memory.explained(chosen.where, session.memory_fields(chosen)):
-        metrics = measure(session, chosen, alone)
+        metrics = measure_decoding(session, chosen) if decode else measure(session, chosen, alone)
     if session.unknown_peak:
         session.console.print(session.unknown_peak)
     print(json.dumps(metrics) if as_json else table(metrics))

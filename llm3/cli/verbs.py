@@ -213,6 +213,7 @@ VERBS = {
             flag("--stage", type=one_name, required=True, help="the stage whose step is timed"),
             flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
             flag("--alone", action="store_true", help="do not compare with full training"),
+            flag("--decode", action="store_true", help="time decoding, compared with recomputation without a cache"),
         ),
         True,
     ),

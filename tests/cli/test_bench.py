@@ -29,6 +29,7 @@ def answers(tmp_path_factory):
         "alone": (unrolled, "--stage=finetune", "--alone", "--json"),
         "all": (unrolled, "--stage=scratch", "--json"),
         "lora": (lora, "--stage=finetune", "--json"),
+        "decode": (unrolled, "--stage=pretrain", "--decode", "--json"),
     }
     lines = [("bench", f"--config={file}", f"--workdir={base}/run", *rest) for file, *rest in commands.values()]
     done = tiny.process(*lines)
@@ -79,6 +80,15 @@ def test_adapters_are_compared_with_full_training_of_the_plain_model(answers):
     metrics = json.loads(answers.lora)
     assert metrics["full"]["params"] < metrics["params"]
     assert metrics["full"]["trainable_params"] == metrics["full"]["params"]
+
+
+def test_decoding_is_compared_with_recomputation(answers):
+    metrics = json.loads(answers.decode)
+    tokens = 8 * (256 - 32)  # of 8 rows with prompts of 32
+    for name in ("decoding", "recomputation"):
+        assert metrics[f"{name}_tokens_per_second"] == pytest.approx(tokens / metrics[f"{name}_seconds"])
+    assert metrics["speedup"] == metrics["recomputation_seconds"] / metrics["decoding_seconds"]
+    assert "step_seconds" not in metrics
 
 
 def test_people_see_both_side_by_side_with_units(answers):
