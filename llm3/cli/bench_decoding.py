@@ -42,17 +42,18 @@ def measure_decoding(session: Session, stage: Stage) -> dict:
     next_tokens = partial(_recomputation(model), segmented(params, ((0, model.layers),)))
 
     def decode() -> None:
-        list(decoder.answers(requests))
+        list(decoder.answers(enumerate(requests)))
 
     def recompute() -> float:
         """The seconds for all tokens, from one forward pass of each padded length."""
         total = 0.0
         for length in range(STEP, LENGTH + 1, STEP):
-            forward = partial(next_tokens, place_batch(session.mesh, text[:, :length]))
-            total += seconds(lambda run=forward: jax.block_until_ready(run())) * (length - max(PROMPT, length - STEP))
+            once = seconds(partial(next_tokens, place_batch(session.mesh, text[:, :length])))
+            total += once * (length - max(PROMPT, length - STEP))
         return total
 
-    decode(), recompute()  # compile
+    decode()  # compiles, as the next line does
+    recompute()
     found = [(seconds(decode), recompute()) for _ in range(ROUNDS)]
     cached, anew = (statistics.median(each) for each in zip(*found, strict=True))
     tokens = ROWS * (LENGTH - PROMPT)
@@ -70,9 +71,9 @@ def measure_decoding(session: Session, stage: Stage) -> dict:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The wall time of a call."""
+    """The wall time of a call, until its result is ready."""
     before = time.perf_counter()
-    function()
+    jax.block_until_ready(function())
     return time.perf_counter() - before
 
 

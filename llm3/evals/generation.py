@@ -141,7 +141,7 @@ def generate_tokens(
     sampling: Sampling = GREEDY,
     unit: str = "documents",
     steps: int = 0,
-    ended: Callable[[int, list[int]], bool] = lambda number, tokens: False,
+    ended: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The tokens of the answer to each request, without the stop that ended it.
 
@@ -155,11 +155,10 @@ def generate_tokens(
     jit, segments = functools.partial(context.jit, stateful=True), ((0, context.model.layers),)
     with context.counting(len(requests), unit) as advance:
         for (padded, most), numbers in sorted(groups.items()):
-            chosen = [requests[number] for number in numbers]
             shape = Shape(context.config.batch_size, padded, most, stop_sizes(requests))
             decoder = Decoder(jit, context.place, context.model, segments, shape, sampling, steps)
-            for place, tokens in decoder.answers(chosen, lambda place, tokens, at=numbers: ended(at[place], tokens)):
-                made[numbers[place]] = tokens
+            for number, tokens in decoder.answers([(number, requests[number]) for number in numbers], ended):
+                made[number] = tokens
                 advance(1)
     return made
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class Decoder:
     looks of the host at the answers; 0: as many as an answer has.
     """
 
-    jit: Callable[[Callable], Callable]
+    jit: Callable[[partial], Callable]
     place: Callable[[Any], Any]
     config: ModelConfig
     segments: Segments
@@ -125,7 +125,7 @@ class Decoder:
             if numbered is None:
                 continue
             number, request = numbered
-            tokens, active = found["answer"][row, : found["count"][row]].tolist(), bool(found["active"][row])
+            tokens, active = found["answer"][row, : found["length"][row]].tolist(), bool(found["active"][row])
             if not active:
                 self.requests[row] = None
             yield number, tokens if active else without_stop(tokens, request.stops), not active
@@ -135,13 +135,14 @@ class Decoder:
         self.requests = [None if each is not None and each[0] == number else each for each in self.requests]
 
     def answers(
-        self, requests: Sequence[Request], ended: Callable[[int, list[int]], bool] | None = None
+        self, requests: Iterable[tuple[int, Request]], ended: Callable[[int, list[int]], bool] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         """Yield (number, tokens of the answer, without the stop that ended it) as the answers are complete.
 
-        ended(number, tokens so far): whether an answer is complete already, asked every `steps` tokens.
+        requests: with different numbers. ended(number, tokens so far): whether an answer is complete already, asked
+        every `steps` tokens.
         """
-        waiting = collections.deque(enumerate(requests))
+        waiting = collections.deque(requests)
         while waiting or any(self.requests):
             free = self.requests.count(None)
             while waiting and free >= min(self.fill, len(waiting)):
@@ -212,7 +213,7 @@ def timed_sample(
     decoder.admit([])  # compiles both functions
     list(decoder.advance())
     before = time.perf_counter()
-    ((_, tokens),) = decoder.answers([request])
+    ((_, tokens),) = decoder.answers([(0, request)])
     return tokens, len(tokens) / (time.perf_counter() - before)
 
 

@@ -58,14 +58,14 @@ def next_token(
 class Rows(NamedTuple):
     """The state of a batch while it is decoded.
 
-    answer: int32 [B, M], the tokens so far, the last of which the cache lacks. count: int32 [B], their number. limit:
+    answer: int32 [B, M], the tokens so far, the last of which the cache lacks. length: int32 [B], their number. limit:
     int32 [B], the most tokens. stops: int32 [B, E, L], runs of tokens that end an answer, right-aligned after `ANY`;
     `NEVER`: no stop. seeds: int32 [B]. active: bool [B], whether the answer goes on.
     """
 
     cache: Cache
     answer: jax.Array
-    count: jax.Array
+    length: jax.Array
     limit: jax.Array
     stops: jax.Array
     seeds: jax.Array
@@ -112,8 +112,8 @@ def admit(
         return old.at[(*(slice(None),) * axis, places)].set(new, mode="drop")
 
     buffers = jax.tree.map(partial(put, 1), rows.cache.buffers, new.cache.buffers)
-    joined = jax.tree.map(partial(put, 0), rows._replace(cache=rows.cache.lengths), new._replace(cache=cache.lengths))
-    return joined._replace(cache=Cache(joined.cache, buffers)), None
+    others = jax.tree.map(partial(put, 0), rows[1:], new[1:])
+    return Rows(Cache(put(0, rows.cache.lengths, new.cache.lengths), buffers), *others), None
 
 
 def advance(
@@ -121,7 +121,7 @@ def advance(
 ) -> tuple[Rows, dict[str, jax.Array]]:
     """Decode up to `steps` more tokens of each answer, as long as more than `fewest` answers go on, int32 [].
 
-    going: bool [B], False for an answer that ends here. Also returns `answer`, `count` and `active` of `Rows`.
+    going: bool [B], False for an answer that ends here. Also returns `answer`, `length` and `active` of `Rows`.
     """
 
     def unfinished(state: tuple) -> jax.Array:
@@ -130,33 +130,32 @@ def advance(
 
     def body(state: tuple) -> tuple:
         step, rows = state
-        token = jnp.take_along_axis(rows.answer, jnp.maximum(rows.count - 1, 0)[:, None], axis=1)
+        token = jnp.take_along_axis(rows.answer, jnp.maximum(rows.length - 1, 0)[:, None], axis=1)
         hidden, cache = read(model, token, rows.active.astype(jnp.int32), rows.cache)
         return step + 1, _extended(model, hidden, rows._replace(cache=cache), sampling)
 
     rows = rows._replace(active=rows.active & going)
     _, rows = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows))
-    return rows, {"answer": rows.answer, "count": rows.count, "active": rows.active}
+    return rows, {"answer": rows.answer, "length": rows.length, "active": rows.active}
 
 
 def _extended(model: Transformer, hidden: jax.Array, rows: Rows, sampling: Sampling) -> Rows:
     """The rows with the next token of each active answer, chosen by the hidden states [B, 1, D] before it."""
     logits = model.logits(hidden)
     if sampling.temperature:
-        # from the row's own seed and count, so that other rows and their order change nothing
-        keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(rows.seeds, rows.count)
-        draw = partial(next_token, **sampling._asdict())
-        token = jax.vmap(lambda row, key: draw(row, key))(logits, keys).astype(jnp.int32)
+        # from the row's own seed and length, so that other rows and their order change nothing
+        keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows.seeds, rows.length)
+        token = jax.vmap(lambda row, key: next_token(row, key, **sampling._asdict()))(logits, keys).astype(jnp.int32)
     else:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    here = (jnp.arange(rows.answer.shape[1]) == rows.count[:, None]) & rows.active[:, None]
-    answer, count = jnp.where(here, token, rows.answer), rows.count + rows.active
-    active = rows.active & (count < rows.limit) & ~_stopped(answer, count, rows.stops)
-    return rows._replace(answer=answer, count=count, active=active)
+    here = (jnp.arange(rows.answer.shape[1]) == rows.length[:, None]) & rows.active[:, None]
+    answer, length = jnp.where(here, token, rows.answer), rows.length + rows.active
+    active = rows.active & (length < rows.limit) & ~_stopped(answer, length, rows.stops)
+    return rows._replace(answer=answer, length=length, active=active)
 
 
-def _stopped(answer: jax.Array, count: jax.Array, stops: jax.Array) -> jax.Array:
+def _stopped(answer: jax.Array, length: jax.Array, stops: jax.Array) -> jax.Array:
     """Whether each answer ends with one of its stops: bool [B]."""
-    places = count[:, None] - stops.shape[-1] + jnp.arange(stops.shape[-1])
+    places = length[:, None] - stops.shape[-1] + jnp.arange(stops.shape[-1])
     last = jnp.where(places >= 0, jnp.take_along_axis(answer, jnp.maximum(places, 0), axis=1), NEVER - 1)
     return ((last[:, None] == stops) | (stops == ANY)).all(axis=-1).any(axis=-1)

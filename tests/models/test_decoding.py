@@ -50,7 +50,7 @@ def test_answers_are_those_of_recomputation_whatever_the_batch_and_its_order(cas
     shape = Shape(rows=2, width=12, max_tokens=20, stops=(2, 2))
     decoder = local_decoder(jax.tree.map(jnp.asarray, params), config, shape, sampling, segments=segments)
     for order in (range(6), (3, 5), (5, 2, 4)):
-        found = dict(decoder.answers([requests[number] for number in order]))
+        found = dict(decoder.answers(enumerate(requests[number] for number in order)))
         assert [found[place] for place in range(len(order))] == [expected[number] for number in order]
 
 
@@ -58,8 +58,8 @@ def test_an_answer_that_the_caller_ends_makes_room_for_the_next():
     config = model_config()
     params = jax.tree.map(jnp.asarray, make_params(config))
     decoder, requests = local_decoder(params, config, Shape(1, 8, 12), steps=4), [Request([7, 3], 12), Request([9], 12)]
-    whole = dict(decoder.answers(requests))
-    found = dict(decoder.answers(requests, lambda number, tokens: number == 0 and len(tokens) > 4))
+    whole = dict(decoder.answers(enumerate(requests)))
+    found = dict(decoder.answers(enumerate(requests), lambda number, tokens: number == 0 and len(tokens) > 4))
     assert found == {0: whole[0][: len(found[0])], 1: whole[1]} and 4 < len(found[0]) < 12
 
 
