@@ -46,7 +46,6 @@ def get_config(machine="h100x1"):
         ),
         tie_embeddings=False,
         remat="dots",
-        logit_chunk=512,
     )
     c.mesh = MESHES[machine]
     data = texts(vocab_size=128256)

@@ -28,7 +28,7 @@ def get_config(model="HuggingFaceTB/SmolLM2-135M-Instruct"):
     """The experiment. model: a folder or a name on the hub."""
     c = ConfigDict()
     c.seed = 0
-    c.model = dict(pool="mean", logit_chunk=128)  # all else follows from the model
+    c.model = dict(pool="mean")  # all else follows from the model
     medquad = dict(
         path="lavita/MedQuAD",
         local="medical/medquad",

@@ -44,7 +44,6 @@ def get_config(machine="h100x64"):
         rope_theta=500_000.0,
         tie_embeddings=False,
         remat="full",
-        logit_chunk=2048,
     )
     c.mesh = MESHES[machine]
     c.update(texts(vocab_size=128256))

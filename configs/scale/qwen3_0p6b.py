@@ -39,7 +39,6 @@ def get_config(machine="h100x8"):
         rope_theta=1_000_000.0,
         tie_embeddings=True,
         remat="dots",
-        logit_chunk=1024,
     )
     c.mesh = MESHES[machine]
     c.update(texts(vocab_size=151936))

@@ -13,6 +13,7 @@ from llm3.config.schema import RunConfig
 from llm3.distributed import memory
 from llm3.distributed.sharding import place_batch
 from llm3.errors import UserError, nearest
+from llm3.models.cross_entropy import blocks
 from llm3.models.transformer import init
 from llm3.report.console import new_console
 from llm3.report.units import NOT_APPLICABLE, count, memory_text, percent, seconds
@@ -139,7 +140,8 @@ class _Step:
     def _compiler_flops(self) -> float | None:
         """The compiler's count, with element-wise work; None if it counts one loop iteration or one device."""
         model = self._phase.model
-        exact = model.scan_unroll >= model.layers and self._stage.config.micro_batches == 1 and jax.device_count() == 1
+        exact = model.scan_unroll >= model.layers and blocks(model.padded_vocab_size, model.vocab_block)[0] == 1
+        exact = exact and self._stage.config.micro_batches == 1 and jax.device_count() == 1
         analysis = self._compiled.cost_analysis() if exact else None
         return None if analysis is None else analysis["flops"]
 

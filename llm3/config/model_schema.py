@@ -72,6 +72,8 @@ class RopeScaling:
 class ModelConfig:
     """The transformer. The run sets some of the fields; a config must not."""
 
+    REMOVED = ("logit_chunk",)  # fields of older versions, which changed no result
+
     layers: int  # number of transformer layers
     d_model: int  # width of the hidden states
     heads: int  # number of attention heads
@@ -121,7 +123,9 @@ class ModelConfig:
     pooler: bool = False  # dense layer and tanh between the pool and the task head (BERT)
     remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
     scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
-    logit_chunk: int = 0  # compute the LM loss over this many positions at a time, to save memory; 0: all at once
+    # compute the LM loss over this many tokens of the vocabulary at a time, to save memory; 0: a vocabulary of up to
+    # 8,192 tokens per device all at once, a larger one 4,096 at a time
+    vocab_block: int = 0
     compute_dtype: str = "auto"  # float32 (never TF32), bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
     vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary, or more rows of a pretrained model
     classes: int = 0  # set by the run: number of labels; 0: no task head
@@ -139,7 +143,7 @@ class ModelConfig:
             one_of(f"model.{name}", getattr(self, name), options)
         for name in ("layers", "d_model", "heads", "d_ff", "vocab_multiple", "scan_unroll"):
             at_least(f"model.{name}", getattr(self, name), 1)
-        for name in ("max_positions", "position_offset", "window", "token_types", "window_rope_theta"):
+        for name in ("max_positions", "position_offset", "window", "token_types", "window_rope_theta", "vocab_block"):
             at_least(f"model.{name}", getattr(self, name), 0)
         if not self.kv_heads:
             self._set("kv_heads", self.heads)
@@ -244,12 +248,13 @@ def _others(missing: str) -> str:
 def read_model(values: Mapping[str, Any]) -> ModelConfig:
     """The model config in the metadata of a checkpoint: `as_dict` of one, perhaps read from JSON. Raises UserError."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    for name in values:
+    kept = {name: value for name, value in values.items() if name not in ModelConfig.REMOVED}
+    for name in kept:
         if name not in fields:
             raise UserError(
                 f"the model's config has a field {name!r}, which this version lacks; {nearest(name, fields)}"
             )
-    return ModelConfig(**values)
+    return ModelConfig(**kept)
 
 
 def check_length(config: ModelConfig, length: int, where: str) -> None:

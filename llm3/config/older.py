@@ -1,4 +1,4 @@
-"""Configs that an older version saved: they lack the fields that have come since."""
+"""Configs that an older version saved: they lack the fields that have come since, and have some that are gone."""
 
 import dataclasses
 import json
@@ -9,13 +9,15 @@ from typing import Any
 def with_new_fields(saved: Any, now: Any, kind: Any) -> Any:
     """A saved section, with those of the fields it lacks that have their default in `now`.
 
-    So a field that has come since the section was saved is a difference only if it is set. saved, now: JSON values.
-    kind: their type, a dataclass of a config, dict[str, X], {name: X} or X | None; sections of other types stay.
+    So a field that has come since the section was saved is a difference only if it is set, and a field in `REMOVED` is
+    none. saved, now: JSON values. kind: their type, a dataclass of a config, dict[str, X], {name: X} or X | None;
+    sections of other types stay.
     """
     if not (isinstance(saved, dict) and isinstance(now, dict)):
         return saved
-    kinds = _kinds(kind, now)
-    filled = {key: with_new_fields(value, now.get(key), kinds.get(key)) for key, value in saved.items()}
+    kinds, removed = _kinds(kind, now), getattr(kind, "REMOVED", ())
+    kept = {key: value for key, value in saved.items() if key not in removed}
+    filled = {key: with_new_fields(value, now.get(key), kinds.get(key)) for key, value in kept.items()}
     for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
         if field.name in now and field.name not in saved and _is_default(now[field.name], field, kinds[field.name]):
             filled[field.name] = now[field.name]

@@ -150,6 +150,24 @@ def is_cut(axis: str) -> bool:
     return axis_size(jax.sharding.get_abstract_mesh(), axis) > 1
 
 
+def pieces(axis: str, size: int) -> int:
+    """The number of pieces into which the active mesh, and a `shard_map`, cut a logical axis of this size."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in cut_along(axis, size))
+
+
+def cut_along(axis: str, size: int) -> tuple[str, ...]:
+    """The axes of the active mesh that shard a logical axis of this size: none if they do not divide it.
+
+    Mesh axes along which a `shard_map` has cut the array already are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    (cut,) = spec((axis,), (size,), mesh)
+    names = (cut,) if isinstance(cut, str) else cut or ()
+    return tuple(name for name in names if mesh.shape[name] > 1)
+
+
 def tree_shardings(mesh: Mesh, abstract: dict, axes: dict) -> dict:
     """The sharding of every leaf of a parameter tree, given the logical axes of each leaf.
 

@@ -14,7 +14,7 @@ from llm3.registry import load_plugin, plugin_names
 FREE = (
     "remat",
     "scan_unroll",
-    "logit_chunk",
+    "vocab_block",
     "compute_dtype",
     "vocab_multiple",
     "pool",

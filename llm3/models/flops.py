@@ -8,6 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 from llm3.config.model_schema import ModelConfig
+from llm3.models.cross_entropy import blocks
 from llm3.models.kernels import query_blocks
 from llm3.segments import STACK, Segments, segment_name
 
@@ -16,7 +17,8 @@ class Shape(NamedTuple):
     """What FLOPs depend on besides the model.
 
     batch, length: the tokens of a step. head: "lm" or "task". positions: the number of positions of a row at which a
-    layer is computed; its keys and values are always computed at all. context: the pieces into which a window is cut.
+    layer is computed; its keys and values are always computed at all. context, vocab: the pieces into which a window
+    and the vocabulary are cut.
     """
 
     batch: int
@@ -24,6 +26,7 @@ class Shape(NamedTuple):
     head: str
     positions: int
     context: int = 1
+    vocab: int = 1
 
     @property
     def computed(self) -> int:
@@ -50,10 +53,10 @@ def model_flops(
 ) -> tuple[float, float]:
     """Model FLOPs of one train step, as (forward, backward); the arguments are those of `step_flops`.
 
-    They count nothing twice, and so do not depend on remat, on the chunks of the logits or on the mesh. Over time and
+    They count nothing twice, and so do not depend on remat, on blocks of the vocabulary or on the mesh. Over time and
     peak they are the model FLOPs utilization (MFU: Chowdhery et al. 2022, PaLM, appendix B).
     """
-    once = dataclasses.replace(config, remat="none", logit_chunk=0)
+    once = dataclasses.replace(config, remat="none", vocab_block=config.padded_vocab_size)
     return step_flops(once, batch, length, head, segments, trainable)
 
 
@@ -65,6 +68,7 @@ def step_flops(
     segments: Segments | None = None,
     trainable: frozenset[str] | None = None,
     context: int = 1,
+    vocab: int = 1,
 ) -> tuple[float, float]:
     """Hardware FLOPs of one train step over [batch, length] tokens (all micro-batches), as (forward, backward).
 
@@ -74,11 +78,11 @@ def step_flops(
     - In layers with a backward pass, remat "full" recomputes all products but the last, remat "dots" only the scores.
     - A causal segment without a backward pass skips a part of the keys, unless windows are cut (`context` > 1).
     - With `max_output_positions`, the last layer is computed at that many positions only.
-    - Logits that are computed in chunks are computed again in the backward pass.
+    - Logits in blocks of the vocabulary are computed again in the backward pass; the last two blocks may overlap.
     - Scores outside a sliding window are computed and masked, so a window changes nothing.
     - The stack is unrolled. A scan also computes the unneeded input gradient of the lowest trainable layer (up to 3 %).
     """
-    shape = top = Shape(batch, length, head, length, context)
+    shape = top = Shape(batch, length, head, length, context, vocab)
     if config.max_output_positions:
         top = shape._replace(positions=config.max_output_positions)  # the last layer
     trains = _TrainableLeaves(trainable, "")
@@ -222,13 +226,12 @@ def _head_products(config: ModelConfig, shape: Shape) -> tuple[float, float]:
     if shape.head != "lm":
         unit = 2 * shape.computed * config.d_model
         return unit * config.d_model * config.pooler, unit * config.classes
-    chunk = config.logit_chunk if _chunked(config, shape) else shape.positions
-    unit = 2 * shape.batch * -(-shape.positions // chunk) * chunk * config.d_model
-    return unit * config.d_model * config.lm_transform, unit * config.padded_vocab_size
+    unit, (count, size) = 2 * shape.computed * config.d_model, _blocks(config, shape)
+    return unit * config.d_model * config.lm_transform, unit * shape.vocab * count * size
 
 
-def _chunked(config: ModelConfig, shape: Shape) -> bool:
-    return 0 < config.logit_chunk < shape.positions
+def _blocks(config: ModelConfig, shape: Shape) -> tuple[int, int]:
+    return blocks(config.padded_vocab_size // shape.vocab, config.vocab_block)
 
 
 def _head_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves, below: bool) -> float:
@@ -237,8 +240,8 @@ def _head_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves, 
     if shape.head == "lm":
         inner = below or trains.any_of("lm_transform")
         kernel = trains("embed/embedding" if config.tie_embeddings else "lm_head/kernel")
-        again = _chunked(config, shape) and (inner or kernel or trains("lm_head/bias"))
-        return before * (below + trains("lm_transform/dense/kernel") + again) + last * (inner + kernel + again)
+        again = _blocks(config, shape)[0] > 1 and (inner or kernel or trains("lm_head/bias"))
+        return before * (below + trains("lm_transform/dense/kernel")) + last * (inner + kernel + again)
     inner = below or (config.pooler and trains.any_of("pooler"))
     pooled = below if _pools_hidden(config) else inner or trains.any_of("head")  # the head comes before the pool
     total = before * (below + trains("pooler/kernel")) + last * (inner + trains("head/kernel"))

@@ -17,9 +17,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config.model_schema import ModelConfig
-from llm3.distributed.sharding import constrain, is_cut, tree_shardings, with_sharding
+from llm3.distributed.sharding import constrain, is_cut, pieces, tree_shardings, with_sharding
 from llm3.models.attention import LayerInputs
 from llm3.models.blocks import Block
+from llm3.models.cross_entropy import Head, blocks, cross_entropy
 from llm3.models.embedding import Embedding
 from llm3.models.heads import Transform, dense, pooled
 from llm3.models.kernels import unembed
@@ -134,30 +135,22 @@ class Transformer(nnx.Module):
     def score(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The cross-entropy of the targets, int32 [B, T], and whether each is the likeliest token: float32 [B, T] both.
 
-        [B, T, V] is often the largest array of a step. With `logit_chunk`, logits are computed for that many positions
-        at a time, and again in the backward pass. The positions of a chunk are spread over the window, so that every
-        device holds an equal part of each chunk, however batch and length are sharded.
+        [B, T, V] is often the largest array of a step. A large vocabulary is computed in blocks (see `vocab_block`),
+        which the backward pass computes again.
         """
-
-        def score_all(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.config
+        if blocks(c.padded_vocab_size // pieces("vocab", c.padded_vocab_size), c.vocab_block)[0] == 1:
             logits = self.logits(hidden)
             nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             return nats, (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-
-        chunk, length = self.config.logit_chunk, targets.shape[1]
-        if not 0 < chunk < length:
-            return score_all(hidden, targets)
-        count = -(-length // chunk)
-
-        def cut(x: jax.Array) -> jax.Array:
-            padded = jnp.pad(x, ((0, 0), (0, count * chunk - length), *((0, 0),) * (x.ndim - 2)))
-            return jnp.moveaxis(padded.reshape(x.shape[0], chunk, count, *x.shape[2:]), 2, 0)
-
-        body = jax.checkpoint(lambda _, part: (None, score_all(*part)))
-        unroll = min(count, self.config.scan_unroll)
-        parts = jax.lax.scan(body, None, (cut(hidden), cut(targets)), unroll=unroll)[1]
-        nats, right = (jnp.moveaxis(part, 0, 2).reshape(-1, count * chunk)[:, :length] for part in parts)
-        return nats, right
+        hidden = hidden if self.lm_transform is None else self.lm_transform(hidden)
+        if isinstance(self.lm_head, Projection):
+            axis, kernel, bias = 1, self.lm_head.kernel, self.lm_head.bias
+        else:
+            axis, kernel, bias = 0, self.embed.embedding, None if self.lm_head is None else self.lm_head["bias"]
+        head = Head(axis, c.vocab_size, c.vocab_block, c.logit_softcap)
+        nats, likeliest = cross_entropy(head, hidden, kernel[...], None if bias is None else bias[...], targets)
+        return nats, (likeliest == targets).astype(jnp.float32)
 
     def class_logits(self, hidden: jax.Array, segments: jax.Array) -> jax.Array:
         """Class logits of each position, float32 [B, T, C], from the task head.

@@ -6,7 +6,8 @@ The trace has the shapes of one device's share of a step. Three rules model how 
    the end of the program reads it; until then its inputs stay alive.
 2. The result of a matmul is fused with element-wise work that is its only reader, and written at its smallest point.
    A reduction needs it written first, as the maximum of the attention scores does.
-3. Parameters and gradients are sharded. A device holds all of one while a matmul reads or makes it, else its shard.
+3. Parameters and gradients are sharded. A device holds all of one while a matmul reads or makes it, or while the
+   matmuls of a loop read slices of it, else its shard.
 
 A loop holds its stacked outputs and the peak of its body.
 """
@@ -55,10 +56,11 @@ class Op(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Operations in order, and the results."""
+    """Operations in order, the results, and the inputs."""
 
     ops: list[Op]
     results: list[Value]
+    inputs: list[Value]
 
 
 class Shares(NamedTuple):
@@ -117,13 +119,14 @@ def measure(jaxpr: Jaxpr, shares: Shares) -> Liveness:
 def read(jaxpr: Jaxpr, shares: Shares) -> Program:
     """The program of a jaxpr, with calls inlined and without reorderings, repeated casts and unused operations."""
     ops: list[Op] = []
-    results = _inline(jaxpr, [Value(each, given=True) for each in jaxpr.invars], ops, {}, shares)
+    inputs = [Value(each, given=True) for each in jaxpr.invars]
+    results = _inline(jaxpr, inputs, ops, {}, shares)
     wanted, used = set(results), []
     for op in reversed(ops):
         if wanted.intersection(op.writes):
             wanted.update(op.reads)
             used.append(op)
-    program = Program(used[::-1], results)
+    program = Program(used[::-1], results, inputs)
     _fuse(program, shares)
     return program
 
@@ -222,6 +225,21 @@ def _needs_full(op: Op) -> bool:
     return op.name in UNSHARDED or any(value.of_matmul for value in op.writes)
 
 
+def _sliced(op: Op, shares: Shares) -> set[Value]:
+    """The parameters of which the matmuls of a scan read slices."""
+    found = set()
+    for body in op.bodies if op.name == "scan" else ():
+        outer = dict(zip(body.inputs, op.reads, strict=True))
+        slices = [inner for inner in body.ops if inner.name == "dynamic_slice" and inner.writes[0].gathered]
+        found |= {outer[inner.reads[0]] for inner in slices if inner.reads[0] in outer}
+    return {value for value in found if not shares.batched(value)}
+
+
+def _overwrites(op: Op) -> bool:
+    """Whether an operation writes into an array that a loop carries."""
+    return op.name == "dynamic_update_slice" and op.reads[0].given
+
+
 def _measure(program: Program, shares: Shares, elsewhere: frozenset[Value]) -> Liveness:
     """The liveness of one level of loops. elsewhere: results that are stored outside of it."""
     kernels = [op for op in program.ops if any(value.held for value in op.writes)]
@@ -230,11 +248,14 @@ def _measure(program: Program, shares: Shares, elsewhere: frozenset[Value]) -> L
     live: dict[Value, float] = {}
     peak, largest, moved = 0.0, {}, 0.0
     for index, op in enumerate(kernels):
-        roots, new = _roots(op), [each for each in op.writes if each.held and each not in elsewhere]
+        roots = _roots(op)
+        new = [each for each in op.writes if each.held and each not in elsewhere and not _overwrites(op)]
         now = live | {value: shares.shard_bytes(value) for value in new}
         if full := _needs_full(op):
             cut = {value for value in roots if value.given and shares.pieces > 1 and not shares.batched(value)}
             now |= {value: shares.full_bytes(value) for value in (*roots & live.keys(), *cut, *new)}
+        sliced = {value for value in _sliced(op, shares) if not value.given or shares.pieces > 1}
+        now |= {value: shares.full_bytes(value) for value in sliced}
         inside = [_measure(body, shares, frozenset()) for body in op.bodies]
         deepest = max(inside, key=lambda each: each.peak, default=Liveness(0.0, {}, 0.0, 0.0))
         dying = [value for value in roots if value in live and last[value] == index]
@@ -268,9 +289,10 @@ def _moved(op: Op, roots: frozenset[Value], shares: Shares) -> float:
     if op.name in LOOPS:
         return 0.0
     size = shares.full_bytes if _needs_full(op) else shares.shard_bytes
-    written = sum(size(value) for value in op.writes)
-    # a gather reads only rows of its table
-    return 2 * written if op.name == "gather" else written + sum(size(value) for value in roots)
+    written = sum(map(size, op.reads[1:2] if op.name == "dynamic_update_slice" else op.writes))
+    # these read or write only a part of an array
+    in_part = op.name in ("gather", "dynamic_slice", "dynamic_update_slice")
+    return 2 * written if in_part else written + sum(size(value) for value in roots)
 
 
 def _all_flops(program: Program) -> float:

@@ -70,9 +70,8 @@ def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
     Parameters that are sharded along a batch axis are all-gathered for the forward and the backward pass, and their
     gradients reduce-scattered. Along the other batch axes, gradients are all-reduced. Sharded heads and hidden layers
     all-reduce activations twice per layer and pass (Shoeybi et al. 2019, Megatron-LM, section 3), and once each for the
-    embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of it, and each
-    chunk of logits gathers its kernel and reduces its gradient; but along `data`, micro-batches are reduced once a step
-    where `sum_over_data` can.
+    embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of it; but along
+    `data`, micro-batches are reduced once a step where `sum_over_data` can.
     """
     config, model = stage.config, stage.model
     found: list[Collective] = []
@@ -114,7 +113,7 @@ def _of_leaf(
     elements = math.prod(leaf.shape) / math.prod(mesh.shape[axis] for axis in along if axis not in over)
     low = np.dtype(model.compute_dtype).itemsize
     size = elements * (low if computed_low(path) and leaf.dtype == np.float32 else leaf.dtype.itemsize)
-    used, reduced = _uses(path, stage, model, first)
+    used = 1 + (in_stack(path) and _layers_of(path).stop > first)  # the backward pass gathers a layer again
     gradient = elements * 4.0
     found = []
     for axis in over:
@@ -123,23 +122,10 @@ def _of_leaf(
     for axis in sorted(over, key=lambda axis: axis not in along):
         kind = "reduce-scatter" if axis in along else "all-reduce"
         once = axis == "data" and stage.micro_batches > 1 and sums_over_data_once(mesh)
-        reductions = 1 if once else reduced * stage.micro_batches
+        reductions = 1 if once else stage.micro_batches
         found.append(Collective(axis, path, kind, gradient, trainable * reductions))
         gradient /= mesh.shape[axis] if axis in along else 1
     return found
-
-
-def _uses(path: str, stage: StageConfig, model: ModelConfig, first: int) -> tuple[float, float]:
-    """The number of gathers of a leaf and of reductions of its gradient per micro-batch."""
-    chunks = -(-stage.sequence_length // model.logit_chunk) if 0 < model.logit_chunk < stage.sequence_length else 0
-    if in_stack(path):
-        return 1 + (_layers_of(path).stop > first), 1
-    if path.startswith(("lm_head/", "lm_transform/")):
-        return 2 * chunks or 1, chunks or 1
-    if path == "embed/embedding":
-        of_logits = chunks * model.tie_embeddings * (not model.classes)
-        return 1 + 2 * of_logits, 1 + of_logits
-    return 1, 1
 
 
 def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: Any) -> list[Collective]:

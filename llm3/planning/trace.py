@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.distributed.sharding import axis_size, shards
+from llm3.models.cross_entropy import blocks
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
 from llm3.planning import liveness
@@ -112,8 +113,8 @@ def device_model(model: ModelConfig, mesh: Any) -> ModelConfig:
 def _traced_rows(model: ModelConfig, stage: StageConfig) -> int:
     """A prime that divides no axis except batch axes."""
     sizes = {size for leaf in flatten(abstract(model).shapes).values() for size in leaf.shape}
-    sizes |= {stage.sequence_length, model.max_output_positions, model.logit_chunk, stage.micro_batches}
-    sizes |= {-(-stage.sequence_length // model.logit_chunk) * model.logit_chunk} if model.logit_chunk else set()
+    sizes |= {stage.sequence_length, model.max_output_positions, stage.micro_batches}
+    sizes |= {*blocks(model.padded_vocab_size, model.vocab_block)}
     sizes |= {model.heads // model.kv_heads, model.rotary_dim, model.rotary_dim // 2, model.head_dim - model.rotary_dim}
     return next(prime for prime in PRIMES if all(size % prime for size in sizes if size))
 

@@ -214,7 +214,9 @@ def _phase(
         abstract_params=abstract_params(model, mesh),
         abstract_state=abstract_state,
         flops=model_flops(*cost),
-        hardware_flops_per_step=sum(step_flops(*cost, context=axis_size(mesh, "length"))),
+        hardware_flops_per_step=sum(
+            step_flops(*cost, context=axis_size(mesh, "length"), vocab=axis_size(mesh, "vocab"))
+        ),
         notes=[
             *tied_head_notes(model, partition, head),
             *whole_axis_note(mesh, "kv_heads", model.kv_heads),

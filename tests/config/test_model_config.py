@@ -94,6 +94,7 @@ def test_a_model_in_the_metadata_of_a_checkpoint_is_read_as_it_was():
     again = read_model(json.loads(json.dumps(schema.as_dict(config))))
     assert again == config and hash(again) == hash(config)
     assert isinstance(again.rope_scaling, RopeScaling) and again.full_attention_layers == (0, 2)
+    assert read_model(schema.as_dict(config) | {"logit_chunk": 256}) == config  # a field of an older version
     with pytest.raises(UserError, match="a field 'windw', which this version lacks; did you mean 'window'"):
         read_model(schema.as_dict(config) | {"windw": 3})
 

@@ -1,4 +1,4 @@
-"""Configs of older versions, which lack the fields that have come since."""
+"""Configs of older versions, which lack the fields that have come since, and have some that are gone."""
 
 import json
 
@@ -41,6 +41,14 @@ def without(record, path):
 def test_a_stage_resumes_though_its_record_lacks_a_field_that_has_its_default(tmp_path, file, field):
     config = configfile.load(file, ["stages.pretrain.best=domain_bits_per_byte"])
     write_json(tmp_path / "pretrain" / RECORD, without(workdir.stage_record(config, "pretrain"), field))
+    workdir.check_record(tmp_path, config, "pretrain")
+
+
+def test_a_stage_resumes_though_its_record_has_a_field_that_is_gone_and_changed_no_result(tmp_path, file):
+    config = configfile.load(file)
+    record = json.loads(json.dumps(workdir.stage_record(config, "pretrain")))
+    record["model"]["logit_chunk"] = 256
+    write_json(tmp_path / "pretrain" / RECORD, record)
     workdir.check_record(tmp_path, config, "pretrain")
 
 

@@ -38,7 +38,7 @@ MESHES = {
 }
 CASES = {
     "causal": (causal, {}),
-    "causal, logits in chunks, remat": (causal, {"logit_chunk": 6, "remat": "full"}),
+    "causal, blocks of the vocabulary, remat": (causal, {"vocab_block": 12, "remat": "full"}),
     "prefix": (prefix, {}),
     "classify, bidirectional": (classify, {"causal": False, "pool": "mean", "classes": CLASSES}),
 }

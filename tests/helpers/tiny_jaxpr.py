@@ -95,7 +95,7 @@ def dtypes_of_axis(jaxpr: Jaxpr, size: int) -> set[str]:
 
 
 def largest_with_axis(jaxpr: Jaxpr, size: int) -> int:
-    """The number of elements of the largest array with an axis of this size that any equation makes."""
+    """The elements of the largest array with an axis of this size that any equation makes; 0: none makes one."""
     outs = (out for program in programs(jaxpr) for eqn in program.eqns for out in eqn.outvars)
     shapes = (getattr(out.aval, "shape", ()) for out in outs)
-    return max(math.prod(shape) for shape in shapes if size in shape)
+    return max((math.prod(shape) for shape in shapes if size in shape), default=0)

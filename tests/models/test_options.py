@@ -186,8 +186,8 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", ["gemma", "bert", *slow("olmo2", "neox", "phi", "modernbert")])
-def test_remat_unrolling_segments_and_chunks_change_neither_loss_nor_gradients(name):
-    changes = {"remat": "full", "scan_unroll": 2, "logit_chunk": 5}
+def test_remat_unrolling_segments_and_blocks_of_the_vocabulary_change_neither_loss_nor_gradients(name):
+    changes = {"remat": "full", "scan_unroll": 2, "vocab_block": 25}
     assert_same(loss_and_gradients(name, ((0, 1), (1, 3)), **changes), loss_and_gradients(name))
 
 

@@ -210,8 +210,7 @@ def loss_and_gradients(cut=None, **changes):
     "changes",
     [
         {"remat": "full"},
-        pytest.param({"logit_chunk": 4}, marks=pytest.mark.slow),
-        {"logit_chunk": 5},
+        {"vocab_block": 16},
         pytest.param({"remat": "dots", "scan_unroll": 3}, marks=pytest.mark.slow),
         {"cut": ((0, 1), (1, 3)), "scan_unroll": 2},
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),

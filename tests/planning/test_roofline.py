@@ -124,29 +124,39 @@ def test_without_remat_the_weights_of_attention_are_kept_for_every_pair_of_posit
 
 def test_a_long_window_holds_its_scores_in_float32_and_its_weights():
     length = 2048
-    step = step_of(config_of({"batch_size": 1, "sequence_length": length}, remat="full", layers=2, logit_chunk=64))
+    step = step_of(config_of({"batch_size": 1, "sequence_length": length}, remat="full", layers=2, vocab_block=64))
     scores = HEADS * length * length
     assert 6 * scores < step.temporary < 7 * scores
     assert list(step.largest)[:2] == [f"{kind}[1,{HEADS},{length},{length}]" for kind in ("float32", "bfloat16")]
 
 
-def test_logits_in_chunks_are_not_held_at_once():
-    """All logits in float32, as they are and less their maximum, and their gradients in bfloat16, compared with an
-    eighth of the positions.
+def test_logits_in_blocks_are_not_held_at_once():
+    """All logits in float32, as they are and less their maximum, and their gradients in bfloat16, compared with those
+    of an eighth of the vocabulary.
     """
-    vocab = 8192
-    configs = [config_of(layers=1, remat="full", logit_chunk=chunk) for chunk in (0, 8)]
+    vocab, block = 8192, 1024
+    configs = [config_of(layers=1, remat="full", vocab_block=block) for block in (0, block)]
     large = [dataclasses.replace(config, tokenizer=TokenizerConfig(vocab_size=vocab)) for config in configs]
-    whole, chunks = (step_of(config).temporary for config in large)
-    saved = 16 * (T - 8) * vocab * (4 + 4 + 2)
-    assert 0.8 * saved < whole - chunks < saved
+    whole, blocks = (step_of(config).temporary for config in large)
+    saved = 16 * T * (vocab - block) * (4 + 4 + 2)
+    assert 0.9 * saved < whole - blocks < 1.1 * saved
+
+
+def test_every_device_holds_the_whole_kernel_of_a_head_in_blocks_and_each_block_moves_its_own_part():
+    vocab, mesh = 8192, abstract_mesh(fsdp=4)
+    whole, blocks = (
+        step_of(dataclasses.replace(config_of(vocab_block=block), tokenizer=TokenizerConfig(vocab_size=vocab)), mesh)
+        for block in (0, 256)
+    )
+    assert any(array == f"bfloat16[{vocab},{D}]" for array in blocks.largest)
+    assert blocks.moved < whole.moved
 
 
 @pytest.mark.parametrize(
     ("stage", "model"),
     [
         ({}, {}),
-        ({}, {"remat": "full", "logit_chunk": 16}),
+        ({}, {"remat": "full", "vocab_block": 48}),
         ({"micro_batches": 4}, {"remat": "dots", "tie_embeddings": False}),
         ({}, {"kv_heads": 4, "qk_norm": "head"}),
         ({}, {"block": "sandwich", "attention_softcap": 5.0, "gated_mlp": False, "vocab_multiple": 8} | WINDOWS),
@@ -181,7 +191,7 @@ def test_loops_and_work_that_tensor_does_not_shard_cost_a_little_more_than_the_f
 
 def test_run_bench_and_plan_divide_the_same_model_flops_by_time_and_peak():
     """Whatever is computed again, and however windows are cut."""
-    plain, again = (config_of({"train": "top(2)"}, **model) for model in ({}, {"remat": "full", "logit_chunk": 16}))
+    plain, again = (config_of({"train": "top(2)"}, **model) for model in ({}, {"remat": "full", "vocab_block": 48}))
     once = phase_of(plain, abstract_mesh()).flops_per_step
     planned = plan_phases(stage_of(again), MeshConfig(data=1, context=2), parse("h100x2"), ("full",))[0]
     phases = [phase_of(again, abstract_mesh()), phase_of(plain, abstract_mesh(context=2)), planned.phase]
@@ -248,8 +258,8 @@ def test_nothing_is_regathered_or_reduced_below_the_lowest_trainable_layer():
     assert all(what.startswith(("layers/3:4/", "final_norm/", "lm_head/")) for what in of["reduce-scatter"])
 
 
-def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
-    plain, cut = config_of(tie_embeddings=False), config_of({"micro_batches": 2}, tie_embeddings=False, logit_chunk=16)
+def test_each_micro_batch_does_it_again_but_no_block_of_the_vocabulary():
+    plain, cut = config_of(tie_embeddings=False), config_of({"micro_batches": 2}, tie_embeddings=False, vocab_block=16)
     sent = [
         {
             (each.what, each.kind): each.times
@@ -259,7 +269,7 @@ def test_each_micro_batch_and_each_chunk_of_logits_does_it_again():
     ]
     layer, head = ("layers/0:4/mlp/up/kernel", "all-gather"), ("lm_head/kernel", "reduce-scatter")
     assert (sent[0][layer], sent[1][layer]) == (2, 4)
-    assert (sent[0][head], sent[1][head]) == (1, 2 * T / 16)
+    assert (sent[0][head], sent[1][head]) == (1, 2)
     assert {each.times for each in collectives(stage_of(cut), _on(cut, {"data": 8}), abstract_mesh(data=8))} == {1}
 
 
