@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -87,6 +88,18 @@ def test_gradients_of_micro_batches_are_reduced_over_data_once_a_step():
     text = compiled_step(MODEL, mesh_of(8, data=8), 32, micro_batches=4).as_text()
     gradients = 4 * (LAYERS * (4 * D * D + 3 * D * FF) + VOCAB * D)  # both uses of the embedding together
     assert collective_bytes(text) == {"all-reduce": pytest.approx(gradients, rel=0.02)}
+
+
+@pytest.mark.slow
+def test_a_head_in_blocks_is_gathered_as_often_and_scatters_its_gradient_once_a_micro_batch():
+    mesh, micro_batches, kernel = mesh_of(8, data=2, fsdp=4), 2, 4 * VOCAB * D
+    whole, blocks = (
+        collective_bytes(compiled_step(replace(MODEL, vocab_block=block), mesh, 32, micro_batches).as_text())
+        for block in (0, 64)
+    )
+    assert blocks["all-gather"] == whole["all-gather"]
+    assert blocks["reduce-scatter"] == micro_batches * kernel / 4
+    assert blocks["all-reduce"] == whole["all-reduce"] - micro_batches * kernel
 
 
 def test_one_device_is_sent_nothing():

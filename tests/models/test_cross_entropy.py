@@ -73,9 +73,10 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(case):
 
 
 MESHES = [
-    ({"data": 2, "fsdp": 4}, Head(axis=0, vocab=VOCAB, block=16)),
     ({"fsdp": 2, "context": 2, "tensor": 2}, Head(axis=1, vocab=VOCAB, block=12, softcap=3.0)),
-    ({"tensor": 8}, Head(axis=0, vocab=50, block=4)),  # the last shard only fills up
+    pytest.param({"data": 2, "fsdp": 4}, Head(axis=0, vocab=VOCAB, block=16), marks=pytest.mark.slow),
+    # the last shard only fills up
+    pytest.param({"tensor": 8}, Head(axis=0, vocab=50, block=4), marks=pytest.mark.slow),
 ]
 
 
