@@ -10,10 +10,10 @@ model are those of its config.json, against which a run checks them; they are he
 
 | variant | stage | GiB per device | tokens per second |
 |---|---|--:|--:|
-| `h100x1` | `lora` | 40.6 of 80 | 12k to 19k |
-| `h100x1` | `qlora` | 31.3 of 80 | 9.8k to 19k |
-| `h100x8` | `lora` | 27.2 of 80 | 82k to 151k |
-| `h100x8` | `qlora` | 26.0 of 80 | 78k to 151k |
+| `h100x1` | `lora` | 36.5 of 80 | 12k to 18k |
+| `h100x1` | `qlora` | 27.5 of 80 | 9.6k to 18k |
+| `h100x8` | `lora` | 23.5 of 80 | 80k to 146k |
+| `h100x8` | `qlora` | 22.3 of 80 | 76k to 146k |
 
 The table is the plan's estimate, between no overlap of matmuls, memory and collectives and full overlap.
 """
