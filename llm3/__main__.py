@@ -22,15 +22,17 @@ from llm3.ablation.load import load_ablation
 from llm3.cli import checks
 from llm3.cli.arguments import parser as parser  # for those who check commands
 from llm3.cli.arguments import read_arguments
+from llm3.cli.flags import PROCESSES, Verb
 from llm3.cli.output import ReaderGone, watched_output
-from llm3.cli.verbs import PROCESSES, VERBS, Verb
-from llm3.distributed import interrupts
+from llm3.cli.verbs import VERBS
+from llm3.distributed import command_time, interrupts
 from llm3.errors import NotWritten, UserError, to_stderr
 from llm3.stages.origin import load_config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is one of `errors.Exit`, or 128 + the number of a signal that ended it."""
+    command_time.begin(of_process=__name__ == "__main__")
     arguments = sys.argv[1:] if arguments is None else arguments
     trains = arguments[:1] in (["run"], ["ablate"])
     try:
@@ -65,7 +67,10 @@ def call_verb(arguments: list[str]) -> int:
             options["config"] = load_config(options["config"], overrides, workdir, only_planned=name == "plan")
         checks.check(name, options)
         cluster = [options.pop(each[2:]) for each, _ in PROCESSES] if verb.clustered else None
-        with joined(*cluster) if cluster else nullcontext():
+        with (
+            joined(*cluster) if cluster else nullcontext(),
+            kept_programs(options["workdir"] if verb.compiles else None),
+        ):
             return function_of(verb)(**options)
     except UserError as error:
         return failed(error)
@@ -92,6 +97,18 @@ def joined(*cluster: Any) -> Iterator[None]:
     with processes.joined(*cluster) as found:
         if processes.count() > 1 and processes.is_first():
             print(f"llm3: {found}", file=sys.stderr)
+        yield
+
+
+@contextmanager
+def kept_programs(workdir: Path | None) -> Iterator[None]:
+    """Keep what the devices' compiler makes in a workdir, for later commands; None: do not."""
+    if workdir is None:
+        yield
+        return
+    from llm3.distributed import compiled
+
+    with compiled.kept_in(workdir):
         yield
 
 

@@ -20,6 +20,7 @@ MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence 
 INIT = "init"  # the folder of the untrained model, and its name as a parent
 START = "start"  # the folder of the pretrained model that a run starts from
 RESOLVED = "config.resolved.json"  # every field of the config of the last session
+COMPILED = "compiled"  # folder: programs for the devices; can be removed, and need not be copied
 SESSIONS = "sessions.json"  # when and where `run` worked on the run, and how long
 MODEL = "model.json"  # in START: what the run keeps of that model
 
@@ -38,7 +39,7 @@ PREDICTIONS = "predictions"  # folder: the results of each evaluation item by it
 
 # In the run directory, so no stage's name
 RESERVED = frozenset(
-    {INIT, START, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, REPORT_HTML, FIGURES, MATRIX, RESOLVED, SESSIONS}
+    {INIT, START, COMPILED, "cache", TOKENIZER, CHAT_TEMPLATE, REPORT, REPORT_HTML, FIGURES, MATRIX, RESOLVED, SESSIONS}
 )
 
 

@@ -19,6 +19,7 @@ from llm3.data.cache.place import VARIABLE
 from llm3.distributed import allocator
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_compilation_cache", False)  # no files in workdirs; processes of tests share a folder
 
 COMPILED = "LLM3_TEST_COMPILED"  # a directory for what processes of tests have compiled, of one run of the suite
 SPENT = pytest.StashKey[float]()

@@ -20,7 +20,6 @@ from llm3.errors import Exit
 from llm3.files import write_json
 from llm3.report.units import duration
 
-COMPILED = "compiled"  # folder of an ablation: programs that any stage run has compiled
 LOG = "log.txt"  # in the folder of a stage run: what it printed
 FAILED = "failed.json"  # in the folder of an ablation: {stage run: why it failed}
 STOPPED = (Exit.PREEMPTED, 128 + signal.SIGINT)
@@ -41,18 +40,9 @@ def command(folder: Path) -> list[str]:
     return ["run", f"--config={folder / NODE}", f"--workdir={folder}", "--bare"]
 
 
-def environment(workdir: Path) -> dict[str, str]:
-    """The variables of a stage run: it finds what others have compiled."""
-    compiled = {
-        "JAX_COMPILATION_CACHE_DIR": str((workdir / COMPILED).resolve()),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return compiled | os.environ
-
-
-def start_process(folder: Path, workdir: Path, slot: Slot) -> subprocess.Popen:
+def start_process(folder: Path, slot: Slot) -> subprocess.Popen:
     """A process that trains the stage run in this folder; what it prints is added to its log."""
-    arguments, variables = [sys.executable, "-m", "llm3", *command(folder)], environment(workdir) | slot.variables
+    arguments, variables = [sys.executable, "-m", "llm3", *command(folder)], os.environ | slot.variables
     with open(folder / LOG, "ab") as log:
         process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables)
     with suppress(ProcessLookupError):
@@ -129,7 +119,7 @@ class Trainer:
                 self._say(waiting.pop(node.name), result)
             else:
                 slot = next(each for each in self._slots if each not in [other.slot for other in self._running])
-                process = start_process(self._prepare(node), self._workdir, slot)
+                process = start_process(self._prepare(node), slot)
                 self._running.append(Running(waiting.pop(node.name), process, time.monotonic(), slot))
                 busy.add(node.name)
                 if self._signal is not None:  # which came while the process was started

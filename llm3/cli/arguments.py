@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from llm3.cli.verbs import PROCESSES, VERBS, Flag, Verb
+from llm3.cli.flags import PROCESSES, Flag, Verb
+from llm3.cli.verbs import VERBS
 from llm3.errors import UserError, closest, nearest
 
 OF_CONFIG = "--config."  # the beginning of an override of a field

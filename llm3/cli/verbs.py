@@ -2,57 +2,22 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from llm3.errors import UserError
-from llm3.files import local_path
-
-Flag = tuple[str, dict[str, Any]]
-
-
-class Verb(NamedTuple):
-    """A verb of the command line. call: "module:function"; the function gets the flags as keyword arguments."""
-
-    call: str
-    help: str
-    flags: tuple[Flag, ...]
-    clustered: bool = False  # several processes can run it together
-
-
-def flag(name: str, **options: Any) -> Flag:
-    """One command-line flag, with the options of `argparse`."""
-    return name, options
-
-
-def path_flag(name: str, **options: Any) -> Flag:
-    """A flag for a directory or a file on this machine."""
-    return flag(name, type=partial(local_path, where=name), **{"metavar": "DIR"} | options)
-
-
-def names(text: str) -> list[str]:
-    """The names that a flag lists."""
-    return text.split(",")
-
-
-def one_name(text: str) -> str:
-    """The name in a list of one. Raises UserError for more."""
-    if len(found := names(text)) > 1:
-        raise UserError(f"--stage={text}: expected one stage; run the command once for each of {', '.join(found)}")
-    return found[0]
-
-
-CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
-OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
-WORKDIR = path_flag("--workdir", required=True, help="the run's files")
-RUN = path_flag("--workdir", default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
-SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
-STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
-STAGE = flag("--stage", type=one_name, required=True)
-PROCESSES = (
-    flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
-    flag("--processes", type=int, metavar="N", help="number of processes (SLURM, Open MPI and TPUs set it)"),
-    flag("--process", type=int, metavar="I", help="index of this process, from 0"),
+from llm3.cli.flags import (
+    CONFIG,
+    OPTIONAL_CONFIG,
+    RUN,
+    SCRATCH,
+    STAGE,
+    STAGES,
+    WORKDIR,
+    Verb,
+    flag,
+    names,
+    one_name,
+    path_flag,
 )
+from llm3.files import local_path
 
 VERBS = {
     "init": Verb(
@@ -79,7 +44,8 @@ VERBS = {
                 "--bare", action="store_true", help="measure only these stages, not their parents, and write no report"
             ),
         ),
-        True,
+        clustered=True,
+        compiles=True,
     ),
     "ablate": Verb(
         "cli.ablate:ablate",
@@ -110,7 +76,8 @@ VERBS = {
             flag("--json", action="store_true", dest="as_json", help="a line of JSON for each stage"),
             path_flag("--out", help="a new directory for the rows, with details and predictions"),
         ),
-        True,
+        clustered=True,
+        compiles=True,
     ),
     "report": Verb(
         "cli.report:report",
@@ -147,6 +114,7 @@ VERBS = {
             flag("--top_p", type=float, default=1.0),
             flag("--seed", type=int, default=0),
         ),
+        compiles=True,
     ),
     "predict": Verb(
         "cli.predict:predict",
@@ -182,7 +150,8 @@ VERBS = {
             flag("--batch_size", type=int, metavar="N", help="windows in a batch (default: 16)"),
             flag("--sequence_length", type=int, metavar="N", help="max tokens of a window (default: as trained)"),
         ),
-        True,
+        clustered=True,
+        compiles=True,
     ),
     "export": Verb(
         "cli.export:export",
@@ -215,7 +184,8 @@ VERBS = {
             flag("--alone", action="store_true", help="do not compare with full training"),
             flag("--decode", action="store_true", help="time decoding, compared with recomputation without a cache"),
         ),
-        True,
+        clustered=True,
+        compiles=True,
     ),
     "data": Verb(
         "cli.data:data",

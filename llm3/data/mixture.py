@@ -160,10 +160,17 @@ def _pick(shares: dict[str, int], row: int) -> tuple[str, int]:
 def finite_batches(windows: Windows, batch_size: int) -> Iterator[Batch]:
     """Each window exactly once, in order: arrays [batch_size, T]. Padding rows fill the last batch."""
     at_least("batch_size", batch_size, 1)
-    for start in range(0, len(windows), batch_size):
-        rows = [windows[index] for index in range(start, min(start + batch_size, len(windows)))]
-        padding = Batch(*(np.zeros_like(field) for field in rows[0]))
-        yield _stack(rows + [padding] * (batch_size - len(rows)))
+    for number in range(-(-len(windows) // batch_size)):
+        yield finite_batch(windows, batch_size, number)
+
+
+def finite_batch(windows: Windows, batch_size: int, number: int, rows: Sequence[int] | None = None) -> Batch:
+    """Batch `number` of `finite_batches`; rows: only these rows of it, [len(rows), T]."""
+    first = number * batch_size
+    indices = [first + row for row in (range(batch_size) if rows is None else rows)]
+    read = {index: windows[index] for index in indices if index < len(windows)}
+    padding = Batch(*(np.zeros_like(field) for field in (next(iter(read.values()), None) or windows[first])))
+    return _stack([read.get(index, padding) for index in indices])
 
 
 def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Generator[T, None, None]:

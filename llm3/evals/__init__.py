@@ -21,11 +21,12 @@ A metric is a ratio of global sums or is computed from results of single documen
 packing, padding or device count.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from llm3.config.schema import EvaluationConfig, ModelConfig
 from llm3.data import windows
 from llm3.data.batch import Batch
 from llm3.data.cache.token_cache import TokenCache
-from llm3.data.mixture import finite_batches
+from llm3.data.mixture import finite_batch, prefetch
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import constrain
@@ -44,7 +45,9 @@ from llm3.models.batching import width_groups
 from llm3.models.transformer import abstract
 from llm3.registry import load_plugin
 
+T = TypeVar("T")
 Compiled = dict[tuple, Callable]
+IN_FLIGHT = 2  # batches that the devices are given ahead of the one whose results are read
 # counting(total, unit): a context with a function that is told how many more of the total are done
 Counting = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -52,6 +55,27 @@ Counting = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 def uncounted(total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
     """A `Counting` that shows nothing."""
     return nullcontext(lambda number: None)
+
+
+class OwnRows(NamedTuple):
+    """The rows of a batch that this process reads, and how it puts them on the mesh: see `sharding.place_rows`."""
+
+    rows: list[int]
+    place: Callable[[Any], Any]
+
+
+def overlapped(results: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, Any]]:
+    """Yield (what, its results as numpy arrays), in order, while the devices compute up to `IN_FLIGHT` later ones."""
+    waiting: collections.deque[tuple[T, Any]] = collections.deque()
+    for what, arrays in results:
+        for array in jax.tree.leaves(arrays):
+            array.copy_to_host_async()
+        waiting.append((what, arrays))
+        if len(waiting) > IN_FLIGHT:
+            first, done = waiting.popleft()
+            yield first, jax.device_get(done)
+    for what, arrays in waiting:
+        yield what, jax.device_get(arrays)
 
 
 def segment_sums(values: jax.Array, batch: Batch, segments: int) -> jax.Array:
@@ -82,7 +106,8 @@ class EvalContext:
 
     params: on the devices, the layers as one segment. kind: the kind of windows. place: puts a batch of numpy arrays on
     the mesh. compiled: the jitted functions of earlier evaluations, see `jit`. template: the run's chat template or "".
-    prepared: the result of the plugin's `prepare`. counting: shows how many windows or documents are done.
+    prepared: the result of the plugin's `prepare`. counting: shows how many windows or documents are done. own: the
+    rows of each batch that this process reads; None: all of them.
     """
 
     params: dict
@@ -97,6 +122,7 @@ class EvalContext:
     template: str = ""
     prepared: Any = None
     counting: Counting = uncounted
+    own: OwnRows | None = None
 
     def table(self, cache: TokenCache | None = None, kind: str = "") -> Windows:
         """The documents (of `cache`, if given) cut into windows."""
@@ -128,19 +154,36 @@ class EvalContext:
         function: Callable[..., dict[str, jax.Array]],
         *arrays: Any,
         table: Windows | None = None,
-        change: Callable[[Batch], Batch] = lambda batch: batch,
+        change: Callable[[Batch], Batch] | None = None,
     ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
         """Yield (batch, function(model, batch, *arrays)), as numpy arrays, for each batch of the table.
 
-        `change` is applied to each batch on the host. `function`: see `jit`.
+        `change` is applied to each batch on the host, some batches ahead. `function`: see `jit`.
         """
+        return self._results(function, *arrays, table=table, change=change)
+
+    def _results(
+        self,
+        function: Callable[..., dict[str, jax.Array]],
+        *arrays: Any,
+        table: Windows | None,
+        change: Callable[[Batch], Batch] | None,
+        own: OwnRows | None = None,
+    ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """As `each`; a thread reads and places the next batches. own: of each batch, read and yield only these rows."""
         run, table = self.jit(function), self.table() if table is None else table
-        with self.counting(len(table), "windows") as advance:
-            rows = self.config.batch_size
-            for number, batch in enumerate(finite_batches(table, rows)):
-                batch = change(batch)
-                yield batch, jax.device_get(run(self.place(batch), *arrays))
-                advance(min(rows, len(table) - number * rows))
+        rows, windows = self.config.batch_size, len(table)
+
+        def read(number: int) -> tuple[Batch, Any]:
+            batch = finite_batch(table, rows, number, own and own.rows)
+            batch = batch if change is None else change(batch)
+            return batch, (self.place if own is None else own.place)(batch)
+
+        with self.counting(windows, "windows") as advance, closing(prefetch(read, 0, -(-windows // rows))) as batches:
+            computed = ((batch, run(placed, *arrays)) for batch, placed in batches)
+            for number, done in enumerate(overlapped(computed)):
+                yield done
+                advance(min(rows, windows - number * rows))
 
     def groups(
         self, lengths: Sequence[int], max_width: int, unit: str = "documents"
@@ -156,7 +199,7 @@ class EvalContext:
         function: Callable[..., dict[str, jax.Array]],
         *arrays: Any,
         table: Windows | None = None,
-        change: Callable[[Batch], Batch] = lambda batch: batch,
+        change: Callable[[Batch], Batch] | None = None,
     ) -> dict[str, np.ndarray]:
         """The results of `function` for the documents of the cache, summed over their pieces: float64 [documents, ...].
 
@@ -167,7 +210,8 @@ class EvalContext:
         # a power of two, so that evaluations of like documents share their compiled function
         run = functools.partial(function, segments=1 << (max(table.max_pieces, 1) - 1).bit_length())
         totals: dict[str, np.ndarray] = {}
-        for number, (_, result) in enumerate(self.each(run, *arrays, table=table, change=change)):
+        own = self.own if change is None else None  # a change may look at all rows
+        for number, (_, result) in enumerate(self._results(run, *arrays, table=table, change=change, own=own)):
             found = [(row, segment, document) for row, segment, document, _ in self.pieces(table, number * rows)]
             row, segment, document = np.array(found).T
             for name, value in result.items():
@@ -193,7 +237,7 @@ class EvalContext:
         function: Callable[..., dict[str, jax.Array]],
         *arrays: Any,
         table: Windows | None = None,
-        change: Callable[[Batch], Batch] = lambda batch: batch,
+        change: Callable[[Batch], Batch] | None = None,
     ) -> dict[str, np.ndarray]:
         """The results of `function`, summed over all batches in float64. Arguments: see `each`."""
         totals: dict[str, np.ndarray] = {}

@@ -7,7 +7,7 @@ normalization in LM evaluation"); and that sum minus the sum after a neutral pro
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from llm3.data.formats.choice import encode_choice
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.distributed.sharding import constrain
 from llm3.errors import UserError
-from llm3.evals import EvalContext, by_item
+from llm3.evals import EvalContext, by_item, overlapped
 from llm3.models.batching import left_aligned
 from llm3.models.incremental import read
 from llm3.models.kv_cache import make_cache
@@ -114,12 +114,16 @@ def log_likelihoods(context: EvalContext, items: list[Item]) -> list[np.ndarray]
     run, rows = context.jit(functools.partial(nats, choices=choices)), context.config.batch_size
     result = [np.empty(0)] * len(items)
     lengths = [len(each.prompt) for each in items]
-    for width, numbers in context.groups(lengths, context.config.sequence_length):
-        chosen = [items[number] for number in numbers]
-        prompts = left_aligned([each.prompt for each in chosen], width, rows)
-        found = jax.device_get(run(*context.place((*prompts, *_arrays(chosen, rows, choices, size)))))["nats"]
-        for row, (number, each) in enumerate(zip(numbers, chosen, strict=True)):
-            result[number] = -found[row, : len(each.tails)].astype(np.float64)
+
+    def computed() -> Iterator[tuple[list[int], Any]]:
+        for width, numbers in context.groups(lengths, context.config.sequence_length):
+            chosen = [items[number] for number in numbers]
+            prompts = left_aligned([each.prompt for each in chosen], width, rows)
+            yield numbers, run(*context.place((*prompts, *_arrays(chosen, rows, choices, size))))
+
+    for numbers, found in overlapped(computed()):
+        for row, number in enumerate(numbers):
+            result[number] = -found["nats"][row, : len(items[number].tails)].astype(np.float64)
     return result
 
 

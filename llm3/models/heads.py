@@ -1,5 +1,7 @@
 """What the heads do besides their last product: the transform before the LM head, the pool of a task head."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -40,3 +42,12 @@ def pooled(x: jax.Array, segments: jax.Array, pool: str) -> jax.Array:
     same = read.astype(x.dtype)
     share = same / same.sum(axis=-1, keepdims=True)
     return jnp.einsum("bts,bsc->btc", share, x, precision="highest")
+
+
+def without_task_head(params: dict, model: ModelConfig) -> tuple[dict, ModelConfig]:
+    """Parameters and model as functions that read no task head see them: the same for every task.
+
+    So a function that was compiled for the model before a task serves the model after it.
+    """
+    rest = {name: leaves for name, leaves in params.items() if name not in ("head", "pooler")}
+    return rest, replace(model, classes=0, max_output_positions=0)

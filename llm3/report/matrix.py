@@ -6,8 +6,10 @@ the accuracy of always predicting the most frequent class. `<evaluation>_items` 
 `<evaluation>_<metric>_stderr` the standard error of a metric; a metric with that key needs no entry in `METRICS`.
 
 The cost of a step: `param_bytes`, `gradient_bytes` and `moment_bytes` of the training state, `temp_bytes` as reported
-by the compiler, model FLOPs per token by formula, `step_seconds` as measured. `full_*` are the same for full
-fine-tuning of the same model with the same optimizer and batch shape. Rows with equal `recipe` differ only in `seed`.
+by the compiler, model FLOPs per token by formula, `step_seconds` as measured. `first_step_seconds`: from the start of
+the last command that trained the stage, or of the stage if it was not the first one there, to the end of its first
+step. `full_*` are the same for full fine-tuning of the same model with the same optimizer and batch shape. Rows with
+equal `recipe` differ only in `seed`.
 """
 
 import json
@@ -39,6 +41,7 @@ KEYS = (
     "forward_flops_per_token",
     "backward_flops_per_token",
     "step_seconds",
+    "first_step_seconds",
     "full_param_bytes",
     "full_gradient_bytes",
     "full_moment_bytes",

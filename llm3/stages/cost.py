@@ -34,11 +34,13 @@ def step_cost(
 ) -> dict[str, Any]:
     """The cost of a step, as keys of a row; `full_*` is the cost of training all parameters of the plain model.
 
-    metrics: the stage's log lines; `step_seconds` is the median over the lines of this phase.
+    metrics: the stage's log lines; `step_seconds` is the median over the lines of this phase, `first_step_seconds` that
+    of the last command that trained the stage.
     """
     full, tokens = stage.full_training().phases(mesh)[0], stage.step_tokens
     forward, backward = phase.flops
     seconds = [line["step_seconds"] for line in metrics or () if line["step"] > phase.first and "step_seconds" in line]
+    starts = [line["first_step_seconds"] for line in metrics or () if "first_step_seconds" in line]
     full_bytes = byte_report(full.abstract_state)
     return {
         "trainable_params": size(phase.abstract_state.trainable),
@@ -47,6 +49,7 @@ def step_cost(
         "forward_flops_per_token": forward / tokens,
         "backward_flops_per_token": backward / tokens,
         "step_seconds": statistics.median(seconds) if seconds else None,
+        "first_step_seconds": starts[-1] if starts else None,
         "full_param_bytes": full_bytes["param_bytes"],
         "full_gradient_bytes": full_bytes["gradient_bytes"],
         "full_moment_bytes": full_bytes["moment_bytes"],

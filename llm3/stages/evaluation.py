@@ -16,8 +16,10 @@ from llm3.data.cache.token_cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.packing import check_windows
 from llm3.data.tokenizer import Tokenizer
-from llm3.distributed.sharding import place_batch
+from llm3.distributed import processes
+from llm3.distributed.sharding import place_batch, place_rows, rows_of_process
 from llm3.errors import UserError, within
+from llm3.models.heads import without_task_head
 from llm3.registry import check_installed, load_plugin, read_options
 from llm3.stages.stage import Stage, check_tokenizer
 from llm3.stages.truncation import truncation_warning
@@ -102,6 +104,8 @@ class Evaluation:
         counting: evals.Counting = evals.uncounted,
     ) -> dict[str, Any]:
         """Metrics and details of parameters in one segment. compiled: compiled functions kept between calls."""
+        if not self.plugin.HEAD:
+            params, model = without_task_head(params, model)
         return self.plugin.evaluate(
             evals.EvalContext(
                 params=params,
@@ -116,8 +120,16 @@ class Evaluation:
                 template=self.template,
                 prepared=self.prepared,
                 counting=counting,
+                own=_own_rows(mesh, self.config.batch_size),
             )
         )
+
+
+def _own_rows(mesh: Mesh, batch_size: int) -> evals.OwnRows | None:
+    """The rows of a batch that this process reads; None: it is the only one."""
+    if processes.count() == 1:
+        return None
+    return evals.OwnRows(rows_of_process(mesh, batch_size), partial(place_rows, mesh, batch_size))
 
 
 def data_digest(plugin: ModuleType, cache: TokenCache | None) -> str:

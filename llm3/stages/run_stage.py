@@ -8,7 +8,7 @@ import jax
 
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.distributed import interrupts, memory, processes
+from llm3.distributed import command_time, interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
 from llm3.files import CHECKPOINTS, DATA_SAMPLE, RECORD, write_json
@@ -75,6 +75,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
 
 def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     config, directory = stage.config, session.workdir / stage.name
+    began: float | None = command_time.take()
     check_ancestry(session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
     memory.reset_peak()
@@ -99,7 +100,8 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 phase = each
                 with watch.part("compile"):
                     step = compile_step(run, phase, done)
-                meter = Meter(run.cost, phase.flops_per_step, phase.hardware_flops_per_step, session.peak_flops)
+                flops = phase.flops_per_step, phase.hardware_flops_per_step
+                meter, began = Meter(run.cost, *flops, session.peak_flops, began=began), None
                 with make_hooks(run, phase, done, writer, request) as hooks, watch.part("train"):
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)

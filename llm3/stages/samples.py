@@ -21,6 +21,7 @@ from llm3.evals import EvalContext
 from llm3.evals.generation import generate_tokens
 from llm3.files import SAMPLES, write_atomic
 from llm3.models.batching import Request
+from llm3.models.heads import without_task_head
 from llm3.models.transformer import Transformer
 from llm3.report.console import shortened
 from llm3.report.logs import MetricsWriter
@@ -72,9 +73,10 @@ def _context(session: Session, subject: Subject, params: dict) -> EvalContext:
     """The model as evaluations have it, with room for all prompts in a batch that the mesh divides."""
     pieces = axis_size(session.mesh, "batch")
     rows = -(-len(session.config.samples) // pieces) * pieces
+    params, model = without_task_head(segmented(params, ((0, subject.model.layers),)), subject.model)
     return EvalContext(
-        params=segmented(params, ((0, subject.model.layers),)),
-        model=subject.model,
+        params=params,
+        model=model,
         config=EvaluationConfig(kind="generation", batch_size=rows),
         options=None,
         kind="",

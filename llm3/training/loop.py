@@ -71,6 +71,9 @@ def train(
             watchdog.at(done, "computing")
             state, metrics = train_step(state, batch)
             meter.pending.append(metrics)
+            if done == start + 1:
+                jax.block_until_ready(metrics)
+                meter.first_step()
             if len(meter.pending) >= IN_FLIGHT:
                 jax.block_until_ready(meter.pending[-IN_FLIGHT])
             verdict = Verdict()

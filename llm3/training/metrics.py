@@ -30,12 +30,20 @@ class Meter:
     non_finite_in_a_row: int = 0  # non-finite steps since the last accepted one, as of the last log line
     since: float = field(default_factory=time.perf_counter)
     waited: float = 0.0
+    began: float | None = None  # when the command, or the stage, began, until its first step is computed
+    first_step_seconds: float | None = None  # from there to the end of its first step, until it is logged
+
+    def first_step(self) -> None:
+        """The first step since the start of the loop is computed."""
+        if self.began is not None:
+            self.first_step_seconds, self.began = time.perf_counter() - self.began, None
 
     def log_line(self) -> dict[str, float | None]:
         """Wait for the pending steps, add them to the cost, and return their means and rates.
 
         The loss and the objective's metrics are means over the accepted steps, weighted by the steps' weights. Seconds
-        are wall time. mfu and hfu are the model and the hardware FLOP/s over the peak.
+        are wall time. mfu and hfu are the model and the hardware FLOP/s over the peak. The first line of a command has
+        `first_step_seconds`: from its start to the end of its first step.
         """
         steps_metrics = jax.device_get(self.pending)
         rows = {name: np.array([each[name] for each in steps_metrics], np.float64) for name in steps_metrics[0]}
@@ -65,5 +73,7 @@ class Meter:
             "step_seconds": seconds / steps,
             "tokens": self.cost.tokens,
         }
+        if self.first_step_seconds is not None:
+            line["first_step_seconds"], self.first_step_seconds = self.first_step_seconds, None
         self.pending, self.since, self.waited = [], now, 0.0
         return line

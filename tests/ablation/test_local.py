@@ -50,7 +50,7 @@ class World:
                 self.finished.add(folder.name)
         return OTHER if left else None
 
-    def start(self, folder, workdir, slot):
+    def start(self, folder, slot):
         self.events.append(folder.name)
         self.alive += 1
         self.most = max(self.most, self.alive)
@@ -101,9 +101,9 @@ def test_a_stage_run_that_another_process_took_first_is_waited_for_too(tmp_path,
     world = World(tmp_path, monkeypatch, {"a-0": Exit.BAD_INPUT})
     start = world.start
 
-    def late(folder, workdir, slot):
+    def late(folder, slot):
         world.held[folder.name] = 3 if folder.name == "a-0" else 0
-        return start(folder, workdir, slot)
+        return start(folder, slot)
 
     monkeypatch.setattr(local, "start_process", late)
     assert world.trainer.train(NODES) == 0
@@ -128,9 +128,9 @@ def test_stage_runs_under_way_have_different_shares_of_the_machine(tmp_path, mon
     world = World(tmp_path, monkeypatch, jobs=2)
     started, shares = world.start, []
 
-    def start(folder, workdir, slot):
+    def start(folder, slot):
         shares.append((slot, [each.slot for each in world.trainer._running]))
-        return started(folder, workdir, slot)
+        return started(folder, slot)
 
     monkeypatch.setattr(local, "start_process", start)
     assert world.trainer.train(NODES) == 0

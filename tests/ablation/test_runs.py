@@ -42,7 +42,7 @@ class Started(list):
     def __init__(self):
         self.points, self.polled = {}, lambda process: None
 
-    def __call__(self, folder, workdir, slot):
+    def __call__(self, folder, slot):
         self.append(folder.name)
         point = self.points.pop(folder.name.rpartition("-")[0], "")
         return tiny_ab.Process(folder, point, lambda process: self.polled(process))

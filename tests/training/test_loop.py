@@ -36,6 +36,17 @@ def test_a_log_line_weights_steps_by_their_targets_and_ignores_skipped_steps():
     assert (meter.cost.tokens, meter.cost.flops, meter.cost.skipped_steps) == (24, 30.0, 1)
 
 
+def test_the_first_line_alone_has_the_time_until_the_first_step_was_computed(monkeypatch):
+    monkeypatch.setattr("time.perf_counter", lambda: 100.0)
+    meter = Meter(Cost(), flops_per_step=1.0, hardware_flops_per_step=1.0, peak_flops=None, began=60.0)
+    lines = []
+    for _ in range(2):
+        meter.pending, meter.since = [metrics(2.0, 1.0)], 99.0
+        meter.first_step()
+        lines.append(meter.log_line())
+    assert [line.get("first_step_seconds") for line in lines] == [40.0, None]
+
+
 def test_a_log_line_of_skipped_steps_only_has_no_loss():
     meter = Meter(Cost(), flops_per_step=10.0, hardware_flops_per_step=10.0, peak_flops=None)
     meter.pending = [metrics(math.nan, 0.0, skipped=1.0)]

@@ -1,13 +1,13 @@
 """Log-likelihoods of given tokens, and generated answers, for many requests in batches on the mesh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm3.evals import EvalContext
+from llm3.evals import EvalContext, overlapped
 from llm3.evals.generation import generate_tokens
 from llm3.models.batching import Request, padded_width
 from llm3.models.transformer import Transformer
@@ -61,17 +61,22 @@ def log_likelihoods(context: EvalContext, items: Sequence[Continuation]) -> list
     length, rows, run = context.config.sequence_length, context.config.batch_size, context.jit(token_nats)
     read = [[*each.context, *each.tokens][-length - 1 :][:-1] for each in items]
     result = [(0.0, False)] * len(items)
-    for width, numbers in context.groups([len(each) for each in read], length, unit="requests"):
-        scored = [items[number].tokens for number in numbers]
-        tokens, segments = np.zeros((2, rows, width), np.int32)
-        at, targets = np.zeros((2, rows, padded_width(max(map(len, scored)), width, MIN_TARGETS)), np.int32)
-        for row, (number, target) in enumerate(zip(numbers, scored, strict=True)):
-            last = len(read[number])
-            tokens[row, :last], segments[row, :last] = read[number], 1
-            at[row, : len(target)], targets[row, : len(target)] = np.arange(last - len(target), last), target
-        found = jax.device_get(run(*context.place((tokens, segments, at, targets))))
-        for row, (number, target) in enumerate(zip(numbers, scored, strict=True)):
-            nats, right = (found[name][row, : len(target)].astype(np.float64) for name in ("nats", "right"))
+
+    def computed() -> Iterator[tuple[list[int], Any]]:
+        for width, numbers in context.groups([len(each) for each in read], length, unit="requests"):
+            scored = [items[number].tokens for number in numbers]
+            tokens, segments = np.zeros((2, rows, width), np.int32)
+            at, targets = np.zeros((2, rows, padded_width(max(map(len, scored)), width, MIN_TARGETS)), np.int32)
+            for row, (number, target) in enumerate(zip(numbers, scored, strict=True)):
+                last = len(read[number])
+                tokens[row, :last], segments[row, :last] = read[number], 1
+                at[row, : len(target)], targets[row, : len(target)] = np.arange(last - len(target), last), target
+            yield numbers, run(*context.place((tokens, segments, at, targets)))
+
+    for numbers, found in overlapped(computed()):
+        for row, number in enumerate(numbers):
+            count = len(items[number].tokens)
+            nats, right = (found[name][row, :count].astype(np.float64) for name in ("nats", "right"))
             result[number] = (-float(nats.sum()), bool(right.all()))
     return result
 

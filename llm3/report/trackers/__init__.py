@@ -21,7 +21,7 @@ GROUPS = {
     "optim": ("learning_rate", "gradient_norm", "skipped_steps", "new_levels"),
     "speed": (
         *("tokens_per_second", "flops_per_second", "hardware_flops_per_second", "mfu", "hfu"),
-        *("data_wait", "step_seconds"),
+        *("data_wait", "step_seconds", "first_step_seconds"),
     ),
 }
 COSTS = ("tokens", "flops", "seconds", "trainable_params")  # of a row, next to its metrics
