@@ -6,8 +6,8 @@
 The second command also times full training, in alternating steps, and prints both with their ratios. It takes two
 minutes on 2 cores and about 3 GiB. Expect of training the top 2 of 8 layers, compared with all: 0.43 of the FLOPs, 0.41
 of the time, 0.17 of the temporary memory, 0.19 of moments and gradients. The task head reads a document's last token
-(pool="last"), so both compute the last layer only there; with pool="mean" the ratio of FLOPs is 0.49. The allocator
-settings of launch/env.sh (`. launch/env.sh` first) make both faster.
+(pool="last"), so both compute the last layer only there; with pool="mean" the ratio of FLOPs is 0.49. docs/bench.md has
+the other flags: a profile, a sweep over settings, and torch's step beside this one.
 """
 
 from ml_collections import ConfigDict

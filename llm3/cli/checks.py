@@ -8,6 +8,7 @@ from typing import Any
 
 from llm3.ablation.arms import chain_config, variants
 from llm3.ablation.schema import AblationConfig
+from llm3.cli.bench_checks import DTYPES, check_bench, check_bench_model
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
@@ -23,7 +24,6 @@ from llm3.stages.workdir import check_record
 LAUNCHERS = ("local", "slurm")
 PREDICTED = (".jsonl", ".csv", ".parquet")
 EXPORT_FORMATS = ("merged", "base", "adapters")
-EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check(verb: str, options: Mapping[str, Any]) -> None:
@@ -101,8 +101,10 @@ def check_ablation(options: Mapping[str, Any]) -> None:
 def check_config(verb: str, config: RunConfig, workdir: Path, options: Mapping[str, Any]) -> None:
     """Raise UserError for a config that the verb cannot use: its stages, files, template and saved records."""
     names = rules.chosen(config, options.get("stages"))
-    if verb == "bench" and (stage := options["stage"]) not in names:
-        raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+    if verb == "bench":
+        if (stage := options["stage"]) not in names:
+            raise UserError(f"--stage={stage}: no such stage; {nearest(stage, names)}")
+        check_bench(config, options)
     for source in config.sources.values():
         if not (config.data_dir and source.local):
             check_split_names(source)
@@ -240,7 +242,7 @@ def check_predict(options: Mapping[str, Any]) -> None:
 def check_export(options: Mapping[str, Any]) -> None:
     """Raise UserError for flags of `export` that do not fit together."""
     form, base, step = options["form"], options["base"], options["step"]
-    for flag, value, valid in (("format", form, EXPORT_FORMATS), ("dtype", options["dtype"], EXPORT_DTYPES)):
+    for flag, value, valid in (("format", form, EXPORT_FORMATS), ("dtype", options["dtype"], DTYPES)):
         if value not in valid:
             raise UserError(f"--{flag}={value}: {nearest(value, valid)}")
     if base is not None and form != "adapters":
@@ -249,16 +251,6 @@ def check_export(options: Mapping[str, Any]) -> None:
         raise UserError(f"--step={step}: expected a step number or 'latest'")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", size := options["max_shard_size"]):
         raise UserError(f"--max_shard_size={size}: expected a number and KB, MB, GB or TB, as in 5GB")
-
-
-def check_bench_model(options: Mapping[str, Any]) -> None:
-    """Raise UserError for flags of `bench-model` that are out of range."""
-    if (dtype := options["dtype"]) not in EXPORT_DTYPES:
-        raise UserError(f"--dtype={dtype}: {nearest(dtype, EXPORT_DTYPES)}")
-    if not options["gigabytes"] > 0:
-        raise UserError(f"--gigabytes={options['gigabytes']}: expected a number above 0")
-    if options["fsdp"] < 1:
-        raise UserError(f"--fsdp={options['fsdp']}: expected at least 1")
 
 
 def check_cache(options: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def export(
     """Write a checkpoint of a stage into the new directory `to` and print a summary.
 
     form: one of EXPORT_FORMATS. step: a number or "latest". base: the base model that the adapters name. dtype: one of
-    EXPORT_DTYPES, that of the tensors; adapters are merged in float32. max_shard_size: of a file, as in "5GB". push:
+    DTYPES, that of the tensors; adapters are merged in float32. max_shard_size: of a file, as in "5GB". push:
     the repository on the Hugging Face Hub to upload the directory to. Before it writes anything, raises UserError for a
     model that the formats cannot express, a directory with files, or a Hub that cannot be written to.
     """

@@ -26,7 +26,7 @@ def answers(tmp_path_factory):
     commands = {
         "compared": (unrolled, "--stage=finetune", "--json"),
         "people": (unrolled, "--stage=finetune"),
-        "alone": (unrolled, "--stage=finetune", "--alone", "--json"),
+        "alone": (unrolled, "--stage=finetune", "--alone", "--json", f"--profile={base}/trace"),
         "all": (unrolled, "--stage=scratch", "--json"),
         "lora": (lora, "--stage=finetune", "--json"),
         "decode": (unrolled, "--stage=pretrain", "--decode", "--json"),
@@ -65,6 +65,27 @@ def test_a_stage_that_trains_all_or_is_asked_for_alone_is_timed_alone(answers):
     for metrics in (json.loads(answers.all), json.loads(answers.alone)):
         assert "full" not in metrics and "ratios" not in metrics
     assert json.loads(answers.alone)["flops_per_step"] == json.loads(answers.compared)["flops_per_step"]
+
+
+def test_rates_are_shares_of_the_rate_of_a_large_matmul_on_a_chip_of_unknown_peak(answers):
+    metrics = json.loads(answers.alone)
+    assert metrics["matmul_peak_source"] == "measured"
+    assert metrics["model_flops_per_second"] == metrics["flops_per_step"] / metrics["step_seconds"]
+    assert metrics["mfu"] == metrics["model_flops_per_second"] / metrics["matmul_peak"]
+    assert 0 < metrics["hfu"] < 1 and 0 <= metrics["data_wait_share"] < 1
+
+
+def test_the_first_step_is_timed_from_the_command_and_a_later_command_finds_its_program(answers):
+    first, later = json.loads(answers.compared), json.loads(answers.alone)
+    assert first["first_step_seconds"] > first["compile_seconds"]
+    assert first["compiled_programs"] + first["cached_programs"] > 1
+    assert later["cached_programs"] > first["cached_programs"]
+
+
+def test_a_profile_has_the_ten_costliest_operations_and_the_share_of_each_class(answers):
+    profile = json.loads(answers.alone)["profile"]
+    assert len(profile["operations"]) == 10 and profile["classes"]["matmul"]["share"] > 0
+    assert sum(each["share"] for each in profile["classes"].values()) == pytest.approx(1)
 
 
 def test_the_compilers_own_count_of_flops_has_the_element_wise_work_as_well(answers):
