@@ -24,6 +24,8 @@ HLO = """HloModule jit_train_step, is_scheduled=true
 
 %moved (r: f32[8,8]) -> f32[8,8] {
   %r = f32[8,8]{1,0} parameter(0)
+  %two = s32[] constant(2)
+  %next = s32[] add(%two, %two)
   ROOT %t = f32[8,8]{0,1} transpose(%r), dimensions={1,0}
 }
 

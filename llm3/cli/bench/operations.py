@@ -22,14 +22,15 @@ CLASSES = {
     "scatter": ("scatter", "select-and-scatter"),
     "gather": ("gather",),
     "sort": ("sort", "topk"),
-    "reduction": ("reduce",),
+    "reduction": ("reduce", "reduce-window"),
     "random": ("rng", "rng-bit-generator"),
 }
 COPIES = frozenset({"copy", "transpose", "reshape", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"})
 COPIES |= {"pad", "broadcast", "reverse", "iota"}
 ATTENTION, MATMULS = ("attention", "fmha", "flash", "splash"), ("gemm", "matmul", "cublas", "dot", "conv")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = .+? ([a-z][\w\-]*)\((.*)")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
+_SCALAR = re.compile(r"\w+\[\]")
 
 
 class Instruction(NamedTuple):
@@ -49,8 +50,10 @@ def instructions(hlo: str) -> dict[str, Instruction]:
         if header := _COMPUTATION.match(line):
             computation = header[1]
         elif found := _INSTRUCTION.match(line):
-            name, opcode, rest = found.groups()
-            inside[computation] |= {opcode, *(f"calls:{each}" for each in re.findall(r"calls=%?([\w.\-]+)", rest))}
+            name, kind, opcode, rest = found.groups()
+            if not _SCALAR.fullmatch(kind) or opcode in CLASSES["reduction"]:  # else arithmetic of indices
+                inside[computation].add(opcode)
+            inside[computation] |= {f"calls:{each}" for each in re.findall(r"calls=%?([\w.\-]+)", rest)}
             lines.append((name, opcode, rest))
     return {
         name: Instruction(name, _kind(opcode, rest, inside), _origin(rest))
