@@ -34,7 +34,7 @@ def get_config():
 def experiment(model, rows, batch_size, sequence_length, micro_batches, **stages):
     """Full training of a model, and further stages that start from it. rows: those of the vocabulary."""
     c = ConfigDict()
-    c.model = dict(vocab_multiple=rows, remat="full", logit_chunk=512, **model)
+    c.model = dict(vocab_multiple=rows, remat="full", **model)
     c.tokenizer = dict(vocab_size=8192)
     c.sources = dict(general=dict(path="builtin:python"))
     shape = dict(

@@ -39,6 +39,8 @@ def plan_on(
         stage, notes = stage_on(config, name, workdir, machine)
         planned[name] = stage
         phases = plan_phases(stage, config.mesh, machine)
+        with on_abstract_mesh(config.mesh, machine.devices) as mesh:
+            notes = [*stage.attention_notes(mesh, machine.platform), *notes]
         totals.append(_total_on(stage, phases))
         for index, each in enumerate(phases):
             for line in _heading(stage, config.mesh, each, machine):

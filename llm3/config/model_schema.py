@@ -16,6 +16,7 @@ CHOICES = {
     "activation": ("silu", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),
     "pool": ("last", "mean", "first"),
+    "attention": ("auto", "plain", "blockwise", "splash", "pallas", "tokamax"),
     "remat": ("none", "full", "dots"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
 }
@@ -121,6 +122,8 @@ class ModelConfig:
     vocab_multiple: int = 1  # pad the vocabulary's leaves to a multiple of this, so that the mesh divides them
     pool: str = "last"  # input of a task head: the last or the first position of a document, or the mean over all
     pooler: bool = False  # dense layer and tanh between the pool and the task head (BERT)
+    # plain (holds all scores), blockwise, splash (TPUs), pallas or tokamax (NVIDIA); auto: the best but tokamax
+    attention: str = "auto"
     remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
     scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
     # compute the LM loss over this many tokens of the vocabulary at a time, to save memory; 0: a vocabulary of up to

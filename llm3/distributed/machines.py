@@ -111,6 +111,11 @@ class Topology(NamedTuple):
     def is_tpu(self) -> bool:
         return bool(self.chip.torus)
 
+    @property
+    def platform(self) -> str:
+        """cpu, gpu or tpu."""
+        return "tpu" if self.is_tpu else "cpu" if self.name == "cpu" else "gpu"
+
 
 class Link(NamedTuple):
     """The connection between the devices along one mesh axis."""

@@ -38,7 +38,7 @@ class Options:
 
 def sums(model: Transformer, batch: Batch, *, segments: int) -> dict[str, jax.Array]:
     """By segment: the loss of the hidden tokens in nats, the number of them, and of those that are guessed right."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+    hidden = model(batch.tokens, batch.positions, batch.segments)
     nats, correct = model.score(hidden, batch.targets)
     parts = {"nats": nats * batch.weights, "correct": correct * batch.weights, "tokens": batch.weights}
     return {name: segment_sums(values, batch, segments) for name, values in parts.items()}

@@ -35,7 +35,7 @@ def sums(model: Transformer, batch: Batch, is_text: jax.Array, *, mask_id: int, 
         hidden = (batch.positions == position) & text
         tokens = jnp.where(hidden, mask_id, batch.tokens)
         weights, output_positions = jax.lax.top_k(hidden.astype(jnp.float32), min(segments, hidden.shape[1]))
-        states, _ = model(tokens, batch.positions, batch.segments, output_positions=output_positions)
+        states = model(tokens, batch.positions, batch.segments, output_positions=output_positions)
         hidden_tokens = Batch(*(at_positions(each, output_positions, 1) for each in batch))
         losses, _ = model.score(states, hidden_tokens.tokens)
         return nats + segment_sums(losses * weights, hidden_tokens, segments)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm3.config.model_schema import ModelConfig
-from llm3.models.attention import Attention, LayerInputs
+from llm3.models.attention.layer import Attention, LayerInputs
 from llm3.models.kv_cache import Buffers
 from llm3.models.layers import MLP, Norm, at_positions
 

@@ -8,8 +8,8 @@ import dataclasses
 from typing import NamedTuple
 
 from llm3.config.model_schema import ModelConfig
+from llm3.models.attention.plain import query_blocks
 from llm3.models.cross_entropy import blocks
-from llm3.models.kernels import query_blocks
 from llm3.segments import STACK, Segments, segment_name
 
 

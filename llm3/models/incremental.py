@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.distributed.sharding import constrain, is_cut
-from llm3.models.attention import LayerInputs
+from llm3.distributed.sharding import constrain
+from llm3.models.attention.layer import LayerInputs
+from llm3.models.attention.of_layers import Attend, held, layer_attention
+from llm3.models.attention.pattern import Pattern, Places
 from llm3.models.blocks import Block
 from llm3.models.kv_cache import Buffers, Cache, LayerCache, slot_positions
-from llm3.models.positions import angles, attention_mask, has_window
+from llm3.models.positions import angles, has_window
 from llm3.models.transformer import Transformer
 from llm3.segments import segment_bounds
 
@@ -35,21 +37,23 @@ def read(
     def kind(layer: int, buffers: Buffers) -> tuple[int, int]:
         return config.window * has_window(config, layer), buffers[0].shape[3]
 
-    def mask(window: int, slots: int) -> jax.Array:
-        keys = positions if first else slot_positions(lengths, slots)
-        documents = (real, real) if first else (jnp.ones_like(real), keys >= 0)
-        found = attention_mask(positions, documents[0], keys, documents[1], True, window=window)
-        return constrain(found, "batch", None, "length", "keys")
+    def attention(window: int, slots: int) -> Attend:
+        keys = slot_positions(lengths, slots)
+        filled = Places(positions, jnp.ones_like(positions)), Places(keys, (keys >= 0).astype(jnp.int32))
+        mask = Pattern(*filled, None, True, window, False).mask()[:, None]
+        return held(config, constrain(mask, "batch", None, "length", "keys"), in_order=False)
 
     parts = [(segment_bounds(name)[0], own) for name, own in cache.buffers.items()]
-    masks = {each: mask(*each) for each in {kind(start + i, own[i]) for start, own in parts for i in range(len(own))}}
+    kinds = {kind(start + i, own[i]) for start, own in parts for i in range(len(own))}
+    new = Places(positions, real.astype(jnp.int32))
+    among_new = layer_attention(config, new, new, None, in_order=True)
+    to_all = {} if first else {each: attention(*each) for each in kinds}
 
     def reads(layer: jax.Array | int, number: jax.Array | int, like: int, buffers: Buffers) -> LayerInputs:
-        new = None if first else jnp.where(real, positions, -1)
-        own = LayerCache(buffers, number, lengths, new)
-        turned, in_order = rotary.at(layer, 0, config.layers), first and not is_cut("length")
+        own = LayerCache(buffers, number, lengths, None if first else jnp.where(real, positions, -1))
+        attend = among_new.of(like, 0, config.layers) if first else to_all[kind(like, buffers)]
         skip_norm = layer == 0 if config.skip_first_norm else None
-        return LayerInputs(turned, masks[kind(like, buffers)], own, None, None, in_order, skip_norm)
+        return LayerInputs(rotary.at(layer, 0, config.layers), attend, own, None, None, skip_norm)
 
     x = constrain(model.embed(tokens, positions), "batch", "length", None)
     written = {}

@@ -1,16 +1,14 @@
-"""What depends on positions: rotary angles and attention masks, and which of them each layer uses.
-
-Shapes: B batch, T length, S keys, h head_dim.
-"""
+"""Rotary angles, and what differs between layers. Shapes: B batch, T length, h head_dim."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llm3.config.model_schema import ModelConfig, RopeScaling
-from llm3.distributed.sharding import constrain
 
 Angles = tuple[jax.Array, jax.Array]
 
@@ -57,32 +55,6 @@ def rotate(x: jax.Array, sine: jax.Array, cosine: jax.Array, interleaved: bool =
     return rotated if rest is None else jnp.concatenate([rotated, rest], axis=-1)
 
 
-def attention_mask(
-    positions: jax.Array,
-    segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
-    causal: bool,
-    prefix: jax.Array | None = None,
-    window: int = 0,
-) -> jax.Array:
-    """Attention mask, bool [B, 1, T, S]: True where a query may attend to a key.
-
-    Both must be in the same document and, if causal, the key at no later position.
-    prefix: bool [B, S], keys to which all queries of their document may attend; None: no such keys. window: of a causal
-    model, the distance between a query and a key is less than this (Jiang et al. 2023, Mistral 7B, section 2); of a
-    bidirectional one, at most window // 2 (Beltagy et al. 2020, Longformer, section 3.1). 0: any distance.
-    """
-    mask = segments[:, :, None] == key_segments[:, None, :]
-    if causal:
-        not_later = positions[:, :, None] >= key_positions[:, None, :]
-        mask &= not_later if prefix is None else not_later | prefix[:, None, :]
-    if window:
-        distance = jnp.abs(positions[:, :, None] - key_positions[:, None, :])
-        mask &= distance < window if causal else distance <= window // 2
-    return mask[:, None]
-
-
 class PerLayer(NamedTuple):
     """A value for each layer, out of a few: layer i uses variants[kinds[i]]."""
 
@@ -94,34 +66,30 @@ class PerLayer(NamedTuple):
 
         The variants of several kinds must be trees of arrays of the same shapes.
         """
+        used, index = self._used(layer, first, stop)
+        if index is None:
+            return used[0]
+        return jax.tree.map(lambda *each: jax.lax.select_n(index, *each), *used)
+
+    def apply(self, layer: jax.Array | int, first: int, stop: int, function: Callable[[Any], Any]) -> Any:
+        """function(the value for a layer), as of `at`; of several kinds, each is compiled, and one is computed."""
+        used, index = self._used(layer, first, stop)
+        if index is None:
+            return function(used[0])
+        return jax.lax.switch(index, [partial(function, each) for each in used])
+
+    def _used(self, layer: jax.Array | int, first: int, stop: int) -> tuple[list[Any], jax.Array | None]:
+        """The values of the layers first to stop, and which of them a layer has; None: the first."""
+        if isinstance(layer, int):
+            return [self.variants[self.kinds[layer]]], None
         used = sorted(set(self.kinds[first:stop]))
-        if isinstance(layer, int) or len(used) == 1:
-            return self.variants[self.kinds[layer] if isinstance(layer, int) else used[0]]
         index = jnp.asarray([used.index(kind) for kind in self.kinds[first:stop]])[layer - first]
-        return jax.tree.map(lambda *each: jax.lax.select_n(index, *each), *(self.variants[kind] for kind in used))
+        return [self.variants[kind] for kind in used], index if len(used) > 1 else None
 
 
 def has_window(config: ModelConfig, layer: int) -> bool:
     """Whether a layer attends within `window` only."""
     return config.window > 0 and layer not in config.full_attention_layers
-
-
-def masks(
-    config: ModelConfig,
-    queries: tuple[jax.Array, jax.Array],
-    keys: tuple[jax.Array, jax.Array],
-    prefix: jax.Array | None,
-) -> PerLayer:
-    """The attention mask of each layer. queries, keys: (positions, segments) of each. prefix: see `attention_mask`."""
-    kinds = tuple(int(has_window(config, layer)) for layer in range(config.layers))
-
-    def mask(kind: int) -> jax.Array | None:
-        if kind not in kinds:
-            return None
-        found = attention_mask(*queries, *keys, config.causal, prefix, config.window * kind)
-        return constrain(found, "batch", None, "length", "keys")
-
-    return PerLayer((mask(0), mask(1)), kinds)
 
 
 def angles(config: ModelConfig, positions: jax.Array) -> PerLayer:

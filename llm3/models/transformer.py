@@ -17,15 +17,17 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config.model_schema import ModelConfig
-from llm3.distributed.sharding import constrain, is_cut, pieces, tree_shardings, with_sharding
-from llm3.models.attention import LayerInputs
+from llm3.distributed.sharding import constrain, pieces, tree_shardings, with_sharding
+from llm3.models.attention.layer import LayerInputs
+from llm3.models.attention.of_layers import LayerAttention, layer_attention
+from llm3.models.attention.pattern import Places
 from llm3.models.blocks import Block
 from llm3.models.cross_entropy import Head, blocks, cross_entropy
 from llm3.models.embedding import Embedding
 from llm3.models.heads import Transform, dense, pooled
 from llm3.models.kernels import unembed
 from llm3.models.layers import Norm, Projection, small_init
-from llm3.models.positions import PerLayer, angles, masks
+from llm3.models.positions import PerLayer, angles
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
 
@@ -59,22 +61,22 @@ class Transformer(nnx.Module):
         key: jax.Array | None = None,
         output_positions: jax.Array | None = None,
         prefix: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
-        """Hidden states [B, T, D] after the last norm, and None. See `incremental.read` for a key-value cache.
+    ) -> jax.Array:
+        """Hidden states [B, T, D] after the last norm. See `incremental.read` for a key-value cache.
 
         tokens, positions, segments: int32 [B, T]; see `Batch`. key: for dropout; None: no dropout. output_positions:
         int32 [B, N]; the last layer is computed at these positions only, and the result is [B, N, D]. prefix: bool
         [B, T], tokens to which all queries of their document may attend, also in a causal model.
         """
-        mask = masks(self.config, (positions, segments), (positions, segments), prefix)
-        in_order = self.config.causal and prefix is None and not is_cut("length")
+        places = Places(positions, segments)
+        attention = layer_attention(self.config, places, places, prefix, in_order=True)
         rotary = angles(self.config, positions)
         x = constrain(self.embed(tokens, positions), "batch", "length", None)
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
             top_positions = output_positions if last == self.config.layers else None
-            x = self._scan(stack, first, x, rotary, mask, key if self._drops() else None, top_positions, in_order)
-        return (x if self.final_norm is None else self.final_norm(x)), None
+            x = self._scan(stack, first, x, rotary, attention, key if self._drops() else None, top_positions)
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -85,10 +87,9 @@ class Transformer(nnx.Module):
         first: int,
         x: jax.Array,
         rotary: PerLayer,
-        mask: PerLayer,
+        attention: LayerAttention,
         key: jax.Array | None,
         output_positions: jax.Array | None,
-        in_order: bool,
     ) -> jax.Array:
         """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `LayerInputs`."""
         graph, params = nnx.split(stack)
@@ -98,9 +99,9 @@ class Transformer(nnx.Module):
         def body(x: jax.Array, layer: tuple, output_positions: jax.Array | None = None) -> tuple[jax.Array, None]:
             params, number = layer
             random = None if key is None else jax.random.fold_in(key, number)
-            own_angles, own_mask = rotary.at(number, first, stop), mask.at(number, first, stop)
+            own_angles, attend = rotary.at(number, first, stop), attention.of(number, first, stop, output_positions)
             skip_norm = number == 0 if skips else None
-            inputs = LayerInputs(own_angles, own_mask, None, random, output_positions, in_order, skip_norm)
+            inputs = LayerInputs(own_angles, attend, None, random, output_positions, skip_norm)
             x, _ = nnx.merge(graph, params)(x, inputs)
             return constrain(x, "batch", "length", None), None
 

@@ -12,7 +12,9 @@ A plugin has
 A config is checked against the constants and `Options` before jax is imported: they should need no more than the
 standard library and `llm3.errors` (see `llm3.registry.declared`).
 
-Optional functions:
+Optional constants and functions:
+
+    PREFIX = True                          the loss gives the model a prefix, to which all queries attend
 
     corrupt(window, rng, task) -> Batch    random changes, on the host, of a window of `raw_length`; the result has
                                            task.length

@@ -15,7 +15,7 @@ CAUSAL = True
 
 def token_losses(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """The loss of each target in nats, float32 [B, T], not weighted. key: for dropout."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key)
     return model.score(hidden, batch.targets)[0]
 
 

@@ -20,7 +20,7 @@ CAUSAL = None
 
 def class_logits(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """Logits of the classes at each position: float32 [B, T, C]. key: for dropout."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key)
     return model.class_logits(hidden, batch.segments)
 
 
@@ -38,7 +38,7 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
         return _sums(class_logits(model, batch, key), batch.targets, batch.weights, task.label_sets)
     # only the last token of a document has a label: the last layer is computed at these positions
     output_positions = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
     read = partial(at_positions, positions=output_positions, axis=1)
     segments, targets, weights = map(read, (batch.segments, batch.targets, batch.weights))
     return _sums(model.class_logits(hidden, segments), targets, weights, task.label_sets)

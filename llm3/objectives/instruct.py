@@ -19,7 +19,7 @@ CAUSAL = True
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
     """The sum of the losses of the answers' tokens, weighted by token, and `accuracy` of the most likely token."""
     del task
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key)
     nats, correct = model.score(hidden, batch.targets)
     metrics = {"accuracy": jnp.sum(correct * batch.weights)}
     return Sums(jnp.sum(nats * batch.weights), jnp.sum(batch.weights), metrics)

@@ -109,7 +109,7 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
     if not model.config.max_output_positions:
         return causal.loss(model, batch, key, task)
     output_positions = jax.lax.top_k(batch.weights, model.config.max_output_positions)[1]
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key, output_positions=output_positions)
     targets, weights = (at_positions(x, output_positions, 1) for x in (batch.targets, batch.weights))
     nats, _ = model.score(hidden, targets)
     return Sums(jnp.sum(nats * weights), jnp.sum(weights), {})

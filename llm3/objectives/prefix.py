@@ -30,6 +30,7 @@ WINDOWS = {"text": "stream"}
 HEAD = ""
 LABELLED = False
 CAUSAL = True
+PREFIX = True
 SHORTEST = 32  # tokens; a shorter document must not grow: it gets no mode, and T5's prefix LM instead of spans
 
 # denoisers="ul2": Table 1 of Tay et al. 2022, all equally likely (section 3.1.2)
@@ -220,6 +221,6 @@ def prefix_of(batch: Batch) -> jax.Array:
 def loss(model: Transformer, batch: Batch, key: jax.Array, task: Task) -> Sums:
     """The sum of the losses of the targets, weighted by token."""
     del task
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key, prefix=prefix_of(batch))
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key, prefix=prefix_of(batch))
     nats, _ = model.score(hidden, batch.targets)
     return Sums(jnp.sum(nats * batch.weights), jnp.sum(batch.weights), {})

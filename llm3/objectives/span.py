@@ -22,7 +22,7 @@ LOWEST = -1e30  # logit of positions that cannot be chosen; finite, since 0 x in
 
 def span_logits(model: Transformer, batch: Batch, key: jax.Array | None = None) -> jax.Array:
     """Start and end logits of each position, float32 [B, T, 2]. key: for dropout."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments, key=key)
+    hidden = model(batch.tokens, batch.positions, batch.segments, key=key)
     assert model.head is not None  # an objective with a HEAD gets a model with a head
     return model.head(hidden.astype(jnp.float32))
 

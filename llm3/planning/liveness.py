@@ -67,13 +67,15 @@ class Shares(NamedTuple):
     """The share of an array that a device holds.
 
     An array with an axis that `rows` divides is batched: a device holds `own` rows instead of `rows`, and one of
-    `lengths` pieces of their length. Any other array is a parameter or similar, cut into `pieces`.
+    `lengths` pieces of their length. Any other array is a parameter or similar, cut into `pieces`. rounds: of a loop
+    of which only the data says when it ends.
     """
 
     rows: int
     own: float
     lengths: int
     pieces: int
+    rounds: float = 1.0
 
     @property
     def share(self) -> float:
@@ -266,11 +268,10 @@ def _measure(program: Program, shares: Shares, elsewhere: frozenset[Value]) -> L
             for value, size in now.items():
                 name = shares.name(value, size)
                 largest[name] = largest.get(name, 0.0) + size
-        moved += _moved(op, roots, shares) + op.times * sum(each.moved for each in inside)
+        moved += _moved(op, roots, shares) + op.times * _of_bodies(op, [each.moved for each in inside])
         live |= {value: shares.shard_bytes(value) for value in new}
         live = {value: size for value, size in live.items() if last.get(value, -1) > index}
-    flops = sum(op.flops + op.times * sum(_all_flops(body) for body in op.bodies) for op in program.ops)
-    return Liveness(peak, dict(sorted(largest.items(), key=lambda each: -each[1])), moved, flops)
+    return Liveness(peak, dict(sorted(largest.items(), key=lambda each: -each[1])), moved, _all_flops(program, shares))
 
 
 def _reused(dying: list[Value], new: list[Value], shares: Shares) -> float:
@@ -295,5 +296,14 @@ def _moved(op: Op, roots: frozenset[Value], shares: Shares) -> float:
     return 2 * written if in_part else written + sum(size(value) for value in roots)
 
 
-def _all_flops(program: Program) -> float:
-    return sum(op.flops + op.times * sum(_all_flops(body) for body in op.bodies) for op in program.ops)
+def _all_flops(program: Program, shares: Shares) -> float:
+    total = 0.0
+    for op in program.ops:
+        times = shares.rounds if op.name == "while" else op.times
+        total += op.flops + times * _of_bodies(op, [_all_flops(body, shares) for body in op.bodies])
+    return total
+
+
+def _of_bodies(op: Op, each: list[float]) -> float:
+    """What the bodies of an operation cost, of which a branch computes one."""
+    return max(each) if op.name == "cond" else sum(each)

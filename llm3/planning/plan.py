@@ -98,7 +98,7 @@ def _plan_phase(
         of_policy = replace(stage, model=replace(model, remat=policy))
         each = of_policy.phases(mesh)[index]
         sent = collectives(of_policy, each, mesh)
-        steps[policy] = trace.step(of_policy, mesh, index)
+        steps[policy] = trace.step(of_policy, mesh, index, machine.platform)
         seconds[policy] = times(steps[policy].flops, steps[policy].moved, sent, machine, links)
         if policy == model.remat:
             phase, own_sent = each, sent

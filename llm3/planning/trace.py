@@ -17,6 +17,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from llm3.config.schema import ModelConfig, StageConfig
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.distributed.sharding import axis_size, shards
+from llm3.models.attention.blockwise import BLOCK
+from llm3.models.attention.choice import platform
+from llm3.models.attention.of_layers import attentions
 from llm3.models.cross_entropy import blocks
 from llm3.models.transformer import abstract
 from llm3.optim.frozen import computed_low
@@ -74,9 +77,16 @@ def stored(phase: Phase, stage: Stage, mesh: Any) -> Stored:
     return Stored(trainable + device_bytes(state.frozen), trainable, moments, batch)
 
 
-def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
-    """The cost on one device of a mesh of a step of phase number `index` of a stage."""
-    config, model, share = stage.config, stage.model, device_model(stage.model, mesh)
+def step(stage: Stage, mesh: Any, index: int = 0, of_platform: str | None = None) -> Step:
+    """The cost on one device of a mesh of a step of phase number `index` of a stage.
+
+    of_platform: cpu, gpu or tpu, where the step is to run; None: here. Blocks of attention in XLA stand for kernels,
+    which hold as little.
+    """
+    config, model = stage.config, stage.model
+    calls = stage.attention_calls(mesh, of_platform or platform())
+    attention = "plain" if attentions(calls, model.attention) == {"plain"} else "blockwise"
+    share = replace(device_model(model, mesh), attention=attention)
     rows = _traced_rows(share, config)
     one = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     alone = cast(Mesh, one)
@@ -84,7 +94,7 @@ def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
     phase = traced.phases(alone)[index]
     own_rows = config.batch_size / config.micro_batches / axis_size(mesh, "batch")
     context = axis_size(mesh, "length")
-    shares = liveness.Shares(rows, own_rows, context, axis_size(mesh, "embed"))
+    shares = liveness.Shares(rows, own_rows, context, axis_size(mesh, "embed"), _rounds(stage, context))
     state, batch = _bare(phase.abstract_state), _bare(traced.abstract_batch(alone))
     program = jax.make_jaxpr(phase.train_step)(state, batch)
     live = liveness.measure(program.jaxpr, shares)
@@ -94,6 +104,12 @@ def step(stage: Stage, mesh: Any, index: int = 0) -> Step:
     kept = _kept(one_micro_batch, phase, shares) + layers * gathered
     extra = _casts(phase, model, axis_size(mesh, "embed")) + max(layers, 1) * gathered
     return Step(kept, live.peak + extra, live.largest, live.moved, live.flops * shares.share)
+
+
+def _rounds(stage: Stage, context: int) -> float:
+    """The blocks of keys, on average, that a block of queries of one long document meets."""
+    count = -(-stage.config.sequence_length // BLOCK)
+    return (count + 1) / 2 if stage.model.causal and context == 1 else count
 
 
 def device_model(model: ModelConfig, mesh: Any) -> ModelConfig:

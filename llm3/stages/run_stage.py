@@ -12,6 +12,7 @@ from llm3.distributed import command_time, interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
 from llm3.files import CHECKPOINTS, DATA_SAMPLE, RECORD, write_json
+from llm3.models.attention.choice import platform
 from llm3.report.console import WARNING
 from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
@@ -160,6 +161,6 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
             session.console.print(f"  {source}: " + ", ".join(facts))
         for warning in stage.data.warnings(f"{stage.where}.sequence_length"):
             session.console.print(warning, style=WARNING)
-        for note in phase.notes:
+        for note in [*stage.attention_notes(session.mesh, platform()), *phase.notes]:
             session.console.print(f"  {note}")
     return compiled

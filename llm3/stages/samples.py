@@ -98,7 +98,7 @@ def continued(context: EvalContext, prompts: list[Prompt], max_tokens: int) -> l
 def proposals(model: Transformer, tokens: jax.Array, segments: jax.Array) -> dict[str, jax.Array]:
     """The likeliest tokens at each position, int32 [B, T, k], and their probabilities, float32 [B, T, k]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model(tokens, positions, segments)
+    hidden = model(tokens, positions, segments)
     likely, chosen = jax.lax.top_k(jax.nn.softmax(model.logits(hidden), axis=-1), PROPOSALS)
     return {"tokens": chosen, "probability": likely}
 

@@ -19,10 +19,12 @@ from llm3.data.batch import Batch
 from llm3.data.library import Library
 from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
-from llm3.distributed.sharding import named
+from llm3.distributed.sharding import axis_size, named
 from llm3.errors import UserError
 from llm3.files import INIT
 from llm3.handoff.start import AnyStart, Start, read_start
+from llm3.models.attention.choice import Call
+from llm3.models.attention.of_layers import attention_notes, calls_of
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
 from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
@@ -102,6 +104,15 @@ class Stage:
         return build(
             self.config, self.model, mesh, task=self.task, fresh=self.is_fresh, seed=self.seed, where=self.where
         )
+
+    def attention_calls(self, mesh: Mesh, platform: str) -> dict[int, Call]:
+        """The calls of attention in a step on a mesh of cpu, gpu or tpu devices, by the window of a layer."""
+        prefix, cut = getattr(self.objective, "PREFIX", False), axis_size(mesh, "length") > 1
+        return calls_of(self.model, self.config.sequence_length, platform, prefix, cut)
+
+    def attention_notes(self, mesh: Mesh, platform: str) -> list[str]:
+        """What computes them, and why."""
+        return attention_notes(self.attention_calls(mesh, platform), self.model.attention)
 
     def abstract_batch(self, mesh: Mesh | None) -> Batch:
         """The shapes of a batch, sharded if there is a mesh."""

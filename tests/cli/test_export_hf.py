@@ -36,7 +36,7 @@ def apply(config: ModelConfig, params: dict, head: bool = False) -> np.ndarray:
     @jit
     def run(params):
         built = nnx.merge(abstract(config).graph, params)
-        hidden, _ = built(tokens, positions, segments)
+        hidden = built(tokens, positions, segments)
         return built.class_logits(hidden, segments) if head else built.logits(hidden)
 
     return jax.device_get(run(segmented(params, ((0, config.layers),))))

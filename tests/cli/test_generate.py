@@ -49,7 +49,7 @@ def model():
 @jax.jit
 def logits_at(params: dict, text: jax.Array, last: int) -> jax.Array:
     module = nnx.merge(abstract(CONFIG).graph, segmented(params, ((0, CONFIG.layers),)))
-    hidden, _ = module(text, jnp.arange(text.shape[1])[None], jnp.ones_like(text))
+    hidden = module(text, jnp.arange(text.shape[1])[None], jnp.ones_like(text))
     return module.logits(hidden)[:, last]
 
 

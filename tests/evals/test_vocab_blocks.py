@@ -15,7 +15,7 @@ from tests.helpers.tiny_jaxpr import largest_with_axis
 ROWS, BLOCK, CHOICES, SEGMENTS = 4, 20, 3, 4  # no other axis has 20
 BATCH, TEXT = make_batch(ROWS), np.ones(VOCAB, bool)
 TAILS = [np.zeros((ROWS, CHOICES * LENGTH), dtype) for dtype in (np.int32, np.int32, np.float32)]
-PROMPTS = np.zeros((ROWS, LENGTH), np.int32), np.full((ROWS, 1), LENGTH, np.int32)
+PROMPTS = np.zeros((ROWS, LENGTH), np.int32), np.full(ROWS, LENGTH, np.int32)
 FUNCTIONS = {
     "choice": lambda model: choice.nats(model, *PROMPTS, *TAILS, choices=CHOICES),
     "masked": lambda model: masked.sums(model, BATCH, segments=SEGMENTS),

@@ -51,7 +51,7 @@ def packed_logits(model: ModelConfig, params: dict, *documents: np.ndarray, leng
     @jit
     def run(params, *batch):
         built = nnx.merge(abstract(model).graph, params)
-        return built.logits(built(*batch)[0])
+        return built.logits(built(*batch))
 
     found = np.asarray(run(segmented(params, ((0, model.layers),)), *packed(*documents, length=length)))[0]
     return np.split(found, np.cumsum([len(each) for each in documents]))[:-1]
@@ -63,7 +63,7 @@ def class_logits(model: ModelConfig, params: dict, text: np.ndarray) -> np.ndarr
     @jit
     def run(params, tokens, positions, segments):
         built = nnx.merge(abstract(model).graph, params)
-        return built.class_logits(built(tokens, positions, segments)[0], segments)
+        return built.class_logits(built(tokens, positions, segments), segments)
 
     batch = packed(text[:5], text, length=len(text) + 8)
     found = np.asarray(run(segmented(params, ((0, model.layers),)), *batch))[0]

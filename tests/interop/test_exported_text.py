@@ -68,7 +68,7 @@ def test_transformers_classifies_a_padded_batch_of_texts_as_llm3_does(kind, mode
     @jit
     def run(params, *window):
         built = nnx.merge(abstract(model).graph, params)
-        return built.class_logits(built(*window)[0], window[2])
+        return built.class_logits(built(*window), window[2])
 
     for each, expected in zip(TEXTS, logits, strict=True):
         ids = [*tokenizer.starts, *tokenizer.encode(each), tokenizer.eos_id]

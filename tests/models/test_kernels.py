@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm3.models.kernels import attend, embed, linear, unembed
+from llm3.models.attention.plain import attend
+from llm3.models.kernels import embed, linear, unembed
 from tests.helpers.tiny import jit
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 0.05}

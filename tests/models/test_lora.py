@@ -57,7 +57,7 @@ def forward(config, segments):
     @jit
     def run(params, key):
         model = nnx.merge(graph, params)
-        return model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments, key=key)[0])
+        return model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments, key=key))
 
     return run
 
@@ -127,7 +127,7 @@ def test_the_norm_of_dora_is_a_constant_in_the_gradient():
 
     def loss(params):
         model = nnx.merge(graph, params)
-        return jnp.sum(model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments)[0]) ** 2)
+        return jnp.sum(model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments)) ** 2)
 
     def by_hand(ab, params):
         flat = dict(flatten(canonical(params)))
@@ -140,7 +140,7 @@ def test_the_norm_of_dora_is_a_constant_in_the_gradient():
         model = nnx.merge(
             abstract(base_of(config, params)[0]).graph, segmented(unflatten(plain), ((0, config.layers),))
         )
-        return jnp.sum(model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments)[0]) ** 2)
+        return jnp.sum(model.logits(model(BATCH.tokens, BATCH.positions, BATCH.segments)) ** 2)
 
     path = f"layers/0:{config.layers}/mlp/up/lora/x"
     gradient = flatten(jit(jax.grad(loss))(whole))

@@ -14,9 +14,9 @@ from flax import nnx
 
 from llm3.config.model_schema import ModelConfig, RopeScaling
 from llm3.distributed.sharding import place_batch, tree_shardings
+from llm3.models.attention.pattern import Pattern, Places
 from llm3.models.incremental import read
 from llm3.models.kv_cache import make_cache
-from llm3.models.positions import attention_mask
 from llm3.models.transformer import abstract
 from llm3.segments import canonical, segmented
 from llm3.tree import flatten, unflatten
@@ -53,7 +53,7 @@ FAMILIES = {
     "modernbert": {"causal": False, "norm": "layernorm_no_bias", "skip_first_norm": True, "embedding_norm": True}
     | {"window": 4, "full_attention_layers": (0, 2), "window_rope_theta": 20.0, "activation": "gelu"}
     | {"lm_transform": True, "lm_transform_bias": False, "pool": "mean", "pooler": True},
-    "mistral": {"window": 3, "full_attention_layers": ()},
+    "mistral": {"window": 3, "full_attention_layers": (), "attention": "blockwise"},
 }
 CAUSAL = [name for name, options in FAMILIES.items() if options.get("causal", True)]
 TOLERANCE = 1e-4
@@ -69,7 +69,7 @@ def family(name: str):
     @jit
     def apply(params, batch):
         model = nnx.merge(graph, params)
-        hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+        hidden = model(batch.tokens, batch.positions, batch.segments)
         return model.logits(hidden)[..., :VOCAB], model.class_logits(hidden, batch.segments)
 
     params = make_params(config)
@@ -89,6 +89,7 @@ def test_every_option_agrees_with_an_independent_forward_pass(name):
 # options whose leaves the default lacks or reads as well: `test_an_option_adds_its_leaves_and_no_others` has these
 LEAVES = {"gated_mlp", "tie_embeddings", "vocab_multiple", "block", "norm", "positions", "final_norm", "max_positions"}
 LEAVES |= {"attention_bias", "mlp_bias", "lm_transform_bias"}
+LEAVES |= {"attention"}  # which changes nothing
 OTHERS = {"position_offset": 1, "window": {3: 5, 4: 6}, "activation": {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}}
 
 
@@ -161,7 +162,7 @@ def loss_and_gradients(name: str, cut=((0, 3),), sizes=(), **changes):
     @jax.value_and_grad
     def gradient(params, batch):
         model = nnx.merge(abstract(config, cut).graph, params)
-        hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+        hidden = model(batch.tokens, batch.positions, batch.segments)
         nats, _ = model.score(hidden, batch.targets)
         logits = model.class_logits(hidden, batch.segments)
         return (nats * batch.weights).mean() + (jnp.square(logits) * batch.weights[..., None]).mean()
@@ -186,12 +187,12 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", ["gemma", "bert", *slow("olmo2", "neox", "phi", "modernbert")])
-def test_remat_unrolling_segments_and_blocks_of_the_vocabulary_change_neither_loss_nor_gradients(name):
-    changes = {"remat": "full", "scan_unroll": 2, "vocab_block": 25}
+def test_remat_unrolling_segments_and_blocks_change_neither_loss_nor_gradients(name):
+    changes = {"remat": "full", "scan_unroll": 2, "vocab_block": 25, "attention": "blockwise"}
     assert_same(loss_and_gradients(name, ((0, 1), (1, 3)), **changes), loss_and_gradients(name))
 
 
-@pytest.mark.parametrize("name", ["gemma", "olmo2", "bert", *slow("neox", "phi", "modernbert")])
+@pytest.mark.parametrize("name", ["gemma", "olmo2", "bert", "mistral", *slow("neox", "phi", "modernbert")])
 def test_eight_devices_compute_the_gradients_of_one(name):
     assert_same(loss_and_gradients(name, sizes=tuple(DEVICES.items())), loss_and_gradients(name))
 
@@ -204,7 +205,7 @@ def test_tokens_that_only_fill_the_vocabulary_are_never_chosen_and_have_no_loss(
     @jit
     def score(params):
         model = nnx.merge(graph, segmented(params, ((0, 3),)))
-        hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+        hidden = model(batch.tokens, batch.positions, batch.segments)
         return model.logits(hidden), model.score(hidden, batch.targets)[0]
 
     filled = {"embed/embedding": 0, "lm_head/kernel": 1, "lm_head/bias": 0}
@@ -227,7 +228,7 @@ def test_the_last_layer_at_some_positions_is_that_of_the_whole_window(name):
     def read(params):
         model = nnx.merge(graph, segmented(params, ((0, 3),)))
         inputs = batch.tokens, batch.positions, batch.segments
-        return model(*inputs)[0], model(*inputs, output_positions=chosen)[0]
+        return model(*inputs), model(*inputs, output_positions=chosen)
 
     whole, some = read(params)
     np.testing.assert_allclose(some, np.take_along_axis(np.asarray(whole), chosen[..., None], 1), atol=2e-5)
@@ -238,9 +239,8 @@ def test_the_last_layer_at_some_positions_is_that_of_the_whole_window(name):
 def test_a_window_counts_the_query_itself_and_reaches_as_far_ahead_for_a_prefix(causal, window):
     row = make_row(*make_documents(2, least=7))
     prefix = (row.positions < 5) & (row.segments > 0)
-    each = row.positions[None], row.segments[None]
-    given = {"prefix": prefix[None]} if causal else {}
-    found = attention_mask(*each, *each, causal, window=window, **given)[0, 0]
+    each = Places(row.positions[None], row.segments[None])
+    found = Pattern(each, each, prefix[None] if causal else None, causal, window, in_order=True).mask()[0]
     for q, k in np.ndindex(found.shape):
         distance = abs(int(row.positions[q]) - int(row.positions[k]))
         seen = row.segments[q] == row.segments[k] and (not causal or k <= q or prefix[k])

@@ -52,7 +52,7 @@ def forward(**changes):
     @jit
     def apply(params, batch):
         model = nnx.merge(graph, params)
-        hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+        hidden = model(batch.tokens, batch.positions, batch.segments)
         return model.logits(hidden), model.class_logits(hidden, batch.segments)
 
     params = make_params(config)

@@ -155,7 +155,7 @@ def model(max_output_positions: int = 0):
 
     def logits(params, batch):
         model = nnx.merge(graph, params)
-        return model.logits(model(batch.tokens, batch.positions, batch.segments)[0])
+        return model.logits(model(batch.tokens, batch.positions, batch.segments))
 
     return segmented(make_params(config), cut), jit(logits), jit(jax.value_and_grad(loss, has_aux=True))
 

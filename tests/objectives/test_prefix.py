@@ -196,7 +196,7 @@ def model(**changes):
     def logits(params, batch):
         model = nnx.merge(graph, params)
         marked = prefix.prefix_of(batch)
-        return model.logits(model(batch.tokens, batch.positions, batch.segments, prefix=marked)[0])
+        return model.logits(model(batch.tokens, batch.positions, batch.segments, prefix=marked))
 
     def sums(params, batch):
         return prefix.loss(nnx.merge(graph, params), batch, jax.random.key(0), task(LENGTH))

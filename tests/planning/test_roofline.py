@@ -122,12 +122,19 @@ def test_without_remat_the_weights_of_attention_are_kept_for_every_pair_of_posit
     assert per_pair == 2  # bytes
 
 
-def test_a_long_window_holds_its_scores_in_float32_and_its_weights():
-    length = 2048
-    step = step_of(config_of({"batch_size": 1, "sequence_length": length}, remat="full", layers=2, vocab_block=64))
-    scores = HEADS * length * length
-    assert 6 * scores < step.temporary < 7 * scores
-    assert list(step.largest)[:2] == [f"{kind}[1,{HEADS},{length},{length}]" for kind in ("float32", "bfloat16")]
+def test_a_long_window_holds_its_scores_in_float32_and_its_weights_or_those_of_a_block():
+    """The same products, but for blocks of later keys, which no query reads, and scores that are computed again."""
+    length, block = 2048, 512
+    shape = {"batch_size": 1, "sequence_length": length}
+    fields = {"remat": "full", "layers": 2, "vocab_block": 64}
+    plain, blocks = (step_of(config_of(shape, attention=name, **fields)) for name in ("plain", "auto"))
+    for step, held, most in ((plain, length, 7), (blocks, block, 9)):
+        scores = HEADS * held * held
+        assert 6 * scores < step.temporary < most * scores
+        assert list(step.largest)[:2] == [f"{kind}[1,{HEADS},{held},{held}]" for kind in ("float32", "bfloat16")]
+    product, met = 2 * HEADS * length * length * (D // HEADS), (length / block + 1) / 2 / (length / block)
+    # of the 2 layers, twice 2 products forward and 4 backward, of which blocks compute a fifth
+    assert plain.flops - blocks.flops == 2 * product * (8 - 9 * met)
 
 
 def test_logits_in_blocks_are_not_held_at_once():

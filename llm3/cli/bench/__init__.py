@@ -20,6 +20,7 @@ from llm3.data.mixture import prefetch
 from llm3.distributed import command_time, compiled, memory
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.errors import UserError, nearest
+from llm3.models.attention.choice import platform
 from llm3.report.console import new_console
 from llm3.stages import rules
 from llm3.stages.experiment import prepare
@@ -64,6 +65,8 @@ def bench(
     session = Session(prepare(config, workdir, [stage]), new_console(stderr=True))
     chosen = session.experiment.stages[stage]
     with session.on_mesh():
+        for note in chosen.attention_notes(session.mesh, platform()):
+            session.console.print(note)
         if sweep:
             return _sweep(session, chosen, as_json)
         with memory.explained(chosen.where, session.memory_fields(chosen)):

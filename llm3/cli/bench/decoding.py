@@ -85,7 +85,7 @@ def _recomputation(config: ModelConfig) -> Callable[[dict, jax.Array], jax.Array
     def next_tokens(params: dict, tokens: jax.Array) -> jax.Array:
         model = nnx.merge(graph, params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = model(tokens, positions, jnp.ones_like(tokens))
+        hidden = model(tokens, positions, jnp.ones_like(tokens))
         return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1)[:, 0]
 
     return next_tokens

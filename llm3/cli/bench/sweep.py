@@ -12,6 +12,8 @@ from llm3.cli.bench.step import WARM_UP, BenchStep, Fed, fed
 from llm3.config.model_schema import CHOICES
 from llm3.distributed import memory
 from llm3.distributed.sharding import axis_size
+from llm3.models.attention.choice import IMPLEMENTATIONS, platform, why_not
+from llm3.models.attention.of_layers import attentions
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 
@@ -26,30 +28,39 @@ class Combination(NamedTuple):
     remat: str
     micro_batches: int
     scan_unroll: int
+    attention: str
 
     def of(self, stage: Stage) -> Stage:
         """The stage with these settings."""
-        model = replace(stage.model, remat=self.remat, scan_unroll=self.scan_unroll)
+        model = replace(stage.model, remat=self.remat, scan_unroll=self.scan_unroll, attention=self.attention)
         return replace(stage, model=model, config=replace(stage.config, micro_batches=self.micro_batches))
 
 
 def configured(stage: Stage) -> Combination:
     """The settings of the config."""
-    return Combination(stage.model.remat, stage.config.micro_batches, stage.model.scan_unroll)
+    return Combination(stage.model.remat, stage.config.micro_batches, stage.model.scan_unroll, stage.model.attention)
 
 
-def combinations(stage: Stage, pieces: int) -> list[Combination]:
+def combinations(stage: Stage, pieces: int, attentions: list[str]) -> list[Combination]:
     """Those to try, and first the config's own. Of each kind, those that need less memory come first.
 
-    pieces: the number of devices that share the rows of a batch.
+    pieces: the number of devices that share the rows of a batch. attentions: implementations besides the config's own.
     """
     rows, own, layers = stage.config.batch_size // pieces, configured(stage), stage.model.layers
     micro = [n for n in _powers_down(rows) if rows % n == 0]
     near = sorted(micro, key=lambda n: abs(n.bit_length() - own.micro_batches.bit_length()))[:MOST_MICRO_BATCHES]
     unrolls = sorted({1, min(UNROLLED, layers), layers})
     remats = [each for each in ("full", "dots", "none") if each in CHOICES["remat"]]
-    every = itertools.product(unrolls, remats, sorted(near, reverse=True))
-    return list(dict.fromkeys([own, *(Combination(remat, n, unroll) for unroll, remat, n in every)]))
+    every = itertools.product([own.attention, *attentions], unrolls, remats, sorted(near, reverse=True))
+    return list(dict.fromkeys([own, *(Combination(remat, n, unroll, name) for name, unroll, remat, n in every)]))
+
+
+def other_attentions(session: Session, stage: Stage) -> list[str]:
+    """The implementations of attention that serve the stage here, besides those that the config chooses."""
+    calls, asked = stage.attention_calls(session.mesh, platform()), stage.model.attention
+    chosen = attentions(calls, asked)
+    able = [name for name in IMPLEMENTATIONS if not any(why_not(name, each) for each in calls.values())]
+    return [name for name in able if {name} != chosen]
 
 
 def _powers_down(rows: int) -> Iterator[int]:
@@ -65,7 +76,7 @@ def swept(session: Session, stage: Stage) -> list[dict[str, Any]]:
     peak, batch = matmul_peak(session).flops_per_second, fed(session, stage, 0)
     rows: list[dict[str, Any]] = []
     failed: set[Combination] = set()
-    for each in combinations(stage, axis_size(session.mesh, "batch")):
+    for each in combinations(stage, axis_size(session.mesh, "batch"), other_attentions(session, stage)):
         row = each._asdict() | {"configured": each == configured(stage)}
         if any(_needs_more(each, other) for other in failed):
             row |= {"error": "not tried: one that needs less memory does not fit"}
@@ -73,8 +84,8 @@ def swept(session: Session, stage: Stage) -> list[dict[str, Any]]:
             row |= _timed(session, each.of(stage), batch, peak)
             failed |= {each} if "error" in row else set()
         session.console.print(
-            f"remat {each.remat}, micro-batches {each.micro_batches}, unroll {each.scan_unroll}: "
-            + str(row.get("error") or f"{row['step_seconds']:.3f} s")
+            f"remat {each.remat}, micro-batches {each.micro_batches}, unroll {each.scan_unroll}, "
+            f"attention {each.attention}: " + str(row.get("error") or f"{row['step_seconds']:.3f} s")
         )
         rows.append(row)
     return rows
@@ -110,6 +121,7 @@ def best_of(rows: list[dict[str, Any]], stage: Stage) -> str:
         return "none of them fits"
     best = min(timed, key=lambda row: row["step_seconds"])
     flags = f"--config.model.remat={best['remat']} --config.model.scan_unroll={best['scan_unroll']}"
+    flags += f" --config.model.attention={best['attention']}"
     flags += f" --config.stages.{stage.name}.micro_batches={best['micro_batches']}"
     own = next((row["step_seconds"] for row in timed if row["configured"]), None)
     if best["configured"]:

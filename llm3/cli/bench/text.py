@@ -76,10 +76,10 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
     """The combinations of a sweep, in the order in which they were tried, and the best."""
-    header = ["remat", "micro-batches", "unroll", "step time", "range", "tokens/s", "MFU", "memory", ""]
+    header = ["remat", "micro-batches", "unroll", "attention", "step time", "range", "tokens/s", "MFU", "memory", ""]
     lines = []
     for each in rows:
-        combination = [each["remat"], str(each["micro_batches"]), str(each["scan_unroll"])]
+        combination = [each["remat"], str(each["micro_batches"]), str(each["scan_unroll"]), each["attention"]]
         memory = memory_text(each["device_bytes"]) if each.get("device_bytes") else ""
         if "error" in each:
             lines.append([*combination, "", "", "", "", memory, each["error"]])

@@ -48,7 +48,7 @@ def token_nats(
     tokens, segments: int32 [B, T], see `Batch`. at: int32 [B, N], the positions that predict the targets, int32 [B, N].
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    hidden, _ = model(tokens, positions, segments)
+    hidden = model(tokens, positions, segments)
     nats, right = model.score(jnp.take_along_axis(hidden, at[..., None], axis=1), targets)
     return {"nats": nats, "right": right}
 

@@ -51,7 +51,7 @@ def columns(trained: Trained, options: None) -> dict[str, pa.DataType]:
 
 def means(model: Transformer, batch: Batch, *, most: int) -> dict[str, jax.Array]:
     """The mean hidden state of the first `most` documents of each window: float32 [B, most, D]."""
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+    hidden = model(batch.tokens, batch.positions, batch.segments)
     inside = (batch.segments[:, :, None] == jnp.arange(1, most + 1)).astype(jnp.float32)
     sums = jnp.einsum("bts,btd->bsd", inside, hidden.astype(jnp.float32), precision="highest")
     return {"means": sums / jnp.maximum(inside.sum(axis=1), 1)[..., None]}

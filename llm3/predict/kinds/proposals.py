@@ -93,7 +93,7 @@ def likeliest(model: Transformer, batch: Batch, *, mask: int, most: int, top_k: 
 
     positions: [B, most], those of the mask tokens in their order; -1 if there are fewer.
     """
-    hidden, _ = model(batch.tokens, batch.positions, batch.segments)
+    hidden = model(batch.tokens, batch.positions, batch.segments)
     masked = (batch.tokens == mask) & (batch.segments > 0)
     real, positions = jax.lax.top_k(masked.astype(jnp.float32), most)
     shares, tokens = jax.lax.top_k(jax.nn.softmax(model.logits(at_positions(hidden, positions, 1))), top_k)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from llm3.config.model_schema import ModelConfig
 from llm3.distributed.sharding import constrain
-from llm3.models.kernels import attend
+from llm3.models.attention.of_layers import Attend
 from llm3.models.kv_cache import Buffers, LayerCache
 from llm3.models.layers import Norm, Projection, adapters_of, at_positions, projection_key, residual_init, small_init
 from llm3.models.positions import Angles, rotate
@@ -22,18 +22,17 @@ from llm3.models.positions import Angles, rotate
 class LayerInputs:
     """What a layer reads besides the hidden states.
 
-    angles: see `rotation`; None: no rotary positions. mask: bool [B, 1, T, S]. cache: of this layer; None: the keys are
-    those of the queries. random: a key for dropout. output_positions: int32 [B, N], the positions of the result; None:
-    all. in_order: T is S, and the mask allows no key after the query. skip_norm: bool scalar, whether attention reads x
-    itself, not its norm; None: never.
+    angles: see `rotation`; None: no rotary positions. attend: of queries, keys and values, see `LayerAttention.of`.
+    cache: of this layer; None: the keys are those of the queries. random: a key for dropout. output_positions: int32
+    [B, N], the positions of the result; None: all. skip_norm: bool scalar, whether attention reads x itself, not its
+    norm; None: never.
     """
 
     angles: Angles | None
-    mask: jax.Array
+    attend: Attend
     cache: LayerCache | None
     random: jax.Array | None
     output_positions: jax.Array | None
-    in_order: bool
     skip_norm: jax.Array | bool | None
 
 
@@ -59,7 +58,7 @@ class Attention(nnx.Module):
         head, whole = {"head_dim": c.head_dim}, c.qk_norm == "projection"
         self.query_norm = Norm(c, heads if whole else head) if c.qk_norm != "none" else None
         self.key_norm = Norm(c, kv if whole else head) if c.qk_norm != "none" else None
-        self.interleaved, self.scale, self.softcap = c.rope_interleaved, c.attention_scale, c.attention_softcap
+        self.interleaved = c.rope_interleaved
 
     def __call__(self, x: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, Buffers | None]:
         """x: [B, T, D]. Returns [B, T, D], or [B, N, D] with `output_positions`, and the buffers of the cache."""
@@ -77,6 +76,4 @@ class Attention(nnx.Module):
         value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
         if inputs.cache is not None:
             buffers, key, value = inputs.cache.write(key, value)
-        mask, in_order = at_positions(inputs.mask, positions, 2), inputs.in_order and positions is None
-        y = attend(query, key, value, mask, in_order, self.scale, self.softcap)
-        return self.out(y, projection_key(random, "out")), buffers
+        return self.out(inputs.attend(query, key, value), projection_key(random, "out")), buffers

@@ -1,0 +1,66 @@
+"""Attention on TPUs by jax's Pallas kernel "splash", which skips blocks by its mask and reads documents.
+
+Heads that share keys are one call of its multi-query form, so that no key is repeated.
+"""
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as shapes
+
+from llm3.models.attention.pattern import Pattern
+from llm3.models.attention.plain import grouped, scaled, ungrouped
+
+LANES = 128  # of a TPU: lengths and blocks are multiples
+BLOCK = 512  # of queries and keys, where it divides the length
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    pattern: Pattern,
+    scale: float = 0.0,
+    softcap: float = 0.0,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(scale q k^T) v where the pattern allows; arguments and result as of `plain.attend`.
+
+    The pattern is in order and without a prefix, and the length a multiple of `LANES`. interpret: run it on a CPU.
+    """
+    batch, length, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    groups = heads // kv_heads
+    kernel = kernels.make_splash_mqa(
+        mask=shapes.MultiHeadMask([_mask(pattern, length)] * groups),
+        block_sizes=_blocks(length),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
+    segments = kernels.SegmentIds(pattern.queries.segments, pattern.keys.segments)
+    query = grouped(scaled(query, scale), kv_heads).reshape(batch, kv_heads, groups, length, -1)
+    of_heads = jax.vmap(lambda *each: kernel(each[0], each[1], each[2], segment_ids=each[3]), (0, 0, 0, None))
+    y = jax.vmap(of_heads)(query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    return ungrouped(y.astype(value.dtype))
+
+
+def _mask(pattern: Pattern, length: int) -> shapes.Mask:
+    square, window = (length, length), pattern.window
+    if pattern.causal:
+        return shapes.LocalMask(square, (window - 1, 0), 0) if window else shapes.CausalMask(square)
+    return shapes.LocalMask(square, (window // 2, window // 2), 0) if window else shapes.FullMask(square)
+
+
+def _blocks(length: int) -> kernels.BlockSizes:
+    block = next(size for size in (BLOCK, 256, LANES) if length % size == 0)
+    return kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
