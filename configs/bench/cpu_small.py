@@ -23,15 +23,15 @@ def get_config():
         task=dict(path="builtin:numerical_task", label="label"),
     )
     shape = dict(steps=100, batch_size=16, sequence_length=256)
+    classifier = dict(kind="finetune", data=dict(task=1.0), objective="classify", **shape)
     c.stages = dict(
         pretrain=dict(kind="pretrain", data=dict(general=1.0), objective="causal", **shape),
-        finetune=dict(
-            kind="finetune",
-            start=dict(stage="pretrain", fresh=["head/.*"]),
-            data=dict(task=1.0),
-            objective="classify",
-            train="all",
-            **shape,
+        finetune=dict(start=dict(stage="pretrain", fresh=["head/.*"]), train="all", **classifier),
+        lora=dict(
+            start=dict(stage="pretrain", fresh=["head/.*", ".*/lora/bench/.*"]),
+            train=["lora", "head/.*"],
+            adapters=dict(bench=dict(rank=8, alpha=16.0)),
+            **classifier,
         ),
     )
     return c
