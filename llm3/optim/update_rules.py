@@ -13,8 +13,9 @@ import numpy as np
 import optax
 
 from llm3.errors import at_least
+from llm3.optim.muon import muon
 from llm3.segments import in_stack
-from llm3.tree import flatten, map_with_path, unflatten
+from llm3.tree import flatten, unflatten
 
 
 def _matrix_axes(path: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -78,15 +79,11 @@ def _lion(params: dict, peak: float, options: dict) -> optax.GradientTransformat
 
 
 def _muon(params: dict, peak: float, options: dict) -> optax.GradientTransformation:
-    def dimensions(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        axes = _matrix_axes(path, len(leaf.shape))
-        return axes and optax.contrib.MuonDimensionNumbers(*axes)
-
     if "adam_learning_rate" in options:  # a peak rate, on the same schedule
         at_least("optimizer.options.adam_learning_rate", options["adam_learning_rate"], 0)
         options = options | {"adam_learning_rate": options["adam_learning_rate"] / peak if peak else 0.0}
-    by_leaf = map_with_path(dimensions, params)
-    return optax.contrib.muon(1.0, muon_weight_dimension_numbers=by_leaf, **options)
+    axes = {path: _matrix_axes(path, len(leaf.shape)) for path, leaf in flatten(params).items()}
+    return muon(params, {path: each for path, each in axes.items() if each}, options)
 
 
 def _sgd(params: dict, peak: float, options: dict) -> optax.GradientTransformation:

@@ -195,7 +195,8 @@ def _phase(
     trainable_shardings, frozen_shardings = partition.divide(shardings)
     with _naming(where):
         storage = _storage(stage, model, frozen, frozen_shardings)
-        optimizer = _optimizer(stage, model, partition, trainable, groups, fresh)
+        placed = with_sharding(trainable, trainable_shardings)
+        optimizer = _optimizer(stage, model, partition, placed, groups, fresh)
     empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
     abstract_state = _abstract_state(mesh, (trainable, trainable_shardings), storage, optimizer, empty_guard)
     step = _train_step(stage, cut.graph, partial(objective.loss, task=task), optimizer, seed)
