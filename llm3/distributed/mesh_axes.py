@@ -13,6 +13,7 @@ Rules = Mapping[str, tuple[str, ...]]
 LOGICAL_AXES: Rules = {
     "batch": ("data", "fsdp"),
     "length": ("context",),  # positions of a window; outside attention, each is computed where it lies
+    "residual": ("context", "tensor"),  # positions between blocks of matmuls: see `residual` in sharding.py
     "keys": (),  # positions that attention reads: gathered from all shards of a window
     "layers": (),
     "embed": ("fsdp",),

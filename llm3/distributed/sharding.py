@@ -96,6 +96,36 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return array if mesh.empty else jax.lax.with_sharding_constraint(array, spec(axes, array.shape, mesh))
 
 
+def residual(x: jax.Array) -> jax.Array:
+    """Constrain the residual stream [B, T, D].
+
+    Between matmuls that `tensor` cuts, it cuts the positions instead (Korthikanti et al. 2022, "Reducing activation
+    recomputation in large transformer models", section 4.2.2): norms are computed on shards, and a sum over `tensor`
+    is a reduce-scatter. Positions that `tensor` does not divide are not cut by it.
+    """
+    return constrain(x, "batch", "residual" if _cuts_residual(x.shape[1]) else "length", None)
+
+
+def scattered(x: jax.Array) -> jax.Array:
+    """What a matmul or a lookup adds to the residual stream, [B, T, D]: cut as the stream is, if `tensor` cuts both."""
+    # in one step, XLA would gather what `context` or `tensor` cuts instead of a sum over `tensor`
+    return residual(constrain(x, "batch", "length", None)) if _cuts_residual(x.shape[1]) else x
+
+
+def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
+    """What a matmul reads of the residual stream or makes of it, [B, T, *axes], gathered over `tensor` if that is cut.
+
+    axes: the logical axes after the positions, along which `tensor` cuts it instead.
+    """
+    return constrain(x, "batch", "length", *axes) if _cuts_residual(x.shape[1]) else x
+
+
+def _cuts_residual(positions: int) -> bool:
+    """Whether the active mesh cuts the positions of the residual stream more than those that matmuls read."""
+    cut = cut_along("residual", positions)
+    return len(cut) > len(cut_along("length", positions)) and not set(cut) & set(_rules["batch"])
+
+
 def sum_over_data(function: Callable[..., Any], whole: tuple, key: jax.Array, batch: Any) -> Any:
     """function(*whole, key, batch), a tree of sums over rows, with one all-reduce along the mesh axis `data`.
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm3.config.model_schema import ModelConfig
+from llm3.distributed.sharding import gathered, scattered
 from llm3.models.attention.layer import Attention, LayerInputs
 from llm3.models.kv_cache import Buffers
 from llm3.models.layers import MLP, Norm, at_positions
@@ -36,15 +37,20 @@ class Block(nnx.Module):
         normed = self._input(x, self.attention_norm)
         if inputs.skip_norm is not None:
             normed = jnp.where(inputs.skip_norm, x, normed)
+        normed = gathered(normed, None)
         update, buffers = self.attention(normed, inputs)
-        x = at_positions(x, inputs.output_positions, 1)
+        update, places = scattered(update), inputs.output_positions
+        x = x if places is None else at_positions(gathered(x, None), places, 1)
         if self.mlp_norm is None:
-            return x + update + self.mlp(at_positions(normed, inputs.output_positions, 1), inputs.random), buffers
+            return x + update + self._mlp(at_positions(normed, places, 1), inputs), buffers
         if self.form == "parallel":
-            return x + update + self.mlp(self.mlp_norm(x), inputs.random), buffers
+            return x + update + self._mlp(self.mlp_norm(x), inputs), buffers
         x = self._add(x, update, self.attention_norm, self.attention_out_norm)
-        update = self.mlp(self._input(x, self.mlp_norm), inputs.random)
+        update = self._mlp(self._input(x, self.mlp_norm), inputs)
         return self._add(x, update, self.mlp_norm, self.mlp_out_norm), buffers
+
+    def _mlp(self, x: jax.Array, inputs: LayerInputs) -> jax.Array:
+        return scattered(self.mlp(gathered(x, None), inputs.random))
 
     def _input(self, x: jax.Array, norm: Norm) -> jax.Array:
         return x if self.form in ("after", "post") else norm(x)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm3.distributed.sharding import constrain
+from llm3.distributed.sharding import constrain, gathered, residual, scattered
 from llm3.models.attention.layer import LayerInputs
 from llm3.models.attention.of_layers import Attend, held, layer_attention
 from llm3.models.attention.pattern import Pattern, Places
@@ -55,11 +55,11 @@ def read(
         skip_norm = layer == 0 if config.skip_first_norm else None
         return LayerInputs(rotary.at(layer, 0, config.layers), attend, own, None, None, skip_norm)
 
-    x = constrain(model.embed(tokens, positions), "batch", "length", None)
+    x = residual(scattered(model.embed(tokens, positions)))
     written = {}
     for name, stack in model.layers.items():
         x, written[name] = _through(stack, segment_bounds(name)[0], x, cache.buffers[name], reads, config.scan_unroll)
-    return x if model.final_norm is None else model.final_norm(x), Cache(lengths, written)
+    return gathered(x if model.final_norm is None else model.final_norm(x), None), Cache(lengths, written)
 
 
 def _through(
@@ -80,7 +80,7 @@ def _through(
         for place, own in enumerate(buffers):
             layer = nnx.merge(graph, jax.tree.map(lambda leaf, place=place: leaf[place], layers))
             x, own = layer(x, reads(first + number * size + place, number, first + place, own))
-            x = constrain(x, "batch", "length", None)
+            x = residual(x)
             written.append(own)
         return (x, tuple(written)), None
 

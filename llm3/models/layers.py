@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm3.config.model_schema import PROJECTIONS, ModelConfig
+from llm3.distributed.sharding import gathered
 from llm3.models.kernels import linear
 from llm3.models.lora import Adapters, LoRA
 from llm3.models.quantized import Quantized, quantized_linear
@@ -149,4 +150,4 @@ class MLP(nnx.Module):
         else:
             gate = self.gate(x, projection_key(random, "gate"), self.dtype)
             hidden = activation(gate) * self.up(x, up, self.dtype)
-        return self.down(hidden.astype(x.dtype), projection_key(random, "down"))
+        return self.down(gathered(hidden.astype(x.dtype), "mlp"), projection_key(random, "down"))

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config.model_schema import ModelConfig
-from llm3.distributed.sharding import constrain, pieces, tree_shardings, with_sharding
+from llm3.distributed.sharding import gathered, pieces, residual, scattered, tree_shardings, with_sharding
 from llm3.models.attention.layer import LayerInputs
 from llm3.models.attention.of_layers import LayerAttention, layer_attention
 from llm3.models.attention.pattern import Places
@@ -71,12 +71,12 @@ class Transformer(nnx.Module):
         places = Places(positions, segments)
         attention = layer_attention(self.config, places, places, prefix, in_order=True)
         rotary = angles(self.config, positions)
-        x = constrain(self.embed(tokens, positions), "batch", "length", None)
+        x = residual(scattered(self.embed(tokens, positions)))
         for name, stack in self.layers.items():
             first, last = segment_bounds(name)
             top_positions = output_positions if last == self.config.layers else None
             x = self._scan(stack, first, x, rotary, attention, key if self._drops() else None, top_positions)
-        return x if self.final_norm is None else self.final_norm(x)
+        return gathered(x if self.final_norm is None else self.final_norm(x), None)
 
     def _drops(self) -> bool:
         return any(each.dropout and each.active for _, each in self.config.adapters)
@@ -103,7 +103,7 @@ class Transformer(nnx.Module):
             skip_norm = number == 0 if skips else None
             inputs = LayerInputs(own_angles, attend, None, random, output_positions, skip_norm)
             x, _ = nnx.merge(graph, params)(x, inputs)
-            return constrain(x, "batch", "length", None), None
+            return residual(x), None
 
         count = length if output_positions is None else length - 1
         unroll, top = min(self.config.scan_unroll, max(count, 1)), body

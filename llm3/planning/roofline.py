@@ -69,9 +69,9 @@ def collectives(stage: Stage, phase: Phase, mesh: Any) -> list[Collective]:
 
     Parameters that are sharded along a batch axis are all-gathered for the forward and the backward pass, and their
     gradients reduce-scattered. Along the other batch axes, gradients are all-reduced. Sharded heads and hidden layers
-    all-reduce activations twice per layer and pass (Shoeybi et al. 2019, Megatron-LM, section 3), and once each for the
-    embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of it; but along
-    `data`, micro-batches are reduced once a step where `sum_over_data` can.
+    gather and reduce-scatter activations twice per layer and pass (Korthikanti et al. 2022, section 4.2.2), and once
+    each for the embedding and the logits. Sharded windows all-gather keys and values. Each micro-batch repeats all of
+    it; but along `data`, micro-batches are reduced once a step where `sum_over_data` can.
     """
     config, model = stage.config, stage.model
     found: list[Collective] = []
@@ -129,7 +129,7 @@ def _of_leaf(
 
 
 def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: Any) -> list[Collective]:
-    """The all-reduces of the `tensor` axis, and the keys and values of the `context` axis."""
+    """The activations of the `tensor` axis, and the keys and values of the `context` axis."""
     rows = stage.batch_size / stage.micro_batches / axis_size(mesh, "batch")
     low = np.dtype(model.compute_dtype).itemsize
     differentiated = model.layers - lowest_layer(phase)
@@ -140,8 +140,10 @@ def _of_activations(stage: StageConfig, model: ModelConfig, phase: Phase, mesh: 
     found = []
     for axis in (axis for axis in _axes("heads") if mesh.shape[axis] > 1):
         sums = 2 * model.layers + 2 * differentiated + 2  # + 2: the lookup and the gradient of the final norm
+        gathers = sums + 2 * recomputed  # what the matmuls read, whose gradients they need
         sums += differentiated * (model.remat == "full")  # attention is recomputed
-        found.append(Collective(axis, "activations", "all-reduce", activations, sums * stage.micro_batches))
+        found.append(Collective(axis, "activations", "all-gather", activations, gathers * stage.micro_batches))
+        found.append(Collective(axis, "activations", "reduce-scatter", activations, sums * stage.micro_batches))
     for axis in (axis for axis in _axes("length") if mesh.shape[axis] > 1):
         gathers, scatters = (model.layers + recomputed) * stage.micro_batches, differentiated * stage.micro_batches
         found.append(Collective(axis, "keys and values", "all-gather", 2 * keys, gathers))

@@ -58,6 +58,8 @@ def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, te
         reduced += LAYERS * keys_and_values
     if tensor > 1:  # the sums of attention and MLP; the gradients of what the five other projections read; both ends
         reduced += (2 + 5) * LAYERS * activations + 2 * activations
+        # what attention and MLP read, and the gradients of what they add; the same at both ends
+        gathered += 4 * LAYERS * activations + 2 * activations
     return {"all-gather": 4 * gathered, "all-reduce": 4 * reduced}
 
 

@@ -247,10 +247,11 @@ def _on(config, sizes):
     return phase_of(config, abstract_mesh(**sizes))
 
 
-def test_tensor_sums_activations_twice_a_layer_in_each_pass_and_at_both_ends():
+def test_tensor_gathers_and_scatters_activations_twice_a_layer_in_each_pass_and_at_both_ends():
     config = config_of()
     sent = collectives(stage_of(config), _on(config, {"tensor": 4}), abstract_mesh(tensor=4))
-    assert sent == [Collective("tensor", "activations", "all-reduce", 16 * T * D * 2, 4 * LAYERS + 2)]
+    size, times = 16 * T * D * 2, 4 * LAYERS + 2
+    assert sent == [Collective("tensor", "activations", kind, size, times) for kind in ("all-gather", "reduce-scatter")]
 
 
 def test_nothing_is_regathered_or_reduced_below_the_lowest_trainable_layer():

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from llm3.config.model_schema import ModelConfig
-from llm3.distributed.sharding import constrain
+from llm3.distributed.sharding import constrain, gathered
 from llm3.models.attention.of_layers import Attend
 from llm3.models.kv_cache import Buffers, LayerCache
 from llm3.models.layers import Norm, Projection, adapters_of, at_positions, projection_key, residual_init, small_init
@@ -72,8 +72,10 @@ class Attention(nnx.Module):
             turned = partial(rotate, interleaved=self.interleaved)
             query = turned(query, *(at_positions(each, positions, 1) for each in inputs.angles))
             key = turned(key, *inputs.angles)
+        query = gathered(query, "heads", "head_dim")
         key = constrain(key, "batch", "keys", "kv_heads", "head_dim")
         value = constrain(value, "batch", "keys", "kv_heads", "head_dim")
         if inputs.cache is not None:
             buffers, key, value = inputs.cache.write(key, value)
-        return self.out(inputs.attend(query, key, value), projection_key(random, "out")), buffers
+        y = gathered(inputs.attend(query, key, value), "heads", "head_dim")
+        return self.out(y, projection_key(random, "out")), buffers
