@@ -3,7 +3,12 @@
 Heads that share keys are one call of its multi-query form, so that no key is repeated.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as shapes
 
@@ -41,8 +46,35 @@ def attend(
     segments = kernels.SegmentIds(pattern.queries.segments, pattern.keys.segments)
     query = grouped(scaled(query, scale), kv_heads).reshape(batch, kv_heads, groups, length, -1)
     of_heads = jax.vmap(lambda *each: kernel(each[0], each[1], each[2], segment_ids=each[3]), (0, 0, 0, None))
-    y = jax.vmap(of_heads)(query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    y = _in_own_precision(jax.vmap(of_heads), query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
     return ungrouped(y.astype(value.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_own_precision(kernel: Callable, query: jax.Array, key: jax.Array, value: jax.Array, segments: Any) -> jax.Array:
+    """kernel(query, key, value, segments), whose products have the precision of their operands in both passes.
+
+    They take what `jax.default_matmul_precision` says when they are traced, and float32 does not compile for bfloat16.
+    """
+    return _forward(kernel, query, key, value, segments)[0]
+
+
+def _forward(kernel: Callable, *arrays: Any) -> tuple[jax.Array, Callable]:
+    *inputs, segments = arrays
+    with jax.default_matmul_precision(_precision(inputs[0])):
+        return jax.vjp(lambda *inputs: kernel(*inputs, segments), *inputs)
+
+
+def _backward(kernel: Callable, pull_back: Callable, dy: jax.Array) -> tuple:
+    with jax.default_matmul_precision(_precision(dy)):
+        return (*pull_back(dy), None)
+
+
+def _precision(operand: jax.Array) -> str:
+    return "float32" if operand.dtype == jnp.float32 else "default"
+
+
+_in_own_precision.defvjp(_forward, _backward)
 
 
 def _mask(pattern: Pattern, length: int) -> shapes.Mask:
