@@ -1,6 +1,6 @@
 """The verb `plan` for a machine that you need not have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,8 +13,9 @@ from llm3.distributed import machines
 from llm3.distributed.machines import Topology
 from llm3.distributed.mesh_axes import mesh_shape
 from llm3.planning import aot as compiler
+from llm3.planning.hlo import Found
 from llm3.planning.plan import PhasePlan, on_abstract_mesh, plan_phases, stage_on
-from llm3.planning.roofline import EFFICIENCY, USABLE
+from llm3.planning.roofline import EFFICIENCY, USABLE, Collective
 from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent, seconds
 from llm3.stages import rules
@@ -52,6 +53,8 @@ def plan_on(
                 with on_abstract_mesh(config.mesh, machine.devices):
                     compiled_step = compiler.compile_step(stage, config.mesh, machine, index)
                 console.print(_comparison(each, compiled_step))
+                if compiled_step.collectives:
+                    console.print(collectives_table(each.sent, compiled_step.collectives))
     console.print()
     console.print(totals_table(totals, machine.devices, price))
     console.print(f"  from overlapped to sequential steps; {NOT_COUNTED}")
@@ -145,6 +148,25 @@ def _comparison(each: PhasePlan, found: compiler.Compiled) -> Table | str:
         ("temporary, by memory_analysis", step.temporary, found.temporary),
     ):
         grid.add_row(label, gibibytes(estimate), gibibytes(reported), f"{estimate / reported:.3f}" if reported else "-")
+    return grid
+
+
+def collectives_table(planned: list[Collective], found: Sequence[Found]) -> Table:
+    """The bytes of each kind of collective compared with the plan, and the shares that the compiled step overlaps."""
+    grid = Table("GiB per step", box=None, header_style="bold")
+    for column in ("plan", "compiler", "plan / compiler", "collectives", "asynchronous", "of bytes, during matmuls"):
+        grid.add_column(column, justify="right")
+    kinds = {kind: (kind,) for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    for label, own in (kinds | {"in all, an all-reduce as two": tuple(kinds)}).items():
+        wire = {kind: 2 if len(own) > 1 and kind == "all-reduce" else 1 for kind in own}
+        plan = sum(each.bytes * wire.get(each.kind, 0) for each in planned)
+        ours = [each for each in found if each.kind in own]
+        sent = sum(each.bytes * wire[each.kind] for each in ours)
+        hidden = sum(each.bytes * wire[each.kind] for each in ours if each.overlaps)
+        runs = sum(each.times for each in ours)
+        early = sum(each.times for each in ours if each.starts_early)
+        ratio, *shares = (f"{plan / sent:.3f}", percent(early / runs), percent(hidden / sent)) if sent else ("-",) * 3
+        grid.add_row(label, gibibytes(plan), gibibytes(sent), ratio, str(runs), *shares)
     return grid
 
 

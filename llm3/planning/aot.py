@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from llm3.config.schema import MeshConfig
 from llm3.distributed.machines import Topology
 from llm3.distributed.sharding import make_mesh
 from llm3.errors import UserError
+from llm3.planning import hlo
 from llm3.stages.stage import Stage
 
 # without these, libtpu looks for a TPU in this machine and takes a file lock
@@ -28,7 +31,7 @@ class Compiled(NamedTuple):
 
     beyond_arguments: peak bytes in use besides the arguments, whose place a step's results take; the compiler checks
     this against the chip's memory. temporary: "temporary" bytes in `memory_analysis`, which may exceed the chip's
-    memory. rejection: the compiler's error if the step does not fit.
+    memory. rejection: the compiler's error if the step does not fit. collectives: those of the step.
     """
 
     arguments: int = 0
@@ -36,6 +39,7 @@ class Compiled(NamedTuple):
     beyond_arguments: int = 0
     seconds: float = 0.0
     rejection: str = ""
+    collectives: tuple[hlo.Found, ...] = ()
 
 
 def check(topology: Topology) -> None:
@@ -58,16 +62,20 @@ def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: in
         raise UserError(f"--aot: libtpu counts {len(devices)} devices in {topology.name}, not {topology.devices}")
     mesh = make_mesh(vars(config), list(devices), across_hosts=config.across_hosts)
     before = time.perf_counter()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         phase = stage.phases(mesh)[index]
         lowered = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(mesh))
         try:
-            analysis = lowered.compile().memory_analysis()
+            # the text of the program: jaxlib cannot write that of a TPU with SparseCores
+            options: dict[str, str | bool] = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            analysis = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return Compiled(rejection=str(error).splitlines()[0], seconds=time.perf_counter() - before)
+        text = next(Path(dump).glob("*.after_optimizations.txt")).read_text()
     assert analysis is not None  # the TPU compiler always reports memory
     arguments = analysis.argument_size_in_bytes
     beyond = analysis.peak_memory_in_bytes - arguments
-    return Compiled(arguments, analysis.temp_size_in_bytes, beyond, time.perf_counter() - before)
+    seconds = time.perf_counter() - before
+    return Compiled(arguments, analysis.temp_size_in_bytes, beyond, seconds, collectives=tuple(hlo.collectives(text)))

@@ -17,6 +17,7 @@ from llm3 import objectives
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import StageConfig
 from llm3.data.batch import Batch
+from llm3.distributed.compiler_options import step_options
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
 from llm3.models.flops import model_flops, step_flops
@@ -200,6 +201,7 @@ def _phase(
     empty_guard = partial(new_guard, stage.guard.deviations, stage.guard.window)
     abstract_state = _abstract_state(mesh, (trainable, trainable_shardings), storage, optimizer, empty_guard)
     step = _train_step(stage, cut.graph, partial(objective.loss, task=task), optimizer, seed)
+    options, shardings_of_results = step_options(mesh), (_shardings(abstract_state), named(mesh))
     head = "task" if objective.HEAD else "lm"
     cost = (model, stage.batch_size, stage.sequence_length, head, partition.segments, partition.trainable)
     return Phase(
@@ -208,7 +210,9 @@ def _phase(
         model=model,
         partition=partition,
         optimizer=optimizer,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(_shardings(abstract_state), named(mesh))),
+        train_step=jax.jit(
+            step, donate_argnums=0, out_shardings=shardings_of_results, compiler_options=options.used or None
+        ),
         init_opt=jax.jit(optimizer.transform.init, out_shardings=_shardings(abstract_state.opt)),
         init_guard=jax.jit(empty_guard, out_shardings=named(mesh)),
         storage=storage,
@@ -222,6 +226,7 @@ def _phase(
             *tied_head_notes(model, partition, head),
             *whole_axis_note(mesh, "kv_heads", model.kv_heads),
             *guard_notes(stage, steps),
+            *options.notes,
         ],
     )
 

@@ -14,10 +14,10 @@ from llm3.config.schema import ModelConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.distributed.sharding import named
 from llm3.objectives import Task
+from llm3.planning.hlo import collective_bytes
 from llm3.training.phase import build
 from tests.helpers import tiny_run
 from tests.helpers.meshes import mesh_of
-from tests.helpers.tiny_hlo import collective_bytes
 
 LAYERS, D, HEADS, FF, VOCAB, LENGTH = 2, 64, 8, 128, 320, 64
 MODEL = ModelConfig(LAYERS, D, HEADS, FF, vocab_size=VOCAB, compute_dtype="float32")

@@ -10,9 +10,9 @@ import pytest
 
 from llm3.distributed.sharding import named
 from llm3.models.cross_entropy import Head, blocks, cross_entropy
+from llm3.planning.hlo import collective_bytes
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import jit
-from tests.helpers.tiny_hlo import collective_bytes
 from tests.helpers.tiny_jaxpr import largest_with_axis
 
 ROWS, LENGTH, D, VOCAB = 8, 4, 12, 61

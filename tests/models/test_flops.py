@@ -15,10 +15,10 @@ from llm3.data.batch import Batch
 from llm3.models.flops import forward_flops, model_flops, step_flops
 from llm3.models.transformer import abstract
 from llm3.optim.partition import make_partition
+from llm3.planning.hlo import computations, rounds
 from llm3.registry import load_plugin
 from llm3.segments import canonical
 from tests.helpers.tiny import CLASSES, TASK, jit, model_config
-from tests.helpers.tiny_hlo import computations, rounds
 
 BATCH, LENGTH = 2, 12
 

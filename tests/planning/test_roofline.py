@@ -11,13 +11,13 @@ from llm3.config.schema import AdapterConfig, MeshConfig, ModelConfig, RunConfig
 from llm3.distributed.machines import links, parse
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.planning import trace
+from llm3.planning.hlo import collective_bytes
 from llm3.planning.plan import plan_phases
 from llm3.planning.roofline import Collective, Times, collectives, lowest_layer, times
 from llm3.stages.stage import Stage, plan_stage
 from llm3.tree import size
 from tests.distributed.test_scaling import expected_bytes
 from tests.helpers.meshes import mesh_of
-from tests.helpers.tiny_hlo import collective_bytes
 
 LAYERS, D, HEADS, KV, FF, VOCAB, T = 4, 64, 8, 8, 128, 320, 64
 WINDOWS = {"window": 8, "full_attention_layers": (1,), "window_rope_theta": 100.0}
