@@ -27,6 +27,9 @@ NF4 = np.array(
     np.float32,
 )
 CODEBOOKS = {"nf4": NF4, "int8": (np.arange(-127, 128) / 127).astype(np.float32)}
+# 1 / 127 as a number of 8 bits, with which a code's product is exact, and the rest
+HIGH = 2.0**-7 + 2.0**-14
+LOW = 1 / 127 - HIGH
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("kind", "axis"))
@@ -34,7 +37,8 @@ CODEBOOKS = {"nf4": NF4, "int8": (np.arange(-127, 128) / 127).astype(np.float32)
 class Quantized:
     """An array quantised in blocks along `axis`, which counts from the end: a scan may remove the leading axis.
 
-    codes: uint8, in the shape of the array; "nf4" packs two codes a byte, so its `axis` is half as long.
+    codes: uint8, in the shape of the array; "nf4" packs two codes a byte, so its `axis` is half as long. The low bits
+    of a block's bytes are its first half, since to interleave neighbours again costs an accelerator more than the rest.
     scales: float32, one entry a block along `axis`.
     """
 
@@ -45,17 +49,39 @@ class Quantized:
 
     def dequantized(self) -> jax.Array:
         """The dequantised values, float32."""
-        codes = jnp.moveaxis(self.codes, self.axis, -1)
+        axis = self.scales.ndim + self.axis
+        before, after = self.scales.shape[:axis], self.scales.shape[axis + 1 :]
+        codes = self.codes.reshape(*before, self.scales.shape[axis], -1, *after)
         if self.kind == "nf4":
-            codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
-        scales = jnp.moveaxis(self.scales, self.axis, -1)
-        blocks = jnp.asarray(CODEBOOKS[self.kind])[codes].reshape(*scales.shape, -1) * scales[..., None]
-        return jnp.moveaxis(blocks.reshape(codes.shape), -1, self.axis)
+            codes = jnp.concatenate([codes & 15, codes >> 4], axis=axis + 1)
+        units = UNITS[self.kind](codes)
+        return (units * jnp.expand_dims(self.scales, axis + 1)).reshape(*before, -1, *after)
 
 
-def block_size(length: int) -> int:
-    """The largest divisor of an axis length that is at most `BLOCK`."""
-    return next(size for size in range(min(BLOCK, length), 0, -1) if length % size == 0)
+def _int8_units(codes: jax.Array) -> jax.Array:
+    """CODEBOOKS["int8"][codes], by arithmetic: an accelerator gathers from a table one value at a time.
+
+    The sum rounds once, as a division by 127 would; XLA may replace that by a product, which rounds otherwise.
+    """
+    steps = codes.astype(jnp.float32) - 127
+    return steps * HIGH + steps * LOW
+
+
+def _nf4_units(codes: jax.Array) -> jax.Array:
+    """NF4[codes], by selecting with one bit of the code after another."""
+    values: list = [np.float32(each) for each in NF4]
+    for bit in range(4):
+        high = (codes >> bit) & 1 == 1
+        values = [jnp.where(high, *pair) for pair in zip(values[1::2], values[::2], strict=True)]
+    return values[0]
+
+
+UNITS = {"nf4": _nf4_units, "int8": _int8_units}  # by kind: codes -> their values in the codebook, float32
+
+
+def block_size(length: int, multiple: int = 1) -> int:
+    """The largest divisor of an axis length that is at most `BLOCK`, and a multiple of `multiple`, which divides it."""
+    return next(size for size in range(BLOCK, 0, -1) if length % size == 0 and size % multiple == 0)
 
 
 def quantize(array: jax.Array, kind: str, axis: int) -> Quantized:
@@ -65,13 +91,15 @@ def quantize(array: jax.Array, kind: str, axis: int) -> Quantized:
         raise UserError(f"frozen='nf4' packs two inputs a byte: expected an even number of inputs, not {length}")
     axis = axis if axis < 0 else axis - array.ndim
     values = jnp.moveaxis(array.astype(jnp.float32), axis, -1)
-    blocks = values.reshape(*values.shape[:-1], -1, block_size(length))
+    blocks = values.reshape(*values.shape[:-1], -1, block_size(length, 2 if kind == "nf4" else 1))
     scales = jnp.abs(blocks).max(axis=-1)
     book = CODEBOOKS[kind]
     unit = blocks / jnp.where(scales > 0, scales, 1)[..., None]
-    codes = jnp.searchsorted(jnp.asarray((book[1:] + book[:-1]) / 2), unit.reshape(values.shape)).astype(jnp.uint8)
+    codes = jnp.searchsorted(jnp.asarray((book[1:] + book[:-1]) / 2), unit).astype(jnp.uint8)
     if kind == "nf4":
-        codes = codes[..., ::2] | (codes[..., 1::2] << 4)
+        first, second = jnp.split(codes, 2, axis=-1)
+        codes = first | (second << 4)
+    codes = codes.reshape(*values.shape[:-1], -1)
     return Quantized(jnp.moveaxis(codes, -1, axis), jnp.moveaxis(scales, -1, axis), kind, axis)
 
 

@@ -22,6 +22,7 @@ from llm3.training.phase import build
 from llm3.tree import flatten
 from tests.helpers.meshes import mesh_of
 from tests.helpers.tiny import TASK, jit, make_batch, make_params, model_config
+from tests.helpers.tiny_jaxpr import programs
 
 
 def normal(*shape, seed=0) -> jax.Array:
@@ -58,7 +59,8 @@ def test_what_codes_stand_for_quantises_to_the_same_codes_again(kind, axis, seed
 
 
 def test_a_block_is_the_largest_divisor_up_to_64():
-    assert [block_size(n) for n in (704, 256, 96, 6, 67)] == [64, 64, 48, 6, 1]
+    assert [block_size(n) for n in (704, 256, 126, 96, 6, 67)] == [64, 64, 63, 48, 6, 1]
+    assert [block_size(n, 2) for n in (704, 126, 6)] == [64, 42, 6]
 
 
 def test_nf4_of_an_odd_number_of_inputs_is_refused():
@@ -69,6 +71,20 @@ def test_nf4_of_an_odd_number_of_inputs_is_refused():
 def test_nf4_takes_an_eighth_of_the_bytes_and_its_scales():
     assert state_bytes(quantize(normal(128, 64), "nf4", 0)) == 128 * 64 // 2 + 2 * 64 * 4
     assert NF4[7] == 0 and len(NF4) == 16
+
+
+@pytest.mark.parametrize("kind", sorted(CODEBOOKS))
+def test_values_are_those_of_the_codebook_and_no_table_is_gathered_from(kind):
+    book = CODEBOOKS[kind]
+    codes, scales = np.tile(np.arange(len(book), dtype=np.uint8), (3, 2)).T, np.float32([[0.7, 1e-20, 3e20]])
+    stored = codes[:16] | (codes[16:] << 4) if kind == "nf4" else codes
+    kernel = Quantized(jnp.asarray(stored), jnp.asarray(scales), kind, -2)
+    np.testing.assert_array_equal(jit(Quantized.dequantized)(kernel), book[codes] * scales)
+
+    x = normal(2, 3, len(codes))
+    program = jax.make_jaxpr(jax.value_and_grad(lambda x: quantized_linear(x, kernel, 3).sum()))(x)
+    names = {eqn.primitive.name for each in programs(program.jaxpr) for eqn in each.eqns}
+    assert "dot_general" in names and not {name for name in names if "gather" in name or "slice" in name}
 
 
 @pytest.mark.parametrize("kind", sorted(CODEBOOKS))
