@@ -172,9 +172,14 @@ def _is_slow(statement: ast.stmt) -> bool:
 def check_installed(plugin: Any, what: str) -> None:
     """Raise UserError unless the packages that a plugin `REQUIRES` beyond llm3's own are there."""
     for package, extra in getattr(plugin, "REQUIRES", {}).items():
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:  # a folder of that name is no package, such as wandb's of runs
-            raise UserError(f"{what}: needs {package}, which is not installed: pip install 'llm3[{extra}]'")
+        check_package(package, extra, what)
+
+
+def check_package(package: str, extra: str, what: str) -> None:
+    """Raise UserError unless a package that `what` needs is there. extra: the extra of llm3 that installs it."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # a folder of that name is no package, such as wandb's of runs
+        raise UserError(f"{what}: needs {package}, which is not installed: pip install 'llm3[{extra}]'")
 
 
 def read_options(plugin: Any, given: dict[str, Any], where: str) -> Any:

@@ -19,6 +19,7 @@ CHOICES = {
     "attention": ("auto", "plain", "blockwise", "splash", "pallas", "tokamax"),
     "remat": ("none", "full", "dots"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
+    "matmul": ("compute", "int8", "fp8"),
 }
 
 
@@ -130,6 +131,9 @@ class ModelConfig:
     # 8,192 tokens per device all at once, a larger one 4,096 at a time
     vocab_block: int = 0
     compute_dtype: str = "auto"  # float32 (never TF32), bfloat16, or auto: bfloat16 on accelerators, float32 on CPUs
+    # products with the kernels of attention and MLP: compute (the compute dtype), int8 or fp8 (e4m3), which need qwix;
+    # gradients of kernels, quantized frozen kernels, adapters, embeddings and heads stay in the compute dtype
+    matmul: str = "compute"
     vocab_size: int = 0  # set by the run: size of the tokenizer's vocabulary, or more rows of a pretrained model
     classes: int = 0  # set by the run: number of labels; 0: no task head
     adapters: Any = ()  # set by the run: the stage's adapters, ((name, AdapterConfig), ...)

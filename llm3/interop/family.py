@@ -16,6 +16,7 @@ FREE = (
     "scan_unroll",
     "vocab_block",
     "compute_dtype",
+    "matmul",
     "vocab_multiple",
     "pool",
     "pooler",

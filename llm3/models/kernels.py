@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm3.distributed.sharding import constrain
+from llm3.models.low_precision import low_precision_dot
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple, dtype: Any = None) -> jax.Array:
@@ -31,21 +32,30 @@ def precision(operand: jax.Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linear(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> jax.Array:
-    """x @ kernel. x: [B, T, inputs], kernel: [inputs, outputs], result [B, T, outputs] in `dtype` (None: that of x)."""
-    return _linear_forward(x, kernel, dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def linear(x: jax.Array, kernel: jax.Array, dtype: Any = None, matmul: str = "compute") -> jax.Array:
+    """x @ kernel. x: [B, T, inputs], kernel: [inputs, outputs], result [B, T, outputs] in `dtype` (None: that of x).
+
+    matmul: as in `ModelConfig`. The kernel's gradient is computed in x's dtype, whatever it is.
+    """
+    return _linear_forward(x, kernel, dtype, matmul)[0]
 
 
-def _linear_forward(x: jax.Array, kernel: jax.Array, dtype: Any) -> tuple[jax.Array, tuple]:
+def _product(x: jax.Array, kernel: jax.Array, axes: tuple, matmul: str, dtype: Any = None) -> jax.Array:
+    if matmul == "compute":
+        return dot(x, kernel.astype(x.dtype), axes, dtype)
+    return low_precision_dot(x, kernel, axes, matmul, dtype or x.dtype)
+
+
+def _linear_forward(x: jax.Array, kernel: jax.Array, dtype: Any, matmul: str) -> tuple[jax.Array, tuple]:
     # does not call `linear`: a remat policy for dots does not look inside a custom_vjp
-    return dot(x, kernel.astype(x.dtype), ((2,), (0,)), dtype), (x, kernel)
+    return _product(x, kernel, ((2,), (0,)), matmul, dtype), (x, kernel)
 
 
-def _linear_backward(dtype: Any, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _linear_backward(dtype: Any, matmul: str, saved: tuple, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     dy = dy.astype(x.dtype)
-    dx = dot(dy, kernel.astype(x.dtype), ((2,), (1,)))
+    dx = _product(dy, kernel, ((2,), (1,)), matmul)
     dkernel = dot(x, dy, ((0, 1), (0, 1)), jnp.float32)  # x on the left: no transposed copy
     return dx, dkernel.astype(kernel.dtype)
 

@@ -36,7 +36,7 @@ def residual_init(layers: int, d_model: int) -> Callable:
 class Projection(nnx.Module):
     """A linear map from the axes of x after [B, T] to `outputs`, plus its adapters.
 
-    kernel: float32 [*inputs, *outputs]; a frozen kernel as `llm3.optim.frozen` stores it.
+    kernel: float32 [*inputs, *outputs]; a frozen kernel as `llm3.optim.frozen` stores it. matmul: as in `ModelConfig`.
     """
 
     def __init__(
@@ -47,9 +47,10 @@ class Projection(nnx.Module):
         init: Callable,
         bias: bool = False,
         adapters: Adapters = (),
+        matmul: str = "compute",
         rngs: nnx.Rngs,
     ):
-        self.outputs = tuple(outputs.values())
+        self.outputs, self.matmul = tuple(outputs.values()), matmul
         shape = (*inputs.values(), *outputs.values())
         self.kernel = nnx.Param(init(rngs.params(), shape), axes=(*inputs, *outputs))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
@@ -63,8 +64,10 @@ class Projection(nnx.Module):
         """
         kernel, outputs = self.kernel.get_value(), math.prod(self.outputs)
         flat = x.reshape(*x.shape[:2], -1)
-        quantized = isinstance(kernel, Quantized)
-        y = quantized_linear(flat, kernel, outputs) if quantized else linear(flat, kernel.reshape(-1, outputs), dtype)
+        if quantized := isinstance(kernel, Quantized):
+            y = quantized_linear(flat, kernel, outputs)
+        else:
+            y = linear(flat, kernel.reshape(-1, outputs), dtype, self.matmul)
         for index, adapter in enumerate(self._active()):
             y = y + adapter(flat, None if key is None else jax.random.fold_in(key, index))
             if adapter.magnitude is not None:
@@ -136,8 +139,8 @@ class MLP(nnx.Module):
         model, hidden = {"embed": c.d_model}, {"mlp": c.d_ff}
 
         def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
-            adapters = adapters_of(c, name)
-            return Projection(inputs, outputs, init=init, bias=c.mlp_bias, adapters=adapters, rngs=rngs)
+            make = partial(Projection, bias=c.mlp_bias, adapters=adapters_of(c, name), matmul=c.matmul)
+            return make(inputs, outputs, init=init, rngs=rngs)
 
         self.gate = projection("gate", model, hidden, small) if c.gated_mlp else None
         self.up = projection("up", model, hidden, small)

@@ -27,13 +27,14 @@ from llm3.models.embedding import Embedding
 from llm3.models.heads import Transform, dense, pooled
 from llm3.models.kernels import unembed
 from llm3.models.layers import Norm, Projection, small_init
+from llm3.models.low_precision import saves_products
 from llm3.models.positions import PerLayer, angles
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
 
 REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": saves_products,
 }
 
 

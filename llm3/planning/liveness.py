@@ -19,7 +19,8 @@ from jax.extend.core import Jaxpr, Literal
 
 CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
 # ops that keep the elements, perhaps in another order
-SAME = {"reshape", "squeeze", "transpose", "copy", "stop_gradient", "sharding_constraint", "optimization_barrier"}
+SAME = {"reshape", "squeeze", "transpose", "copy", "name", "stop_gradient", "sharding_constraint"}
+SAME |= {"optimization_barrier"}
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod", "argmax", "argmin"}
 LOOPS = {"scan", "while", "cond"}
 UNSHARDED = {"dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add"}  # read or make full parameters

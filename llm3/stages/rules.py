@@ -10,7 +10,7 @@ from llm3.distributed.mesh_axes import check_across_hosts, table
 from llm3.errors import UserError, counted, nearest
 from llm3.files import INIT
 from llm3.handoff.start import ModelStart, read_start
-from llm3.registry import check_known, declared, plugin_names, read_options
+from llm3.registry import check_known, check_package, declared, plugin_names, read_options
 from llm3.stages.parents import model_starts, origin, parent_name
 
 PARENTS = "start={!r}, dict(run=, stage=), or dict(model=) for a pretrained model"
@@ -58,6 +58,8 @@ def _known(field: str, name: str, options: Collection[str]) -> None:
 
 def check(config: RunConfig) -> list[str]:
     """Check every stage against its rules; returns the names of the stages as `parents_first`. Raises UserError."""
+    if (matmul := config.model.matmul) != "compute":
+        check_package("qwix", "qwix", f"config.model.matmul={matmul!r}")
     return check_stages(config, config.model.causal)
 
 

@@ -86,7 +86,8 @@ class Session:
             + (f" of {hosts} processes" if hosts > 1 else "")
             + f", mesh {dict(self.mesh.shape)}"
             + (f"; {self.unknown_peak}" if self.unknown_peak else ""),
-            "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32",
+            "compute dtype": f"{self.experiment.compute_dtype} ({why}), parameters float32"
+            + (f", matmuls of the layers {matmul}" if (matmul := self.config.model.matmul) != "compute" else ""),
             "versions": f"llm3 {__version__}, jax {jax.__version__}",
             "seed": self.config.seed,
             "overlap": "; ".join(overlaps) or none,

@@ -1,5 +1,6 @@
 """Configs: reading, overriding, and one clear sentence for every mistake."""
 
+import importlib.util
 import pathlib
 
 import pytest
@@ -239,6 +240,16 @@ def test_a_stage_on_the_command_line_that_is_not_in_the_config_is_refused(capsys
     for verb, option in (("run", "--stages=finetun"), ("eval", "--stages=finetun"), ("bench", "--stage=finetun")):
         error = refused(capsys, [verb, f"--config={file}", f"--workdir={tmp_path / 'run'}", option])
         assert "=finetun: no such stage; did you mean 'finetune'" in error
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_matmuls_in_8_bits_without_qwix_are_refused_by_name(capsys, monkeypatch, tmp_path, file, verb):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "qwix" else found(name))
+    where = ["--config.model.matmul=int8", f"--workdir={tmp_path / 'run'}"]
+    error = refused(capsys, [verb, f"--config={file}", *where])
+    assert "config.model.matmul='int8': needs qwix, which is not installed: pip install 'llm3[qwix]'" in error
+    assert tiny.files(tmp_path) == {}
 
 
 def test_nearest_names_come_first_in_a_message():

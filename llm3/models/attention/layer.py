@@ -49,7 +49,8 @@ class Attention(nnx.Module):
 
         def projection(name: str, inputs: dict, outputs: dict, init: Callable) -> Projection:
             bias = c.attention_bias == "all" or (c.attention_bias == "qkv" and name != "out")
-            return Projection(inputs, outputs, init=init, bias=bias, adapters=adapters_of(c, name), rngs=rngs)
+            make = partial(Projection, bias=bias, adapters=adapters_of(c, name), matmul=c.matmul)
+            return make(inputs, outputs, init=init, rngs=rngs)
 
         self.query = projection("query", model, heads, small)
         self.key = projection("key", model, kv, small)
