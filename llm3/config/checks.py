@@ -6,6 +6,7 @@ from typing import Any
 from llm3.errors import UserError, counted, nearest
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")  # the names of llm3.optim.update_rules
+MOMENTS = ("float32", "bfloat16", "float8")  # how moments are stored
 SCHEDULES = ("constant", "linear", "cosine", "wsd")  # the names of llm3.optim.learning_rates
 
 
@@ -32,6 +33,17 @@ def check_optimizer(own: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}.layer_decay={own['layer_decay']!r}: expected a number above 0, at most 1")
     if not 0 <= own["ema"] < 1:
         raise UserError(f"{where}.ema={own['ema']!r}: expected a decay from 0 up to 1, without 1")
+    check_moments(own["name"], own["moments"], own["options"], where)
+
+
+def check_moments(name: str, moments: str, options: Mapping[str, Any], where: str) -> None:
+    """Raise UserError, starting with `where`, unless the moments of the optimizer `name` can be stored like this."""
+    if moments not in MOMENTS:
+        raise UserError(f"{where}.moments={moments!r}: {nearest(moments, MOMENTS)}")
+    if moments != "float32" and name != "adamw":
+        raise UserError(f"{where}.moments={moments!r}: expected it only with name='adamw', not {name!r}")
+    if moments != "float32" and "mu_dtype" in options:
+        raise UserError(f"{where}.options.mu_dtype: expected none with moments={moments!r}, which decides it")
 
 
 def check_warmup(own: Mapping[str, Any], steps: int, where: str) -> None:

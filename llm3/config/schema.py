@@ -45,6 +45,9 @@ class OptimizerConfig:
     # decay of an average of the weights that becomes the stage's result, at most (1 + t) / (10 + t) after t updates,
     # so that a short stage forgets its start; 0: no average
     ema: float = 0.0
+    # adamw: how the moments of kernels, embeddings and adapters are stored: float32, bfloat16, or float8 (8 bits, and a
+    # scale for up to 64 numbers)
+    moments: str = "float32"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # further arguments of the optax function
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ def make_storage(
 
     shapes = jax.eval_shape(store, frozen)
     flat = flatten(shardings)
-    fitted = map_with_path(lambda path, x: jax.tree.map(lambda part: _fitting(flat[path], part.shape), x), shapes)
+    fitted = map_with_path(lambda path, x: jax.tree.map(lambda part: fitting(flat[path], part.shape), x), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, fitted)
     return Storage(jax.jit(store, out_shardings=fitted) if kind != "float32" else lambda tree: tree, abstract)
 
@@ -84,7 +84,7 @@ def _blocked_axis(path: str, rank: int) -> int:
     return -3 if rank == 4 and path.split("/")[-2] != "out" else -2
 
 
-def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding without mesh axes that do not divide the shape: an axis of scales is shorter than its kernel's."""
 
     def pieces(names: Any) -> int:

@@ -10,7 +10,6 @@ state, and so its place in the schedule.
 
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm3.config.checks import check_moments
 from llm3.errors import UserError, at_least, nearest
+from llm3.optim.frozen import fitting
 from llm3.optim.learning_rates import make_schedule, rate_factors
+from llm3.optim.moments import low_moments
 from llm3.optim.update_rules import RULES, by_phase
 from llm3.tree import flatten, map_with_path, unflatten
 
@@ -53,6 +55,7 @@ def make_optimizer(
     learning_rates: list,
     l2_sp: float,
     ema: float,
+    moments: str,
     options: Mapping[str, Any],
     **shape: Any,
 ) -> Optimizer:
@@ -65,18 +68,23 @@ def make_optimizer(
 
     clip_norm: max global norm of the gradients; 0: off. weight_decay: for leaves named in `DECAYED`. layer_decay,
     learning_rates: factors of the learning rate, and so of the weight decay (`rate_factors`). l2_sp: see
-    `pull_to_start`. ema: see `running_mean`. options: of the optax function (`update_rules`). shape: of the schedule,
-    and its steps (`make_schedule`).
+    `pull_to_start`. ema: see `running_mean`. moments: float32, or a kind of `low_moments`. options: of the optax
+    function (`update_rules`). shape: of the schedule, and its steps (`make_schedule`).
 
     Raises UserError for an unknown optimizer, schedule, option or rule, and for numbers out of range.
     """
     leaves = {*flatten(params_example), *(groups or ())}
+    check_moments(name, moments, options, "optimizer")
     _check(name, options, leaves - fresh, weight_decay=weight_decay, clip_norm=clip_norm, l2_sp=l2_sp, ema=ema)
     rate = make_schedule(schedule, learning_rate=learning_rate, **shape)
     factors = rate_factors(
         params_example, layers=layers, layer_decay=layer_decay, learning_rates=learning_rates, later=groups or ()
     )
-    build = partial(RULES[name].build, peak=learning_rate, options=dict(options))
+
+    def build(params: dict) -> optax.GradientTransformation:
+        rule = RULES[name].build(params, peak=learning_rate, options=dict(options))
+        return rule if moments == "float32" else low_moments(rule, moments)
+
     decayed = map_with_path(lambda path, _: path.split("/")[-1] in DECAYED, params_example)
     transform = optax.chain(
         *([pull_to_start(l2_sp, fresh)] if l2_sp else []),
@@ -211,14 +219,17 @@ def carry_state(old_state: Any, new_state: Any) -> Any:
 def state_shardings(state: Any, params: dict, shardings: dict, replicated: Any) -> Any:
     """The sharding of every leaf of an optimizer's state (arrays or shapes).
 
-    A leaf with the path and the shape of a parameter (a moment) has the sharding of that parameter. Counts and factored
-    moments are small, and `replicated`. (`optax.tree.map_params` supports neither masks by leaf nor factored moments.)
+    A leaf with the path and the shape of a parameter (a moment) has the sharding of that parameter, and the scales of a
+    moment in blocks have it as far as it divides them. Counts and factored moments are small, and `replicated`.
+    (`optax.tree.map_params` supports neither masks by leaf nor factored moments.)
     """
     shapes, by_path = {path: leaf.shape for path, leaf in flatten(params).items()}, flatten(shardings)
 
     def one(keys: tuple, leaf: Any) -> Any:
         names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
-        suffixes = ("/".join(names[start:]) for start in range(len(names)))
+        suffixes = ["/".join(names[start:]) for start in range(len(names))]
+        if any(getattr(key, "name", "") == "scales" for key in keys):
+            return next(fitting(by_path[path], leaf.shape) for path in suffixes if path in shapes)
         return next((by_path[path] for path in suffixes if shapes.get(path) == leaf.shape), replicated)
 
     return jax.tree_util.tree_map_with_path(one, state)

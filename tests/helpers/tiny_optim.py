@@ -26,6 +26,7 @@ SETTINGS = {
     "learning_rates": [],
     "l2_sp": 0.0,
     "ema": 0.0,
+    "moments": "float32",
     "options": {},
     "layers": L,
     "fresh": frozenset(),
