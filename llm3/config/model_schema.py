@@ -17,7 +17,7 @@ CHOICES = {
     "positions": ("rope", "learned"),
     "pool": ("last", "mean", "first"),
     "attention": ("auto", "plain", "blockwise", "splash", "pallas", "tokamax"),
-    "remat": ("none", "full", "dots"),
+    "remat": ("none", "full", "dots", "offload"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "matmul": ("compute", "int8", "fp8"),
 }
@@ -125,7 +125,9 @@ class ModelConfig:
     pooler: bool = False  # dense layer and tanh between the pool and the task head (BERT)
     # plain (holds all scores), blockwise, splash (TPUs), pallas or tokamax (NVIDIA); auto: the best but tokamax
     attention: str = "auto"
-    remat: str = "none"  # recompute in the backward pass: none, full (everything), or dots (all but matmul results)
+    # recompute in the backward pass: none, full (everything), dots (all but matmul results), or offload (the same, and
+    # the matmul results wait in the host's memory)
+    remat: str = "none"
     scan_unroll: int = 1  # layers unrolled in each iteration of the layer scan
     # compute the LM loss over this many tokens of the vocabulary at a time, to save memory; 0: a vocabulary of up to
     # 8,192 tokens per device all at once, a larger one 4,096 at a time

@@ -4,12 +4,27 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from llm3.errors import OutOfMemory
+from llm3.errors import OutOfMemory, UserError
 
+HOST = "pinned_host"  # jax's name of the memory of the host that devices can copy from and to by themselves
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def check_host(mesh: Any, what: str) -> None:
+    """Raise UserError, starting with `what`, unless the devices of a mesh can use the memory of their host.
+
+    Devices that need not exist, those of a plan, can.
+    """
+    if not isinstance(mesh, Mesh):
+        return
+    kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+    if HOST not in kinds:
+        raise UserError(f"{what}: this backend has no memory {HOST!r}; it has {', '.join(kinds)}")
 
 
 def reset_peak() -> None:

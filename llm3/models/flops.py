@@ -75,7 +75,8 @@ def step_flops(
     segments, trainable: the fields of a `Partition`; None: every parameter is trainable. The rules of the count:
     - A matrix product costs once forward, once backward for the gradient of its input if any parameter below it is
       trainable, and once for the gradient of its weights if they are trainable.
-    - In layers with a backward pass, remat "full" recomputes all products but the last, remat "dots" only the scores.
+    - In layers with a backward pass, remat "full" recomputes all products but the last, "dots" and "offload" only the
+      scores.
     - A causal segment without a backward pass skips a part of the keys, unless windows are cut (`context` > 1).
     - With `max_output_positions`, the last layer is computed at that many positions only.
     - Logits in blocks of the vocabulary are computed again in the backward pass; the last two blocks may overlap.
@@ -142,7 +143,7 @@ def _layer_backward(config: ModelConfig, shape: Shape, trains: _TrainableLeaves,
     total += half * (query + key + (query or key) + value)
     inner = query or key or value
     attended = through("attention", "out", inner)
-    if config.remat == "dots":
+    if config.remat in ("dots", "offload"):
         total += half * ((inner or trains("attention/out/kernel")) + (query or key or trains("attention/out/kernel")))
     attended = attended or trains.any_of("attention_norm", "attention_out_norm")
     if config.block != "parallel_one_norm":

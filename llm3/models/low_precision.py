@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llm3.distributed.memory import HOST
 from llm3.registry import check_package
 
 FORMATS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
@@ -43,8 +44,23 @@ def low_precision_dot(a: jax.Array, b: jax.Array, axes: tuple, matmul: str, dtyp
 
 def saves_products(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     """A remat policy: keep products over features, but not the products of 8 bits before they are scaled."""
-    if primitive.name == "dot_general" and operands[0].dtype.itemsize == 1:
+    if _is_unscaled(primitive, operands):
         return False
     policies = jax.checkpoint_policies
     dots, named = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
     return dots(primitive, *operands, **parameters) or named(primitive, *operands, **parameters)
+
+
+def offloads_products(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+    """A remat policy: keep what `saves_products` keeps, in the host's memory until the backward pass."""
+    policies, to = jax.checkpoint_policies, ("device", HOST)
+    dots = policies.offload_dot_with_no_batch_dims(*to)
+    named = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[PRODUCT], offload_src=to[0], offload_dst=to[1]
+    )
+    unscaled = _is_unscaled(primitive, operands) or primitive.name == "name"
+    return (named if unscaled else dots)(primitive, *operands, **parameters)
+
+
+def _is_unscaled(primitive: Any, operands: tuple) -> bool:
+    return primitive.name == "dot_general" and operands[0].dtype.itemsize == 1

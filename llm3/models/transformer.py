@@ -27,7 +27,7 @@ from llm3.models.embedding import Embedding
 from llm3.models.heads import Transform, dense, pooled
 from llm3.models.kernels import unembed
 from llm3.models.layers import Norm, Projection, small_init
-from llm3.models.low_precision import saves_products
+from llm3.models.low_precision import offloads_products, saves_products
 from llm3.models.positions import PerLayer, angles
 from llm3.segments import Segments, canonical, in_stack, segment_bounds, segment_name
 from llm3.tree import flatten, unflatten
@@ -35,6 +35,7 @@ from llm3.tree import flatten, unflatten
 REMAT_POLICIES = {
     "full": None,
     "dots": saves_products,
+    "offload": offloads_products,
 }
 
 

@@ -15,6 +15,7 @@ A loop holds its stacked outputs and the peak of its body.
 import math
 from typing import Any, NamedTuple
 
+from jax import memory
 from jax.extend.core import Jaxpr, Literal
 
 CALLS = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
@@ -40,7 +41,8 @@ class Value:
         self.shape: tuple[int, ...] = tuple(getattr(variable.aval, "shape", ()))
         self.dtype = getattr(variable.aval, "dtype", None)
         self.itemsize: int = getattr(self.dtype, "itemsize", 4)
-        self.bytes = math.prod(self.shape) * self.itemsize
+        on_device = getattr(variable.aval, "memory_space", None) != memory.Space.Host
+        self.bytes = math.prod(self.shape) * self.itemsize * on_device
         self.given, self.held, self.gathered, self.of_matmul = given, False, False, False
         self.roots: frozenset[Value] = frozenset({self} if given else ())
 

@@ -94,7 +94,7 @@ def _plan_phase(
     policies: tuple[str, ...],
 ) -> PhasePlan:
     model, steps, seconds = stage.model, {}, {}
-    for policy in policies:
+    for policy in dict.fromkeys((*policies, model.remat)):
         of_policy = replace(stage, model=replace(model, remat=policy))
         each = of_policy.phases(mesh)[index]
         sent = collectives(of_policy, each, mesh)

@@ -18,6 +18,7 @@ from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import StageConfig
 from llm3.data.batch import Batch
 from llm3.distributed.compiler_options import step_options
+from llm3.distributed.memory import check_host
 from llm3.distributed.sharding import axis_size, check_batch, named, tree_shardings, whole_axis_note, with_sharding
 from llm3.errors import UserError, within
 from llm3.models.flops import model_flops, step_flops
@@ -134,6 +135,8 @@ def build(
     """
     check_length(model, stage.sequence_length, f"{where}.sequence_length")
     check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
+    if model.remat == "offload":
+        check_host(mesh, "config.model.remat='offload'")
     inactive = tuple(f"/lora/{name}/" for name, each in model.adapters if not each.active)
     shapes = flatten(canonical(abstract(model).shapes))
     active = unflatten({path: leaf for path, leaf in shapes.items() if not any(each in path for each in inactive)})
