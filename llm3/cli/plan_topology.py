@@ -16,7 +16,6 @@ from llm3.planning import aot as compiler
 from llm3.planning.hlo import Found
 from llm3.planning.plan import PhasePlan, on_abstract_mesh, plan_phases, stage_on
 from llm3.planning.roofline import EFFICIENCY, USABLE, Collective
-from llm3.planning.trace import POLICIES
 from llm3.report.units import count, gibibytes, mebibytes, percent, seconds
 from llm3.stages import rules
 from llm3.stages.stage import Stage
@@ -94,11 +93,11 @@ def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
     large = each.total(own) >= 2**30
     unit, amount = ("GiB", gibibytes) if large else ("MiB", mebibytes)
     grid = Table(f"{unit} per device", box=None, header_style="bold")
-    for policy in POLICIES:
+    for policy in each.steps:
         grid.add_column(f"remat {policy}{'*' * (policy == own)}", justify="right")
 
     def row(label: str, cell: Callable[[str], str]) -> None:
-        grid.add_row(label, *(cell(policy) for policy in POLICIES))
+        grid.add_row(label, *(cell(policy) for policy in each.steps))
 
     def range_of(text: Callable[[float], str]) -> Callable[[str], str]:
         return lambda policy: f"{text(each.times[policy].sequential)} to {text(each.times[policy].overlapped)}"
@@ -117,7 +116,7 @@ def plan_table(stage: Stage, each: PhasePlan, machine: Topology) -> Table:
     row("time of matmuls", lambda policy: seconds(each.times[policy].compute))
     row("time of memory traffic", lambda policy: seconds(each.times[policy].memory))
     for axis in each.times[own].collectives:
-        times = {policy: seconds(each.times[policy].collectives[axis]) for policy in POLICIES}
+        times = {policy: seconds(each.times[policy].collectives[axis]) for policy in each.steps}
         row(f"time of collectives, {axis}", times.__getitem__)
     row("step time: sequential to overlapped", range_of(seconds))
     row("tokens per second", range_of(lambda step: count(tokens / step)))

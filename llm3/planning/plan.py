@@ -75,7 +75,7 @@ def stage_on(config: RunConfig, name: str, workdir: Path, machine: Topology) -> 
 def plan_phases(
     stage: Stage, config: MeshConfig, machine: Topology, policies: tuple[str, ...] = POLICIES
 ) -> list[PhasePlan]:
-    """The plans of a stage's phases under remat policies, which must include the config's policy.
+    """The plans of a stage's phases under remat policies and the config's policy.
 
     Raises UserError if the mesh does not fit the machine's number of devices.
     """

@@ -97,3 +97,14 @@ def test_remat_counts_recomputed_matmuls(policy):
     # 2 forward, 3 backward (one input, two weights), and 2 if recomputed
     expected = (2 + 3 + 2 * (policy is None)) * product
     assert of(jax.value_and_grad(loss), W, X).flops == expected
+
+
+def test_what_a_loop_leaves_in_the_host_takes_nothing_of_the_device():
+    layers = jax.ShapeDtypeStruct((5, D, D), jnp.float32)
+
+    def run(x, w):
+        step = lambda x, w: (jnp.tanh(x @ w), jax.device_put(x, jax.memory.Space.Host))  # noqa: E731
+        last, left = jax.lax.scan(step, x, w)
+        return jnp.sum(last), jax.device_put(left[2], jax.memory.Space.Device)
+
+    assert of(run, X, layers).peak <= 3 * BYTES
