@@ -99,6 +99,8 @@ class StageConfig:
     unfreeze: list[Any] = dataclasses.field(default_factory=list)
     adapters: dict[str, AdapterConfig] = dataclasses.field(default_factory=dict)  # low-rank adapters by name
     frozen: str = "float32"  # how frozen parameters are stored: float32, compute (the compute dtype), int8 or nf4
+    # where frozen parameters of the layers wait: device, or host, from where each layer is copied for its use
+    frozen_memory: str = "device"
     seed: int | None = None  # seed of the stage's data order and fresh parameters; None: from the run's seed
     order_seed: int | None = None  # another seed of the data order, masks and dropout; None: `seed`
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)  # the optimizer of the stage
@@ -121,6 +123,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         one_of("stages.*.kind", self.kind, ("pretrain", "posttrain", "finetune"))
         one_of("stages.*.frozen", self.frozen, ("float32", "compute", "int8", "nf4"))
+        one_of("stages.*.frozen_memory", self.frozen_memory, ("device", "host"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
         at_least("stages.*.sample_every", self.sample_every, 0)

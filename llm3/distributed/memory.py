@@ -27,6 +27,22 @@ def check_host(mesh: Any, what: str) -> None:
         raise UserError(f"{what}: this backend has no memory {HOST!r}; it has {', '.join(kinds)}")
 
 
+def is_in_host(array: jax.Array) -> bool:
+    """Whether an array, or a tracer, is in the memory of the host."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def layer_from_host(stack: jax.Array, index: Any) -> jax.Array:
+    """stack[index] in the memory of the device, of a stack in that of the host."""
+    return jax.device_put(jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), jax.memory.Space.Device)
+
+
+def on_device(tree: Any) -> Any:
+    """Arrays, not tracers, of which those in the memory of the host are copied to that of the device."""
+    move = lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")) if is_in_host(x) else x  # noqa: E731
+    return jax.tree.map(move, tree)
+
+
 def reset_peak() -> None:
     """Reset the peak memory of this process, if the system allows it (Linux: man 5 proc, clear_refs)."""
     try:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm3.config.model_schema import ModelConfig
+from llm3.distributed.memory import is_in_host, layer_from_host
 from llm3.distributed.sharding import gathered, pieces, residual, scattered, tree_shardings, with_sharding
 from llm3.models.attention.layer import LayerInputs
 from llm3.models.attention.of_layers import LayerAttention, layer_attention
@@ -95,11 +96,15 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         """Apply the layers of a segment, of which the lowest is layer `first`. Other arguments as of `LayerInputs`."""
         graph, params = nnx.split(stack)
-        length = jax.tree.leaves(params)[0].shape[0]
+        leaves, tree = jax.tree.flatten(params)
+        near = [leaf for leaf in leaves if not is_in_host(leaf)]
+        length = leaves[0].shape[0]
         stop, skips = first + length, self.config.skip_first_norm and first == 0
 
         def body(x: jax.Array, layer: tuple, output_positions: jax.Array | None = None) -> tuple[jax.Array, None]:
-            params, number = layer
+            (*own, number), index = layer, layer[-1] - first
+            held = [layer_from_host(x, index) if is_in_host(x) else own.pop(0) for x in leaves]
+            params = jax.tree.unflatten(tree, held)
             random = None if key is None else jax.random.fold_in(key, number)
             own_angles, attend = rotary.at(number, first, stop), attention.of(number, first, stop, output_positions)
             skip_norm = number == 0 if skips else None
@@ -113,12 +118,12 @@ class Transformer(nnx.Module):
             # without a loop between them, XLA would merge the recomputation with the forward pass and undo it
             remat = partial(jax.checkpoint, policy=REMAT_POLICIES[self.config.remat])
             body, top = remat(body, prevent_cse=unroll >= count), remat(body, prevent_cse=True)
-        lower = params if output_positions is None else jax.tree.map(lambda leaf: leaf[:-1], params)
+        lower = near if output_positions is None else [leaf[:-1] for leaf in near]
         if count:
-            x, _ = jax.lax.scan(body, x, (lower, jnp.arange(first, first + count)), unroll=unroll)
+            x, _ = jax.lax.scan(body, x, (*lower, jnp.arange(first, first + count)), unroll=unroll)
         if output_positions is None:
             return x
-        return top(x, (jax.tree.map(lambda leaf: leaf[-1], params), first + count), output_positions)[0]
+        return top(x, (*(leaf[-1] for leaf in near), first + count), output_positions)[0]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits, float32 [B, T, padded V]; the tokens that only fill `vocab_multiple` have -1e30, as if masked.

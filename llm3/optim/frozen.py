@@ -6,11 +6,13 @@ result. Leaves that norms, task heads and DoRA's column norms read, and biases, 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm3.distributed.memory import HOST, on_device
 from llm3.models.quantized import CODEBOOKS, Quantized, quantize
 from llm3.segments import in_stack
 from llm3.tree import flatten, map_with_path, unflatten
@@ -24,12 +26,17 @@ class Storage(NamedTuple):
 
 
 def make_storage(
-    frozen: dict, shardings: dict, kind: str, compute_dtype: str, exact: frozenset[str] = frozenset()
+    frozen: dict,
+    shardings: dict,
+    kind: str,
+    compute_dtype: str,
+    exact: frozenset[str] = frozenset(),
+    in_host: bool = False,
 ) -> Storage:
     """The storage of a frozen tree (of shapes). kind: float32, compute, int8 or nf4. Raises UserError.
 
     int8 and nf4 apply to the kernels of the layers; other leaves are then stored in the compute dtype. exact: names of
-    projections whose kernels and adapters the model reads in float32.
+    projections whose kernels and adapters the model reads in float32. in_host: the layers wait in the host's memory.
     """
 
     def one(path: str, leaf: jax.Array) -> Any:
@@ -46,20 +53,26 @@ def make_storage(
 
     shapes = jax.eval_shape(store, frozen)
     flat = flatten(shardings)
-    fitted = map_with_path(lambda path, x: jax.tree.map(lambda part: fitting(flat[path], part.shape), x), shapes)
+
+    def sharding(path: str, part: Any) -> NamedSharding:
+        found = fitting(flat[path], part.shape)
+        return found.with_memory_kind(HOST) if in_host and in_stack(path) else found
+
+    fitted = map_with_path(lambda path, x: jax.tree.map(partial(sharding, path), x), shapes)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, fitted)
-    return Storage(jax.jit(store, out_shardings=fitted) if kind != "float32" else lambda tree: tree, abstract)
+    changes = kind != "float32" or in_host
+    return Storage(jax.jit(store, out_shardings=fitted) if changes else lambda tree: tree, abstract)
 
 
 def dequantized(stored: dict) -> dict:
-    """The tree with quantised leaves dequantised to float32; other leaves do not change."""
-    flat = flatten(stored)
+    """The tree on the device, with quantised leaves dequantised to float32; other values do not change."""
+    flat = flatten(on_device(stored))
     return unflatten(flat | _values({path: x for path, x in flat.items() if isinstance(x, Quantized)}))
 
 
 def rounded(frozen: dict, storage: Storage) -> dict:
     """A float32 frozen tree, in which the leaves that `storage` quantises have their dequantised values."""
-    stored = flatten(storage.store(frozen))
+    stored = flatten(on_device(storage.store(frozen)))
     return unflatten(flatten(frozen) | _values({path: x for path, x in stored.items() if isinstance(x, Quantized)}))
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm3.config.schema import ModelConfig, StageConfig
+from llm3.distributed.memory import HOST
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.distributed.sharding import axis_size, shards
 from llm3.models.attention.blockwise import BLOCK
@@ -63,8 +64,9 @@ class Step(NamedTuple):
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes on one device of a tree of shapes with shardings."""
-    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+    """Bytes on one device of a tree of shapes with shardings; what is in the memory of the host has none."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind != HOST]
+    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in leaves)
     return float(sum(math.prod(shape) * size for shape, size in shards))
 
 

@@ -145,6 +145,10 @@ def build(
     leaves = flatten(abstract(model, phases[0].segments).shapes)
     if stage.frozen != "float32" and len(phases[0].trainable) == len(leaves):
         raise UserError(f"{where}.frozen={stage.frozen!r}: nothing is frozen")
+    if stage.frozen_memory == "host":
+        check_host(mesh, f"{where}.frozen_memory='host'")
+        if model.remat == "none":
+            raise UserError(f"{where}.frozen_memory='host': needs model.remat: the backward pass would keep all layers")
     for name in (name for name, each in model.adapters if each.active):
         own = [path for path in flatten(active) if f"/lora/{name}/" in path]
         trainable = any(f"/lora/{name}/" in path for path in list(phases.values())[-1].trainable)
@@ -237,7 +241,8 @@ def _phase(
 def _storage(stage: StageConfig, model: ModelConfig, frozen: dict, shardings: dict) -> Storage:
     """How the frozen parameters of a phase are stored."""
     dora = frozenset(name for _, each in model.adapters if each.active and each.dora for name in each.targets)
-    return make_storage(frozen, shardings, stage.frozen, model.compute_dtype, dora)
+    in_host = stage.frozen_memory == "host"
+    return make_storage(frozen, shardings, stage.frozen, model.compute_dtype, dora, in_host)
 
 
 def _optimizer(
