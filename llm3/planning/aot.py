@@ -76,6 +76,7 @@ def compile_step(stage: Stage, config: MeshConfig, topology: Topology, index: in
         text = next(Path(dump).glob("*.after_optimizations.txt")).read_text()
     assert analysis is not None  # the TPU compiler always reports memory
     arguments = analysis.argument_size_in_bytes
-    beyond = analysis.peak_memory_in_bytes - arguments
+    # the peak counts arguments in the memory of the host
+    beyond = analysis.peak_memory_in_bytes - analysis.host_argument_size_in_bytes - arguments
     seconds = time.perf_counter() - before
     return Compiled(arguments, analysis.temp_size_in_bytes, beyond, seconds, collectives=tuple(hlo.collectives(text)))

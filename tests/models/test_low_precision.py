@@ -166,6 +166,7 @@ def test_products_of_float_kernels_of_the_layers_and_no_others_are_in_8_bits(cha
         assert products(jax.make_jaxpr(step)(*trees).jaxpr).get("int8", 0) == expected
 
 
+@pytest.mark.slow
 def test_partial_training_under_remat_works_on_a_mesh():
     """Only about the same: a sum in another order may round one number otherwise, and so all that depend on it."""
     rules = ["layers[2]/.*", "final_norm/.*"]
@@ -184,6 +185,7 @@ def test_partial_training_under_remat_works_on_a_mesh():
         assert off < 0.1 * np.linalg.norm(gradient), path
 
 
+@pytest.mark.slow
 def test_training_in_8_bits_follows_that_in_bfloat16():
     def losses(matmul):
         mesh = mesh_of(1)

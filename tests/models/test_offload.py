@@ -55,6 +55,7 @@ def test_the_products_that_dots_keeps_wait_in_the_host_and_the_inputs_of_the_lay
     assert kept("offload", matmul) == {DEVICE: 1, HOST: 6}
 
 
+@pytest.mark.slow
 def test_offload_computes_what_dots_computes_also_on_a_mesh():
     def run(mesh, remat):
         with jax.set_mesh(mesh):

@@ -151,6 +151,7 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(kind, tmp_path):
     assert same(run(step, *again, steps[2:]), run(step, *half, steps[2:]))
 
 
+@pytest.mark.slow
 def test_neither_cuts_of_the_stack_nor_a_mesh_change_an_update():
     params, steps = weights(0), gradients(2)
     optimizer, parts = make(params, moments="float8"), [(0, 1), (1, 3)]
