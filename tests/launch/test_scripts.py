@@ -118,7 +118,9 @@ def test_scripts_that_ask_for_other_extras_in_turn_install_each_once(repository)
 def test_a_misspelt_extra_is_refused_before_anything_is_made(repository):
     answer = repository("setup.sh", "tset")
     assert answer.returncode == 2
-    assert "no extra named tset; valid: " in answer.stderr and "cuda, eval, hf, test, tpu" in answer.stderr
+    assert "no extra named tset; valid: " in answer.stderr and {"cuda", "eval", "test", "tpu"} <= set(
+        answer.stderr.rpartition("valid: ")[2].strip().split(", ")
+    )
     assert not (repository.root / ".venv").exists()
 
 

@@ -45,29 +45,29 @@ def attend(
     )
     segments = kernels.SegmentIds(pattern.queries.segments, pattern.keys.segments)
     query = grouped(scaled(query, scale), kv_heads).reshape(batch, kv_heads, groups, length, -1)
-    of_heads = jax.vmap(lambda *each: kernel(each[0], each[1], each[2], segment_ids=each[3]), (0, 0, 0, None))
-    y = _in_own_precision(jax.vmap(of_heads), query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    y = _in_own_precision(kernel, segments, query, key.swapaxes(1, 2), value.swapaxes(1, 2))
     return ungrouped(y.astype(value.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_own_precision(kernel: Callable, query: jax.Array, key: jax.Array, value: jax.Array, segments: Any) -> jax.Array:
-    """kernel(query, key, value, segments), whose products have the precision of their operands in both passes.
+@jax.custom_vjp
+def _in_own_precision(kernel: Any, segments: Any, *arrays: jax.Array) -> jax.Array:
+    """The kernel on query [B, K, G, T, h], key and value [B, K, T, h], with products in the precision of these.
 
-    They take what `jax.default_matmul_precision` says when they are traced, and float32 does not compile for bfloat16.
+    In both passes: they take what `jax.default_matmul_precision` says when they are traced, and float32 does not
+    compile for bfloat16.
     """
-    return _forward(kernel, query, key, value, segments)[0]
+    return _forward(kernel, segments, *arrays)[0]
 
 
-def _forward(kernel: Callable, *arrays: Any) -> tuple[jax.Array, Callable]:
-    *inputs, segments = arrays
-    with jax.default_matmul_precision(_precision(inputs[0])):
-        return jax.vjp(lambda *inputs: kernel(*inputs, segments), *inputs)
+def _forward(kernel: Any, segments: Any, *arrays: jax.Array) -> tuple[jax.Array, Callable]:
+    of_heads = jax.vmap(lambda segments, *each: kernel(*each, segment_ids=segments), (None, 0, 0, 0))
+    with jax.default_matmul_precision(_precision(arrays[0])):
+        return jax.vjp(partial(jax.vmap(of_heads), segments), *arrays)
 
 
-def _backward(kernel: Callable, pull_back: Callable, dy: jax.Array) -> tuple:
+def _backward(pull_back: Callable, dy: jax.Array) -> tuple:
     with jax.default_matmul_precision(_precision(dy)):
-        return (*pull_back(dy), None)
+        return (None, None, *pull_back(dy))
 
 
 def _precision(operand: jax.Array) -> str:
