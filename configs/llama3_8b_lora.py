@@ -11,9 +11,9 @@ model are those of its config.json, against which a run checks them; they are he
 | variant | stage | GiB per device | tokens per second |
 |---|---|--:|--:|
 | `h100x1` | `lora` | 36.5 of 80 | 12k to 18k |
-| `h100x1` | `qlora` | 27.5 of 80 | 9.6k to 18k |
+| `h100x1` | `qlora` | 27.2 of 80 | 11k to 18k |
 | `h100x8` | `lora` | 23.5 of 80 | 80k to 146k |
-| `h100x8` | `qlora` | 22.3 of 80 | 76k to 146k |
+| `h100x8` | `qlora` | 22.3 of 80 | 87k to 146k |
 
 The table is the plan's estimate, between no overlap of matmuls, memory and collectives and full overlap.
 """

@@ -10,9 +10,9 @@ are here so that a plan needs no model. `--config.stages.posttrain.start.model=D
 
 | variant | stage | GiB per device | tokens per second |
 |---|---|--:|--:|
-| `h100x1` | `posttrain` | 28.7 of 80 | 21k to 30k |
-| `h100x8` | `posttrain` | 28.7 of 80 | 170k to 235k |
-| `h100x8` | `finetune` | 7.1 of 80 | 0.9M to 1.5M |
+| `h100x1` | `posttrain` | 23.2 of 80 | 44k to 83k |
+| `h100x8` | `posttrain` | 23.2 of 80 | 348k to 653k |
+| `h100x8` | `finetune` | 4.3 of 80 | 0.9M to 1.5M |
 
 The table is the plan's estimate, between no overlap of matmuls, memory and collectives and full overlap.
 """

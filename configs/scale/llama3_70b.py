@@ -9,9 +9,9 @@ parameters and moments alone would need 98.6 GiB per device. That variant has no
 
 | variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
-| `h100x8`, adapters alone | `h100x8` | 41.3 of 80 | 4.9k to 9.7k | not pretrained |
-| `h100x64` | `h100x64` | 57.1 of 80 | 34k to 63k | 18 to 34 days |
-| `v5p-512` | `v5p:8x8x4` | 53.0 of 95 | 79k to 117k | 10 to 15 days |
+| `h100x8`, adapters alone | `h100x8` | 19.8 of 80 | 8.5k to 11k | not pretrained |
+| `h100x64` | `h100x64` | 37.1 of 80 | 49k to 67k | 17 to 23 days |
+| `v5p-512` | `v5p:8x8x4` | 32.9 of 95 | 104k to 124k | 9 to 11 days |
 """
 
 from ml_collections import ConfigDict

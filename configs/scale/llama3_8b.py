@@ -9,14 +9,13 @@ adapter to GSM8K. The batch is 2.1M tokens on every machine; the mesh and the nu
 
 | variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
-| `h100x8` | `h100x8` | 53.3 of 80 | 30k to 55k | 21 to 39 days |
-| `h100x64` | `h100x64` | 53.3 of 80 | 221k to 441k | 2.6 to 5.2 days |
-| `v5p-512` | `v5p:8x8x4` | 37.3 of 95 | 598k to 1.1M | 25 to 46 hours |
+| `h100x8` | `h100x8` | 42.4 of 80 | 55k to 84k | 14 to 21 days |
+| `h100x64` | `h100x64` | 42.4 of 80 | 425k to 673k | 1.7 to 2.7 days |
+| `v5p-512` | `v5p:8x8x4` | 26.3 of 95 | 0.96M to 1.25M | 22 to 29 hours |
 
 In a range, the first number assumes that matmuls, memory traffic and collectives run one after another, the second
-that all overlap. Half of the traffic is attention scores, which are held for one layer at a time; windows of 32,768
-tokens would have 16 times as many and do not fit. For the v5p, `plan --aot` agreed with the compiler within 1 %: see
-docs/results.md.
+that all overlap. Attention holds blocks of scores only, so the v5p has room for `remat="none"` (83.1 GiB), or for
+windows of 32,768 tokens with `remat="full"`. `plan --aot` compared this with the TPU's compiler: see docs/results.md.
 """
 
 from ml_collections import ConfigDict

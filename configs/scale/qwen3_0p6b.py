@@ -8,9 +8,9 @@ tokens, but `finetune` trains the top four layers. The model fits on a single de
 
 | variant | `--topology` | GiB per device | tokens per second | 100G tokens |
 |---|---|--:|--:|--:|
-| `h100x8` | `h100x8` | 28.7 of 80 | 170k to 239k | 4.8 to 6.8 days |
-| `h100x64` | `h100x64` | 26.4 of 80 | 1.3M to 1.9M | 15 to 21 hours |
-| `v5p-512` | `v5p:8x8x4` | 13.4 of 95 | 3.4M to 5.7M | 5 to 8 hours |
+| `h100x8` | `h100x8` | 23.2 of 80 | 350k to 657k | 1.8 to 3.3 days |
+| `h100x64` | `h100x64` | 21.0 of 80 | 2.7M to 5.1M | 5.5 to 10 hours |
+| `v5p-512` | `v5p:8x8x4` | 12.1 of 95 | 5.9M to 11.2M | 2.5 to 4.7 hours |
 """
 
 from ml_collections import ConfigDict

@@ -68,12 +68,15 @@ def _int8_units(codes: jax.Array) -> jax.Array:
 
 
 def _nf4_units(codes: jax.Array) -> jax.Array:
-    """NF4[codes], by selecting with one bit of the code after another."""
-    values: list = [np.float32(each) for each in NF4]
+    """NF4[codes], by selecting with one bit of the code after another.
+
+    On the bits of the values: `jnp.where` would make an array of each of them, which a loop over layers keeps.
+    """
+    values: list = [np.uint32(each) for each in NF4.view(np.uint32)]
     for bit in range(4):
-        high = (codes >> bit) & 1 == 1
-        values = [jnp.where(high, *pair) for pair in zip(values[1::2], values[::2], strict=True)]
-    return values[0]
+        upper = 0 - ((codes >> bit) & 1).astype(jnp.uint32)  # all ones where the bit is 1
+        values = [low ^ (upper & (low ^ high)) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(values[0], jnp.float32)
 
 
 UNITS = {"nf4": _nf4_units, "int8": _int8_units}  # by kind: codes -> their values in the codebook, float32

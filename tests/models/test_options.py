@@ -192,7 +192,7 @@ def test_remat_unrolling_segments_and_blocks_change_neither_loss_nor_gradients(n
     assert_same(loss_and_gradients(name, ((0, 1), (1, 3)), **changes), loss_and_gradients(name))
 
 
-@pytest.mark.parametrize("name", ["gemma", "olmo2", "bert", "mistral", *slow("neox", "phi", "modernbert")])
+@pytest.mark.parametrize("name", ["gemma", "bert", *slow("olmo2", "mistral", "neox", "phi", "modernbert")])
 def test_eight_devices_compute_the_gradients_of_one(name):
     assert_same(loss_and_gradients(name, sizes=tuple(DEVICES.items())), loss_and_gradients(name))
 

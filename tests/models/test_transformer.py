@@ -208,17 +208,10 @@ def loss_and_gradients(cut=None, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"remat": "full"},
-        {"vocab_block": 16},
-        pytest.param({"remat": "dots", "scan_unroll": 3}, marks=pytest.mark.slow),
-        {"cut": ((0, 1), (1, 3)), "scan_unroll": 2},
-        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
-        pytest.param({"remat": "full", "scan_unroll": 3}, marks=pytest.mark.slow),
-    ],
+    [{"remat": "dots", "scan_unroll": 3}, pytest.param({"remat": "dots"}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_remat_unrolling_and_segments_change_neither_loss_nor_gradients(changes):
+def test_remat_of_all_but_matmuls_changes_neither_loss_nor_gradients(changes):
     loss, gradients = loss_and_gradients()
     other_loss, other = loss_and_gradients(**changes)
     assert other_loss == pytest.approx(loss, abs=1e-6)

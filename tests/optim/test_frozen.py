@@ -153,7 +153,7 @@ def test_storing_nothing_otherwise_is_refused():
         build(stage, model_config(), mesh_of(1), task=TASK, fresh=lambda path: True, seed=0, where="stage")
 
 
-@pytest.mark.parametrize("kind", sorted(CODEBOOKS))
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_step_over_codes_is_the_step_over_what_they_stand_for(kind):
     (loss, gradients), stored, rest, storage = make_step(kind)
     assert sum(isinstance(leaf, Quantized) for leaf in flatten(stored).values()) == 7

@@ -138,7 +138,7 @@ def test_bytes_of_the_state_of_a_large_model(kind, most):
     assert size[kind] <= most * size["float32"]
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["float8", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_state_that_was_saved_goes_on_bit_for_bit(kind, tmp_path):
     params, steps = weights(0), gradients(4)
     optimizer = make(params, moments=kind, weight_decay=0.1, clip_norm=1.0)
