@@ -192,10 +192,10 @@ def test_changing_one_document_changes_no_logit_of_its_neighbour(changes):
 
 
 @functools.cache
-def loss_and_gradients(cut=None, **changes):
+def loss_and_gradients(**changes):
     """Of the mean next-token loss; gradients canonical and flat."""
     config = model_config(qk_norm="head", **changes)
-    segments = cut or ((0, config.layers),)
+    segments = ((0, config.layers),)
     graph = abstract(config, segments).graph
 
     @jit
