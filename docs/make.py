@@ -18,6 +18,7 @@ from types import ModuleType
 
 from llm3 import evals, objectives
 from llm3.ablation.schema import AblationConfig
+from llm3.config.changes import Class, field_class
 from llm3.config.schema import RunConfig
 from llm3.registry import load_plugin, plugin_names
 
@@ -33,7 +34,12 @@ python -m llm3 run --config=configs/quickstart.py --workdir=runs/short --config.
 ```
 
 A misspelt field is an error that names the nearest right one.
+
+*(free)* stands after fields that may change whenever a run [resumes](stages.md#changing-a-run), *(amend)* after those
+that `--amend` changes from there on. All others belong to the stage.
 """
+
+MARKS = {"free": " *(free)*", "amendable": " *(amend)*", "fixed": ""}
 
 
 class Field(typing.NamedTuple):
@@ -83,14 +89,15 @@ def _meaning(lines: list[str], node: ast.AnnAssign) -> str:
     return " ".join(above)
 
 
-def sections(section: type, path: str) -> Iterator[tuple[str, type]]:
-    """(dotted path, dataclass) of a section and of all sections below it."""
-    yield path, section
+def sections(section: type, path: str, own: Class = "fixed") -> Iterator[tuple[str, type, Class]]:
+    """(dotted path, dataclass, class of its fields that name none) of a section and of all sections below it."""
+    yield path, section, own
     for name, kind in typing.get_type_hints(section).items():
         named = typing.get_origin(kind) is dict
         for inner in typing.get_args(kind) or (kind,):  # the values of a dict, or a section that may be None
             if dataclasses.is_dataclass(inner):
-                yield from sections(inner, f"{path}.{name}" + (".NAME" if named else ""))
+                inner_path = f"{path}.{name}" + (".NAME" if named else "")
+                yield from sections(inner, inner_path, field_class(section, name, own))
 
 
 def table(rows: list[Field]) -> str:
@@ -116,9 +123,13 @@ def options(folder: ModuleType, what: str) -> Iterator[str]:
 def reference() -> str:
     """The text of docs/config.md."""
     parts = [HEAD]
-    for path, section in sections(RunConfig, "config"):
-        parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(fields(section))}\n")
-    for path, section in sections(AblationConfig, "config of an ablation"):
+    for path, section, own in sections(RunConfig, "config"):
+        rows = [
+            each._replace(meaning=each.meaning + MARKS[field_class(section, each.name, own)])
+            for each in fields(section)
+        ]
+        parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(rows)}\n")
+    for path, section, _ in sections(AblationConfig, "config of an ablation"):
         parts.append(f"## {path}\n\n{inspect.getdoc(section)}\n\n{table(fields(section))}\n")
     parts += options(objectives, "Options of the objective")
     parts += options(evals, "Options of the evaluation")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llm3.ablation.arms import BASE, Variant, chain, chain_config
 from llm3.ablation.schema import AblationConfig
-from llm3.config.schema import MeshConfig, RunConfig, as_dict
+from llm3.config.schema import MeshConfig, RunConfig, StageConfig, as_dict
 from llm3.data.library import Library
 from llm3.distributed.mesh_axes import MESH_AXES
 from llm3.errors import UserError
@@ -19,10 +19,10 @@ from llm3.planning.plan import on_abstract_mesh
 from llm3.stages.experiment import read_library
 from llm3.stages.rules import check, data_sources
 from llm3.stages.stage import read_stage
-from llm3.stages.workdir import FREE_FIELDS, VALIDATION_FIELDS
+from llm3.stages.workdir import UNRECORDED
 
 # fields of a stage that its step does not depend on: stages with equal other fields are timed once
-NOT_IN_PROGRAM = {"steps", "kind", "start", "baseline", "seed", "order_seed", *FREE_FIELDS, *VALIDATION_FIELDS}
+NOT_IN_PROGRAM = {"steps", "kind", "start", "baseline", "seed", "order_seed", *UNRECORDED, *StageConfig.VALIDATION}
 EQUAL = 0.01  # budgets that differ by more than this share are named
 
 

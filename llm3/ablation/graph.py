@@ -12,7 +12,7 @@ from llm3.ablation.arms import chain_config, seeded
 from llm3.ablation.costs import Cost, Priced
 from llm3.ablation.schema import AblationConfig
 from llm3.config.load import FOLDER
-from llm3.config.schema import RunConfig
+from llm3.config.schema import RunConfig, StageConfig
 from llm3.data.chat_templates import template_hash
 from llm3.data.library import Library
 from llm3.files import INIT, ROW, TOKENIZER, read_json, write_json
@@ -24,7 +24,7 @@ from llm3.stages.experiment import read_evaluation_data
 from llm3.stages.later import outdated
 from llm3.stages.parents import parent_name
 from llm3.stages.rules import data_sources
-from llm3.stages.workdir import VALIDATION_FIELDS, judge, stage_record
+from llm3.stages.workdir import judge, stage_record
 
 RUNS = "runs"  # the folder of the stage runs
 NODE = "node.json"  # in the folder of a stage run: its config
@@ -126,7 +126,9 @@ def _kept(config: RunConfig, name: str) -> dict[str, Any]:
         return {}
     stage = config.stages[name]
     judges = {key: definition(config, key) for key in [judge(stage.best, config)] if key}
-    return {key: getattr(stage, key) for key in sorted(VALIDATION_FIELDS | {"save_every", "keep"})} | {"judge": judges}
+    return {key: getattr(stage, key) for key in sorted(StageConfig.VALIDATION | {"save_every", "keep"})} | {
+        "judge": judges
+    }
 
 
 def _origin(start: Any, name: str) -> str:

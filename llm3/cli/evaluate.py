@@ -14,7 +14,8 @@ from rich.console import Console
 
 from llm3.checkpoints.load import load_stage, trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.config.model_schema import check_length
+from llm3.config.changes import changes
+from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig, as_dict
 from llm3.data.chat_templates import kept_template, trained_template
 from llm3.data.tokenizer import Tokenizer
@@ -33,7 +34,6 @@ from llm3.stages.evaluate import Measured, evaluate_subject, plain, progress, wr
 from llm3.stages.evaluation import subject_of, without_source
 from llm3.stages.experiment import prepare
 from llm3.stages.session import Session
-from llm3.stages.workdir import differences
 from llm3.tree import size
 
 Deliver = Callable[[list[tuple[dict[str, Any], Measured]]], int]
@@ -108,7 +108,8 @@ def evaluate_config(
             now = replace(
                 stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
             )
-            if lines := differences(as_dict(model), as_dict(now), "model"):
+            found = changes(as_dict(model), as_dict(now), ModelConfig, "model")
+            if lines := [f"  {each.line}" for each in found if each.kind != "free"]:
                 raise UserError(f"{workdir / name} holds another model than this config:\n" + "\n".join(lines))
             row, measured = evaluate_subject(session, subject_of(stage), params)
             results.append((row | {"step": meta["step"]}, measured))

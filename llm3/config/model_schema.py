@@ -75,6 +75,7 @@ class ModelConfig:
     """The transformer. The run sets some of the fields; a config must not."""
 
     REMOVED = ("logit_chunk",)  # fields of older versions, which changed no result
+    FREE = frozenset(("attention", "remat", "scan_unroll", "vocab_block"))  # other ways to compute the same
 
     layers: int  # number of transformer layers
     d_model: int  # width of the hidden states

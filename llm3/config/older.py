@@ -15,7 +15,7 @@ def with_new_fields(saved: Any, now: Any, kind: Any) -> Any:
     """
     if not (isinstance(saved, dict) and isinstance(now, dict)):
         return saved
-    kinds, removed = _kinds(kind, now), getattr(kind, "REMOVED", ())
+    kinds, removed = section_kinds(kind, now), getattr(kind, "REMOVED", ())
     kept = {key: value for key, value in saved.items() if key not in removed}
     filled = {key: with_new_fields(value, now.get(key), kinds.get(key)) for key, value in kept.items()}
     for field in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
@@ -24,7 +24,7 @@ def with_new_fields(saved: Any, now: Any, kind: Any) -> Any:
     return filled
 
 
-def _kinds(kind: Any, names: typing.Iterable[str]) -> dict[str, Any]:
+def section_kinds(kind: Any, names: typing.Iterable[str]) -> dict[str, Any]:
     """{name: type} of the values of a section."""
     if isinstance(kind, dict):
         return kind

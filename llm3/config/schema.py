@@ -30,6 +30,10 @@ class MeshConfig:
 class OptimizerConfig:
     """The optimizer of a stage, its learning rates, and its average of the weights."""
 
+    AMENDABLE = frozenset(  # the others decide what the optimizer's state is
+        ("learning_rate", "schedule", "warmup_steps", "decay_steps", "final_fraction", "weight_decay", "clip_norm")
+    )
+
     name: str = "adamw"  # adamw, adafactor, lion, muon or sgd
     learning_rate: float = 1e-3  # peak learning rate
     schedule: str = "cosine"  # constant, linear, cosine or wsd (warm-up, stable, decay)
@@ -61,6 +65,9 @@ class GuardConfig:
     The window starts anew with each phase of `unfreeze` and each mixture of `data_schedule`.
     """
 
+    FREE = frozenset(("stop_after",))
+    AMENDABLE = frozenset(("deviations", "window", "accept_after"))
+
     # skip updates whose loss or gradient norm exceeds the recent mean by this many standard deviations; 0: off
     deviations: float = 0.0
     window: int = 128  # number of recent steps that the mean and standard deviation are taken over
@@ -78,6 +85,11 @@ class GuardConfig:
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage: a parent, a data mixture, an objective, a rule for the trainable parameters, an optimizer."""
+
+    FREE = frozenset(("log_every", "save_every", "keep", "sample_every", "micro_batches", "baseline"))
+    # with `patience` these decide the result; without, they are in no record, and may change as well
+    VALIDATION = frozenset(("best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"))
+    AMENDABLE = VALIDATION | {"steps"}
 
     kind: str  # pretrain, posttrain or finetune
     data: dict[str, float]  # the mixture: {source: weight}
@@ -183,6 +195,13 @@ class EvaluationConfig:
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A whole experiment."""
+
+    FREE = frozenset(
+        ("evaluations", "samples", "sample_tokens", "trackers", "mesh", "hang_seconds", "check_memory")
+    ) | {
+        "cache_dir",
+        "data_dir",
+    }
 
     # the model that all stages share; of a pretrained model, or of the run that the first stage starts from, it follows
     # from there

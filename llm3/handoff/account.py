@@ -107,7 +107,7 @@ def ready_rules(start: AnyStart, new: set[str], left: set[str], kept: set[str], 
 
 
 # fields that change no result
-SAME_FUNCTION = ("remat", "vocab_block", "scan_unroll", "compute_dtype", "matmul", "vocab_multiple")
+SAME_FUNCTION = (*sorted(ModelConfig.FREE), "compute_dtype", "matmul", "vocab_multiple")
 # these, and fields that change only results of leaves that `check_labels` and the account check
 FREE_MODEL_FIELDS = (
     *SAME_FUNCTION,

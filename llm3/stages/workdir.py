@@ -5,17 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm3.config.changes import Change, changes
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
-from llm3.config.schema import EvaluationConfig, ModelConfig, RunConfig, StageConfig, as_dict
+from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
 
-# Fields that may change when a run resumes: they affect logs and checkpoints, not results. Those of the validation
-# decide the result of a stage that stops early, and of no other.
-FREE_FIELDS = frozenset({"log_every", "save_every", "keep", "sample_every"})
-VALIDATION_FIELDS = frozenset({"best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"})
-FREE_GUARD_FIELDS = frozenset({"stop_after"})
+# Free fields that are in no record. The others decide what a step costs, or where the report shows the stage.
+UNRECORDED = StageConfig.FREE - {"micro_batches", "baseline"}
 SECTIONS = {
     "model": ModelConfig,
     "tokenizer": TokenizerConfig,
@@ -38,10 +36,10 @@ def stage_record(config: RunConfig, name: str) -> dict:
         shared["evaluations"] = judges
     used = set(tokenizer_sources(config)) | {each["source"] for each in judges.values() if each["source"]}
     shared["sources"] = {key: record["sources"].get(key) for key in sorted(used | _drawn(stage, record["stages"]))}
-    free = FREE_FIELDS if stage.get("patience") else FREE_FIELDS | VALIDATION_FIELDS
+    free = UNRECORDED if stage.get("patience") else UNRECORDED | StageConfig.VALIDATION
     own = {key: value for key, value in stage.items() if key not in free}
     if own:
-        own["guard"] = {key: value for key, value in own["guard"].items() if key not in FREE_GUARD_FIELDS}
+        own["guard"] = {key: value for key, value in own["guard"].items() if key not in GuardConfig.FREE}
     return json.loads(json.dumps(shared | ({"stage": own} if own else {})))
 
 
@@ -89,14 +87,9 @@ def tokenizer_sources(config: RunConfig) -> list[str]:
     return config.tokenizer.sources or sorted({source for data in pretraining for source in data})
 
 
-def differences(saved: Any, now: Any, where: str = "") -> list[str]:
+def differences(saved: Any, now: Any) -> list[str]:
     """The fields in which two JSON values differ, as lines "field: saved X, now Y"."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        lines = []
-        for key in sorted(saved.keys() | now.keys()):
-            lines += differences(saved.get(key), now.get(key), f"{where}.{key}" if where else key)
-        return lines
-    return [] if saved == now else [f"  {where}: saved {saved!r}, now {now!r}"]
+    return [f"  {each.line}" for each in changes(saved, now, None)]
 
 
 def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> dict:
@@ -131,17 +124,23 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
     return saved
 
 
-def check_record(workdir: Path, config: RunConfig, name: str) -> None:
-    """Raise UserError if the workdir holds this stage with another config.
+def record_changes(workdir: Path, config: RunConfig, name: str) -> list[Change]:
+    """The fields in which this config differs from the one that the workdir holds this stage with; not the free ones.
 
-    A field that llm3 did not have when the stage began makes no other config while it has its default.
+    A field that llm3 did not have when the stage began is no difference while it has its default.
     """
     saved = read_json(workdir / name / RECORD)
     if saved is None:
-        return
+        return []
     now = stage_record(config, name)
-    saved = with_new_fields(saved, now, SECTIONS)
-    if lines := differences(*of_training(without_moved_parent(workdir, name, saved, now), now)):
+    saved = without_moved_parent(workdir, name, with_new_fields(saved, now, SECTIONS), now)
+    return [each for each in changes(*of_training(saved, now), SECTIONS) if each.kind != "free"]
+
+
+def check_record(workdir: Path, config: RunConfig, name: str) -> None:
+    """Raise UserError if the workdir holds this stage with a config that differs in more than free fields."""
+    if found := record_changes(workdir, config, name):
+        lines = [f"  {each.line}" for each in found]
         said = [f"{workdir} holds {name!r} with another config:", *lines, next_step(workdir, name)]
         raise UserError("\n".join(said))
 

@@ -4,6 +4,7 @@ import pytest
 
 from llm3.__main__ import main
 from llm3.config import load as configfile
+from llm3.config.schema import GuardConfig, ModelConfig, OptimizerConfig, RunConfig, StageConfig
 from llm3.errors import UserError
 from llm3.files import RECORD, write_json
 from llm3.stages import workdir
@@ -65,10 +66,22 @@ def test_the_untrained_model_and_the_tokenizer_belong_to_one_config_too(capsys, 
         "evaluations.general.max_documents=9",
         "evaluations={}",
         "stages.pretrain.best=domain_bits_per_byte",
+        "stages.pretrain.micro_batches=2",
+        "stages.pretrain.guard.stop_after=3",
+        "model.remat=full",
+        "model.scan_unroll=2",
+        "model.vocab_block=64",
+        "model.attention=plain",
     ],
 )
 def test_fields_that_do_not_affect_a_stage_may_change_when_it_resumes(begun, file, override):
     workdir.check_record(begun, configfile.load(file, [override]), "pretrain")
+
+
+def test_every_field_with_a_class_is_a_field_of_its_section_and_has_one_class():
+    for kind in (RunConfig, ModelConfig, OptimizerConfig, GuardConfig, StageConfig):
+        free, amendable = getattr(kind, "FREE", frozenset()), getattr(kind, "AMENDABLE", frozenset())
+        assert free | amendable <= kind.__dataclass_fields__.keys() and not free & amendable
 
 
 def test_the_evaluation_that_chooses_a_step_belongs_to_the_stage(tmp_path, file):
