@@ -33,6 +33,7 @@ RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # the config's prompts, continued
 DATA_SAMPLE = "data_sample.json"  # the first windows that the stage trains on, with their targets
+SET_ASIDE = "set_aside"  # folder: what a change of the run replaced, in numbered folders
 ROW = "evaluation.json"  # the stage's row in the matrix, written when the stage is finished
 DETAILS = "details.json"  # evaluation results that are not single numbers
 PREDICTIONS = "predictions"  # folder: the results of each evaluation item by item
@@ -92,6 +93,15 @@ def ordinary_permissions(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the finished checkpoints in a folder, ascending; [] without a folder."""
+    try:
+        entries = list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(each.name) for each in entries if each.name.isdecimal() and each.is_dir())
 
 
 def write_json(path: Path, value: Any) -> None:

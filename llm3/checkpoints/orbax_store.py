@@ -25,6 +25,7 @@ from llm3.checkpoints.metadata import as_arrays, by_path, not_finite, with_diges
 from llm3.checkpoints.saved_step import DamagedCheckpoint, SavedStep
 from llm3.distributed.interrupts import unfinished_saves
 from llm3.errors import NotWritten, UserError, listed, nearest, os_reason, root_cause, writing
+from llm3.files import saved_steps
 from llm3.tree import flatten, unflatten
 
 __all__ = ["DamagedCheckpoint", "Store"]
@@ -132,11 +133,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, ascending."""
-        try:
-            entries = list(self.directory.iterdir())
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(int(each.name) for each in entries if each.name.isdecimal() and each.is_dir())
+        return saved_steps(self.directory)
 
     def latest(self) -> int | None:
         """The highest step, regardless of file times."""

@@ -16,10 +16,10 @@ from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, PLAN, SESSIONS, local_path
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
+from llm3.stages.amend import planned, stage_to_go_back
 from llm3.stages.origin import complete
 from llm3.stages.parents import first_rows
 from llm3.stages.trackers import check_trackers
-from llm3.stages.workdir import check_record
 
 LAUNCHERS = ("local", "slurm")
 PREDICTED = (".jsonl", ".csv", ".parquet")
@@ -115,8 +115,10 @@ def check_config(verb: str, config: RunConfig, workdir: Path, options: Mapping[s
     if verb == "run":
         check_trackers(config)
     if verb in ("run", "report"):
+        back, why = options.get("from_step"), options.get("why", "")
+        stage = stage_to_go_back(workdir, names, back)
         for name in [*first_rows(config, workdir), *names]:
-            check_record(workdir, config, name)
+            planned(workdir, config, name, why, back if name == stage else None)
 
 
 def check_plan(options: Mapping[str, Any]) -> None:

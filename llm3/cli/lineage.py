@@ -11,6 +11,7 @@ from llm3.handoff.account import changes
 from llm3.handoff.checkpoint import holds
 from llm3.report.console import new_console
 from llm3.report.units import count
+from llm3.stages.amendments import amendments_in
 
 
 def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
@@ -31,6 +32,8 @@ def lineage(workdir: Path, runs: Sequence[Path] = ()) -> int:
         for depth, link in enumerate([*meta["lineage"], {"run": ".", "stage": name, **meta}]):
             text, style = line(workdir, link, runs, depth)
             console.print(f"  {'  ' * depth}{text}", style=style)
+            for amendment in amendments_in(link):
+                console.print(f"  {'  ' * depth}  {amendment.line}")
     return 0
 
 

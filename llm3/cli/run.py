@@ -28,6 +28,7 @@ from llm3.files import (
 from llm3.planning.fit import check_fits
 from llm3.report.console import new_console
 from llm3.stages import rules
+from llm3.stages.amend import apply, check_children, planned, stage_to_go_back
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
@@ -40,19 +41,33 @@ from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
 
 
-def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare: bool = False) -> int:
+def run(
+    config: RunConfig,
+    workdir: Path,
+    stages: list[str] | None = None,
+    bare: bool = False,
+    why: str = "",
+    from_step: int | None = None,
+) -> int:
     """Train and evaluate the chosen stages (default: all), resuming unfinished ones; returns the exit status.
 
-    bare: measure nothing but these stages, and write no report.
+    bare: measure nothing but these stages, and write no report. why: the reason for a config that differs from that of
+    stages that have begun, from where they resume. from_step: an earlier step to resume from.
     Raises UserError for a run that cannot start, and NotWritten, with the newest intact checkpoint, if a write fails.
     """
     console = make_console()
     order = rules.chosen(config, stages)
     first = [] if bare else first_rows(config, workdir)
-    for name in [*first, *order]:
+    for name in first:
         check_record(workdir, config, name)
+    back = stage_to_go_back(workdir, order, from_step)
+    plans = {name: planned(workdir, config, name, why, from_step if name == back else None) for name in order}
+    amendments = {name: plan for name, plan in plans.items() if plan}
+    check_children(workdir, config, list(amendments), order)
     check_ancestry(workdir, order)
-    to_train = processes.broadcast_from_first(lambda: [name for name in order if not (workdir / name / ROW).is_file()])
+    to_train = processes.broadcast_from_first(
+        lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
+    )
     for name in to_train:
         locate_parent(config, workdir, name, to_train)
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
@@ -66,6 +81,7 @@ def run(config: RunConfig, workdir: Path, stages: list[str] | None = None, bare:
     with ExitStack() as held:
         held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
+        processes.broadcast_from_first(lambda: apply(workdir, config, amendments))
         log, watch = SessionLog(workdir, to_train), Stopwatch()
         with watch.part("tokenize"):
             experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))

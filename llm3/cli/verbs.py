@@ -43,6 +43,8 @@ VERBS = {
             flag(
                 "--bare", action="store_true", help="measure only these stages, not their parents, and write no report"
             ),
+            flag("--amend", dest="why", default="", metavar="WHY", help="change stages from where they resume"),
+            flag("--from_step", type=int, metavar="K", help="with --amend: go back to this step, and resume from it"),
         ),
         clustered=True,
         compiles=True,

@@ -74,6 +74,16 @@ def check_phases(data_schedule: Sequence[Any], steps: int, where: str) -> list[t
     return phases
 
 
+def check_ranges(ranges: Sequence[Any], where: str) -> None:
+    """Raise UserError, starting with `where`, unless these are ascending pairs [first, last] of steps from 1 on."""
+    before = 0
+    for entry in ranges:
+        whole = isinstance(entry, list | tuple) and len(entry) == 2 and all(type(each) is int for each in entry)
+        if not (whole and before < entry[0] <= entry[1]):
+            raise UserError(f"{where}: {entry!r}: expected ascending pairs [first, last] of steps, counted from 1")
+        before = entry[0]
+
+
 def check_early_stopping(own: Mapping[str, Any], where: str) -> None:
     """Raise UserError, starting with `where`, unless a stage that stops early evaluates what it stops by."""
     for field in ("eval_every", "eval_documents", "patience", "min_delta"):

@@ -6,7 +6,7 @@ This module does not import jax, so a misspelt field is reported before any devi
 import dataclasses
 from typing import Any
 
-from llm3.config.checks import check_early_stopping, check_optimizer, check_phases, check_warmup
+from llm3.config.checks import check_early_stopping, check_optimizer, check_phases, check_ranges, check_warmup
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.model_schema import AdapterConfig, ModelConfig
 from llm3.errors import UserError, at_least, one_of
@@ -89,7 +89,7 @@ class StageConfig:
     FREE = frozenset(("log_every", "save_every", "keep", "sample_every", "micro_batches", "baseline"))
     # with `patience` these decide the result; without, they are in no record, and may change as well
     VALIDATION = frozenset(("best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"))
-    AMENDABLE = VALIDATION | {"steps"}
+    AMENDABLE = VALIDATION | {"steps", "batch_size", "data", "temperature", "data_schedule", "replay", "skip_steps"}
 
     kind: str  # pretrain, posttrain or finetune
     data: dict[str, float]  # the mixture: {source: weight}
@@ -100,6 +100,9 @@ class StageConfig:
     temperature: float = 0.0  # t > 0 multiplies each weight by (tokens of the source) ** (1 / t); 0: off
     # pairs [step, {source: weight}]: the mixture from that step on
     data_schedule: list[Any] = dataclasses.field(default_factory=list)
+    # pairs [first, last] of steps, counted from 1, whose batches are left out: from `first` on, each step takes the
+    # batch that so many steps later would have taken
+    skip_steps: list[Any] = dataclasses.field(default_factory=list)
     replay: float = 0.0  # share of the mixture that repeats the parent's data, with the parent's weights
     # the parent: a stage of this run, dict(run=, stage=, step=, fresh=[...], drop=[...]), or a pretrained model:
     # dict(model=, revision=, fresh=[...], drop=[...])
@@ -156,6 +159,7 @@ class StageConfig:
         at_least("stages.*.temperature", self.temperature, 0)
         check_warmup(vars(self.optimizer), self.steps, "config: stages.*.optimizer")
         check_phases(self.data_schedule, self.steps, "config: stages.*.data_schedule")
+        check_ranges(self.skip_steps, "config: stages.*.skip_steps")
         if not 0 <= self.replay < 1:
             raise UserError(f"config: stages.*.replay={self.replay!r}: expected a share from 0 up to, not including, 1")
         if not isinstance(self.objective_name, str):

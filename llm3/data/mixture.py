@@ -28,6 +28,14 @@ class _Phase(NamedTuple):
     before: dict[str, int]  # source -> rows drawn from it before this phase
 
 
+class _Run(NamedTuple):
+    """A range of steps whose batches have one size and follow one another."""
+
+    first: int  # its first step, from 0
+    row: int  # number of the first row of that step
+    size: int  # rows of a batch
+
+
 class Mixture:
     """An endless, shuffled, weighted mixture: `batch` is a pure function of windows, schedule, seed and step.
 
@@ -45,15 +53,21 @@ class Mixture:
         *,
         by: str = "tokens",
         corrupt: Callable[[Batch, np.random.Generator], Batch] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
+        skip: Sequence[tuple[int, int]] = (),
     ):
         """schedule: [(first step, {source: weight}), ...], the first at step 0. by: "tokens" or "documents".
 
+        sizes: [(first step, batch size), ...], sizes that replace the earlier ones. skip: [(step, batches), ...]:
+        before these steps, so many batches are left out. Steps are counted from 0.
         corrupt: applied to each window; its random numbers depend only on seed, step and row, so they are the same on
         any number of hosts. Raises UserError for steps that do not ascend from 0, a weight that is not positive, an
         unknown source, and a source without windows.
         """
         at_least("batch_size", batch_size, 1)
         one_of("weights", by, ("tokens", "documents"))
+        for _, size in sizes:
+            at_least("batch_size", size, 1)
         steps = [step for step, _ in schedule]
         if steps[:1] != [0] or any(later <= earlier for earlier, later in itertools.pairwise(steps)):
             raise UserError(f"data: weights from the steps {steps}; expected ascending steps, the first 0")
@@ -63,7 +77,7 @@ class Mixture:
         for name in names:
             if not len(windows[name]):
                 raise UserError(f"data: {name} has no windows")
-        self._batch_size, self._corrupt = batch_size, corrupt
+        self._runs, self._corrupt = _runs([(0, batch_size), *sizes], skip), corrupt
         self._key = int.from_bytes(hashlib.sha256(f"{seed}/corrupt".encode()).digest()[:16], "big")
         self._windows = {name: windows[name] for name in names}
         self._orders = {
@@ -72,12 +86,12 @@ class Mixture:
         }
         self._phases = [_Phase(0, {}, dict.fromkeys(names, 0))]
         for step, weights in schedule:
-            first = step * batch_size
+            first = self._first_row(step)
             self._phases.append(_Phase(first, _shares(weights, self._windows, by), self._drawn(first)))
 
     def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         """Rows (default: all) of the global batch of a step: arrays [rows, T]. A host asks for its own rows only."""
-        rows = range(self._batch_size) if rows is None else rows
+        rows = range(self.batch_size(step)) if rows is None else rows
         windows = [self._windows[name][index] for name, index in self.origins(step, rows)]
         if self._corrupt is not None:
             windows = [self._corrupt(each, self._random(step, row)) for each, row in zip(windows, rows, strict=True)]
@@ -85,16 +99,27 @@ class Mixture:
 
     def origins(self, step: int, rows: Sequence[int] | None = None) -> list[tuple[str, int]]:
         """(source, index of its window) of the given rows (default: all) of the global batch."""
-        rows = range(self._batch_size) if rows is None else rows
-        return [self._origin(step * self._batch_size + row) for row in rows]
+        rows, first = range(self.batch_size(step)) if rows is None else rows, self._first_row(step)
+        return [self._origin(first + row) for row in rows]
+
+    def batch_size(self, step: int) -> int:
+        """The number of rows in the batch of a step."""
+        return self._run(step).size
 
     def draws(self, step: int) -> dict[str, int]:
-        """{source: rows drawn from it in the batches before `step`}."""
-        return self._drawn(step * self._batch_size)
+        """{source: rows drawn from it in the batches before `step`, with those that were left out}."""
+        return self._drawn(self._first_row(step))
 
     def epochs(self, step: int) -> dict[str, float]:
-        """{source: epochs of it in the batches before `step`}."""
+        """{source: epochs of it in the batches before `step`, with those that were left out}."""
         return {name: count / len(self._windows[name]) for name, count in self.draws(step).items()}
+
+    def _run(self, step: int) -> _Run:
+        return self._runs[bisect.bisect_right(self._runs, step, key=lambda run: run.first) - 1]
+
+    def _first_row(self, step: int) -> int:
+        run = self._run(step)
+        return run.row + (step - run.first) * run.size
 
     def _origin(self, row: int) -> tuple[str, int]:
         phase = self._phase(row)
@@ -113,6 +138,17 @@ class Mixture:
     def _random(self, step: int, row: int) -> np.random.Generator:
         # Drawing advances the lowest words of the counter.
         return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, row, step]))
+
+
+def _runs(sizes: Sequence[tuple[int, int]], skip: Sequence[tuple[int, int]]) -> list[_Run]:
+    """The runs of steps between changes of the batch size and batches that are left out, as in `Mixture`."""
+    size, left_out = dict(sizes), dict(skip)
+    runs = [_Run(0, 0, size[0])]
+    for step in sorted({*size, *left_out}):
+        last, rows = runs[-1], size.get(step, runs[-1].size)
+        row = last.row + (step - last.first) * last.size + left_out.get(step, 0) * rows
+        runs[-1 if step == last.first else len(runs) :] = [_Run(step, row, rows)]
+    return runs
 
 
 def check_weights(weights: Mapping[str, float], sources: Collection[str], where: str) -> None:

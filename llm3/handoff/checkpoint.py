@@ -105,7 +105,7 @@ class Checkpoint(NamedTuple):
 # what a link of a lineage says besides the location
 LINEAGE_KEYS = (
     *("kind", "fresh", "dropped", "extended", "cast", "rounded", "reset"),
-    *("tokenizer_hash", "chat_template", "data", "steps", "early_stopping", "cost", "version"),
+    *("tokenizer_hash", "chat_template", "data", "steps", "early_stopping", "amendments", "cost", "version"),
 )
 
 

@@ -137,10 +137,14 @@ def data_section(material: Material) -> list[str]:
 
 
 def lineage_section(material: Material) -> list[str]:
-    """Which model each stage began with."""
+    """Which model each stage began with, and how a stage was changed while it trained."""
     plot = image(material, "lineage.svg", "Lineage of the models")
     note = "An arrow leads from a model to the stage that began with its parameters; digests are of the parameters."
-    return ["## Lineage", *plot, f"{note} Baselines have dashed boxes."] if plot else []
+    amended = [
+        f"- {escaped(row['stage'])}: {escaped(line)}" for row in material.stages for line in row.get("amendments") or ()
+    ]
+    drawn = [*plot, f"{note} Baselines have dashed boxes."] if plot else []
+    return ["## Lineage", *drawn, *["\n".join(amended)] * bool(amended)] if drawn or amended else []
 
 
 def reproduce_section(material: Material) -> list[str]:

@@ -12,6 +12,7 @@ from llm3.config.schema import ModelConfig
 from llm3.distributed.sharding import axis_size
 from llm3.models.cross_entropy import blocks
 from llm3.optim.optimizer import state_bytes
+from llm3.stages.amendments import without_reasons
 from llm3.stages.stage import Stage
 from llm3.training.phase import Phase
 from llm3.training.step import TrainState
@@ -88,7 +89,7 @@ def scores_bytes(model: ModelConfig, rows: int, length: int, mesh: Mesh) -> floa
 def recipe(stage: Stage) -> str:
     """A short digest of everything that decides the result of a stage except its seeds."""
     own = {key: value for key, value in stage.record["stage"].items() if key not in ("seed", "order_seed")}
-    record = stage.record | {"stage": own, "devices": jax.device_count()}
+    record = without_reasons(stage.record) | {"stage": own, "devices": jax.device_count()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 

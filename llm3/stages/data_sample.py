@@ -20,7 +20,7 @@ def data_sample(stage: Stage, windows: int) -> list[list[Piece]]:
 
 def first_rows(stage: Stage, number: int) -> list[Batch]:
     """The first rows that a stage trains on, without the batch axis."""
-    size = stage.config.batch_size
+    size = stage.history[0][1].batch_size
     rows = (divmod(row, size) for row in range(number))
     batches = (stage.data.mixture.batch(step, [row]) for step, row in rows)
     return [Batch(*(field[0] for field in batch)) for batch in batches]

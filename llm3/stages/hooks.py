@@ -80,13 +80,13 @@ def sample(run: StageRun, done: int, params: dict, writer: MetricsWriter | None)
 
 def own_metrics(run: StageRun, phase: Phase) -> list[str]:
     """The metrics that the objective computes besides the loss."""
-    batch = run.stage.abstract_batch(run.session.mesh)
+    batch = run.stage.abstract_batch(run.session.mesh, phase.batch_size)
     _, metrics = jax.eval_shape(phase.train_step, phase.abstract_state, batch)
     return [name for name in metrics if name not in STEP_METRICS]
 
 
 def advice(run: StageRun, first: int) -> str:
-    """What a user can do about a stage that diverged at step `first`, and whose config must not change."""
+    """What a user can do about a stage that diverged at step `first`."""
     name, kind = run.stage.name, run.stage.config.kind
     kind = "posttrain" if kind == "pretrain" else kind  # a pretrain stage has no start
     run.checkpoints.wait()
@@ -95,7 +95,8 @@ def advice(run: StageRun, first: int) -> str:
     if step is None:
         return f"No checkpoint is from before: move {run.directory} away to train with a lower learning_rate"
     return (
-        f"Checkpoint {step} is intact. Rerun with a higher guard.stop_after to skip more such steps. Or change the "
-        f"learning rate or the data from there: add a stage with kind={kind!r}, "
+        f"Checkpoint {step} is intact. Rerun with a higher guard.stop_after to skip more such steps. Or go back to it "
+        f'with --stages={name} --from_step={step} --amend="why" and a lower learning_rate, other data, or skip_steps '
+        f"that leave out the batches from step {first} on. Or add a stage with kind={kind!r}, "
         f"start=dict(stage={name!r}, step={step}) and otherwise the fields of this one; name it in --stages"
     )

@@ -1,6 +1,6 @@
 """The weights of a stage's sources over its steps, with the data of its parent that it replays."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,24 @@ def stage_schedule(config: RunConfig, name: str, library: Library) -> Schedule:
     """Pairs (first step, weights of the sources), as `weight_schedule`. Raises UserError."""
     stage, where = config.stages[name], f"config.stages.{name}"
     return _schedule(vars(stage), _replayed(stage, config, library, where), library, where)
+
+
+def schedule_of_history(
+    config: RunConfig, name: str, library: Library, history: Sequence[tuple[int, StageConfig]]
+) -> Schedule:
+    """The schedule of a stage whose config has changed: that of each config from its first step on.
+
+    history: of a `Stage`. While the weights stay as they are, so does the order of the data. Raises UserError.
+    """
+    where, found, before = f"config.stages.{name}", Schedule(), Schedule()
+    for first, own in history:
+        now = _schedule(vars(own), _replayed(own, config, library, where), library, where)
+        if now == before:
+            continue
+        in_force = [weights for step, weights in now if step <= first][-1]
+        later = [(step, weights) for step, weights in now if step > first]
+        found, before = [*(each for each in found if each[0] < first), (first, in_force), *later], now
+    return found
 
 
 def drawn_sources(config: RunConfig, name: str, schedule: Schedule) -> list[str]:
@@ -58,7 +76,8 @@ def _schedule(own: Mapping[str, Any], parent: Mapping[str, float] | None, librar
     sources = dict.fromkeys(source for each in weights for source in each)
     for source in sources:
         if source not in library.configs:
-            raise UserError(f"{where}: the parent's source {source!r} is not in config.sources")
+            which = "parent's source" if source in (parent or {}) else "source that was drawn from before,"
+            raise UserError(f"{where}: the {which} {source!r} is not in config.sources")
     return weight_schedule(
         **{key: own[key] for key in ("data", "temperature", "data_schedule", "replay", "steps")},
         parent=parent,

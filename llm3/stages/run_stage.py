@@ -16,6 +16,7 @@ from llm3.models.attention.choice import platform
 from llm3.report.console import WARNING
 from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
+from llm3.stages.amendments import KEY, amendments_in
 from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.data_sample import data_sample
 from llm3.stages.evaluate import write_row
@@ -42,9 +43,9 @@ def check_before_training(session: Session, stage: Stage, in_this_run: list[str]
     """Check a stage as far as possible before any stage trains. Raises UserError."""
     experiment, directory = session.experiment, session.workdir / stage.name
     parent = find_parent(experiment, stage, in_this_run)
-    for phase in session.phases(stage):
+    for phase in session.run_phases(stage):
         try:
-            jax.eval_shape(phase.train_step, phase.abstract_state, stage.abstract_batch(session.mesh))
+            jax.eval_shape(phase.train_step, phase.abstract_state, stage.abstract_batch(session.mesh, phase.batch_size))
         except (TypeError, ValueError) as error:
             raise UserError(f"{stage.where}: the train step cannot be built: {error}") from error
     Validation(session, stage)
@@ -97,7 +98,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 if request.signal or run.finished or done >= each.stop or done < each.first:
                     continue
                 if each.first and done == each.first:
-                    state = each.following(phase, state, run.base())
+                    state = run.enter(each, phase, state)
                 phase = each
                 with watch.part("compile"):
                     step = compile_step(run, phase, done)
@@ -126,6 +127,7 @@ def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
     parent = parent_labels(session.config, session.workdir)[stage.name]
     ended = {key: run.meta[key] for key in ("early_stopping",) if key in run.meta}
     lines = read_metrics(run.directory) if processes.is_first() else []
+    ended |= {KEY: amended} if (amended := [each.line for each in amendments_in(run.meta)]) else {}
     return (
         vars(run.cost)
         | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
@@ -140,7 +142,9 @@ def compile_step(run: StageRun, phase: Phase, done: int) -> Any:
     """The compiled step of a phase from step `done` on; prints its expected cost."""
     session, stage = run.session, run.stage
     with interrupts.doing(f"compiling the step of {stage.name}"):
-        compiled = phase.train_step.lower(phase.abstract_state, stage.abstract_batch(session.mesh)).compile()
+        compiled = phase.train_step.lower(
+            phase.abstract_state, stage.abstract_batch(session.mesh, phase.batch_size)
+        ).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None  # XLA reports memory on all supported devices
     run.temp_bytes = analysis.temp_size_in_bytes

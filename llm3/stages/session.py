@@ -45,6 +45,7 @@ class Session:
         self.compiled_evaluations: evals.Compiled = {}
         self.watch = Stopwatch()  # of the stage that runs, or of the run before its first stage
         self._phases: dict[str, list[Phase]] = {}
+        self._run_phases: dict[str, list[Phase]] = {}
 
     @contextmanager
     def on_mesh(self) -> Iterator[None]:
@@ -65,6 +66,13 @@ class Session:
         if stage.name not in self._phases:
             self._phases[stage.name] = stage.phases(self.mesh)
         return self._phases[stage.name]
+
+    def run_phases(self, stage: Stage) -> list[Phase]:
+        """The phases of a stage that a run trains, in order, with those before each amendment. Raises UserError."""
+        if stage.name not in self._run_phases:
+            amended = len(stage.history) > 1
+            self._run_phases[stage.name] = stage.phases_of_history(self.mesh) if amended else self.phases(stage)
+        return self._run_phases[stage.name]
 
     def memory_fields(self, stage: Stage) -> list[str]:
         """Three fields that lower the memory of a stage's step, the most helpful first."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from llm3.models.attention.choice import Call
 from llm3.models.attention.of_layers import attention_notes, calls_of
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
+from llm3.stages.amendments import history, read_amendments, with_amendments
 from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
 from llm3.stages.stage_data import StageData, read_data
 from llm3.stages.workdir import stage_record
@@ -39,8 +40,9 @@ class Stage:
 
     task: the objective's arguments besides model and batch. seed: seed of the data order and dropout. given_seed: the
     seed in the config. labels: the outputs of the task head. lm_head: whether an LM head was trained, or is untrained
-    like the rest of the model. record: the part of the config that decides the result. read: the training data; None
-    in a plan without data.
+    like the rest of the model. record: the part of the config that decides the result. history: pairs (first step, the
+    config of the steps from there on), the last with `config`, one for each amendment. read: the training data; None in
+    a plan without data.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Stage:
     labels: list[str]
     record: dict
     lm_head: bool = True
+    history: list[tuple[int, StageConfig]] = field(default_factory=list)
     read: StageData | None = None
 
     @property
@@ -99,11 +102,30 @@ class Stage:
         config = replace(self.config, train="all", unfreeze=[], adapters={}, frozen="float32", optimizer=plain)
         return replace(self, config=config, model=replace(self.model, adapters=()))
 
-    def phases(self, mesh: Mesh) -> list[Phase]:
-        """The phases of the stage on a mesh, which may be abstract. Raises UserError if the stage does not fit it."""
+    def phases(self, mesh: Mesh, own: StageConfig | None = None, span: tuple[int, int] | None = None) -> list[Phase]:
+        """The phases of the stage on a mesh, which may be abstract. Raises UserError if the stage does not fit it.
+
+        own: another config than that of now. span: only the steps of these phases from one step to another.
+        """
         return build(
-            self.config, self.model, mesh, task=self.task, fresh=self.is_fresh, seed=self.seed, where=self.where
+            own or self.config,
+            self.model,
+            mesh,
+            task=self.task,
+            fresh=self.is_fresh,
+            seed=self.seed,
+            where=self.where,
+            span=span,
         )
+
+    def phases_of_history(self, mesh: Mesh) -> list[Phase]:
+        """The phases with which a run trains the stage: at each amendment begins another one."""
+        stops = [*(first for first, _ in self.history[1:]), self.config.steps]
+        return [
+            phase
+            for (first, own), stop in zip(self.history, stops, strict=True)
+            for phase in self.phases(mesh, own, (first, stop))
+        ]
 
     def attention_calls(self, mesh: Mesh, platform: str) -> dict[int, Call]:
         """The calls of attention in a step on a mesh of cpu, gpu or tpu devices, by the window of a layer."""
@@ -114,10 +136,10 @@ class Stage:
         """What computes them, and why."""
         return attention_notes(self.attention_calls(mesh, platform), self.model.attention)
 
-    def abstract_batch(self, mesh: Mesh | None) -> Batch:
-        """The shapes of a batch, sharded if there is a mesh."""
+    def abstract_batch(self, mesh: Mesh | None, rows: int | None = None) -> Batch:
+        """The shapes of a batch, sharded if there is a mesh. rows: if not `batch_size`, as before an amendment."""
         sharding = None if mesh is None else named(mesh, "batch", "length")
-        shape, dtypes = (self.config.batch_size, self.config.sequence_length), {"weights": jnp.float32}
+        shape, dtypes = (rows or self.config.batch_size, self.config.sequence_length), {"weights": jnp.float32}
         fields = (jax.ShapeDtypeStruct(shape, dtypes.get(each, jnp.int32), sharding=sharding) for each in Batch._fields)
         return Batch(*fields)
 
@@ -141,6 +163,7 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
     own_seed = config.seed if stage.seed is None else stage.seed
     order_seed = own_seed if stage.order_seed is None else stage.order_seed
     explicit = (stage.seed, stage.order_seed) != (None, None)
+    amendments = read_amendments(workdir, name)
     model = replace(
         init_model(config, planned_vocabulary(config, workdir)),
         classes=len(labels),
@@ -158,7 +181,8 @@ def plan_stage(config: RunConfig, name: str, workdir: Path = Path()) -> Stage:
         seed=folded_seed(order_seed, stage.kind if explicit else name),
         given_seed=own_seed,
         labels=labels,
-        record=stage_record(config, name),
+        record=with_amendments(stage_record(config, name), amendments),
+        history=history(stage, amendments, where),
     )
 
 
@@ -171,7 +195,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     check_tokenizer(objective, library.tokenizer, task.options, f"{planned.where}.objective={stage.objective_name!r}")
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
     kinds, corrupt = objective.WINDOWS, partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
-    data = read_data(config, name, library, kinds, length, planned.seed, corrupt)
+    data = read_data(config, name, library, kinds, length, planned.seed, corrupt, planned.history)
     model = replace(
         planned.model,
         vocab_size=vocabulary_size(config, library.tokenizer),

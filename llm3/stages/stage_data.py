@@ -1,15 +1,15 @@
 """The training data of a stage: its sources, their weights over the steps, and the mixture of batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from llm3.config.schema import RunConfig
+from llm3.config.schema import RunConfig, StageConfig
 from llm3.data.cache.token_cache import TokenCache
 from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.packing import Windows
 from llm3.errors import counted
-from llm3.stages.mixture_schedule import drawn_sources, stage_schedule
+from llm3.stages.mixture_schedule import drawn_sources, schedule_of_history
 from llm3.stages.truncation import truncation_warning
 
 
@@ -60,17 +60,28 @@ def read_data(
     length: int,
     seed: int,
     corrupt: Callable | None,
+    history: Sequence[tuple[int, StageConfig]],
 ) -> StageData:
     """The data of stage `name`, tokenized and packed. Raises UserError.
 
     kinds: {row format: kind of windows}. length: tokens of a document that a window holds. seed: of the data order.
-    corrupt: what the objective does to each batch; None: nothing
+    corrupt: what the objective does to each batch; None: nothing. history: of a `Stage`.
     """
-    stage, schedule = config.stages[name], stage_schedule(config, name, library)
+    stage, schedule = config.stages[name], schedule_of_history(config, name, library, history)
     sources = drawn_sources(config, name, schedule)
     caches = {source: library.cache(source, "train") for source in sources}
     tables = {
         source: library.windows(kinds[config.sources[source].row_format], source, "train", length) for source in sources
     }
-    mixture = Mixture(tables, schedule, stage.batch_size, seed, by=stage.weights, corrupt=corrupt)
+    sizes = [(first, own.batch_size) for first, own in history]
+    mixture = Mixture(
+        tables,
+        schedule,
+        sizes[0][1],
+        seed,
+        by=stage.weights,
+        corrupt=corrupt,
+        sizes=sizes[1:],
+        skip=[(first - 1, last - first + 1) for first, last in stage.skip_steps],
+    )
     return StageData(caches, tables, schedule, mixture, length)

@@ -11,9 +11,10 @@ from llm3.distributed import memory
 from llm3.distributed.sharding import place_rows, rows_of_process
 from llm3.errors import UserError
 from llm3.handoff.parent import Parent
+from llm3.stages.amendments import amendments_in
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.stages.start import base_meta, check_same_data, first_params
+from llm3.stages.start import base_meta, check_same_data, first_params, now_meta
 from llm3.stages.validation import Validation
 from llm3.training.metrics import Cost
 from llm3.training.phase import Phase
@@ -43,7 +44,7 @@ class StageRun:
 
     @property
     def phases(self) -> list[Phase]:
-        return self.session.phases(self.stage)
+        return self.session.run_phases(self.stage)
 
     @property
     def saves_deltas(self) -> bool:
@@ -83,15 +84,29 @@ class StageRun:
         self.meta, self.cost = own.meta, Cost(**own.meta["cost"])
         self.temp_bytes = own.meta["temp_bytes"]
         self.session.watch.add(own.meta.get("wall_seconds", {}))
+        if self.finished and any(own.step == first for first, _ in self.stage.history[1:]):
+            self.meta |= {"finished": False}  # an amendment has given it more steps
+            self.meta.pop("early_stopping", None)
         self.complete = own.params if self.finished else None
         self.validation = Validation(self.session, self.stage, own.meta.get("validation"))
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
         say(f"{name}: resumes at step {own.step}")
         if (before := self.meta["model"]["compute_dtype"]) != phase.model.compute_dtype:
             say(f"{name}: compute dtype changes from {before} to {phase.model.compute_dtype}")
+        self.meta |= now_meta(self.stage)
+        for amendment in amendments_in(self.meta):
+            say(f"{name}: {amendment.line}")
         if self.saves_deltas and not self.finished:
             self.checkpoints.save_base(own.params, self.meta, phase.partition.split(own.params)[0])
         return phase.state(own.params, own.opt, own.step), own.step
+
+    def enter(self, phase: Phase, before: Phase, state: TrainState) -> TrainState:
+        """The state with which a phase begins: of its trainable parameters, and a new guard after an amendment."""
+        if phase.partition.trainable != before.partition.trainable:
+            state = phase.following(before, state, self.base())
+        if any(phase.first == first for first, _ in self.stage.history[1:]):
+            state = state._replace(guard=phase.init_guard())
+        return state
 
     @property
     def is_result(self) -> bool:
@@ -147,5 +162,6 @@ class StageRun:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step on the devices; each process reads its own rows."""
-        mesh, size = self.session.mesh, self.stage.config.batch_size
-        return place_rows(mesh, size, self.stage.data.mixture.batch(step, rows_of_process(mesh, size)))
+        mesh, mixture = self.session.mesh, self.stage.data.mixture
+        size = mixture.batch_size(step)
+        return place_rows(mesh, size, mixture.batch(step, rows_of_process(mesh, size)))

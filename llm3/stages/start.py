@@ -23,6 +23,7 @@ from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, init
 from llm3.segments import canonical
+from llm3.stages.amendments import amendments_in, with_amendments
 from llm3.stages.experiment import Experiment
 from llm3.stages.parents import parent_name
 from llm3.stages.session import Session
@@ -69,10 +70,13 @@ def check_ancestry(workdir: Path, names: list[str]) -> None:
         for step in checkpoints.steps()[-1:]:
             with suppress(DamagedCheckpoint):  # resuming falls back to an older checkpoint and reports it
                 metas.append(checkpoints.meta(step))
-        for parent in (meta["parent"] for meta in metas if meta["parent"] and "stage" in meta["parent"]):
+        for meta in (meta for meta in metas if meta["parent"] and "stage" in meta["parent"]):
+            parent, start = meta["parent"], meta["config"]["stage"]["start"]
             row = read_json(workdir / parent["stage"] / ROW)
             own = (workdir / parent["run"]).resolve() == workdir.resolve()
-            if own and row and parent["step"] == row["steps"] and parent["params_digest"] != row["params_digest"]:
+            result = not isinstance(start, dict) or start.get("step", "latest") == "latest"
+            compared = row and (result or parent["step"] == row["steps"])
+            if own and compared and parent["params_digest"] != row["params_digest"]:
                 raise UserError(
                     f"{workdir / name} was trained from other parameters of {parent['stage']!r} than its current ones "
                     f"({parent['params_digest'][:12]} then, {row['params_digest'][:12]} now): move {workdir / name} "
@@ -202,7 +206,6 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
     return {
         "stage": stage.name,
         "kind": stage.config.kind,
-        "steps": stage.config.steps,
         "seed": stage.given_seed,
         "parent": parent and parent.describe(experiment.workdir),
         "lineage": parent.lineage(experiment.workdir) if parent else [],
@@ -215,7 +218,12 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
         "data": stage.data.fingerprints,
         "labels": stage.labels,
         "label_sets": stage.task.label_sets is not None,
-        "model": as_dict(stage.model),
-        "config": stage.record,
         "version": __version__,
+        **now_meta(stage),
     }
+
+
+def now_meta(stage: Stage) -> dict:
+    """The part of the metadata that may change when a stage resumes."""
+    own = {"steps": stage.config.steps, "model": as_dict(stage.model), "config": stage.record}
+    return with_amendments(own, amendments_in(stage.record))

@@ -9,8 +9,9 @@ from llm3.config.changes import Change, changes
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
 from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
-from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, INIT, RECORD, START, local_path, read_json
+from llm3.errors import UserError, listed
+from llm3.files import CHECKPOINTS, RECORD, local_path, read_json, saved_steps
+from llm3.stages.amendments import before_amendments
 
 # Free fields that are in no record. The others decide what a step costs, or where the report shows the stage.
 UNRECORDED = StageConfig.FREE - {"micro_batches", "baseline"}
@@ -39,6 +40,8 @@ def stage_record(config: RunConfig, name: str) -> dict:
     free = UNRECORDED if stage.get("patience") else UNRECORDED | StageConfig.VALIDATION
     own = {key: value for key, value in stage.items() if key not in free}
     if own:
+        if not own["skip_steps"]:  # newer than digests of records
+            del own["skip_steps"]
         own["guard"] = {key: value for key, value in own["guard"].items() if key not in GuardConfig.FREE}
     return json.loads(json.dumps(shared | ({"stage": own} if own else {})))
 
@@ -71,7 +74,7 @@ def _drawn(stage: dict, stages: dict[str, dict]) -> set[str]:
     if not stage:
         return set()
     start = stage["start"] if isinstance(stage["start"], dict) else {"stage": stage["start"]}
-    parent = stages.get(start["stage"], {}) if stage["replay"] else {}
+    parent = stages.get(start.get("stage") or "", {}) if stage["replay"] else {}
     return {
         *stage["data"],
         *(name for _, weights in stage["data_schedule"] for name in weights),
@@ -124,30 +127,56 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
     return saved
 
 
-def record_changes(workdir: Path, config: RunConfig, name: str) -> list[Change]:
+def record_changes(workdir: Path, config: RunConfig, name: str, step: int | None = None) -> list[Change]:
     """The fields in which this config differs from the one that the workdir holds this stage with; not the free ones.
 
-    A field that llm3 did not have when the stage began is no difference while it has its default.
+    step: compare with the config without the amendments after this step. A field that llm3 did not have when the stage
+    began is no difference while it has its default, and neither is a source that is new.
     """
     saved = read_json(workdir / name / RECORD)
     if saved is None:
         return []
-    now = stage_record(config, name)
+    now, saved = stage_record(config, name), before_amendments(saved, step)
+    now["sources"] = _kept_sources(config, saved, now)
     saved = without_moved_parent(workdir, name, with_new_fields(saved, now, SECTIONS), now)
     return [each for each in changes(*of_training(saved, now), SECTIONS) if each.kind != "free"]
+
+
+def _kept_sources(config: RunConfig, saved: dict, now: dict) -> dict:
+    """The sources of this config that the stage had: data that it drew from before must stay as they are."""
+    given = json.loads(json.dumps(as_dict(config)))
+    before = {"start": None, "replay": 0.0, "data_schedule": (), "data": ()} | saved.get("stage", {})
+    drawn = now["sources"].keys() | _drawn(before, given["stages"])
+    return {key: given["sources"].get(key) for key in saved.get("sources", {}) if key in drawn}
 
 
 def check_record(workdir: Path, config: RunConfig, name: str) -> None:
     """Raise UserError if the workdir holds this stage with a config that differs in more than free fields."""
     if found := record_changes(workdir, config, name):
-        lines = [f"  {each.line}" for each in found]
-        said = [f"{workdir} holds {name!r} with another config:", *lines, next_step(workdir, name)]
-        raise UserError("\n".join(said))
+        raise another_config(workdir, name, found)
 
 
-def next_step(workdir: Path, name: str) -> str:
-    """What to do about a stage that was trained with another config."""
+def another_config(workdir: Path, name: str, found: list[Change]) -> UserError:
+    """The error for a stage that the workdir holds with another config: what differs, and what to do."""
+    lines = [f"  {each.line}" for each in found]
+    return UserError(
+        "\n".join([f"{workdir} holds {name!r} with another config:", *lines, next_step(workdir, name, found)])
+    )
+
+
+def next_step(workdir: Path, name: str, found: list[Change]) -> str:
+    """What to do about a stage that differs from the config in these fields."""
+    steps = saved_steps(workdir / name / CHECKPOINTS)
+    fixed = [each.field for each in found if each.kind == "fixed"]
     mend = "Nothing was changed. Use another --workdir, or restore the saved values."
-    if name in (INIT, START) or not (workdir / name / CHECKPOINTS).is_dir():
+    if not fixed:
+        step = steps[-1] if steps else 0
+        return f'{mend} Or change the stage from step {step} on: `run` with --amend="why this changes".'
+    if not steps:
         return mend
-    return f"{mend} In a new --workdir, start=dict(run={str(workdir)!r}, stage={name!r}) goes on from what is there."
+    own = f"stage={name!r}, step={steps[-1]}"
+    here = f"start=dict({own}) in a new stage, or " if all(each.startswith("stage.") for each in fixed) else ""
+    return (
+        f"{mend} {listed(fixed)} cannot change within a stage; to branch from its steps (here are "
+        f"{', '.join(map(str, steps))}): {here}start=dict(run={str(workdir)!r}, {own}) in a new --workdir."
+    )

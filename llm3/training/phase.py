@@ -41,6 +41,7 @@ class Phase(NamedTuple):
 
     first: int
     stop: int
+    batch_size: int
     model: ModelConfig
     partition: Partition
     optimizer: Optimizer
@@ -127,11 +128,12 @@ def build(
     fresh: Callable[[str], bool],
     seed: int,
     where: str,
+    span: tuple[int, int] | None = None,
 ) -> list[Phase]:
     """The phases of a stage on a mesh, one for each step of unfreezing, without allocating arrays.
 
     task: the objective's arguments besides model and batch. fresh: whether a leaf, by its canonical path, comes from no
-    parent. Raises UserError if the stage does not fit the model or the mesh.
+    parent. span: only the steps from one to another. Raises UserError if the stage does not fit the model or the mesh.
     """
     check_length(model, stage.sequence_length, f"{where}.sequence_length")
     check_batch(mesh, stage.batch_size, stage.sequence_length, stage.micro_batches, where)
@@ -158,10 +160,12 @@ def build(
     if len(phases) > 1:
         order = list(phases.values())
         groups = {path: [path in each.trainable for each in order].index(True) for path in order[-1].trainable}
-    starts = list(phases)
+    low, high = span or (0, stage.steps)
+    bounds = [min(max(step, low), high) for step in (*phases, stage.steps)]
     return [
         _phase(stage, model, mesh, partition, groups, (first, stop), task=task, fresh=fresh, seed=seed, where=where)
-        for (first, partition), stop in zip(phases.items(), [*starts[1:], stage.steps], strict=True)
+        for partition, (first, stop) in zip(phases.values(), itertools.pairwise(bounds), strict=True)
+        if first < stop
     ]
 
 
@@ -214,6 +218,7 @@ def _phase(
     return Phase(
         first=steps[0],
         stop=steps[1],
+        batch_size=stage.batch_size,
         model=model,
         partition=partition,
         optimizer=optimizer,

@@ -116,6 +116,18 @@ def test_a_source_continues_where_it_was_when_the_weights_change():
     assert drawn[: 11 * 8] == numbers(Mixture(TABLES, WEIGHTS, 8, seed=5), range(11))
 
 
+def test_other_batch_sizes_and_batches_that_are_left_out_keep_the_order_of_the_rows():
+    rows = numbers(Mixture(TABLES, WEIGHTS, 8, seed=5), range(40))
+    changed = Mixture(TABLES, WEIGHTS, 8, seed=5, sizes=[(5, 12), (9, 4)], skip=[(7, 3), (9, 1)])
+    expected = rows[: 5 * 8 + 2 * 12] + rows[5 * 8 + 5 * 12 : 5 * 8 + 7 * 12] + rows[5 * 8 + 7 * 12 + 4 :]
+    assert numbers(changed, range(20)) == expected[: 5 * 8 + 4 * 12 + 11 * 4]
+    assert [changed.batch_size(step) for step in (0, 4, 5, 8, 9, 30)] == [8, 8, 12, 12, 4, 4]
+    assert sum(changed.draws(7).values()) == 5 * 8 + 5 * 12, "what was left out is behind"
+    later = Mixture(TABLES, [*WEIGHTS, (7, {"b": 1.0})], 8, seed=5, sizes=[(5, 12)], skip=[(7, 3)])
+    assert numbers(later, range(7)) == expected[: 5 * 8 + 2 * 12]
+    assert {number // 1000 for number in numbers(later, range(7, 9))} == {2}
+
+
 def test_draws_and_origins_agree_with_the_batches():
     mixture, counted = Mixture(TABLES, CHANGING, 8, seed=2), collections.Counter()
     for step in range(50):

@@ -28,7 +28,7 @@ class Fed(NamedTuple):
 
 def fed(session: Session, stage: Stage, number: int) -> Fed:
     """The stage's batch of a step, ready on the devices."""
-    host = stage.data.mixture.batch(number)
+    host = stage.data.mixture.batch(number, range(stage.config.batch_size))
     return Fed(host, jax.block_until_ready(place_batch(session.mesh, host)))
 
 
