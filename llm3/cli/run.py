@@ -33,6 +33,7 @@ from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
 from llm3.stages.later import evaluate_outdated, is_current
+from llm3.stages.mend import mend
 from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_all_before_training, run_stage
 from llm3.stages.session import Session
@@ -58,6 +59,8 @@ def run(
     console = make_console()
     order = rules.chosen(config, stages)
     first = [] if bare else first_rows(config, workdir)
+    for line in processes.broadcast_from_first(lambda: mend(workdir, [*first, *config.stages])):
+        console.print(line, style="bold red")
     for name in first:
         check_record(workdir, config, name)
     back = stage_to_go_back(workdir, order, from_step)

@@ -13,8 +13,9 @@ from llm3.config.changes import Change
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, writing
 from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE, saved_steps, write_json
-from llm3.stages.amendments import Amendment, changed, read_amendments, with_amendments
+from llm3.stages.amendments import Amendment, changed, with_amendments
 from llm3.stages.parents import parent_name
+from llm3.stages.records import read_amendments
 from llm3.stages.workdir import another_config, record_changes, stage_record
 
 

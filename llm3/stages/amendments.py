@@ -8,15 +8,14 @@ of then, should its checkpoint be damaged.
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3.config import load
 from llm3.config.changes import Change
 from llm3.config.schema import StageConfig, as_dict
-from llm3.files import RECORD, read_json
 
 KEY = "amendments"  # of the record, of metadata and of rows
+REPLAYED = "replayed"  # of the record: the weights of the parent's data, as they were when the stage began
 
 
 class Amendment(NamedTuple):
@@ -51,22 +50,16 @@ def amendments_in(values: dict | None) -> list[Amendment]:
     return [Amendment(**each) for each in (values or {}).get(KEY) or ()]
 
 
-def read_amendments(workdir: Path, name: str) -> list[Amendment]:
-    """The amendments of a stage of a run; [] for one that has not begun. Raises UserError for a damaged record."""
-    record = read_json(workdir / name / RECORD)
-    return amendments_in(record if isinstance(record, dict) else None)
-
-
 def with_amendments(values: dict, amendments: Sequence[Amendment]) -> dict:
     """A record, metadata or a row with the amendments, if there are any."""
     return values | ({KEY: [each._asdict() for each in amendments]} if amendments else {})
 
 
 def without_reasons(record: dict) -> dict:
-    """A record with what its amendments change, but not why and when."""
-    if KEY not in record:
-        return record
-    return record | {KEY: [{"step": each["step"], "changes": each["changes"]} for each in record[KEY]]}
+    """A record with what its amendments change, but not why and when, and without what follows from its parent."""
+    own = {key: value for key, value in record.items() if key != REPLAYED}
+    amended = [{"step": each["step"], "changes": each["changes"]} for each in record.get(KEY, ())]
+    return own | ({KEY: amended} if amended else {})
 
 
 def history(config: StageConfig, amendments: Sequence[Amendment], where: str) -> list[tuple[int, StageConfig]]:
@@ -86,7 +79,7 @@ def history(config: StageConfig, amendments: Sequence[Amendment], where: str) ->
 
 def before_amendments(record: dict, step: int | None) -> dict:
     """A record without its list of amendments, and with the values before those after a step. None: keep all."""
-    own = {key: value for key, value in record.items() if key != KEY}
+    own = {key: value for key, value in record.items() if key not in (KEY, REPLAYED)}
     for each in reversed(amendments_in(record)):
         if step is not None and each.step > step:
             own["stage"] = _before(own["stage"], each.changes)

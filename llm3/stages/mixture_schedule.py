@@ -9,27 +9,35 @@ from llm3.data.library import Library
 from llm3.data.mixture import Schedule
 from llm3.data.mixture_weights import weight_schedule
 from llm3.errors import UserError
-from llm3.files import RECORD, local_path, read_json
+from llm3.files import RECORD, local_path
+from llm3.stages.amendments import REPLAYED
 from llm3.stages.parents import parent_name
+from llm3.stages.records import read_record
 from llm3.stages.rules import data_sources
 
 
 def stage_schedule(config: RunConfig, name: str, library: Library) -> Schedule:
     """Pairs (first step, weights of the sources), as `weight_schedule`. Raises UserError."""
     stage, where = config.stages[name], f"config.stages.{name}"
-    return _schedule(vars(stage), _replayed(stage, config, library, where), library, where)
+    return _schedule(vars(stage), replayed_weights(config, stage, library, where), library, where)
 
 
 def schedule_of_history(
-    config: RunConfig, name: str, library: Library, history: Sequence[tuple[int, StageConfig]]
+    config: RunConfig,
+    name: str,
+    library: Library,
+    history: Sequence[tuple[int, StageConfig]],
+    replayed: Mapping[str, float] | None = None,
 ) -> Schedule:
     """The schedule of a stage whose config has changed: that of each config from its first step on.
 
-    history: of a `Stage`. While the weights stay as they are, so does the order of the data. Raises UserError.
+    history: of a `Stage`. replayed: the weights that the stage replays; None: those of its parent now. While the
+    weights stay as they are, so does the order of the data. Raises UserError.
     """
     where, found, before = f"config.stages.{name}", Schedule(), Schedule()
     for first, own in history:
-        now = _schedule(vars(own), _replayed(own, config, library, where), library, where)
+        parent = replayed or replayed_weights(config, own, library, where)
+        now = _schedule(vars(own), parent if own.replay else None, library, where)
         if now == before:
             continue
         in_force = [weights for step, weights in now if step <= first][-1]
@@ -43,7 +51,7 @@ def drawn_sources(config: RunConfig, name: str, schedule: Schedule) -> list[str]
     return list(dict.fromkeys([*data_sources(config, name), *(each for _, weights in schedule for each in weights)]))
 
 
-def _replayed(stage: StageConfig, config: RunConfig, library: Library, where: str) -> dict[str, float] | None:
+def replayed_weights(config: RunConfig, stage: StageConfig, library: Library, where: str) -> dict[str, float] | None:
     """The weights of the parent's sources to replay; None without replay or without a trained parent."""
     if not stage.replay:
         return None
@@ -58,13 +66,15 @@ def _replayed(stage: StageConfig, config: RunConfig, library: Library, where: st
 def _recorded(run: Path, name: str, library: Library, where: str) -> dict[str, float]:
     """The weights in the last step of a stage of another run, by the record that it keeps."""
     path = run / name / RECORD
-    if (record := read_json(path)) is None:
+    if (record := read_record(run, name)) is None:
         raise UserError(
             f"{where}: {path}, which names the data to replay, does not exist: if that run was moved, set start.run to "
             "its new place"
         )
     own, parent = {"temperature": 0.0, "data_schedule": (), "replay": 0.0} | record["stage"], None
-    if own["replay"] and (start := own["start"]) is not None:
+    if own["replay"] and REPLAYED in record:
+        parent = record[REPLAYED]
+    elif own["replay"] and (start := own["start"]) is not None:
         start = start if isinstance(start, dict) else {"stage": start}
         parent = _recorded(Path(start.get("run") or run), start["stage"], library, where)
     return _schedule(own, parent, library, where)[-1][1]

@@ -21,14 +21,15 @@ from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import axis_size, named
 from llm3.errors import UserError
-from llm3.files import INIT
+from llm3.files import CHECKPOINTS, INIT, saved_steps
 from llm3.handoff.start import AnyStart, Start, read_start
 from llm3.models.attention.choice import Call
 from llm3.models.attention.of_layers import attention_notes, calls_of
 from llm3.objectives import Task
 from llm3.registry import load_plugin, read_options
-from llm3.stages.amendments import history, read_amendments, with_amendments
+from llm3.stages.amendments import REPLAYED, history, with_amendments
 from llm3.stages.model import has_lm_head, init_model, planned_vocabulary, vocabulary_size
+from llm3.stages.records import read_amendments, read_record
 from llm3.stages.stage_data import StageData, read_data
 from llm3.stages.workdir import stage_record
 from llm3.training.phase import Phase, build
@@ -195,7 +196,10 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
     check_tokenizer(objective, library.tokenizer, task.options, f"{planned.where}.objective={stage.objective_name!r}")
     length = objective.raw_length(task) if hasattr(objective, "raw_length") else stage.sequence_length
     kinds, corrupt = objective.WINDOWS, partial(objective.corrupt, task=task) if hasattr(objective, "corrupt") else None
-    data = read_data(config, name, library, kinds, length, planned.seed, corrupt, planned.history)
+    begun = read_record(workdir, name) if saved_steps(workdir / name / CHECKPOINTS) else None
+    kept = (begun or {}).get(REPLAYED)
+    data = read_data(config, name, library, kinds, length, planned.seed, corrupt, planned.history, kept)
+    record = planned.record | ({REPLAYED: dict(data.replayed)} if data.replayed else {})
     model = replace(
         planned.model,
         vocab_size=vocabulary_size(config, library.tokenizer),
@@ -203,7 +207,7 @@ def read_stage(config: RunConfig, name: str, workdir: Path, library: Library) ->
         max_output_positions=_max_output_positions(config, objective, task, data.tables),
     )
     lm_head = has_lm_head(config, name, workdir, model)
-    return replace(planned, model=model, task=task, labels=labels, lm_head=lm_head, read=data)
+    return replace(planned, model=model, task=task, labels=labels, lm_head=lm_head, record=record, read=data)
 
 
 def check_tokenizer(plugin: ModuleType, tokenizer: Tokenizer, options: Any, where: str) -> None:

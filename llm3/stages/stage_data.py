@@ -9,14 +9,14 @@ from llm3.data.library import Library
 from llm3.data.mixture import Mixture
 from llm3.data.packing import Windows
 from llm3.errors import counted
-from llm3.stages.mixture_schedule import drawn_sources, schedule_of_history
+from llm3.stages.mixture_schedule import drawn_sources, replayed_weights, schedule_of_history
 from llm3.stages.truncation import truncation_warning
 
 
 class StageData(NamedTuple):
     """The training data of a stage by source, the mixture weights by first step, and the mixture of batches.
 
-    length: tokens of a document that a window holds
+    length: tokens of a document that a window holds. replayed: the weights of the parent's data, if it is replayed
     """
 
     caches: dict[str, TokenCache]
@@ -24,6 +24,7 @@ class StageData(NamedTuple):
     schedule: list[tuple[int, dict[str, float]]]
     mixture: Mixture
     length: int
+    replayed: Mapping[str, float] | None = None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -61,13 +62,17 @@ def read_data(
     seed: int,
     corrupt: Callable | None,
     history: Sequence[tuple[int, StageConfig]],
+    replayed: Mapping[str, float] | None = None,
 ) -> StageData:
     """The data of stage `name`, tokenized and packed. Raises UserError.
 
     kinds: {row format: kind of windows}. length: tokens of a document that a window holds. seed: of the data order.
     corrupt: what the objective does to each batch; None: nothing. history: of a `Stage`.
+    replayed: the weights of the parent's data when the stage began; None: it has not begun.
     """
-    stage, schedule = config.stages[name], schedule_of_history(config, name, library, history)
+    stage, where = config.stages[name], f"config.stages.{name}"
+    replayed = (replayed or replayed_weights(config, stage, library, where)) if stage.replay else None
+    schedule = schedule_of_history(config, name, library, history, replayed)
     sources = drawn_sources(config, name, schedule)
     caches = {source: library.cache(source, "train") for source in sources}
     tables = {
@@ -84,4 +89,4 @@ def read_data(
         sizes=sizes[1:],
         skip=[(first - 1, last - first + 1) for first, last in stage.skip_steps],
     )
-    return StageData(caches, tables, schedule, mixture, length)
+    return StageData(caches, tables, schedule, mixture, length, replayed)

@@ -140,8 +140,9 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: dict) -> None:
-    """Raise UserError if a stage began with another tokenizer or other documents."""
-    now = {"tokenizer_hash": tokenizer_hash, "data": stage.data.fingerprints}
+    """Raise UserError if a stage began with another tokenizer or other documents; sources may have been added."""
+    found = stage.data.fingerprints
+    now = {"tokenizer_hash": tokenizer_hash, "data": {source: found.get(source) for source in meta["data"]}}
     for key, value in now.items():
         if meta[key] != value:
             raise UserError(
@@ -215,7 +216,6 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
         "reset": ["step", "optimizer", "schedule", "data"],
         "tokenizer_hash": stage.task.tokenizer.hash,
         "chat_template": conversed(experiment, stage, parent),
-        "data": stage.data.fingerprints,
         "labels": stage.labels,
         "label_sets": stage.task.label_sets is not None,
         "version": __version__,
@@ -226,4 +226,5 @@ def base_meta(experiment: Experiment, stage: Stage, parent: Parent | None) -> di
 def now_meta(stage: Stage) -> dict:
     """The part of the metadata that may change when a stage resumes."""
     own = {"steps": stage.config.steps, "model": as_dict(stage.model), "config": stage.record}
+    own["data"] = stage.data.fingerprints
     return with_amendments(own, amendments_in(stage.record))

@@ -10,8 +10,9 @@ from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
 from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, listed
-from llm3.files import CHECKPOINTS, RECORD, local_path, read_json, saved_steps
+from llm3.files import CHECKPOINTS, local_path, saved_steps
 from llm3.stages.amendments import before_amendments
+from llm3.stages.records import read_record
 
 # Free fields that are in no record. The others decide what a step costs, or where the report shows the stage.
 UNRECORDED = StageConfig.FREE - {"micro_batches", "baseline"}
@@ -133,7 +134,7 @@ def record_changes(workdir: Path, config: RunConfig, name: str, step: int | None
     step: compare with the config without the amendments after this step. A field that llm3 did not have when the stage
     began is no difference while it has its default, and neither is a source that is new.
     """
-    saved = read_json(workdir / name / RECORD)
+    saved = read_record(workdir, name)
     if saved is None:
         return []
     now, saved = stage_record(config, name), before_amendments(saved, step)

@@ -10,8 +10,9 @@ from llm3.config import load as configfile
 from llm3.errors import UserError
 from llm3.files import RECORD, ROW, write_json
 from llm3.stages import amend, workdir
-from llm3.stages.amendments import Amendment, history, read_amendments, with_amendments
+from llm3.stages.amendments import Amendment, history, with_amendments
 from llm3.stages.mixture_schedule import schedule_of_history
+from llm3.stages.records import read_amendments
 from llm3.stages.stage import plan_stage
 from tests.helpers import tiny_run as tiny
 
@@ -190,6 +191,19 @@ def test_the_mixture_changes_at_an_amendment_of_the_data_and_at_no_other(file):
         (3, {"domain": 1.0}),
         (5, both),
     ]
+
+
+def test_a_stage_replays_the_data_of_its_parent_as_it_was_when_it_began(file):
+    library = types.SimpleNamespace(
+        configs={"general", "domain"}, cache=lambda source, _: types.SimpleNamespace(tokens=100)
+    )
+    changed = configfile.load(file, ["stages.posttrain.replay=0.5", "stages.pretrain.data={'domain': 1.0}"])
+    own, before = changed.stages["posttrain"], {"general": 1.0}
+    (_, then), (_, now) = (
+        schedule_of_history(changed, "posttrain", library, [(0, own)], replayed)[0] for replayed in (before, None)
+    )
+    assert then == pytest.approx({"domain": 0.45, "general": 0.55})
+    assert now == pytest.approx({"domain": 0.95, "general": 0.05})
 
 
 def test_records_of_unamended_stages_are_as_they_were(file):

@@ -1,0 +1,84 @@
+"""Files of a run that are empty or cannot be read, and that the run makes again from its checkpoints."""
+
+import json
+from pathlib import Path
+
+from llm3.errors import writing
+from llm3.files import (
+    CHECKPOINTS,
+    DATA_SAMPLE,
+    DETAILS,
+    MATRIX,
+    METRICS,
+    RECORD,
+    RESOLVED,
+    ROW,
+    SAMPLES,
+    SESSIONS,
+    saved_steps,
+    write_atomic,
+    write_json,
+)
+from llm3.stages.records import read_record
+
+AGAIN = "it is kept as {kept}, and written again"
+
+
+def mend(workdir: Path, names: list[str]) -> list[str]:
+    """Set aside damaged files that can be made again, of a run and of its rows `names`; a line on each of them.
+
+    A missing or damaged record is written again from the newest checkpoint that can be read. A row whose details are
+    damaged is measured again; damaged lines of metrics and samples are left out.
+    """
+    said = _renamed([workdir / name for name in (MATRIX, SESSIONS, RESOLVED)])
+    for name in names:
+        directory = workdir / name
+        lost = _renamed([directory / RECORD])
+        steps = saved_steps(directory / CHECKPOINTS)
+        measured = _renamed([directory / ROW, directory / DETAILS])
+        if measured or (lost and not steps):  # a row belongs to its details and to the config it was measured with
+            for file in (ROW, DETAILS):
+                if (directory / file).is_file():
+                    _rename(directory / file)
+        if steps and not (directory / RECORD).is_file() and (record := read_record(workdir, name)):
+            write_json(directory / RECORD, record)
+            lost = lost or [f"{directory / RECORD} is missing; it is written again from a checkpoint"]
+        said += [*lost, *measured, *_renamed([directory / DATA_SAMPLE])]
+        for file in (METRICS, SAMPLES):
+            said += _without_damaged_lines(directory / file)
+    return said
+
+
+def _parses(text: str | bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _renamed(paths: list[Path]) -> list[str]:
+    """Rename the files that are no JSON; a line on each."""
+    damaged = [path for path in paths if path.is_file() and not _parses(path.read_bytes())]
+    return [f"{path} cannot be read: {AGAIN.format(kept=_rename(path).name)}" for path in damaged]
+
+
+def _rename(path: Path) -> Path:
+    kept = path.with_name(f"{path.name}.damaged")
+    with writing(kept):
+        path.replace(kept)
+    return kept
+
+
+def _without_damaged_lines(path: Path) -> list[str]:
+    """Leave out the lines that are no JSON, but for an incomplete last one, which a killed process leaves."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    good = [line for line in lines if _parses(line) or (line is lines[-1] and not line.endswith("\n"))]
+    if len(good) == len(lines):
+        return []
+    kept = _rename(path)
+    with writing(path):
+        write_atomic(path, "".join(good))
+    return [f"{path}: {len(lines) - len(good)} of {len(lines)} lines cannot be read: left out; all are in {kept.name}"]

@@ -1,0 +1,39 @@
+"""The record of a stage, `config.json`: the part of its config that decides its result, and its amendments.
+
+It is derived: the metadata of each checkpoint holds it too, as it was then.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+from llm3.errors import UserError
+from llm3.files import CHECKPOINTS, RECORD, read_json, saved_steps
+from llm3.stages.amendments import Amendment, amendments_in
+
+
+def read_record(workdir: Path, name: str) -> dict | None:
+    """The record of a stage; without a readable file that of its newest readable checkpoint; None without either."""
+    with suppress(UserError):
+        if isinstance(record := read_json(workdir / name / RECORD), dict):
+            return record
+    return _from_checkpoints(workdir, name)
+
+
+def read_amendments(workdir: Path, name: str) -> list[Amendment]:
+    """The amendments of a stage of a run; [] for one that has not begun."""
+    return amendments_in(read_record(workdir, name))
+
+
+def _from_checkpoints(workdir: Path, name: str) -> dict | None:
+    directory = workdir / name / CHECKPOINTS
+    if not (steps := saved_steps(directory)):
+        return None
+    # these import jax, which takes seconds
+    from llm3.checkpoints.orbax_store import DamagedCheckpoint
+    from llm3.checkpoints.stage_checkpoints import Checkpoints
+
+    checkpoints = Checkpoints(directory, read_only=True)
+    for step in reversed(steps):
+        with suppress(DamagedCheckpoint):
+            return checkpoints.meta(step)["config"]
+    return None

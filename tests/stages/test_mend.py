@@ -1,0 +1,68 @@
+"""Damaged files of a run that it can make again are set aside, with a line on each."""
+
+import json
+
+import pytest
+
+from llm3.checkpoints import stage_checkpoints
+from llm3.config import load as configfile
+from llm3.files import read_json
+from llm3.report.logs import read_metrics
+from llm3.stages import workdir
+from llm3.stages.mend import mend
+from tests.helpers import tiny_run as tiny
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run with a finished stage, whose checkpoint 10 knows the record."""
+    config = configfile.load(str(tiny.write_config(tmp_path / "config.py", tmp_path)))
+    record, stage = workdir.stage_record(config, "pretrain"), tmp_path / "run" / "pretrain"
+    (stage / "checkpoints" / "10").mkdir(parents=True)
+    monkeypatch.setattr(stage_checkpoints.Checkpoints, "meta", lambda *_: {"config": record})
+    for name in ("config.json", "evaluation.json", "details.json", "../matrix.json"):
+        (stage / name).write_text(json.dumps(record))
+    (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
+    return tmp_path / "run", config, record
+
+
+def test_intact_files_stay_as_they_are(run):
+    before = tiny.files(run[0])
+    assert mend(run[0], ["init", "pretrain"]) == [] and tiny.files(run[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("damaged", "gone"),
+    [
+        ("matrix.json", ["matrix.json"]),
+        ("pretrain/evaluation.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
+        ("pretrain/details.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
+    ],
+)
+def test_a_damaged_file_is_kept_aside_and_made_again(run, damaged, gone):
+    (run[0] / damaged).write_text("")
+    (said,) = mend(run[0], ["pretrain"])
+    assert f"{damaged} cannot be read" in said and f"{damaged.split('/')[-1]}.damaged" in said
+    for name in gone:
+        assert not (run[0] / name).exists() and (run[0] / f"{name}.damaged").is_file()
+
+
+@pytest.mark.parametrize("damage", [None, "", "[]x"])
+def test_a_record_is_written_again_from_the_newest_checkpoint(run, damage):
+    directory, config, record = run
+    path = directory / "pretrain" / "config.json"
+    path.unlink() if damage is None else path.write_text(damage)
+    workdir.check_record(directory, config, "pretrain")
+    changed = configfile.load(str(directory.parent / "config.py"), ["model.rope_theta=5.0"])
+    assert [each.field for each in workdir.record_changes(directory, changed, "pretrain")] == ["model.rope_theta"]
+    assert len(mend(directory, ["pretrain"])) == 1 and read_json(path) == record
+    assert (directory / "pretrain" / "evaluation.json").is_file()
+
+
+def test_a_damaged_line_of_metrics_is_left_out(run):
+    path = run[0] / "pretrain" / "metrics.jsonl"
+    text = path.read_text().replace('{"step": 2}', '{"st\x00')
+    path.write_text(text)
+    (said,) = mend(run[0], ["pretrain"])
+    assert "1 of 3 lines cannot be read" in said and path.with_name("metrics.jsonl.damaged").read_text() == text
+    assert read_metrics(path.parent) == [{"step": 1}]
