@@ -6,7 +6,7 @@
 #   -n   number of processes
 #   -d   devices per process: GPUs (default: all, divided evenly), or simulated CPU devices (default: 1)
 #
-# Ctrl-C and SIGTERM are passed on to all processes, which save and end together. Output lines of all processes but the
+# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are passed on to all processes, which save and end together. Output lines of all processes but the
 # first begin with their number. The exit status is the first one that llm3/errors.py defines, else the largest.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -58,6 +58,8 @@ pass_on() {
 }
 trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM
+trap 'pass_on HUP' HUP
+trap 'pass_on USR1' USR1
 pids=()
 for ((process = 0; process < processes; process++)); do
     export LLM3_PROCESS=$process
@@ -70,7 +72,7 @@ for ((process = 0; process < processes; process++)); do
     if [ "$process" = 0 ]; then
         "$python" -m llm3 "$@" </dev/null &
     else
-        "$python" -m llm3 "$@" </dev/null > >(trap '' INT TERM && exec sed -u "s/^/[$process] /" >&2) 2>&1 &
+        "$python" -m llm3 "$@" </dev/null > >(trap '' INT TERM HUP USR1 && exec sed -u "s/^/[$process] /" >&2) 2>&1 &
     fi
     pids+=($!)
 done

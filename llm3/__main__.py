@@ -32,16 +32,18 @@ from llm3.stages.origin import load_config
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is one of `errors.Exit`, or 128 + the number of a signal that ended it."""
-    command_time.begin(of_process=__name__ == "__main__")
+    alone = __name__ == "__main__"
+    command_time.begin(of_process=alone)
     arguments = sys.argv[1:] if arguments is None else arguments
     trains = arguments[:1] in (["run"], ["ablate"])
     try:
         with watched_output(goes_on=trains):
             if threading.current_thread() is not threading.main_thread():  # only the main thread can handle signals
                 return call_verb(arguments)
-            resumes = trains or (arguments[:1] == ["predict"] and "--out=-" not in arguments)
-            farewell = "stopped" + "; rerun the command to resume" * resumes
-            with interrupts.Interrupts(farewell).watching(*[signal.SIGTERM] * trains) as watched:
+            of_scheduler = interrupts.OF_SCHEDULERS if trains or arguments[:1] == ["data"] else ()
+            resumes = of_scheduler or (arguments[:1] == ["predict"] and "--out=-" not in arguments)
+            farewell = "stopped" + "; rerun the command to resume" * bool(resumes)
+            with interrupts.Interrupts(farewell).watching(*of_scheduler, last=alone) as watched:
                 try:
                     return call_verb(arguments)
                 except KeyboardInterrupt:

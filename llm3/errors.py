@@ -23,7 +23,7 @@ class Exit(enum.IntEnum):
     HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
     NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
     PARTIAL = 6  # some stage runs of an ablation failed, all others are finished
-    PREEMPTED = 75  # SIGTERM: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
+    PREEMPTED = 75  # SIGTERM, SIGHUP, SIGUSR1: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
 
 
 class UserError(Exception):

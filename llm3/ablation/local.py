@@ -77,7 +77,7 @@ class Trainer:
         """Train the nodes, parents first, that are not finished; returns the exit status.
 
         A node that fails stops only those that start from it; `failed.json` says why. A node that another process
-        trains, such as one of an `ablate` that was killed, is waited for. The first Ctrl-C or SIGTERM reaches the
+        trains, such as one of an `ablate` that was killed, is waited for. The first Ctrl-C or signal reaches the
         running nodes, which save and end; then this returns its status.
         """
         self._waiting = {each.name: each for each in nodes if self._result(each) is None}
@@ -159,11 +159,11 @@ class Trainer:
                 for each in self._running:
                     each.process.send_signal(number)
 
-        watched.step, watched.stop = lambda: "the step of each stage run under way", stop
+        watched.step, watched.stop, watched.trains = lambda: "the step of each stage run under way", stop, True
         try:
             yield
         finally:
-            watched.stop = None
+            watched.stop, watched.trains = None, False
 
 
 def _in_foreground() -> bool:

@@ -82,6 +82,7 @@ def run(
         config, [name for name in to_train if not Checkpoints(workdir / name / CHECKPOINTS, read_only=True).steps()]
     )
     with ExitStack() as held:
+        request = held.enter_context(stop_on_signals())
         held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
         processes.broadcast_from_first(lambda: apply(workdir, config, amendments))
@@ -89,7 +90,6 @@ def run(
         with watch.part("tokenize"):
             experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
         session = Session(experiment, console)
-        request = held.enter_context(stop_on_signals())
         with session.on_mesh():
             with watch.part("prepare"):
                 begin(session, to_train, bare)
@@ -104,8 +104,7 @@ def run(
                 if processes.is_first():
                     log.write(facts, watch.seconds)
                 if not trained:
-                    signal = f"Stopped by signal {request.signal}"
-                    console.print(f"{signal}; everything is saved. Rerun the command to resume.")
+                    console.print(f"Stopped by {request.name}; everything is saved. Rerun the command to resume.")
                     return request.exit
         check_ancestry(workdir, order)
         if processes.is_first():

@@ -7,11 +7,14 @@ broadcast, so that all processes take the same branches.
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -24,7 +27,9 @@ T = TypeVar("T")
 
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, and all others end
 LEAVING_SECONDS = 10  # for the others to read an error, unless they are inside a computation
+STOPPING_SECONDS = 3  # for all to end together after a signal
 ALL_DEVICES: dict[str, Any] = {"local_device_ids": []}  # all visible ones, not one per scheduler task
+LAST_SECONDS = 2.0  # the first process ends so much later than the others
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # the first process may have a corpus to tokenize
 
 
@@ -116,6 +121,7 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
     cluster = detect(os.environ, coordinator, processes, process)
     if cluster is None:
         return "one process"
+    jax.config.update("jax_enable_preemption_service", False)  # see llm3/distributed/preemption.py
     try:
         jax.distributed.initialize(**cluster.arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
@@ -216,6 +222,31 @@ def published(name: str) -> dict[int, Any]:
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
+def publish_once(name: str, value: Any) -> None:
+    """Publish a JSON-able value that counts for all processes; the first one does. See `published_once`."""
+    if count() > 1:
+        with suppress(jax.errors.JaxRuntimeError):  # there is one
+            _client().key_value_set(f"llm3-{name}/all", json.dumps(value))
+
+
+def published_once(name: str) -> Any:
+    """The value that was published first under this name; None: there is none."""
+    found = _client().key_value_dir_get(f"llm3-{name}") if count() > 1 else []
+    return json.loads(found[0][1]) if found else None
+
+
+def leave_together(seconds: float) -> None:
+    """Return once all processes are here, or after `seconds`; the first one, whose end ends the others, a bit later."""
+    if count() == 1:
+        return
+    until = time.monotonic() + seconds
+    with suppress(Exception):  # the coordinator may be gone
+        publish("leaving", True)
+        while len(published("leaving")) < count() and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(LAST_SECONDS * is_first())
+
+
 @contextmanager
 def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[str]:
     """`start`, as a context. With several processes, an error ends this process at once.
@@ -223,9 +254,9 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     The others may wait for it inside a computation, where no exception reaches them. jax notices the loss and ends
     them too.
     """
-    found = start(coordinator, processes, process)
-    if not is_first() and (watched := interrupts.current()) is not None:
-        watched.silent = True
+    found, watched = start(coordinator, processes, process), interrupts.current()
+    if watched is not None and count() > 1:
+        watched.silent, watched.leave = not is_first(), partial(leave_together, STOPPING_SECONDS)
     try:
         yield found
     except BaseException as error:
@@ -237,14 +268,18 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
                 traceback.print_exc()
             elif not isinstance(error, RemoteError | KeyboardInterrupt):
                 print(f"llm3: process {index()}: {error}", file=sys.stderr)
-        if not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt):
+            status = watched.end() if watched is not None else 128 + signal.SIGINT
+            leave_together(STOPPING_SECONDS)
+        else:
+            status = int(getattr(error, "exit", 1))
             with suppress(Exception):  # let the others read the error, which the first process stores
                 _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
                 jax.distributed.shutdown()  # else jax aborts those that are still here when the first one is gone
         with suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else int(getattr(error, "exit", 1)))
+        os._exit(status)
 
 
 def _client() -> Any:

@@ -14,7 +14,6 @@ from llm3.errors import Exit
 
 PHASES = ("reading data", "computing", "evaluating", "sampling", "saving")  # the phases of a step, in this order
 GRACE_SECONDS = 20.0  # time for the other processes to report their position
-LAST_SECONDS = 2.0
 
 
 class Place(NamedTuple):
@@ -96,14 +95,5 @@ class Watchdog:
         print("\n".join(f"llm3: {line}" for line in report), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
-        if processes.count() > 1:
-            self._wait_for_others()
+        processes.leave_together(GRACE_SECONDS)
         os._exit(Exit.HUNG)
-
-    def _wait_for_others(self) -> None:
-        """A process that ends takes the others down: wait until all have reported, and end the first process last."""
-        processes.publish("reported", True)
-        until = time.monotonic() + GRACE_SECONDS
-        while len(processes.published("reported")) < processes.count() and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(LAST_SECONDS * processes.is_first())

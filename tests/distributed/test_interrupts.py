@@ -1,4 +1,7 @@
-"""Ctrl-C is answered at once and ends a command within three seconds, wherever the main thread is."""
+"""Ctrl-C is answered at once and ends a command within three seconds, wherever the main thread is.
+
+What schedulers send does the same, and may come several times.
+"""
 
 import os
 import signal
@@ -14,14 +17,14 @@ from llm3.errors import Exit
 
 START = """
 import gc, hashlib, sys, time
-from llm3.distributed.interrupts import Interrupts, unfinished_saves
+from llm3.distributed.interrupts import OF_SCHEDULERS, Interrupts, unfinished_saves
 
 def command(watched):
     print("ready", flush=True)
     {body}
 
 def main():
-    with Interrupts("stopped").watching(15) as watched:
+    with Interrupts("stopped").watching(*OF_SCHEDULERS) as watched:
         try:
             command(watched)
         except KeyboardInterrupt:
@@ -42,7 +45,7 @@ LIBRARY = """
     namespace["swallow"]()"""
 STEPS = """
     asked = []
-    watched.stop = asked.append
+    watched.stop, watched.trains = asked.append, True
     while not asked: time.sleep(0.01)
     time.sleep(2)  # the rest of the step, and its save
     print(f"saved {asked}", flush=True)
@@ -86,8 +89,28 @@ def test_the_first_one_ends_a_command_wherever_it_is(body):
 def test_sigterm_ends_a_run_that_has_not_begun_to_train_with_the_status_that_restarts_it():
     process = started(NATIVE)
     process.send_signal(signal.SIGTERM)
-    answer = "llm3: SIGTERM: stopping; send SIGTERM again to stop now"
-    assert ended(process) == ([answer, "llm3: stopped"], Exit.PREEMPTED)
+    assert ended(process) == (["llm3: SIGTERM: stopping", "llm3: stopped"], Exit.PREEMPTED)
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_scheduler_may_send_its_signals_as_often_as_it_likes_without_losing_the_save(first):
+    process = started(STEPS)
+    for name, pause in ((first, 0.01), ("SIGTERM", 0.3), ("SIGTERM", 0)):
+        process.send_signal(signal.Signals[name])
+        time.sleep(pause)
+    number = int(signal.Signals[first])
+    output = [f"llm3: {first}: finishing the step under way, then saving", f"saved [{number}]"]
+    assert ended(process) == (output, 7) and interrupts.exit_status(number) == Exit.PREEMPTED
+
+
+def test_a_signal_that_nohup_lets_a_command_ignore_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.Interrupts().watching(*interrupts.OF_SCHEDULERS):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_while_steps_run_the_first_one_waits_for_their_save():
@@ -135,7 +158,7 @@ def test_the_answer_says_what_is_finished_and_what_is_not():
             assert watched._answer(signal.SIGINT, True) == f"Ctrl-C: finishing step 89, then saving; {AGAIN}"
             with interrupts.doing("saving step 88"):
                 both = "saving step 88, then finishing step 89 and saving it"
-                assert watched._answer(signal.SIGTERM, True) == f"SIGTERM: {both}; send SIGTERM again to stop now"
+                assert watched._answer(signal.SIGTERM, True) == f"SIGTERM: {both}"
         assert watched.activity == "" and watched.stop is None
     with interrupts.doing("nothing that a signal reaches"):
         assert interrupts.current() is None

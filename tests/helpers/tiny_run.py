@@ -163,6 +163,7 @@ def die_at(point: str) -> None:
         os.kill(os.getpid(), signal.Signals[name])
         if "LLM3_PROCESS" in os.environ:
             wait_until_all_have_heard()
+            os.kill(os.getpid(), signal.Signals[name])  # once more, as some schedulers do
 
     if what == "computing":
         return die_while_computing(stage, int(step), die)
@@ -180,16 +181,11 @@ def die_at(point: str) -> None:
 
 
 def wait_until_all_have_heard() -> None:
-    """Wait for all processes to know of this one's SIGTERM: jax looks for it once a second, a step takes milliseconds.
-
-    jax has no function that says so: each process publishes the step at which it heard of it. Where a newer jax does
-    that in another place, the limit ends the wait.
-    """
-    from jax._src import distributed
+    """Wait for all processes to know of this one's SIGTERM: they look for it now and then, a step takes milliseconds."""
+    from llm3.distributed import processes
 
     end = time.monotonic() + 60
-    client, all_of_them = distributed.global_state.client, int(os.environ["LLM3_PROCESSES"])
-    while len(client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < all_of_them and time.monotonic() < end:
+    while len(processes.published("at")) < processes.count() and time.monotonic() < end:
         time.sleep(0.1)
 
 

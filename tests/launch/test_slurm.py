@@ -177,7 +177,7 @@ def test_the_stages_are_three_chained_jobs_of_two_processes(repository, pipeline
 def test_a_job_that_gets_sigterm_is_requeued_and_goes_on(repository, plain, pipeline):
     """And the chain ends with the bits of the run by launch/local.sh, which was left alone."""
     log = pipeline.logs[1]
-    assert "Stopped by signal 15; everything is saved" in log and "exit status 75, requeued" in log
+    assert "Stopped by SIGTERM; everything is saved" in log and "exit status 75, requeued" in log
     assert 4 <= int(re.search(r"posttrain: resumes at step (\d+)\n", log)[1]) < 10
     assert pipeline.restarts == ["0", "1", "0"]
     assert tiny.digests(repository.base / "chain") == tiny.digests(repository.base / "plain")

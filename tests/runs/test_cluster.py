@@ -160,7 +160,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_and_the_same_command
 def test_sigterm_to_one_process_saves_and_ends_all_of_them_with_a_status_of_its_own(base, whole, died):
     *_, stopped, done = died
     assert [each.status for each in stopped] == [Exit.PREEMPTED] * 2, stopped[0].stderr
-    assert "Stopped by signal 15; everything is saved" in stopped[0].stdout
+    assert "Stopped by SIGTERM; everything is saved" in stopped[0].stdout
     assert [each.status for each in done] == [0, 0], done[0].stderr
     resumed = next(line for line in done[0].stdout.splitlines() if "resumes at step" in line)
     assert resumed.startswith("finetune: resumes at step ") and 1 <= int(resumed.split()[-1]) < STEPS

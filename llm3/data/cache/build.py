@@ -29,6 +29,7 @@ from llm3.data.cache import shards
 from llm3.data.cache.known import known_tokens
 from llm3.data.cache.progress import Counts, show_progress
 from llm3.data.tokenizer import Tokenizer
+from llm3.distributed import interrupts
 from llm3.errors import UserError
 from llm3.registry import load_plugin
 
@@ -114,7 +115,7 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int, done: Counts) -
     arguments = (job, config_folder.current(), done)
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=arguments)
     try:
-        with _without_ctrl_c():
+        with _without_signals():
             futures = [pool.submit(_build_in_worker, number, part) for number, part in parts.items()]
         for future in concurrent.futures.as_completed(futures):
             yield future.result()
@@ -125,16 +126,19 @@ def _in_processes(job: Job, parts: dict[int, Any], workers: int, done: Counts) -
         ) from None
     except (KeyboardInterrupt, GeneratorExit):
         for process in multiprocessing.active_children():  # do not wait for their parts
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Start processes that never get Ctrl-C, which would print a traceback in each: this process ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _without_signals() -> Iterator[None]:
+    """Start processes that never get Ctrl-C, which would print a traceback in each, nor what a scheduler sends to all.
+
+    This process ends them: one that a signal ends by itself looks as if it had failed.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *interrupts.OF_SCHEDULERS})
     try:
         yield
     finally:
