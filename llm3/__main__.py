@@ -94,9 +94,9 @@ def failed(error: UserError) -> int:
 @contextmanager
 def joined(*cluster: Any) -> Iterator[None]:
     """Join the other processes of a run, if there are any, until the context ends."""
-    from llm3.distributed import processes
+    from llm3.distributed import ending, processes
 
-    with processes.joined(*cluster) as found:
+    with ending.joined(*cluster) as found:
         if processes.count() > 1 and processes.is_first():
             print(f"llm3: {found}", file=sys.stderr)
         yield

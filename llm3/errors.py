@@ -23,7 +23,10 @@ class Exit(enum.IntEnum):
     HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
     NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
     PARTIAL = 6  # some stage runs of an ablation failed, all others are finished
-    PREEMPTED = 75  # SIGTERM, SIGHUP, SIGUSR1: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
+    UNREACHABLE = 7  # another process or a file was out of reach, which may pass: rerun the command
+    PREEMPTED = (
+        75  # SIGTERM, SIGHUP, SIGUSR1: everything is saved, rerun the command to resume (EX_TEMPFAIL in sysexits.h)
+    )
 
 
 class UserError(Exception):
@@ -46,6 +49,12 @@ class NotWritten(UserError):
     """A file could not be written, e.g. because a disk is full."""
 
     exit = Exit.NOT_WRITTEN
+
+
+class Unreachable(UserError):
+    """Another process could not be reached, or a file that is not damaged could not be read: the next try may."""
+
+    exit = Exit.UNREACHABLE
 
 
 class OutOfMemory(UserError):

@@ -5,8 +5,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  # has no public name
+
+from llm3.distributed import processes
 
 # Orbax merges the files of each process into these; without them a part cannot be read.
 OF_ARRAYS = ("manifest.ocdbt", "_METADATA")
@@ -33,9 +37,22 @@ def missing_files(step: Path, arrays: Iterable[str]) -> list[str]:
     return [name for name in expected if not ((step / name).is_file() and (step / name).stat().st_size)]
 
 
-def orbax_context() -> ocp.Context:
-    """The options of all reads and writes."""
+def align_operations() -> None:
+    """Let all processes count the same number of Orbax operations, whatever each read: it names barriers by them."""
+    own = int(OperationIdGenerator.get_current_operation_id())
+    for _ in range(max(processes.exchange(own)) - own):
+        OperationIdGenerator.next_operation_id()
+
+
+def orbax_context(reads: bool = False) -> ocp.Context:
+    """The options of all writes, and of reads: each process reads by itself.
+
+    Orbax would let a process wait for minutes for another one that cannot read a file.
+    """
     context = ocp.Context()
+    if reads:
+        context.multiprocessing_options.primary_host = jax.process_index()
+        context.multiprocessing_options.active_processes = {jax.process_index()}
     context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
     # else Orbax compiles a slice for each small leaf on each device, so that the replicas share the writing of it
     context.array_options.saving.min_slice_bytes_for_replica_parallel = LEAST_SHARED_BYTES

@@ -6,6 +6,7 @@ the `params_digest` of the base, and the `params_digest` of the delta covers it.
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from llm3.checkpoints.delta import abstract_slices, check_slices, patch
 from llm3.checkpoints.metadata import digests_of, on_host, saved_shapes
 from llm3.checkpoints.orbax_store import DamagedCheckpoint, Store
 from llm3.checkpoints.saved_step import SavedStep
+from llm3.distributed import agreement, processes
 from llm3.errors import UserError, listed
 from llm3.tree import combine_digests, flatten, unflatten
 
@@ -76,6 +78,13 @@ class Checkpoints:
         """The metadata of a step. Raises UserError if there is no such step, DamagedCheckpoint if it is damaged."""
         return self._steps.meta(step)
 
+    def newest_meta(self) -> dict | None:
+        """The metadata of the highest step of which all processes can read it; None: there is none."""
+        for step in reversed(processes.broadcast_from_first(self.steps)):
+            with suppress(DamagedCheckpoint):
+                return agreement.all_or_none(partial(self.meta, step), DamagedCheckpoint)
+        return None
+
     def save_base(self, params: dict, meta: dict, trained: dict | None = None) -> None:
         """Ensure that a base with the frozen parameters exists; call it whenever a stage starts or resumes.
 
@@ -95,7 +104,7 @@ class Checkpoints:
                 f"checkpoints of step {listed(map(str, others))} in {self.directory}: restore it, or move them away"
             )
         if not found:
-            if self._base.steps():
+            if processes.broadcast_from_first(self._base.steps):
                 self._base.remove(0)
             self._base.save(0, params, {}, meta)
         self._base_digest = digest
@@ -166,15 +175,16 @@ class Checkpoints:
     def load_newest(self, wanted: Callable[[int], Wanted]) -> Restored | None:
         """The highest intact step; None only if there is no checkpoint at all.
 
+        Of several processes, the first one's list of steps counts, and a step that one of them cannot read is damaged.
         wanted: {step: trees to load}, as a function. The next save renames a damaged step to <step>.damaged. All delta
         checkpoints of a damaged base are damaged. Raises UserError if no checkpoint can be read, or if an intact one
         has other paths or shapes.
         """
         skipped: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed(processes.broadcast_from_first(self.steps)):
             try:
                 like = wanted(step)
-                saved = self._steps.saved(step)
+                saved = agreement.all_or_none(partial(self._steps.saved, step), DamagedCheckpoint)
                 params, opt = self._params(saved, step, like.params), saved.load_opt(like.opt)
                 return Restored(step, params, opt, saved.meta, skipped)
             except DamagedCheckpoint as error:
@@ -183,7 +193,8 @@ class Checkpoints:
         if skipped:
             reasons = "\n".join(f"  {line}" for line in skipped)
             raise UserError(
-                f"{self.directory}: none of its checkpoints can be read; move it away to start again\n{reasons}"
+                f"{self.directory}: none of its checkpoints can be read: restore one from a copy, or use another "
+                f"--workdir to start again\n{reasons}"
             )
         return None
 
@@ -191,7 +202,8 @@ class Checkpoints:
         """The parameters of a step, patched into the base if it is a delta checkpoint."""
         if BASE not in saved.meta:
             return saved.load_params(abstract)
-        base = flatten(self._base_of(f"step {step}", saved.meta[BASE]).load_params(abstract))
+        of_step = partial(self._base_of, f"step {step}", saved.meta[BASE])
+        base = flatten(agreement.all_or_none(of_step, DamagedCheckpoint).load_params(abstract))
         like = None if abstract is None else abstract_slices(flatten(abstract), saved_shapes(saved.meta, "params"))
         return unflatten(patch(base, flatten(saved.load_params(like and unflatten(like)))))
 
@@ -210,7 +222,7 @@ class Checkpoints:
         """The digest of the base, if it is intact and has the `expected` digests once patched by `trained`."""
         try:
             self._base.wait()
-            saved = self._base.saved(0)
+            saved = agreement.all_or_none(partial(self._base.saved, 0), UserError)
             base, meta = flatten(saved.load_params()), saved.meta
             check_slices("the trained parameters", trained, saved_shapes(meta, "params"))
         except UserError:

@@ -10,6 +10,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.report import write_report
 from llm3.config.schema import RunConfig, as_dict
 from llm3.distributed import processes
+from llm3.distributed.agreement import check_shared
 from llm3.distributed.lock import lock
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
@@ -27,7 +28,7 @@ from llm3.files import (
 )
 from llm3.planning.fit import check_fits
 from llm3.report.console import new_console
-from llm3.stages import rules
+from llm3.stages import agreement, rules
 from llm3.stages.amend import apply, check_children, planned, stage_to_go_back
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
@@ -58,6 +59,8 @@ def run(
     """
     console = make_console()
     order = rules.chosen(config, stages)
+    agreement.compare_runs(config, order, bare)
+    agreement.see_checkpoints(config, workdir, order)
     first = [] if bare else first_rows(config, workdir)
     for line in processes.broadcast_from_first(lambda: mend(workdir, [*first, *config.stages])):
         console.print(line, style="bold red")
@@ -85,10 +88,12 @@ def run(
         request = held.enter_context(stop_on_signals())
         held.enter_context(naming_intact_checkpoint(workdir, order))
         processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
+        check_shared(workdir)
         processes.broadcast_from_first(lambda: apply(workdir, config, amendments))
         log, watch = SessionLog(workdir, to_train), Stopwatch()
         with watch.part("tokenize"):
             experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
+        agreement.compare_data(experiment)
         session = Session(experiment, console)
         with session.on_mesh():
             with watch.part("prepare"):

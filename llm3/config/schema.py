@@ -86,7 +86,7 @@ class GuardConfig:
 class StageConfig:
     """One stage: a parent, a data mixture, an objective, a rule for the trainable parameters, an optimizer."""
 
-    FREE = frozenset(("log_every", "save_every", "keep", "sample_every", "micro_batches", "baseline"))
+    FREE = frozenset(("log_every", "save_every", "keep", "sample_every", "micro_batches", "baseline", "frozen_memory"))
     # with `patience` these decide the result; without, they are in no record, and may change as well
     VALIDATION = frozenset(("best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"))
     AMENDABLE = VALIDATION | {"steps", "batch_size", "data", "temperature", "data_schedule", "replay", "skip_steps"}

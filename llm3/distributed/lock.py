@@ -110,6 +110,11 @@ def holder(workdir: Path) -> Holder | None:
     return found if modified is not None and time.time() - modified < DEAD_SECONDS else None
 
 
+def recorded(workdir: Path) -> Holder | None:
+    """The process that the lock of a workdir names, alive or not."""
+    return _holder(workdir / LOCK)
+
+
 def _open_own(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
@@ -145,6 +150,7 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
     with writing(path):
         handle.truncate(0)
         handle.write(json.dumps(own._asdict()).encode())
+        os.fsync(handle.fileno())  # other hosts look for it
     if not locked:
         time.sleep(BEAT_SECONDS / 10)  # if another process starts now, the last writer wins
     if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):

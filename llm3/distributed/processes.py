@@ -7,29 +7,22 @@ broadcast, so that all processes take the same branches.
 import itertools
 import json
 import os
-import signal
 import socket
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax._src import distributed  # the key-value store of the coordinator has no public API
 
-from llm3.distributed import interrupts
-from llm3.errors import UserError
+from llm3.errors import Exit, Unreachable, UserError, to_stderr
 
 T = TypeVar("T")
 
+VARIABLE, RENDEZVOUS_SECONDS = "LLM3_RENDEZVOUS_SECONDS", 300  # for all processes to be there
 HEARTBEAT_SECONDS = 30  # a process silent for this long counts as dead, and all others end
-LEAVING_SECONDS = 10  # for the others to read an error, unless they are inside a computation
-STOPPING_SECONDS = 3  # for all to end together after a signal
 ALL_DEVICES: dict[str, Any] = {"local_device_ids": []}  # all visible ones, not one per scheduler task
-LAST_SECONDS = 2.0  # the first process ends so much later than the others
 LONGEST_WAIT_SECONDS = 7 * 24 * 3600  # the first process may have a corpus to tokenize
 
 
@@ -116,17 +109,37 @@ def _address(environment: Mapping[str, str]) -> dict[str, Any]:
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> str:
     """Join the cluster that `detect` finds, before any device is used. Returns one line that describes it.
 
-    Raises UserError as `detect`, and if the other processes cannot be reached.
+    Raises UserError as `detect`, and Unreachable if not all of them come together in `VARIABLE` seconds.
     """
     cluster = detect(os.environ, coordinator, processes, process)
     if cluster is None:
         return "one process"
+    seconds = _number(VARIABLE, None, os.environ) or RENDEZVOUS_SECONDS
+    # jax aborts some of those that have waited for too long; so it does not get that far
+    waiting = threading.Timer(seconds, _give_up, (cluster.found, seconds))
+    waiting.daemon = True
     jax.config.update("jax_enable_preemption_service", False)  # see llm3/distributed/preemption.py
+    waiting.start()
     try:
-        jax.distributed.initialize(**cluster.arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            **cluster.arguments,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=seconds + 60,
+        )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{cluster.found}: the processes did not find each other: {error}") from error
+        raise Unreachable(f"{cluster.found}: the processes did not find each other: {error}") from error
+    finally:
+        waiting.cancel()
     return f"{cluster.found}; coordinator {distributed.global_state.coordinator_address}"
+
+
+def _give_up(found: str, seconds: int) -> None:
+    with suppress(OSError):
+        to_stderr(
+            f"llm3: {found}: not all of the processes came together in {seconds} s ({VARIABLE} sets how long to wait): "
+            f"was one of them not started, and can all of them reach the coordinator?"
+        )
+    os._exit(Exit.UNREACHABLE)
 
 
 def count() -> int:
@@ -190,6 +203,17 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
     return message["value"]
 
 
+def exchange(value: Any) -> list[Any]:
+    """The JSON-able values of all processes, in their order; all of them call it."""
+    if count() == 1:
+        return [value]
+    name = f"exchange-{next(_numbers)}"
+    publish(name, value)
+    barrier()
+    found = published(name)
+    return [found[process] for process in range(count())]
+
+
 def on_first_then_all(make: Callable[[], T]) -> T:
     """Call `make` on the first process, then on all others, so that they find the files it wrote.
 
@@ -222,64 +246,19 @@ def published(name: str) -> dict[int, Any]:
     return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
-def publish_once(name: str, value: Any) -> None:
-    """Publish a JSON-able value that counts for all processes; the first one does. See `published_once`."""
-    if count() > 1:
-        with suppress(jax.errors.JaxRuntimeError):  # there is one
-            _client().key_value_set(f"llm3-{name}/all", json.dumps(value))
+def publish_once(name: str, value: Any) -> Any:
+    """Publish a JSON-able value for all processes, unless one of them has: the one that counts is returned."""
+    with suppress(Exception):  # there is one, or the coordinator is gone
+        _client().key_value_set(f"llm3-{name}/all", json.dumps(value))
+    with suppress(Exception):
+        return published_once(name) or value
+    return value
 
 
 def published_once(name: str) -> Any:
-    """The value that was published first under this name; None: there is none."""
+    """The value of `publish_once`; None: there is none."""
     found = _client().key_value_dir_get(f"llm3-{name}") if count() > 1 else []
     return json.loads(found[0][1]) if found else None
-
-
-def leave_together(seconds: float) -> None:
-    """Return once all processes are here, or after `seconds`; the first one, whose end ends the others, a bit later."""
-    if count() == 1:
-        return
-    until = time.monotonic() + seconds
-    with suppress(Exception):  # the coordinator may be gone
-        publish("leaving", True)
-        while len(published("leaving")) < count() and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(LAST_SECONDS * is_first())
-
-
-@contextmanager
-def joined(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> Iterator[str]:
-    """`start`, as a context. With several processes, an error ends this process at once.
-
-    The others may wait for it inside a computation, where no exception reaches them. jax notices the loss and ends
-    them too.
-    """
-    found, watched = start(coordinator, processes, process), interrupts.current()
-    if watched is not None and count() > 1:
-        watched.silent, watched.leave = not is_first(), partial(leave_together, STOPPING_SECONDS)
-    try:
-        yield found
-    except BaseException as error:
-        if count() == 1:
-            raise
-        with suppress(OSError):  # stderr may be closed, e.g. after a lost connection
-            if not isinstance(error, UserError | KeyboardInterrupt):
-                print(f"llm3: process {index()} of {count()}:", file=sys.stderr)
-                traceback.print_exc()
-            elif not isinstance(error, RemoteError | KeyboardInterrupt):
-                print(f"llm3: process {index()}: {error}", file=sys.stderr)
-        if isinstance(error, KeyboardInterrupt):
-            status = watched.end() if watched is not None else 128 + signal.SIGINT
-            leave_together(STOPPING_SECONDS)
-        else:
-            status = int(getattr(error, "exit", 1))
-            with suppress(Exception):  # let the others read the error, which the first process stores
-                _client().wait_at_barrier("llm3/leaving", LEAVING_SECONDS * 1000)
-                jax.distributed.shutdown()  # else jax aborts those that are still here when the first one is gone
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
 
 
 def _client() -> Any:

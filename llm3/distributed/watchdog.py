@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from llm3.distributed import processes
+from llm3.distributed import ending, processes
 from llm3.errors import Exit
 
 PHASES = ("reading data", "computing", "evaluating", "sampling", "saving")  # the phases of a step, in this order
@@ -95,5 +95,5 @@ class Watchdog:
         print("\n".join(f"llm3: {line}" for line in report), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.flush()
-        processes.leave_together(GRACE_SECONDS)
+        ending.leave_together(GRACE_SECONDS)
         os._exit(Exit.HUNG)

@@ -1,14 +1,13 @@
 """Runs one stage from its start (resumed, from a parent, or untrained) to its last checkpoint and its row."""
 
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 
-from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
-from llm3.distributed import command_time, interrupts, memory, processes
+from llm3.distributed import agreement, command_time, interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
 from llm3.files import CHECKPOINTS, DATA_SAMPLE, RECORD, write_json
@@ -16,6 +15,7 @@ from llm3.models.attention.choice import platform
 from llm3.report.console import WARNING
 from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
+from llm3.stages.agreement import see_checkpoints
 from llm3.stages.amendments import KEY, amendments_in
 from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.data_sample import data_sample
@@ -49,10 +49,9 @@ def check_before_training(session: Session, stage: Stage, in_this_run: list[str]
         except (TypeError, ValueError) as error:
             raise UserError(f"{stage.where}: the train step cannot be built: {error}") from error
     Validation(session, stage)
-    checkpoints = Checkpoints(directory / CHECKPOINTS, read_only=True)
-    for step in reversed(checkpoints.steps()):
-        with suppress(DamagedCheckpoint):
-            return check_same_data(directory, stage, experiment.tokenizer.hash, checkpoints.meta(step))
+    if (meta := Checkpoints(directory / CHECKPOINTS, read_only=True).newest_meta()) is not None:
+        check_same_data(directory, stage, experiment.tokenizer.hash, meta)
+        return
     if parent is not None:
         parent.verify(f"{stage.where}.start")
 
@@ -64,6 +63,8 @@ def check_all_before_training(session: Session, names: list[str]) -> None:
         try:
             check_before_training(session, session.experiment.stages[name], names)
         except UserError as error:
+            if processes.count() > 1:  # another one may not have it, and waits
+                raise
             problems.append(error)
     if problems:
         raise together(problems)
@@ -78,6 +79,7 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
 def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     config, directory = stage.config, session.workdir / stage.name
     began: float | None = command_time.take()
+    see_checkpoints(session.config, session.workdir, [stage.name])
     check_ancestry(session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
     memory.reset_peak()
@@ -86,6 +88,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
         watch = session.watch = Stopwatch()
         with watch.part("prepare"):
             state, done = run.begin(parent)
+        agreement.compare({f"step of {stage.name} to resume": done})
         if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
             write_json(directory / RECORD, stage.record)
             write_json(directory / DATA_SAMPLE, data_sample(stage, DATA_WINDOWS))

@@ -16,7 +16,10 @@ from llm3.distributed import interrupts, preemption, processes
         ([(1, 7), (1, 9), (1, 8)], [10, 10, 10]),  # in one loop: after a step that none has passed
         ([(2, 9), (2, 9)], [None, None]),  # between two loops: at once
         ([(2, 9), (3, 9)], [None, None]),  # the second waits for the first, in a loop of which no step can end
-        ([(1, 9), (2, 9)], [math.inf, None]),  # the first has the last save of its loop to do, for which the other waits
+        (
+            [(1, 9), (2, 9)],
+            [math.inf, None],
+        ),  # the first has the last save of its loop to do, for which the other waits
         ([(1, 9), (3, 9)], [math.inf, None]),  # as well, and the other is in the next loop
     ],
 )

@@ -30,10 +30,12 @@ def run(
     devices: int = 2,
     points: Mapping[int, str] | None = None,
     caches: Mapping[int, str] | None = None,
+    flags: Mapping[int, str] | None = None,
 ) -> list[Ended]:
     """Run one command line in `processes` processes of `devices` devices each.
 
     points: {process: where it gets a signal}, as in `tiny_run.die_at`. caches: {process: its LLM3_CACHE_DIR}.
+    flags: {process: a flag that it alone has}.
     """
     port, started = free_port(), []
     for index in range(processes):
@@ -43,7 +45,8 @@ def run(
             "LLM3_PROCESS": str(index),
             **({"LLM3_CACHE_DIR": caches[index]} if caches else {}),
         }
-        arguments = json.dumps([[str(each) for each in command]])
+        own = [flags[index]] if flags and index in flags else []
+        arguments = json.dumps([[*(str(each) for each in command), *own]])
         started.append(forks.Fork([(points or {}).get(index, ""), arguments], several, devices))
     try:
         said = [each.communicate(timeout=ENDS_WITHIN) for each in started]

@@ -181,7 +181,7 @@ def die_at(point: str) -> None:
 
 
 def wait_until_all_have_heard() -> None:
-    """Wait for all processes to know of this one's SIGTERM: they look for it now and then, a step takes milliseconds."""
+    """Wait for all processes to know of this one's SIGTERM: they look for it now and then, a step is short."""
     from llm3.distributed import processes
 
     end = time.monotonic() + 60

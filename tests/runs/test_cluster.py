@@ -179,6 +179,17 @@ def test_a_process_that_hangs_is_named_by_all_and_every_one_shows_its_stacks(bas
     assert "in patched" in ended[1].stderr, "the stack of the late one says where it hangs"
 
 
+def test_processes_with_different_configs_or_directories_are_refused_by_all_before_anything_is_written(base):
+    ended = [
+        cluster.run(*started(base, "differ", NO_EVALUATIONS), devices=1, flags={1: flag})
+        for flag in ("--config.stages.pretrain.optimizer.learning_rate=0.5", f"--workdir={base / 'elsewhere'}")
+    ]
+    assert [each.status for processes in ended for each in processes] == [Exit.BAD_INPUT] * 4
+    assert "process 1 (on " in ended[0][0].stderr and "learning_rate: 0.5, there 0.01" in ended[0][0].stderr
+    assert "process 1 (on " in ended[1][0].stderr and "a disk that all hosts share" in ended[1][0].stderr
+    assert not (base / "differ").exists() and not (base / "elsewhere").exists()
+
+
 def test_a_workdir_in_use_is_refused_by_all_processes(base, whole):
     from llm3.distributed.lock import lock
 
