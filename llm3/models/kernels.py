@@ -9,13 +9,15 @@ the all-reduce of activations moves half the bytes. Float32 operands are multipl
 which by default round them to TF32 or bfloat16.
 """
 
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from llm3.distributed.sharding import constrain
+from llm3.distributed.sharding import constrain, cut_along
 from llm3.models.low_precision import low_precision_dot
 
 
@@ -83,11 +85,38 @@ def _embed_forward(table: jax.Array, tokens: jax.Array, dtype: Any, axis: str | 
 
 def _embed_backward(dtype: Any, axis: str | None, saved: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
     table, tokens = saved
-    dtable = jnp.zeros(table.shape, jnp.float32).at[tokens].add(dy.astype(jnp.float32))
-    return constrain(dtable, axis, None).astype(table.dtype), None
+    return _added_rows(table.shape, tokens, dy.astype(jnp.float32), axis).astype(table.dtype), None
 
 
 embed.defvjp(_embed_forward, _embed_backward)
+
+
+def _added_rows(shape: tuple[int, int], tokens: jax.Array, dy: jax.Array, axis: str | None) -> jax.Array:
+    """Zeros of this shape [V, D] with dy [B, T, D] added to the rows of the tokens.
+
+    Each device adds up its own positions, and the sums are reduced once, along fsdp to the shards of the table: XLA
+    would all-reduce the whole table over all devices.
+    """
+    batch, length = cut_along("batch", tokens.shape[0]), cut_along("length", tokens.shape[1])
+    own = (*batch, *length)
+    vocab = tuple(each for each in (cut_along(axis, shape[0]) if axis else ()) if each not in own)
+    embed = tuple(each for each in cut_along("embed", shape[1]) if each in own)
+    mesh = jax.sharding.get_abstract_mesh()
+    size = shape[0] // math.prod(mesh.shape[each] for each in vocab)
+
+    def local(tokens: jax.Array, dy: jax.Array) -> jax.Array:
+        row = tokens - jax.lax.axis_index(vocab) * size if vocab else tokens
+        row = jnp.where(row < 0, size, row)  # of another device: left out
+        part = jnp.zeros((size, shape[1])).at[row].add(dy, mode="drop")
+        part = jax.lax.psum_scatter(part, embed, scatter_dimension=1, tiled=True) if embed else part
+        return jax.lax.psum(part, tuple(each for each in own if each not in embed))
+
+    if not (own or vocab):
+        return jnp.zeros(shape, jnp.float32).at[tokens].add(dy)
+    rows = PartitionSpec(batch or None, length or None)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    result = PartitionSpec(vocab or None, embed or None)
+    return jax.shard_map(local, in_specs=(rows, rows), out_specs=result, axis_names=free, check_vma=False)(tokens, dy)
 
 
 @jax.custom_vjp

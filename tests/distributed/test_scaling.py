@@ -52,7 +52,9 @@ def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, te
         reduced += LAYERS * layer  # their gradients, of which each device keeps its own shard
     if data * context > 1:
         reduced += LAYERS * layer / fsdp
-    reduced += 2 * embedding * ((data * fsdp > 1) + (context > 1))  # one each of both uses
+    reduced += embedding * ((data * fsdp > 1) + (context > 1))  # as the head
+    reduced += embedding / fsdp * (data * context > 1)  # of the lookup, scattered along fsdp before
+    scattered = embedding / fsdp * (fsdp > 1)
     if context > 1:  # and their gradients
         gathered += LAYERS * keys_and_values
         reduced += LAYERS * keys_and_values
@@ -60,7 +62,7 @@ def expected_bytes(rows: int, data: int = 1, fsdp: int = 1, context: int = 1, te
         reduced += (2 + 5) * LAYERS * activations + 2 * activations
         # what attention and MLP read, and the gradients of what they add; the same at both ends
         gathered += 4 * LAYERS * activations + 2 * activations
-    return {"all-gather": 4 * gathered, "all-reduce": 4 * reduced}
+    return {"all-gather": 4 * gathered, "all-reduce": 4 * reduced, "reduce-scatter": 4 * scattered}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_head_in_blocks_is_gathered_as_often_and_scatters_its_gradient_once_a_
         for block in (0, 64)
     )
     assert blocks["all-gather"] == whole["all-gather"]
-    assert blocks["reduce-scatter"] == micro_batches * kernel / 4
+    assert blocks["reduce-scatter"] == whole["reduce-scatter"] + micro_batches * kernel / 4  # besides the lookup's
     assert blocks["all-reduce"] == whole["all-reduce"] - micro_batches * kernel
 
 
