@@ -32,6 +32,7 @@ class Holder(NamedTuple):
     process: int
     since: str
     command: str
+    locked: bool = True  # whether the kernel has locked the file for it
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} since {self.since} ({self.command})"
@@ -136,16 +137,21 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
 
     Raises UserError if another holder is alive, and FileNotFoundError if its last holder has removed the file.
     """
-    own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), _command())
-    locked = True
+    locked, held = True, False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{path.parent} is in use by {_holder(path) or 'a process that has just started'}") from error
+    except BlockingIOError:
+        locked, held = False, True
     except OSError:
         locked = False  # a network file system without locks
+    own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), _command(), locked)
     before = _holder(path)
-    if before and not (locked and before.host == own.host) and _is_alive(path, before, own.host):
+    # The kernel knows the processes of this host. A server may keep the lock of another host after its death: then, as
+    # where there are no locks, a holder is alive as long as it touches the file.
+    known = before is not None and before.host == own.host and before.locked
+    if held and (before is None or known):
+        raise UserError(f"{path.parent} is in use by {before or 'a process that has just started'}")
+    if before is not None and not (locked and known) and _is_alive(path, before, own.host):
         raise UserError(f"{path.parent} is in use by {before}")
     with writing(path):
         handle.truncate(0)
