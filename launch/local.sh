@@ -84,7 +84,7 @@ for pid in "${pids[@]}"; do
     status=0
     wait "$pid" || status=$?
     case $status in
-        2 | 3 | 4 | 5 | 75) known=${known:-$status} ;;
+        2 | 3 | 4 | 5 | 6 | 7 | 75) known=${known:-$status} ;;
         *) largest=$((status > largest ? status : largest)) ;;
     esac
 done

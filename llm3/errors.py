@@ -20,7 +20,7 @@ class Exit(enum.IntEnum):
     DONE = 0
     BAD_INPUT = 2
     DIVERGED = 3  # too many steps in a row had a non-finite loss or gradient
-    HUNG = 4  # a step, a read of data or a save took longer than hang_seconds
+    HUNG = 4  # a step, a read, a save or the like took longer than hang_seconds or hang_limits
     NOT_WRITTEN = 5  # a checkpoint or another file; earlier files are intact
     PARTIAL = 6  # some stage runs of an ablation failed, all others are finished
     UNREACHABLE = 7  # another process or a file was out of reach, which may pass: rerun the command

@@ -40,14 +40,17 @@ class Store:
     is finished when `save` returns: Python offers no public hook that could finish it at exit.
 
     keep: the number of latest steps to keep. best: the name of a metric; the step where it is lowest is kept too.
-    read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
+    every: steps that are a multiple of it are kept too; 0: none. read_only: never creates, moves or deletes anything.
+    Raises UserError for keep < 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
+    def __init__(
+        self, directory: Path, *, keep: int = 2, best: str | None = None, every: int = 0, read_only: bool = False
+    ):
         if keep < 1:
             raise UserError(f"keep={keep}: expected at least 1 checkpoint")
         self.directory = Path(directory).absolute()
-        self._keep, self._best, self._read_only = keep, best, read_only
+        self._keep, self._best, self._every, self._read_only = keep, best, every, read_only
         self._writer: ocp.training.Checkpointer | None = None
         self._save_in_progress: AsyncSave | None = None
         self._entered = 0  # the number of `with` blocks
@@ -121,7 +124,7 @@ class Store:
         if jax.process_index() == 0 and self._writer is not None:
             steps = self.steps()
             metrics = {each.step: each.metrics for each in self._writer.checkpoints if each.metrics is not None}
-            for step in sorted({*steps} - retention.kept(steps, self._keep, metrics, self._best)):
+            for step in sorted({*steps} - retention.kept(steps, self._keep, metrics, self._best, self._every)):
                 retention.delete(self.directory / str(step))
 
     def close(self) -> None:

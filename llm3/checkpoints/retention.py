@@ -12,14 +12,17 @@ from pathlib import Path
 from llm3.errors import writing
 
 
-def kept(steps: Sequence[int], keep: int, metrics: Mapping[int, Mapping[str, float]], best: str | None) -> set[int]:
+def kept(
+    steps: Sequence[int], keep: int, metrics: Mapping[int, Mapping[str, float]], best: str | None, every: int = 0
+) -> set[int]:
     """The steps to keep: the latest `keep`, and the one where the metric `best` is lowest, the later of equal ones.
 
-    steps: ascending. metrics: {step: its metrics}; a step without metrics is never the best one.
+    steps: ascending. metrics: {step: its metrics}; a step without metrics is never the best one. every: also keep its
+    multiples; 0: none.
     """
     ranked = [step for step in steps if step in metrics] if best else []
     lowest = sorted(ranked, key=lambda step: (_rank(metrics[step], best or ""), -step))[:1]
-    return {*steps[-keep:], *lowest}
+    return {*steps[-keep:], *lowest, *(step for step in steps if every and step % every == 0)}
 
 
 def _rank(metrics: Mapping[str, float], best: str) -> float:

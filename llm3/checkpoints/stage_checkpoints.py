@@ -46,11 +46,14 @@ class Checkpoints:
     Saves are asynchronous in a `with` block only, as in `Store`.
 
     keep: the number of latest steps to keep. best: the name of a metric; the step where it is lowest is kept too.
-    read_only: never creates, moves or deletes anything. Raises UserError for keep < 1.
+    every: steps that are a multiple of it are kept too; 0: none. read_only: never creates, moves or deletes anything.
+    Raises UserError for keep < 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, best: str | None = None, read_only: bool = False):
-        self._steps = Store(directory, keep=keep, best=best, read_only=read_only)
+    def __init__(
+        self, directory: Path, *, keep: int = 2, best: str | None = None, every: int = 0, read_only: bool = False
+    ):
+        self._steps = Store(directory, keep=keep, best=best, every=every, read_only=read_only)
         self.directory = self._steps.directory
         self._base = Store(self.directory.parent / BASE, keep=1, read_only=read_only)
         self._base_digest: str | None = None  # set by `save_base`

@@ -95,9 +95,11 @@ def run(
             experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
         agreement.compare_data(experiment)
         session = Session(experiment, console)
-        with session.on_mesh():
+        with session.on_mesh(), session.watchdog.watching():
+            session.watchdog.at(0, "loading")
             with watch.part("prepare"):
                 begin(session, to_train, bare)
+            session.watchdog.at(0, "evaluating the result")
             facts = session.facts() if processes.is_first() else {}
             if processes.is_first():
                 log.write(facts, watch.seconds)

@@ -123,7 +123,10 @@ class StageConfig:
     micro_batches: int = 1  # split each batch into this many parts and add up their gradients
     log_every: int = 10  # steps between log lines
     save_every: int = 100  # steps between checkpoints
+    # also save at the first log line that comes this many minutes after the last save; 0: never
+    save_minutes: float = 0.0
     keep: int = 2  # number of latest checkpoints to keep
+    keep_every: int = 0  # also save each step that is a multiple of this, and keep its checkpoint for good; 0: none
     best: str = ""  # also keep the checkpoint that is best by this metric, e.g. domain_bits_per_byte
     eval_every: int = 0  # steps between evaluations while the stage trains; 0: evaluate only after it
     eval_names: list[str] = dataclasses.field(default_factory=list)  # evaluations to run then; empty: all that apply
@@ -141,7 +144,8 @@ class StageConfig:
         one_of("stages.*.frozen_memory", self.frozen_memory, ("device", "host"))
         for name in ("steps", "batch_size", "sequence_length", "micro_batches", "log_every", "save_every", "keep"):
             at_least(f"stages.*.{name}", getattr(self, name), 1)
-        at_least("stages.*.sample_every", self.sample_every, 0)
+        for name in ("sample_every", "save_minutes", "keep_every"):
+            at_least(f"stages.*.{name}", getattr(self, name), 0)
         check_early_stopping(vars(self), "config: stages.*")
         if self.batch_size % self.micro_batches:
             raise UserError(
@@ -196,6 +200,9 @@ class EvaluationConfig:
         at_least("evaluations.*.max_documents", self.max_documents, 0)
 
 
+HANG_KINDS = ("wait", "load", "compile", "read", "compute", "evaluate", "sample", "save")
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A whole experiment."""
@@ -222,7 +229,11 @@ class RunConfig:
     trackers: list[str] = dataclasses.field(default_factory=list)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # sharding of the model and the batch
     seed: int = 0  # seed of all random choices
-    hang_seconds: float = 600.0  # end the run if a step, a read or a save takes longer than this many seconds; 0: never
+    # end the run if a step, a read, a batch of an evaluation or a save takes longer than this many seconds; 0: never
+    hang_seconds: float = 600.0
+    # other limits in seconds, by kind: wait (for the other processes), load, compile (these three: an hour or
+    # hang_seconds, whichever is longer), read, compute, evaluate, sample, save; 0: never
+    hang_limits: dict[str, float] = dataclasses.field(default_factory=dict)
     check_memory: bool = True  # reject a stage whose step needs more memory than a device has
     cache_dir: str = ""  # directory of the cache; empty: $LLM3_CACHE_DIR, else $XDG_CACHE_HOME/llm3, else ~/.cache/llm3
     # directory of local copies of sources (see sources.*.local); empty: read each source from its path
@@ -233,6 +244,9 @@ class RunConfig:
             if getattr(self.model, name):
                 raise UserError(f"config.model.{name}: expected it unset; it follows from the labels and the stage")
         at_least("hang_seconds", self.hang_seconds, 0)
+        for kind, seconds in self.hang_limits.items():
+            one_of("hang_limits", kind, HANG_KINDS)
+            at_least(f"hang_limits.{kind}", seconds, 0)
         at_least("sample_tokens", self.sample_tokens, 1)
         for number, prompt in enumerate(self.samples):
             if not prompt:

@@ -48,13 +48,13 @@ def measure(
     subject: Subject,
     params: dict,
     only: Evaluation | None = None,
-    alive: Callable[[], None] = lambda: None,
+    alive: Callable[[], None] | None = None,
     known: Mapping[str, Measured] = NOTHING,
 ) -> Measured:
     """The results of canonical parameters, from all evaluations that apply to the subject.
 
-    only: run just this evaluation. alive: called after each batch. known: {evaluation: its results of the same
-    parameters}, which are taken over. A non-finite metric becomes None.
+    only: run just this evaluation. alive: called after each batch; None: tells the watchdog. known:
+    {evaluation: its results of the same parameters}, which are taken over. A non-finite metric becomes None.
     """
     name, model = subject.name, subject.model
     one_segment = segmented(params, ((0, model.layers),))
@@ -66,7 +66,7 @@ def measure(
         if evaluation.name in known:
             found.add(known[evaluation.name])
             continue
-        shown = progress(f"{name}: evaluating {evaluation.name}", alive, session.console)
+        shown = progress(f"{name}: evaluating {evaluation.name}", alive or session.watchdog.alive, session.console)
         with (
             interrupts.doing(f"evaluating {evaluation.name} of {name}"),
             memory.explained(f"config.evaluations.{evaluation.name}", evaluation_fields(evaluation.name)),

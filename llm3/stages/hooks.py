@@ -1,14 +1,13 @@
 """What the training loop calls for a stage: log lines, evaluations, samples and saves; and advice on a divergence."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import jax
 
-from llm3.distributed import interrupts
+from llm3.distributed import interrupts, processes
 from llm3.distributed.preemption import StopRequest
-from llm3.distributed.watchdog import Watchdog
 from llm3.errors import Diverged, counted
 from llm3.report.console import Progress
 from llm3.report.logs import MetricsWriter
@@ -27,7 +26,8 @@ def make_hooks(
 ) -> Iterator[Hooks]:
     """The loop's hooks for a phase from step `done` on. writer: None on all processes but the first."""
     config, mixture, console = run.stage.config, run.stage.data.mixture, run.session.console
-    watchdog, validation = Watchdog(run.session.config.hang_seconds), run.validation
+    watchdog, validation = run.session.watchdog, run.validation
+    last_save = [time.monotonic()]
     extra = {name: words(name) for name in own_metrics(run, phase)} | validation.labels
     shown = Progress(config.steps, done, run.stage.name, console, extra=extra) if writer else nullcontext()
     with shown as progress:
@@ -48,7 +48,7 @@ def make_hooks(
                 console.print(f"{run.stage.name}: the guard accepts a new level after {spikes}")
 
         def on_eval(done: int, state: TrainState) -> Verdict:
-            metrics = validation.measure(done, phase.params(state), partial(watchdog.at, done, "evaluating"))
+            metrics = validation.measure(done, phase.params(state), watchdog.alive)
             if writer is not None:
                 writer.write(done, metrics, group="eval")
             console.print(validation.sentence(done))
@@ -56,7 +56,17 @@ def make_hooks(
 
         def on_save(done: int, state: TrainState) -> None:
             with interrupts.doing(f"saving step {done}"), run.session.watch.part("save"):
-                run.save(partial(watchdog.at, done, "saving"), phase, done, state)
+                run.save(watchdog.alive, phase, done, state)
+            last_save[0] = time.monotonic()
+
+        def saves(done: int) -> bool:
+            if config.keep_every and done % config.keep_every == 0:
+                return True
+            return bool(config.save_minutes) and done % config.log_every == 0 and minutes_passed()
+
+        def minutes_passed() -> bool:  # by the clock of the first process: all of them save at the same step
+            seconds = 60 * config.save_minutes
+            return processes.broadcast_from_first(lambda: time.monotonic() - last_save[0] >= seconds)
 
         def sampled(done: int) -> bool:  # after the last step, the stage's result is sampled
             return bool(config.sample_every) and done % config.sample_every == 0 and done < config.steps
@@ -67,7 +77,7 @@ def make_hooks(
 
         called = (validation.due, on_log, on_eval, on_save)
         try:
-            yield Hooks(config.log_every, config.save_every, *called, request, watchdog, sampled, on_sample)
+            yield Hooks(config.log_every, config.save_every, *called, request, watchdog, sampled, on_sample, saves)
         except Diverged as error:
             raise Diverged(f"{run.stage.name}: {error}. {advice(run, error.first)}") from None
 

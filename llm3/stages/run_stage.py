@@ -77,15 +77,19 @@ def run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
 
 
 def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
-    config, directory = stage.config, session.workdir / stage.name
+    config, directory, watchdog = stage.config, session.workdir / stage.name, session.watchdog
     began: float | None = command_time.take()
+    watchdog.begin_stage()
+    watchdog.at(0, "waiting for the others")
     see_checkpoints(session.config, session.workdir, [stage.name])
     check_ancestry(session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
     memory.reset_peak()
-    with Checkpoints(directory / CHECKPOINTS, keep=config.keep, best=config.best or None) as checkpoints:
+    best, every = config.best or None, config.keep_every
+    with Checkpoints(directory / CHECKPOINTS, keep=config.keep, best=best, every=every) as checkpoints:
         run = StageRun(session, stage, checkpoints)
         watch = session.watch = Stopwatch()
+        watchdog.at(0, "loading")
         with watch.part("prepare"):
             state, done = run.begin(parent)
         agreement.compare({f"step of {stage.name} to resume": done})
@@ -103,6 +107,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 if each.first and done == each.first:
                     state = run.enter(each, phase, state)
                 phase = each
+                watchdog.at(done, "compiling")
                 with watch.part("compile"):
                     step = compile_step(run, phase, done)
                 flops = phase.flops_per_step, phase.hardware_flops_per_step
@@ -110,10 +115,12 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 with make_hooks(run, phase, done, writer, request) as hooks, watch.part("train"):
                     steps = (done, phase.stop)
                     state, done = train(step, state, run.batch, meter, steps, hooks, config.guard.stop_after)
+            watchdog.at(done, "saving")
             with watch.part("save"):
                 checkpoints.wait()
             if request.signal or not run.finished:
                 return False
+            watchdog.at(done, "evaluating the result")
             params = run.full_params(phase, state)
             with watch.part("evaluate"):
                 sample(run, done, params, writer)
@@ -121,6 +128,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 session.console.print(f"{stage.name}: the result is step {ended['result_step']}: {ended['why']}")
             known = run.validation.results(done) if run.is_result else {}
             write_row(session, subject_of(stage), params, row_facts(run, phase, done), writer, known)
+    watchdog.rest()
     return True
 
 

@@ -17,6 +17,7 @@ from llm3.distributed import memory, processes
 from llm3.distributed.machines import peak_flops, unknown_peak
 from llm3.distributed.mesh_axes import table
 from llm3.distributed.sharding import check_batch, make_mesh, rules_in_force
+from llm3.distributed.watchdog import Watchdog
 from llm3.handoff.pretrained import kept_description
 from llm3.models.kernels import dot
 from llm3.report.console import WARNING
@@ -43,6 +44,7 @@ class Session:
         self.peak_flops = peak and peak * jax.device_count()
         self.unknown_peak = unknown_peak(kind)
         self.compiled_evaluations: evals.Compiled = {}
+        self.watchdog = Watchdog(self.config.hang_seconds, self.config.hang_limits)
         self.watch = Stopwatch()  # of the stage that runs, or of the run before its first stage
         self._phases: dict[str, list[Phase]] = {}
         self._run_phases: dict[str, list[Phase]] = {}

@@ -57,7 +57,7 @@ def locate_parent(
         if start.step not in kept and not config.stages[start.stage].best:
             raise UserError(
                 f"{where}.step={start.step}: stage {start.stage!r} will keep the steps {', '.join(map(str, kept))} "
-                f"(its steps, save_every and keep)"
+                f"(its steps, save_every, keep and keep_every)"
             )
     return start, None
 
@@ -85,10 +85,11 @@ def check_ancestry(workdir: Path, names: list[str]) -> None:
 
 
 def kept_steps(stage: StageConfig) -> list[int]:
-    """The steps whose checkpoints a finished stage keeps, besides the best one."""
+    """The steps whose checkpoints a finished stage keeps, besides the best one and those saved by time."""
     phases = [step for step, _ in stage.unfreeze]
-    saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), *phases, stage.steps})
-    return saved[-stage.keep :]
+    multiples = range(stage.keep_every, stage.steps + 1, stage.keep_every) if stage.keep_every else ()
+    saved = sorted({*range(stage.save_every, stage.steps, stage.save_every), *phases, *multiples, stage.steps})
+    return sorted({*saved[-stage.keep :], *multiples})
 
 
 def find_parent(experiment: Experiment, stage: Stage, in_this_run: list[str]) -> Parent | None:

@@ -15,7 +15,7 @@ from llm3.stages.amendments import before_amendments
 from llm3.stages.records import read_record
 
 # Free fields that are in no record. The others decide what a step costs, or where the report shows the stage.
-UNRECORDED = StageConfig.FREE - {"micro_batches", "baseline"}
+UNRECORDED = StageConfig.FREE - {"micro_batches", "baseline", "frozen_memory"}
 SECTIONS = {
     "model": ModelConfig,
     "tokenizer": TokenizerConfig,

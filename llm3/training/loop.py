@@ -29,7 +29,8 @@ class Hooks(NamedTuple):
 
     It calls on_eval(step, state) where `evaluates(step)`; on_sample(step, state) where `samples(step)`; on_log(step,
     line) every `log_every` steps and before each evaluation and save; and on_save(step, state) every `save_every`
-    steps, at the end, before a requested stop, and where an evaluation asks for it. Steps are counted from 1.
+    steps, at the end, before a requested stop, and where `saves(step)` or an evaluation asks for it. Steps are counted
+    from 1.
     """
 
     log_every: int
@@ -42,6 +43,7 @@ class Hooks(NamedTuple):
     watchdog: Watchdog
     samples: Callable[[int], bool] = lambda step: False
     on_sample: Callable[[int, TrainState], None] = lambda step, state: None
+    saves: Callable[[int], bool] = lambda step: False
 
 
 def train(
@@ -62,7 +64,7 @@ def train(
     (start, stop), watchdog = steps, hooks.watchdog
     batches = prefetch(make_batch, start, stop)
     meter.since = time.perf_counter()
-    with closing(batches), watchdog.watching(), hooks.request.listening(start):
+    with closing(batches), hooks.request.listening(start):
         for done in range(start + 1, stop + 1):
             watchdog.at(done, "reading data")
             before = time.perf_counter()
@@ -86,7 +88,7 @@ def train(
                 sample(done, state, metrics, meter, hooks)
             # after the evaluation, during which a signal may have arrived
             ending = hooks.request.at_step() or done == stop or verdict.stop
-            saving = ending or verdict.save or done % hooks.save_every == 0
+            saving = ending or verdict.save or done % hooks.save_every == 0 or hooks.saves(done)
             if meter.pending and (saving or done % hooks.log_every == 0):
                 log(done, meter, hooks, stop_after)
             if saving:

@@ -118,6 +118,13 @@ def test_the_latest_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps() == [2, 5, 7]
 
 
+def test_multiples_of_a_number_of_steps_are_kept_for_good(tmp_path):
+    with Checkpoints(tmp_path, keep=1, every=3) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, PARAMS, OPT, {})
+    assert Checkpoints(tmp_path, read_only=True).steps() == [3, 6, 7]
+
+
 def test_there_is_nothing_to_load_only_where_there_is_no_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path / "none", read_only=True)
     assert newest(checkpoints) is None

@@ -150,6 +150,8 @@ OVERRIDES = [
     ("mesh.context=3", ["mesh", "8 devices"]),
     ("stages.pretrain.guard.window=1", ["config.stages.pretrain.guard.window=1", "at least 2"]),
     ("hang_seconds=-1", ["hang_seconds=-1", "at least 0"]),
+    ("hang_limits={'sav': 9}", ["hang_limits='sav'", "did you mean 'save'"]),
+    ("hang_limits={'save': -1}", ["hang_limits.save=-1", "at least 0"]),
     ("stages.finetune.start=None", ["config.stages.finetune.start", "needs a parent"]),
     ("stages.finetune.start=init", ["config.stages.finetune.start='init'", "baseline"]),
     ("stages.finetune.start={'run': 'x', 'stage': 'init'}", ["config.stages.finetune.start", "'init'"]),

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
+from llm3.config.schema import HANG_KINDS
+from llm3.distributed import processes, watchdog
 from llm3.distributed.watchdog import Place, Watchdog, late
 from llm3.errors import Exit
 from tests.helpers import tiny_run
@@ -70,9 +73,55 @@ def test_the_processes_that_are_behind_the_others_are_late():
     assert late({0: computing}) == []
 
 
+def test_each_kind_of_phase_has_its_limit_and_the_longer_ones_have_an_hour():
+    assert {*watchdog.PHASES.values()} == {*HANG_KINDS}
+    hour = dict.fromkeys(("wait", "load", "compile"), 3600.0)
+    assert Watchdog(600)._limits == dict.fromkeys(HANG_KINDS, 600) | hour
+    assert Watchdog(7200)._limits == dict.fromkeys(HANG_KINDS, 7200)
+    assert Watchdog(0, {"save": 9})._limits == dict.fromkeys(HANG_KINDS, 0) | {"save": 9}
+
+
+def test_a_stage_that_is_behind_is_late_whatever_its_step():
+    assert late({0: Place(0, "loading", 1.0, stage=2), 1: Place(9, "evaluating the result", 1.0, stage=1)}) == [1]
+    assert late({0: Place(9, "evaluating the result", 1.0), 1: Place(9, "saving", 1.0)}) == [1]
+
+
+def test_a_batch_of_an_evaluation_renews_the_limit_of_its_phase(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    watched = Watchdog(0)
+    watched.alive()
+    assert watched.place() is None
+    watched.at(3, "evaluating")
+    now[0] = 50.0
+    assert watched.place() == Place(3, "evaluating", 50.0, 0)
+    watched.alive()
+    assert watched.place() == Place(3, "evaluating", 0.0, 0)
+    watched.rest()
+    assert watched.place() is None
+
+
+def test_a_coordinator_that_does_not_answer_is_said_once_and_the_process_is_still_watched(monkeypatch, capsys):
+    def lost(*_):
+        raise RuntimeError("UNAVAILABLE")
+
+    monkeypatch.setattr(processes, "publish", lost)
+    monkeypatch.setattr(processes, "published", lost)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda **_: None)
+    ended = []
+    monkeypatch.setattr(watchdog.os, "_exit", lambda status: (ended.append(status), watched._ended.set()))
+    watched = Watchdog(0.02)
+    with watched.watching():
+        watched.at(3, "saving")
+        watched._ended.wait(60)
+    assert ended == [Exit.HUNG]
+    error = capsys.readouterr().err
+    assert error.count("cannot reach the others: UNAVAILABLE") == 1 and "saving of step 3" in error
+
+
 def test_a_watchdog_knows_where_the_loop_is():
-    watchdog = Watchdog(0)
-    assert watchdog.place() is None
-    watchdog.at(3, "saving")
-    assert watchdog.place()[:2] == (3, "saving")
+    watched = Watchdog(0)
+    assert watched.place() is None
+    watched.at(3, "saving")
+    assert watched.place()[:2] == (3, "saving")
     assert str(Place(3, "saving", 61.4)) == "saving of step 3 for 61 s"

@@ -101,6 +101,7 @@ def test_a_run_that_says_what_became_of_it_is_taken_at_its_word(manifest):
         Exit.NOT_WRITTEN: "FailJobSet",
         Exit.PARTIAL: "FailJobSet",
         Exit.HUNG: "RestartJobSet",
+        Exit.UNREACHABLE: "RestartJobSet",
     }
 
 

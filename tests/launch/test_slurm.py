@@ -207,7 +207,7 @@ def test_a_job_is_requeued_where_it_may_end_otherwise_the_next_time(slurm, submi
     """After a stop, and as often as RETRIES says after a hang or a death; not what is cancelled."""
     ends = {
         "75,75,0": ("COMPLETED", "2"),
-        "4,0": ("COMPLETED", "1"),
+        "7,0": ("COMPLETED", "1"),
         "137,4,0": ("FAILED", "1"),
         "5": ("FAILED", "0"),
         "wait": ("CANCELLED", "0"),

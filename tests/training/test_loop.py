@@ -54,7 +54,7 @@ def test_a_log_line_of_skipped_steps_only_has_no_loss():
     assert line["loss"] is None and line["gradient_norm"] is None and line["skipped_steps"] == 1
 
 
-def run(start=0, stop=10, request=None, ask_at=None, bad_from=None, evaluate=None, every=0):
+def run(start=0, stop=10, request=None, ask_at=None, bad_from=None, evaluate=None, every=0, saves=()):
     """The steps at which a loop logged and saved, its batches, and its last step."""
     logged, saved, batches, request = [], [], [], request or StopRequest()
     run.seen = logged, saved
@@ -75,6 +75,7 @@ def run(start=0, stop=10, request=None, ask_at=None, bad_from=None, evaluate=Non
         on_save=lambda done, state: saved.append(done),
         request=request,
         watchdog=Watchdog(0),
+        saves=lambda done: done in saves,
     )
     _, end = train(step, 0, lambda i: i, Meter(Cost(), 1.0, 1.0, None), (start, stop), hooks, stop_after=3)
     return logged, saved, batches, end
@@ -82,6 +83,10 @@ def run(start=0, stop=10, request=None, ask_at=None, bad_from=None, evaluate=Non
 
 def test_the_loop_logs_and_saves_on_its_multiples_and_at_the_end():
     assert run() == ([3, 4, 6, 8, 9, 10], [4, 8, 10], list(range(10)), 10)
+
+
+def test_the_loop_also_saves_where_it_is_asked_to_and_logs_before_that():
+    assert run(saves={5, 8}) == ([3, 4, 5, 6, 8, 9, 10], [4, 5, 8, 10], list(range(10)), 10)
 
 
 def test_a_resumed_loop_reads_the_remaining_batches():
