@@ -96,10 +96,9 @@ def run(
         agreement.compare_data(experiment)
         session = Session(experiment, console)
         with session.on_mesh(), session.watchdog.watching():
-            session.watchdog.at(0, "loading")
+            session.watchdog.at(0, "loading")  # parents, to check and evaluate them
             with watch.part("prepare"):
                 begin(session, to_train, bare)
-            session.watchdog.at(0, "evaluating the result")
             facts = session.facts() if processes.is_first() else {}
             if processes.is_first():
                 log.write(facts, watch.seconds)

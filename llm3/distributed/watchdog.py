@@ -22,6 +22,7 @@ PHASES = {
     "evaluating": "evaluate",
     "sampling": "sample",
     "saving": "save",
+    "loading the result": "load",
     "evaluating the result": "evaluate",
 }
 # Seconds, where the config has no other limit: what is read and compiled at once may take longer than a step.

@@ -120,8 +120,9 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
                 checkpoints.wait()
             if request.signal or not run.finished:
                 return False
-            watchdog.at(done, "evaluating the result")
+            watchdog.at(done, "loading the result")
             params = run.full_params(phase, state)
+            watchdog.at(done, "evaluating the result")
             with watch.part("evaluate"):
                 sample(run, done, params, writer)
             if ended := run.meta.get("early_stopping"):

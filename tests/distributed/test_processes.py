@@ -1,10 +1,12 @@
 """How several processes find each other."""
 
+import threading
+
 import pytest
 
 from llm3.distributed import processes
 from llm3.distributed.processes import detect
-from llm3.errors import UserError
+from llm3.errors import Exit, UserError
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -87,3 +89,16 @@ def test_exchanges_are_local_for_a_single_process():
     assert processes.on_first_then_all(lambda: "made") == "made"
     processes.barrier()
     assert processes.published("place") == {}
+
+
+def test_processes_that_do_not_come_together_in_time_say_so_and_end_with_a_status_that_is_worth_another_try(
+    monkeypatch, capsys
+):
+    ended, statuses = threading.Event(), []
+    monkeypatch.setattr(processes.os, "_exit", lambda status: (statuses.append(status), ended.set()))
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda **_: ended.wait(60))
+    monkeypatch.setenv("LLM3_RENDEZVOUS_SECONDS", "1")
+    processes.start("host:1234", 4, 2)
+    assert statuses == [Exit.UNREACHABLE]
+    said = "process 2 of 4, coordinator host:1234: not all of the processes came together in 1 s"
+    assert said in " ".join(capsys.readouterr().err.split())
