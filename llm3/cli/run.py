@@ -29,7 +29,7 @@ from llm3.files import (
 from llm3.planning.fit import check_fits
 from llm3.report.console import new_console
 from llm3.stages import agreement, rules
-from llm3.stages.amend import apply, check_children, planned, stage_to_go_back
+from llm3.stages.amend import Amendment, apply, check_children, planned, stage_to_go_back
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
@@ -59,17 +59,14 @@ def run(
     """
     console = make_console()
     order = rules.chosen(config, stages)
-    agreement.compare_runs(config, order, bare)
+    agreement.compare_runs(config, {"stages": order, "bare": bare, "amend": why, "from_step": from_step})
     agreement.see_checkpoints(config, workdir, order)
     first = [] if bare else first_rows(config, workdir)
     for line in processes.broadcast_from_first(lambda: mend(workdir, [*first, *config.stages])):
         console.print(line, style="bold red")
     for name in first:
         check_record(workdir, config, name)
-    back = stage_to_go_back(workdir, order, from_step)
-    plans = {name: planned(workdir, config, name, why, from_step if name == back else None) for name in order}
-    amendments = {name: plan for name, plan in plans.items() if plan}
-    check_children(workdir, config, list(amendments), order)
+    amendments = planned_amendments(config, workdir, order, why, from_step)
     check_ancestry(workdir, order)
     to_train = processes.broadcast_from_first(
         lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
@@ -100,24 +97,33 @@ def run(
             with watch.part("prepare"):
                 begin(session, to_train, bare)
             facts = session.facts() if processes.is_first() else {}
-            if processes.is_first():
-                log.write(facts, watch.seconds)
+            write_log = lambda: log.write(facts, watch.seconds) if processes.is_first() else None  # noqa: E731
+            write_log()
             if not bare:
                 evaluate_first_rows(session)
             evaluate_outdated(session, first, [name for name in order if name not in to_train])
-            for stage in (experiment.stages[name] for name in to_train):
-                trained = not request.signal and run_stage(stage, session, request)
-                if processes.is_first():
-                    log.write(facts, watch.seconds)
+            for name in to_train:
+                trained = not request.signal and run_stage(experiment.stages[name], session, request)
+                write_log()
                 if not trained:
                     console.print(f"Stopped by {request.name}; everything is saved. Rerun the command to resume.")
                     return request.exit
         check_ancestry(workdir, order)
-        if processes.is_first():
-            log.write(facts, watch.seconds)
-            if not bare:
-                write_report(config, workdir, console)
+        write_log()
+        if processes.is_first() and not bare:
+            write_report(config, workdir, console)
     return 0
+
+
+def planned_amendments(
+    config: RunConfig, workdir: Path, order: list[str], why: str, from_step: int | None
+) -> dict[str, Amendment]:
+    """How stages that have begun change, by name; the arguments are those of `run`. Raises UserError."""
+    back = stage_to_go_back(workdir, order, from_step)
+    plans = {name: planned(workdir, config, name, why, from_step if name == back else None) for name in order}
+    found = {name: plan for name, plan in plans.items() if plan}
+    check_children(workdir, config, list(found), order)
+    return found
 
 
 @contextmanager

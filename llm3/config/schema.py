@@ -86,7 +86,9 @@ class GuardConfig:
 class StageConfig:
     """One stage: a parent, a data mixture, an objective, a rule for the trainable parameters, an optimizer."""
 
-    FREE = frozenset(("log_every", "save_every", "keep", "sample_every", "micro_batches", "baseline", "frozen_memory"))
+    FREE = frozenset(("log_every", "save_every", "save_minutes", "keep", "keep_every", "sample_every")) | {
+        *("micro_batches", "frozen_memory", "baseline")
+    }
     # with `patience` these decide the result; without, they are in no record, and may change as well
     VALIDATION = frozenset(("best", "eval_every", "eval_names", "eval_documents", "patience", "min_delta"))
     AMENDABLE = VALIDATION | {"steps", "batch_size", "data", "temperature", "data_schedule", "replay", "skip_steps"}
@@ -207,11 +209,8 @@ HANG_KINDS = ("wait", "load", "compile", "read", "compute", "evaluate", "sample"
 class RunConfig:
     """A whole experiment."""
 
-    FREE = frozenset(
-        ("evaluations", "samples", "sample_tokens", "trackers", "mesh", "hang_seconds", "check_memory")
-    ) | {
-        "cache_dir",
-        "data_dir",
+    FREE = frozenset(("evaluations", "samples", "sample_tokens", "trackers", "mesh")) | {
+        *("hang_seconds", "hang_limits", "check_memory", "cache_dir", "data_dir")
     }
 
     # the model that all stages share; of a pretrained model, or of the run that the first stage starts from, it follows

@@ -18,12 +18,12 @@ from llm3.stages.environment import PACKAGES
 from llm3.stages.experiment import Experiment
 
 
-def compare_runs(config: RunConfig, order: list[str], bare: bool) -> None:
-    """Raise UserError, on all processes, unless they run the same stages by the same config and the same code."""
+def compare_runs(config: RunConfig, flags: dict[str, Any]) -> None:
+    """Raise UserError, on all processes, unless they have the same config, flags and code."""
     if processes.count() == 1:
         return
     code = {"llm3": code_digest()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-    agreement.compare({"code": code, "config": as_dict(config), "flags": {"stages": order, "bare": bare}})
+    agreement.compare({"code": code, "config": as_dict(config), "flags": flags})
 
 
 def compare_data(experiment: Experiment) -> None:
