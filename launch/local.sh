@@ -12,7 +12,6 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/env.sh
 . "$here/env.sh"
-python=$root/.venv/bin/python
 
 fail() {
     printf 'launch/local.sh: %s\n' "$1" >&2
@@ -31,8 +30,9 @@ shift $((OPTIND - 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "-n '$processes': expected a number of processes"
 [[ ${devices:-1} =~ ^[1-9][0-9]*$ ]] || fail "-d '$devices': expected a number of devices per process"
 [ $# -gt 0 ] || fail "expected the arguments of python -m llm3: run --config=FILE --workdir=DIR"
-[ -x "$python" ] || fail "no $python: run launch/setup.sh first"
 [ "$LLM3_ACCELERATOR" != tpu ] || fail "a TPU runs one process per host: call python -m llm3 directly; see launch/tpu_vm.sh"
+
+enter_environment
 
 cards=()
 if [ "$LLM3_ACCELERATOR" = cuda ]; then
@@ -44,7 +44,7 @@ if [ "$LLM3_ACCELERATOR" = cuda ]; then
     fi
 fi
 
-port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+port=$("${interpreter[@]}" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export LLM3_COORDINATOR=127.0.0.1:$port JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port LLM3_PROCESSES=$processes
 
 # Each process has its own group, so that Ctrl-C reaches it only from here: a second one would end it without saving.
@@ -70,9 +70,9 @@ for ((process = 0; process < processes; process++)); do
         export JAX_NUM_CPU_DEVICES=${devices:-1}
     fi
     if [ "$process" = 0 ]; then
-        "$python" -m llm3 "$@" </dev/null &
+        "${interpreter[@]}" -m llm3 "$@" </dev/null &
     else
-        "$python" -m llm3 "$@" </dev/null > >(trap '' INT TERM HUP USR1 && exec sed -u "s/^/[$process] /" >&2) 2>&1 &
+        "${interpreter[@]}" -m llm3 "$@" </dev/null > >(trap '' INT TERM HUP USR1 && exec sed -u "s/^/[$process] /" >&2) 2>&1 &
     fi
     pids+=($!)
 done

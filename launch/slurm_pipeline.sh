@@ -6,7 +6,8 @@
 #
 #   STAGES="pretrain posttrain finetune"    in this order; "posttrain,finetune" is one job
 #
-# The resources of each job are set at the top of launch/slurm.sbatch; logs are in WORKDIR/slurm.
+# The resources of each job are set at the top of launch/slurm.sbatch, which also lists the variables that it reads; logs
+# are in WORKDIR/slurm.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -16,7 +17,9 @@ fail() {
 }
 
 [ -n "${CONFIG:+${WORKDIR:-}}" ] || fail "set CONFIG and WORKDIR: CONFIG=FILE WORKDIR=DIR $0"
-[ -x "$root/.venv/bin/python" ] || fail "no .venv in $root: run launch/setup.sh first"
+if [ -z "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] && [ ! -x "$root/.venv/bin/python" ]; then
+    fail "no .venv in $root: run launch/setup.sh first, or set LLM3_SETUP or LLM3_PYTHON (see launch/env.sh)"
+fi
 command -v sbatch >/dev/null || fail "no sbatch here: run this on a SLURM cluster"
 [[ $CONFIG = /* ]] || CONFIG=$PWD/$CONFIG
 [[ $WORKDIR = /* ]] || WORKDIR=$PWD/$WORKDIR

@@ -63,6 +63,37 @@ def test_a_jobset_fits_its_schema(manifest, jobset_errors):
     assert len(jobset_errors(misspelt)) == 1, "the schema refuses what it does not know"
 
 
+@pytest.mark.parametrize(
+    ("stem", "blocks"), [("jobset-gpu", "hf|rdma"), ("jobset-gpu", "hf|tcpx"), ("jobset-tpu", "hf|slices")]
+)
+def test_commented_blocks_fit_the_schemas_once_their_mark_is_removed(stem, blocks, jobset_errors):
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    text = (ROOT / "launch" / "k8s" / f"{stem}.yaml").read_text()
+    used, count = re.subn(rf"^#({blocks}) ", "", text, flags=re.MULTILINE)
+    parsed = {each["kind"]: each for each in yaml.safe_load_all(used)}
+    assert jobset_errors(parsed["JobSet"]) == []
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": job(parsed)["template"]["spec"]}
+    kubernetes.validate(pod, kubernetes.latest_version(), strict=True)
+    own = container(parsed)
+    mounted = {each["name"] for each in own["volumeMounts"]}
+    for each in pod["spec"].get("initContainers", []):
+        mounted |= {mount["name"] for mount in each["volumeMounts"]}
+    assert mounted == {each["name"] for each in pod["spec"]["volumes"]}
+    hf = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}
+    assert count > 1 and hf in own["env"]
+    if "rdma" in blocks:
+        assert own["resources"]["limits"] == {"nvidia.com/gpu": 8, "rdma/ib": 1}
+    if "tcpx" in blocks:
+        [daemon] = pod["spec"]["initContainers"]
+        annotations = job(parsed)["template"]["metadata"]["annotations"]
+        assert len(yaml.safe_load(annotations[f"devices.gke.io/container.{daemon['name']}"])) == 10
+        devices = [each["interfaceName"] for each in yaml.safe_load(annotations["networking.gke.io/interfaces"])]
+        named = {each["name"]: each.get("value") for each in own["env"]}
+        assert devices[1:] == named["NCCL_GPUDIRECTTCPX_SOCKET_IFNAME"].split(",")
+    if "slices" in blocks:
+        assert "--config.mesh.across_hosts=data" in own["args"]
+
+
 def test_claims_and_the_jobs_in_a_jobset_fit_the_schemas_of_kubernetes(manifest):
     kubernetes = pytest.importorskip("kubernetes_validate")
     metadata = {"name": "job"}
