@@ -59,9 +59,13 @@ SAVE = """
 
 
 def started(body):
-    process = subprocess.Popen(
-        [sys.executable, "-c", START.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which is inherited
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", START.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     return process
