@@ -123,6 +123,7 @@ def make_step(kind, dtype="float32", devices=1, rules=("layers[2]/.*", "final_no
         return step(trainable, stored), stored, rest, storage
 
 
+@pytest.mark.slow
 def test_the_compute_dtype_changes_no_bit_of_a_step():
     (loss, gradients), stored, rest, _ = make_step("compute", "bfloat16")
     (expected, reference), *_ = make_step("float32", "bfloat16")
