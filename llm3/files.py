@@ -20,7 +20,7 @@ MATRIX = "matrix.json"  # the rows of all stages; written last, so its presence 
 INIT = "init"  # the folder of the untrained model, and its name as a parent
 START = "start"  # the folder of the pretrained model that a run starts from
 RESOLVED = "config.resolved.json"  # every field of the config of the last session
-COMPILED = "compiled"  # folder: programs for the devices; can be removed, and need not be copied
+COMPILED = "compiled"  # folder: compiled programs; a run works without it
 SESSIONS = "sessions.json"  # when and where `run` worked on the run, and how long
 MODEL = "model.json"  # in START: what the run keeps of that model
 

@@ -67,12 +67,7 @@ def run(
     for name in first:
         check_record(workdir, config, name)
     amendments = planned_amendments(config, workdir, order, why, from_step)
-    check_ancestry(workdir, order)
-    to_train = processes.broadcast_from_first(
-        lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
-    )
-    for name in to_train:
-        locate_parent(config, workdir, name, to_train)
+    to_train = stages_to_train(config, workdir, order, amendments)
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
         finished = "is finished" if len(order) == 1 else "are finished"
         where = workdir if bare else workdir / REPORT_HTML
@@ -97,22 +92,38 @@ def run(
             with watch.part("prepare"):
                 begin(session, to_train, bare)
             facts = session.facts() if processes.is_first() else {}
-            write_log = lambda: log.write(facts, watch.seconds) if processes.is_first() else None  # noqa: E731
-            write_log()
+            write_log(log, facts, watch)
             if not bare:
                 evaluate_first_rows(session)
             evaluate_outdated(session, first, [name for name in order if name not in to_train])
             for name in to_train:
                 trained = not request.signal and run_stage(experiment.stages[name], session, request)
-                write_log()
+                write_log(log, facts, watch)
                 if not trained:
                     console.print(f"Stopped by {request.name}; everything is saved. Rerun the command to resume.")
                     return request.exit
         check_ancestry(workdir, order)
-        write_log()
+        write_log(log, facts, watch)
         if processes.is_first() and not bare:
             write_report(config, workdir, console)
     return 0
+
+
+def stages_to_train(config: RunConfig, workdir: Path, order: list[str], amendments: dict[str, Amendment]) -> list[str]:
+    """The chosen stages that have no row or are to be changed. Raises UserError if the parent of one is missing."""
+    check_ancestry(workdir, order)
+    found = processes.broadcast_from_first(
+        lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
+    )
+    for name in found:
+        locate_parent(config, workdir, name, found)
+    return found
+
+
+def write_log(log: SessionLog, facts: dict, watch: Stopwatch) -> None:
+    """Note what this command did so far, on the first process."""
+    if processes.is_first():
+        log.write(facts, watch.seconds)
 
 
 def planned_amendments(
