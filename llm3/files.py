@@ -27,6 +27,8 @@ MODEL = "model.json"  # in START: what the run keeps of that model
 # In the directory of an ablation
 PLAN = "ablation.json"  # its arms and stage runs; tells it from a run
 
+FORMAT = 1  # of metadata and records, which name theirs; a reader takes those of older ones too
+
 # In a stage folder
 CHECKPOINTS = "checkpoints"
 RECORD = "config.json"  # the part of the config that determines the stage
@@ -76,7 +78,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename, which may reach the disk first
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
@@ -93,6 +98,12 @@ def ordinary_permissions(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)
+
+
+def check_format(values: dict, where: Path) -> None:
+    """Raise UserError for metadata or a record of a newer llm3."""
+    if (found := values.get("format", FORMAT)) > FORMAT:
+        raise UserError(f"{where} has format {found}, and this llm3 reads up to {FORMAT}: update llm3")
 
 
 def saved_steps(directory: Path) -> list[int]:

@@ -7,8 +7,9 @@ from jax.sharding import Mesh
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.model_schema import ModelConfig, read_model
+from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS
+from llm3.files import CHECKPOINTS, TOKENIZER
 from llm3.models.transformer import abstract_params
 
 
@@ -44,6 +45,17 @@ def load_stage(
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}: {remedy(checkpoints, meta['step'])}") from error
     return params, model, meta
+
+
+def load_tokenizer(workdir: Path, name: str, meta: dict) -> Tokenizer:
+    """The tokenizer in a run. Raises UserError if it is not the one that a stage was trained with.
+
+    meta: of a checkpoint of the stage.
+    """
+    tokenizer = Tokenizer.load(workdir / TOKENIZER)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / name}")
+    return tokenizer
 
 
 def _found(workdir: Path, name: str, step: str) -> tuple[Checkpoints, dict]:

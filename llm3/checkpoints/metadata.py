@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm3.errors import UserError
+from llm3.files import FORMAT
 from llm3.tree import combine_digests, leaf_digests
 
 
@@ -69,7 +70,7 @@ def with_digests(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
 
     In a delta checkpoint, `meta["base"]` is the digest of the base, and `params_digest` covers it as well.
     """
-    meta = json.loads(json.dumps(meta))
+    meta = json.loads(json.dumps(meta)) | {"format": FORMAT}
     meta.pop("meta_digest", None)
     meta["digests"], meta["opt_digests"] = (digests_of(parts[name]) for name in ("params", "opt"))
     meta["params_digest"] = combine_digests(meta["digests"] | ({"base": meta["base"]} if "base" in meta else {}))

@@ -14,6 +14,7 @@ from llm3.checkpoints.layout import OF_JSON, LiteralPath, align_operations, orba
 from llm3.checkpoints.metadata import array_mismatches, by_path, check_shapes, digests_of, json_digest, saved_shapes
 from llm3.distributed import agreement
 from llm3.errors import Unreachable, UserError, cause_chain, listed
+from llm3.files import check_format
 from llm3.tree import flatten, unflatten
 
 
@@ -53,6 +54,7 @@ class SavedStep:
         digest = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
         if digest is None or digest != json_digest(meta):
             raise DamagedCheckpoint(f"{self._path / 'meta'} does not match its digest")
+        check_format(meta, Path(self._path / "meta"))
         return meta
 
     @functools.cached_property

@@ -12,20 +12,19 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm3.checkpoints.load import load_stage, trained_stages
+from llm3.checkpoints.load import load_stage, load_tokenizer, trained_stages
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.changes import changes
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig, as_dict
 from llm3.data.chat_templates import kept_template, trained_template
-from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import processes
 from llm3.distributed.mesh_axes import table as rules_of
 from llm3.distributed.sharding import axis_size, check_batch, make_mesh, rules_in_force
 from llm3.errors import UserError
 from llm3.evals import Compiled
 from llm3.evals.harness import Options
-from llm3.files import CHECKPOINTS, TOKENIZER
+from llm3.files import CHECKPOINTS
 from llm3.report import table
 from llm3.report.console import new_console
 from llm3.segments import segmented
@@ -105,6 +104,8 @@ def evaluate_config(
     with session.on_mesh():
         for name, stage in session.experiment.stages.items():
             params, model, meta = load_stage(workdir, name, mesh=session.mesh)
+            if session.experiment.tokenizer.hash != meta["tokenizer_hash"]:
+                raise UserError(f"{workdir / name} was trained with another tokenizer than this config's")
             now = replace(
                 stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
             )
@@ -146,10 +147,10 @@ def evaluate_tasks(
     with naming_flags():
         check_batch(mesh, rows_of_batch, length, 1, "")
         made = processes.on_first_then_all(lambda: without_source("", config, options, template, ""))
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
     compiled: Compiled = {}
     for name in names:
         params, model, meta = load_stage(workdir, name, mesh=mesh)
+        tokenizer = load_tokenizer(workdir, name, meta)
         check_length(model, length, "--sequence_length")
         if not model.causal:
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llm3 import __version__, objectives
-from llm3.checkpoints.load import load_stage
+from llm3.checkpoints.load import load_stage, load_tokenizer
 from llm3.cli.checks import check_export
 from llm3.cli.export_text import padding_id, token_ids, write_generation, write_tokenizer
 from llm3.config.model_schema import ModelConfig
@@ -92,9 +92,7 @@ class Exported(NamedTuple):
 def load_exported(workdir: Path, stage: str, step: str, form: str) -> Exported:
     """Read a checkpoint and what belongs to it. Raises UserError if it cannot be exported as `form`."""
     params, model, meta = load_stage(workdir, stage, step)
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / stage}")
+    tokenizer = load_tokenizer(workdir, stage, meta)
     family = family_of_model(model, meta.get("model_family"))
     template = trained_template(workdir, stage, meta.get("chat_template"))
     for name, _ in model.adapters:

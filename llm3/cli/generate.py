@@ -6,14 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm3.checkpoints.load import load_stage, trained_stages
+from llm3.checkpoints.load import load_stage, load_tokenizer, trained_stages
 from llm3.cli.checks import check_sampling
 from llm3.config.schema import RunConfig
 from llm3.data.chat_templates import trained_template
 from llm3.data.prompts import read_prompt
-from llm3.data.tokenizer import Tokenizer
 from llm3.errors import UserError
-from llm3.files import TOKENIZER
 from llm3.models.batching import timed_sample
 from llm3.report.console import new_console
 from llm3.report.units import count
@@ -42,9 +40,9 @@ def generate(
     if config:
         for name in names:
             check_record(workdir, config, name)
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
     for name in names:
         params, model, meta = load_stage(workdir, name)
+        tokenizer = load_tokenizer(workdir, name, meta)
         if not model.causal:
             raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
         template = trained_template(workdir, name, meta.get("chat_template"))

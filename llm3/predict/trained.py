@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3 import objectives
-from llm3.checkpoints.load import stage_meta
+from llm3.checkpoints.load import load_tokenizer, stage_meta
 from llm3.config.data_schema import SourceConfig
 from llm3.config.model_schema import ModelConfig, read_model
 from llm3.data.chat_templates import trained_template
 from llm3.data.tokenizer import Tokenizer
-from llm3.errors import UserError
-from llm3.files import TOKENIZER
 from llm3.registry import load_plugin
 
 
@@ -72,8 +70,6 @@ class Trained(NamedTuple):
 def open_trained(workdir: Path, name: str, step: str = "latest") -> Trained:
     """A stage of a run by a checkpoint of it. Raises UserError if the run lacks a part that it was trained with."""
     meta = stage_meta(workdir, name, step)
-    tokenizer = Tokenizer.load(workdir / TOKENIZER)
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise UserError(f"{workdir / TOKENIZER} is not the tokenizer of {workdir / name}")
+    tokenizer = load_tokenizer(workdir, name, meta)
     template = trained_template(workdir, name, meta.get("chat_template"))
     return Trained(workdir, name, meta, read_model(meta["model"]), tokenizer, template)

@@ -12,10 +12,10 @@ from pathlib import Path
 from llm3.config.changes import Change
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, writing
-from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE, saved_steps, write_json
+from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE, saved_steps
 from llm3.stages.amendments import Amendment, changed, with_amendments
 from llm3.stages.parents import parent_name
-from llm3.stages.records import read_amendments
+from llm3.stages.records import read_amendments, write_record
 from llm3.stages.workdir import another_config, record_changes, stage_record
 
 
@@ -113,7 +113,7 @@ def apply(workdir: Path, config: RunConfig, amendments: dict[str, Amendment]) ->
         if later or (directory / ROW).is_file():  # a stage with a row counts as finished
             _set_aside(directory, later, new_folder(directory))
         kept = [each for each in read_amendments(workdir, name) if each.step <= step]
-        write_json(directory / RECORD, with_amendments(stage_record(config, name), [*kept, amendment]))
+        write_record(workdir, name, with_amendments(stage_record(config, name), [*kept, amendment]))
 
 
 def _set_aside(directory: Path, steps: list[int], folder: Path) -> None:

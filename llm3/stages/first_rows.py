@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from llm3.config.schema import RunConfig
 from llm3.distributed import processes
 from llm3.errors import UserError
-from llm3.files import INIT, RECORD, ROW, START, read_json, write_json
+from llm3.files import INIT, RECORD, ROW, START, read_json
 from llm3.handoff.checkpoint import Checkpoint, find_checkpoint
 from llm3.handoff.pretrained import Pretrained, find_pretrained, keep_description
 from llm3.models.transformer import abstract_params, init
@@ -17,6 +17,7 @@ from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import Subject, subject_of_checkpoint
 from llm3.stages.model import has_lm_leaves
 from llm3.stages.parents import first_rows, model_starts, other_runs
+from llm3.stages.records import write_record
 from llm3.stages.samples import take_samples
 from llm3.stages.session import Session
 from llm3.stages.start import loaded_params
@@ -46,8 +47,8 @@ def evaluate_first_rows(session: Session) -> None:
 def write_records(session: Session) -> None:
     """Write down the config that each of the first rows is computed from, unless that has been done."""
     for name in first_rows(session.config, session.workdir):
-        if not (path := session.workdir / name / RECORD).is_file():
-            write_json(path, stage_record(session.config, name))
+        if not (session.workdir / name / RECORD).is_file():
+            write_record(session.workdir, name, stage_record(session.config, name))
 
 
 def unreadable(config: RunConfig, workdir: Path, name: str) -> str:

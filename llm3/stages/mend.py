@@ -17,9 +17,8 @@ from llm3.files import (
     SESSIONS,
     saved_steps,
     write_atomic,
-    write_json,
 )
-from llm3.stages.records import read_record
+from llm3.stages.records import read_record, write_record
 
 AGAIN = "it is kept as {kept}, and written again"
 
@@ -41,7 +40,7 @@ def mend(workdir: Path, names: list[str]) -> list[str]:
                 if (directory / file).is_file():
                     _rename(directory / file)
         if steps and not (directory / RECORD).is_file() and (record := read_record(workdir, name)):
-            write_json(directory / RECORD, record)
+            write_record(workdir, name, record)
             lost = lost or [f"{directory / RECORD} is missing; it is written again from a checkpoint"]
         said += [*lost, *measured, *_renamed([directory / DATA_SAMPLE])]
         for file in (METRICS, SAMPLES):

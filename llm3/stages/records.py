@@ -7,16 +7,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, RECORD, read_json, saved_steps
+from llm3.files import CHECKPOINTS, FORMAT, RECORD, check_format, read_json, saved_steps, write_json
 from llm3.stages.amendments import Amendment, amendments_in
 
 
 def read_record(workdir: Path, name: str) -> dict | None:
-    """The record of a stage; without a readable file that of its newest readable checkpoint; None without either."""
+    """The record of a stage; without a readable file that of its newest readable checkpoint; None without either.
+
+    Raises UserError for one of a newer llm3.
+    """
+    record = None
     with suppress(UserError):
-        if isinstance(record := read_json(workdir / name / RECORD), dict):
-            return record
-    return _from_checkpoints(workdir, name)
+        record = read_json(workdir / name / RECORD)
+    if not isinstance(record, dict):
+        return _from_checkpoints(workdir, name)
+    check_format(record, workdir / name / RECORD)
+    return {key: value for key, value in record.items() if key != "format"}
+
+
+def write_record(workdir: Path, name: str, record: dict) -> None:
+    """Write the record of a stage, with the number of its format. Raises NotWritten if the disk refuses."""
+    write_json(workdir / name / RECORD, {"format": FORMAT} | record)
 
 
 def read_amendments(workdir: Path, name: str) -> list[Amendment]:

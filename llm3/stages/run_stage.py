@@ -10,7 +10,7 @@ from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.distributed import agreement, command_time, interrupts, memory, processes
 from llm3.distributed.preemption import StopRequest
 from llm3.errors import UserError, counted, together
-from llm3.files import CHECKPOINTS, DATA_SAMPLE, RECORD, write_json
+from llm3.files import CHECKPOINTS, DATA_SAMPLE, write_json
 from llm3.models.attention.choice import platform
 from llm3.report.console import WARNING
 from llm3.report.logs import read_metrics
@@ -23,6 +23,7 @@ from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.hooks import make_hooks, sample
 from llm3.stages.parents import parent_labels
+from llm3.stages.records import write_record
 from llm3.stages.samples import drop_samples
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
@@ -94,7 +95,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
             state, done = run.begin(parent)
         agreement.compare({f"step of {stage.name} to resume": done})
         if processes.is_first():  # after the parent is loaded: a rejected stage leaves no files
-            write_json(directory / RECORD, stage.record)
+            write_record(session.workdir, stage.name, stage.record)
             write_json(directory / DATA_SAMPLE, data_sample(stage, DATA_WINDOWS))
             drop_samples(directory, after=done)
         phase = run.phase_of(done)

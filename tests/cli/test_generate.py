@@ -117,6 +117,9 @@ def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with
     assert prompt == document.tokens[:start].tolist() and raw == [1, *tokenizer().encode("hi 7")]
     end = tokenizer().encode("<|im_end|>")
     assert again == (prompt, stops) and asked[2][1] == stops
+    same_size = tiny_export.train(tiny_export.TEXTS, 270).extended(["fax", "数学"])
+    same_size.save(tmp_path / "tokenizer.json")
+    assert main(command) == 2 and "tokenizer.json is not the tokenizer of" in capsys.readouterr().err
     assert stops == [[2], end] and document.tokens[document.answer_mask].tolist() == tokenizer().encode("hello") + end
 
 

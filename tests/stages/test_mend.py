@@ -6,10 +6,12 @@ import pytest
 
 from llm3.checkpoints import stage_checkpoints
 from llm3.config import load as configfile
-from llm3.files import read_json
+from llm3.errors import UserError
+from llm3.files import FORMAT
 from llm3.report.logs import read_metrics
 from llm3.stages import workdir
 from llm3.stages.mend import mend
+from llm3.stages.records import read_record, write_record
 from tests.helpers import tiny_run as tiny
 
 
@@ -55,7 +57,7 @@ def test_a_record_is_written_again_from_the_newest_checkpoint(run, damage):
     workdir.check_record(directory, config, "pretrain")
     changed = configfile.load(str(directory.parent / "config.py"), ["model.rope_theta=5.0"])
     assert [each.field for each in workdir.record_changes(directory, changed, "pretrain")] == ["model.rope_theta"]
-    assert len(mend(directory, ["pretrain"])) == 1 and read_json(path) == record
+    assert len(mend(directory, ["pretrain"])) == 1 and read_record(directory, "pretrain") == record
     assert (directory / "pretrain" / "evaluation.json").is_file()
 
 
@@ -66,3 +68,11 @@ def test_a_damaged_line_of_metrics_is_left_out(run):
     (said,) = mend(run[0], ["pretrain"])
     assert "1 of 3 lines cannot be read" in said and path.with_name("metrics.jsonl.damaged").read_text() == text
     assert read_metrics(path.parent) == [{"step": 1}]
+
+
+def test_a_record_or_metadata_of_a_newer_version_is_refused(run):
+    write_record(run[0], "pretrain", run[2])
+    assert read_record(run[0], "pretrain") == run[2]
+    write_record(run[0], "pretrain", run[2] | {"format": FORMAT + 1})
+    with pytest.raises(UserError, match=rf"config\.json has format {FORMAT + 1}, and this llm3 reads up to {FORMAT}"):
+        workdir.check_record(run[0], run[1], "pretrain")
