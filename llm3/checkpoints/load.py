@@ -8,6 +8,7 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.model_schema import ModelConfig, read_model
 from llm3.data.tokenizer import Tokenizer
+from llm3.distributed import processes
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, TOKENIZER
 from llm3.models.transformer import abstract_params
@@ -63,7 +64,7 @@ def _found(workdir: Path, name: str, step: str) -> tuple[Checkpoints, dict]:
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-    if (latest := checkpoints.latest()) is None:
+    if (latest := processes.broadcast_from_first(checkpoints.latest)) is None:
         raise UserError(f"{workdir / name} has no complete checkpoint yet")
     if step != "latest" and not step.isdecimal():
         raise UserError(f"--step={step}: expected a step number or 'latest'")

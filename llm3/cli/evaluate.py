@@ -63,7 +63,7 @@ def evaluate(
     if not tasks:
         assert config is not None  # see `llm3.cli.checks`
         return evaluate_config(config, workdir, stages, console, deliver)
-    names = stages or trained_stages(workdir)
+    names = stages or processes.broadcast_from_first(lambda: trained_stages(workdir))
     mesh_config = config.mesh if config else MeshConfig()
     with naming_flags():
         chosen = Options(tasks=tuple(tasks), **{name: value for name, value in options.items() if value is not None})
