@@ -1,5 +1,6 @@
 """Read-only access to a finished or running run: which stages have checkpoints, and the parameters of one stage."""
 
+from functools import partial
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -8,7 +9,7 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.model_schema import ModelConfig, read_model
 from llm3.data.tokenizer import Tokenizer
-from llm3.distributed import processes
+from llm3.distributed import agreement, processes
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, TOKENIZER
 from llm3.models.transformer import abstract_params
@@ -60,19 +61,25 @@ def load_tokenizer(workdir: Path, name: str, meta: dict) -> Tokenizer:
 
 
 def _found(workdir: Path, name: str, step: str) -> tuple[Checkpoints, dict]:
+    """The checkpoints of a stage, and the metadata of the step that the first process finds there."""
+    number = processes.broadcast_from_first(partial(_number, workdir, name, step))
+    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
+    try:
+        meta = agreement.all_or_none(partial(checkpoints.meta, number), DamagedCheckpoint)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}: {remedy(checkpoints, number)}") from error
+    return checkpoints, meta | {"step": number}
+
+
+def _number(workdir: Path, name: str, step: str) -> int:
     found = [each.parent.name for each in workdir.glob(f"*/{CHECKPOINTS}")]
     if name not in found:
         raise UserError(f"{workdir} holds no stage {name!r}; {nearest(name, found)}")
-    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-    if (latest := processes.broadcast_from_first(checkpoints.latest)) is None:
+    if (latest := Checkpoints(workdir / name / CHECKPOINTS, read_only=True).latest()) is None:
         raise UserError(f"{workdir / name} has no complete checkpoint yet")
     if step != "latest" and not step.isdecimal():
         raise UserError(f"--step={step}: expected a step number or 'latest'")
-    number = latest if step == "latest" else int(step)
-    try:
-        return checkpoints, checkpoints.meta(number) | {"step": number}
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{error}: {remedy(checkpoints, number)}") from error
+    return latest if step == "latest" else int(step)
 
 
 def remedy(checkpoints: Checkpoints, damaged: int) -> str:

@@ -12,8 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from llm3.checkpoints.load import load_stage, load_tokenizer, trained_stages
-from llm3.checkpoints.stage_checkpoints import Checkpoints
+from llm3.checkpoints.load import load_stage, load_tokenizer, stage_meta, trained_stages
 from llm3.config.changes import changes
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.config.schema import EvaluationConfig, MeshConfig, RunConfig, as_dict
@@ -168,7 +167,4 @@ def evaluate_tasks(
 
 def trained_length(workdir: Path, name: str) -> int:
     """The tokens of a window that a stage was trained on."""
-    checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-    if (step := checkpoints.latest()) is None:
-        raise UserError(f"{workdir / name} has no complete checkpoint yet")
-    return checkpoints.meta(step)["config"]["stage"]["sequence_length"]
+    return stage_meta(workdir, name)["config"]["stage"]["sequence_length"]

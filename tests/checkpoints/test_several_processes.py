@@ -8,6 +8,7 @@ import pytest
 
 from llm3.checkpoints import damage, saved_step
 from llm3.checkpoints.layout import LiteralPath
+from llm3.checkpoints.load import stage_meta
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints, Wanted
 from llm3.distributed import processes
@@ -66,6 +67,9 @@ def test_the_first_process_says_which_steps_there_are(saved, monkeypatch):
         return own.newest_meta()["step"]
 
     assert together(monkeypatch, run) == [2, 2]
+    workdir, stage = saved.directory.parent.parent, saved.directory.parent.name
+    monkeypatch.setattr(Checkpoints, "latest", lambda _: 2 if processes.is_first() else 4)
+    assert together(monkeypatch, lambda index: stage_meta(workdir, stage)["step"]) == [2, 2]
 
 
 def test_a_read_that_fails_once_is_tried_again_and_is_no_damage(saved, monkeypatch, capsys):
