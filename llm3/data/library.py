@@ -113,10 +113,13 @@ def trained_tokenizer(
     if file.is_file():
         with suppress(OSError):  # read-only
             os.utime(file)  # when it was last used
-    else:
-        cache.check_writable(cache_dir, "the tokenizer")
-        print(f"tokens: training a tokenizer on {', '.join(names)}", file=sys.stderr)
-        texts = itertools.chain.from_iterable(each.texts() for each in splits)
-        with interrupts.doing("training a tokenizer"):
-            tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
+        try:
+            return Tokenizer.load(file)
+        except UserError as error:
+            print(f"tokens: {error}: it is trained again", file=sys.stderr)
+    cache.check_writable(cache_dir, "the tokenizer")
+    print(f"tokens: training a tokenizer on {', '.join(names)}", file=sys.stderr)
+    texts = itertools.chain.from_iterable(each.texts() for each in splits)
+    with interrupts.doing("training a tokenizer"):
+        tokenizer.train(selection.sample_texts(texts, train_bytes), vocab_size).save(file)
     return Tokenizer.load(file)

@@ -15,6 +15,7 @@ from llm3.files import (
     ROW,
     SAMPLES,
     SESSIONS,
+    TOKENIZER,
     saved_steps,
     write_atomic,
 )
@@ -29,7 +30,7 @@ def mend(workdir: Path, names: list[str]) -> list[str]:
     A missing or damaged record is written again from the newest checkpoint that can be read. A row whose details are
     damaged is measured again; damaged lines of metrics and samples are left out.
     """
-    said = _renamed([workdir / name for name in (MATRIX, SESSIONS, RESOLVED)])
+    said = _renamed([workdir / name for name in (MATRIX, SESSIONS, RESOLVED, TOKENIZER)])
     for name in names:
         directory = workdir / name
         lost = _renamed([directory / RECORD])

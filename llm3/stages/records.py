@@ -36,6 +36,12 @@ def read_amendments(workdir: Path, name: str) -> list[Amendment]:
 
 
 def _from_checkpoints(workdir: Path, name: str) -> dict | None:
+    meta = newest_meta(workdir, name)
+    return meta and meta["config"]
+
+
+def newest_meta(workdir: Path, name: str) -> dict | None:
+    """The metadata of the newest checkpoint of a stage that this process can read; None: there is none."""
     directory = workdir / name / CHECKPOINTS
     if not (steps := saved_steps(directory)):
         return None
@@ -46,5 +52,5 @@ def _from_checkpoints(workdir: Path, name: str) -> dict | None:
     checkpoints = Checkpoints(directory, read_only=True)
     for step in reversed(steps):
         with suppress(DamagedCheckpoint):
-            return checkpoints.meta(step)["config"]
+            return checkpoints.meta(step)
     return None

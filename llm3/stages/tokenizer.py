@@ -8,10 +8,11 @@ from llm3.data import tokenizer as tokenizers
 from llm3.data.chat_templates import kept_template
 from llm3.data.library import trained_tokenizer
 from llm3.errors import UserError, nearest
-from llm3.files import CHECKPOINTS, TOKENIZER, local_path
+from llm3.files import CHECKPOINTS, RESOLVED, TOKENIZER, local_path
 from llm3.handoff.start import ModelStart, Start, read_start
 from llm3.interop.folder import open_folder
 from llm3.stages.parents import origin
+from llm3.stages.records import newest_meta
 from llm3.stages.workdir import tokenizer_sources
 
 
@@ -22,9 +23,23 @@ def load_tokenizer(
 
     Where there is none of these, a new one (in the cache). Raises UserError.
     """
-    saved, add = workdir / TOKENIZER, config.tokenizer.add
+    saved = workdir / TOKENIZER
     if saved.is_file():
         return tokenizers.Tokenizer.load(saved)
+    found = _new_tokenizer(config, sources, workdir, cache_dir)
+    for name in config.stages:  # it was lost, or is damaged
+        if (meta := newest_meta(workdir, name)) and meta["tokenizer_hash"] != found.hash:
+            raise UserError(
+                f"{saved}, with which {workdir / name} was trained ({meta['tokenizer_hash'][:12]}), is gone, and this "
+                f"config makes another one ({found.hash[:12]}): restore it from a copy, or use another --workdir"
+            )
+    return found
+
+
+def _new_tokenizer(
+    config: RunConfig, sources: dict[str, SourceConfig], workdir: Path, cache_dir: Path
+) -> tokenizers.Tokenizer:
+    add = config.tokenizer.add
     if loaded := given_tokenizer(config, workdir):
         return loaded.extended(add) if add else loaded
     if add:
@@ -67,7 +82,8 @@ def inherited_template(config: RunConfig, workdir: Path) -> str:
     found = None if config.tokenizer.path or config.tokenizer.sources else origin(config, workdir)
     if found is None or not isinstance(start := found[1], Start):
         return ""
-    return kept_template(workdir if (workdir / TOKENIZER).is_file() else start.run)
+    begun = any((workdir / name).is_file() for name in (TOKENIZER, RESOLVED))
+    return kept_template(workdir if begun else start.run)
 
 
 def check_parents_tokenizers(

@@ -110,6 +110,16 @@ def test_a_read_only_cache_is_used_if_it_is_complete_and_else_refused_by_what_it
     assert tiny_records.files(tmp_path) == before
 
 
+def test_a_damaged_tokenizer_in_the_cache_is_trained_again(configs, tmp_path, capsys):
+    expected = trained_tokenizer(configs, ["news"], tmp_path, **SIZES).hash
+    (file,) = tmp_path.glob("tokenizer-*.json")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:100]):
+        file.write_bytes(damaged)
+        assert trained_tokenizer(configs, ["news"], tmp_path, **SIZES).hash == expected and file.read_bytes() == whole
+        assert f"{file} cannot be read" in (said := capsys.readouterr().err) and "it is trained again" in said
+
+
 def test_a_tokenizer_is_trained_once_on_a_sample_of_at_most_train_bytes(configs, tmp_path, monkeypatch):
     seen, plain = [], tokenizer.train
     monkeypatch.setattr(tokenizer, "train", lambda texts, size: plain(seen.append(list(texts)) or seen[-1], size))

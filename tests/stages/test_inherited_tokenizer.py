@@ -1,6 +1,7 @@
 """A run takes over the tokenizer and the chat template of the run that a stage of it starts from."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -11,6 +12,7 @@ from llm3.data.library import Library
 from llm3.errors import UserError
 from llm3.files import CHAT_TEMPLATE, TOKENIZER
 from llm3.stages import experiment
+from llm3.stages import tokenizer as stage_tokenizer
 from llm3.stages.experiment import prepare, read_library
 from llm3.stages.model import planned_vocabulary
 from tests.helpers import tiny_run
@@ -48,11 +50,18 @@ def config(base, *overrides, extra=""):
     return load(str(tiny_run.write_config(base / "config.py", base, lines)), overrides)
 
 
-def test_the_tokenizer_with_its_added_tokens_and_the_template_are_those_of_the_parent(base, trained):
+def test_the_tokenizer_with_its_added_tokens_and_the_template_are_those_of_the_parent(base, trained, monkeypatch):
     found = read_library(config(base), base / "run")
     assert found.tokenizer.hash == trained[0].hash and "acetaminophen" in found.tokenizer.tokens
     assert found.template == TEMPLATE
     assert planned_vocabulary(config(base), base / "run") == trained[0].vocab_size
+    for theirs in trained:  # of a run whose own tokenizer is lost
+        monkeypatch.setattr(stage_tokenizer, "newest_meta", lambda *_, own=theirs: {"tokenizer_hash": own.hash})
+        with (
+            nullcontext() if theirs is trained[0] else pytest.raises(UserError, match=r"makes another one .*restore it")
+        ):
+            assert read_library(config(base), base / "run").tokenizer.hash == theirs.hash
+    monkeypatch.undo()
     more = config(base, "tokenizer.add=['ibuprofen']")
     assert read_library(more, base / "run").tokenizer.hash == trained[0].extended(["ibuprofen"]).hash
     assert planned_vocabulary(more, base / "run") == trained[0].vocab_size + 1

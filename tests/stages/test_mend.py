@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch):
     record, stage = workdir.stage_record(config, "pretrain"), tmp_path / "run" / "pretrain"
     (stage / "checkpoints" / "10").mkdir(parents=True)
     monkeypatch.setattr(stage_checkpoints.Checkpoints, "meta", lambda *_: {"config": record})
-    for name in ("config.json", "evaluation.json", "details.json", "../matrix.json"):
+    for name in ("config.json", "evaluation.json", "details.json", "../matrix.json", "../tokenizer.json"):
         (stage / name).write_text(json.dumps(record))
     (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
     return tmp_path / "run", config, record
@@ -37,6 +37,7 @@ def test_intact_files_stay_as_they_are(run):
     ("damaged", "gone"),
     [
         ("matrix.json", ["matrix.json"]),
+        ("tokenizer.json", ["tokenizer.json"]),
         ("pretrain/evaluation.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
         ("pretrain/details.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
     ],
