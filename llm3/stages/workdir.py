@@ -138,6 +138,9 @@ def record_changes(workdir: Path, config: RunConfig, name: str, step: int | None
     if saved is None:
         return []
     now, saved = stage_record(config, name), before_amendments(saved, step)
+    for each in (now, saved):
+        if "stage" in each:  # a record without it skips none
+            each["stage"].setdefault("skip_steps", [])
     now["sources"] = _kept_sources(config, saved, now)
     saved = without_moved_parent(workdir, name, with_new_fields(saved, now, SECTIONS), now)
     return [each for each in changes(*of_training(saved, now), SECTIONS) if each.kind != "free"]

@@ -129,6 +129,14 @@ def test_an_amendment_that_the_steps_before_it_contradict_is_refused(begun, file
     assert tiny.files(begun) == before
 
 
+def test_steps_to_skip_are_recorded_beside_those_skipped_before(begun, file):
+    skips = "stages.pretrain.skip_steps"
+    for overrides, line in (([f"{skips}=[[9, 10]]"], "skip_steps [] -> [[9, 10]]"), ([], "skip_steps [[9, 10]] -> []")):
+        config, plan = amended(begun, file, *overrides)
+        assert line in plan.line and amend.planned(begun, config, "pretrain") is None
+        assert plan_stage(config, "pretrain", begun).history[0][1].skip_steps == []
+
+
 def test_going_back_sets_aside_what_came_later_and_is_done_once(begun, file):
     amended(begun, file, f"{RATE}=0.5", why="first")
     (begun / "pretrain" / ROW).write_text("{}")
