@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs missing dependencies, then runs configs/quickstart.py: pretrain, posttrain, finetune, and the report.
-# Run again, it resumes, or says that nothing is left to do.
+# Run again, it resumes, or says that nothing is left to do. With LLM3_SETUP or LLM3_PYTHON (see launch/env.sh), it runs
+# in that environment and installs nothing.
 #
 #   launch/quickstart.sh [DIR] [arguments of `python -m llm3 run` ...]
 #
@@ -18,6 +19,6 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     [[ $dir = /* ]] || dir=$PWD/$dir
 fi
 
-"$root/launch/setup.sh"
+[ -n "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] || "$root/launch/setup.sh"
 cd "$root"
-exec .venv/bin/python -m llm3 run --config=configs/quickstart.py --workdir="$dir" "$@"
+exec "$root/launch/llm3.sh" run --config=configs/quickstart.py --workdir="$dir" "$@"

@@ -122,6 +122,13 @@ def test_quickstart_takes_a_directory_of_the_caller_and_further_arguments(reposi
     ]
 
 
+def test_quickstart_installs_nothing_where_the_user_has_an_environment(repository, tmp_path):
+    shutil.copy(tmp_path / "bin" / "python3", tmp_path / "bin" / "python")
+    answer = repository("quickstart.sh", "/abs", LLM3_SETUP=":")
+    assert answer.returncode == 0, answer.stderr
+    assert repository.log() == ["-m llm3 run --config=configs/quickstart.py --workdir=/abs"]
+
+
 def test_the_image_copies_what_is_there_and_installs_extras_that_exist():
     text = (ROOT / "launch" / "Dockerfile").read_text()
     copied = [words.split() for words in re.findall(r"^COPY (.*)$", text, re.MULTILINE)]
