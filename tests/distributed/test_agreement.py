@@ -1,9 +1,12 @@
 """What differs between processes is said by all of them, with the process that differs; all have one exit status."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from llm3.distributed import agreement, lock
 from llm3.errors import Exit, Unreachable, UserError
+from llm3.stages.agreement import compare_data
 from tests.helpers.several import together
 
 
@@ -24,6 +27,33 @@ def test_all_processes_refuse_what_differs_in_one_and_name_it_with_both_values(m
     assert "process 1 (on " in message and "process 2" not in message
     assert "config.stages.pretrain.rate: 0.5, there 0.01" in message
     assert "steps" not in message and "code" not in message
+
+
+@pytest.mark.parametrize(
+    ("fact", "line"),
+    [
+        ("documents", "data of pretrain.general: 'y', there 'x'"),
+        ("evaluation", "evaluations.text: 'y', there 'x'"),
+        ("tokenizer", "tokenizer: 'y', there 'x'"),
+        ("template", "chat template: "),
+    ],
+)
+def test_each_fact_of_the_data_is_compared(monkeypatch, fact, line):
+    def run(index):
+        own = dict.fromkeys(("documents", "evaluation", "tokenizer", "template"), "x")
+        own |= {fact: "y"} if index == 1 else {}
+        data = SimpleNamespace(fingerprints={"general": own["documents"]})
+        experiment = SimpleNamespace(
+            stages={"pretrain": SimpleNamespace(name="pretrain", data=data)},
+            evaluation_entries={"text": {"data": own["evaluation"]}},
+            tokenizer=SimpleNamespace(hash=own["tokenizer"]),
+            library=SimpleNamespace(template=own["template"]),
+        )
+        compare_data(experiment)
+
+    [message] = {str(error) for error in together(monkeypatch, run)}
+    heading, *lines = message.splitlines()
+    assert "process 1 (on " in heading and len(lines) == 1 and line in lines[0]
 
 
 def test_what_one_process_cannot_do_none_does(monkeypatch):
