@@ -13,9 +13,9 @@ from llm3.config.changes import Change
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, writing
 from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE, saved_steps
-from llm3.stages.amendments import Amendment, changed, with_amendments
+from llm3.stages.amendments import DERIVED, Amendment, amendments_in, changed, with_amendments
 from llm3.stages.parents import parent_name
-from llm3.stages.records import read_amendments, write_record
+from llm3.stages.records import read_amendments, read_record, write_record
 from llm3.stages.workdir import another_config, record_changes, stage_record
 
 
@@ -112,8 +112,10 @@ def apply(workdir: Path, config: RunConfig, amendments: dict[str, Amendment]) ->
         later = [each for each in saved_steps(directory / CHECKPOINTS) if each > step]
         if later or (directory / ROW).is_file():  # a stage with a row counts as finished
             _set_aside(directory, later, new_folder(directory))
-        kept = [each for each in read_amendments(workdir, name) if each.step <= step]
-        write_record(workdir, name, with_amendments(stage_record(config, name), [*kept, amendment]))
+        before = read_record(workdir, name) or {}
+        record = stage_record(config, name) | {key: before[key] for key in DERIVED if key in before}
+        kept = [each for each in amendments_in(before) if each.step <= step]
+        write_record(workdir, name, with_amendments(record, [*kept, amendment]))
 
 
 def _set_aside(directory: Path, steps: list[int], folder: Path) -> None:

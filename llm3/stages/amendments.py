@@ -15,7 +15,10 @@ from llm3.config.changes import Change
 from llm3.config.schema import StageConfig, as_dict
 
 KEY = "amendments"  # of the record, of metadata and of rows
-REPLAYED = "replayed"  # of the record: the weights of the parent's data, as they were when the stage began
+# of the record, but no part of the config
+REPLAYED = "replayed"  # the weights of the parent's data, as they were when the stage began
+EVALUATED = "evaluated"  # {evaluation: a digest of its documents}, as they are while the stage trains
+DERIVED = (REPLAYED, EVALUATED)
 
 
 class Amendment(NamedTuple):
@@ -56,8 +59,8 @@ def with_amendments(values: dict, amendments: Sequence[Amendment]) -> dict:
 
 
 def without_reasons(record: dict) -> dict:
-    """A record with what its amendments change, but not why and when, and without what follows from its parent."""
-    own = {key: value for key, value in record.items() if key != REPLAYED}
+    """A record with what its amendments change, but not why and when, and without what is no part of the config."""
+    own = {key: value for key, value in record.items() if key not in DERIVED}
     amended = [{"step": each["step"], "changes": each["changes"]} for each in record.get(KEY, ())]
     return own | ({KEY: amended} if amended else {})
 
@@ -79,7 +82,7 @@ def history(config: StageConfig, amendments: Sequence[Amendment], where: str) ->
 
 def before_amendments(record: dict, step: int | None) -> dict:
     """A record without its list of amendments, and with the values before those after a step. None: keep all."""
-    own = {key: value for key, value in record.items() if key not in (KEY, REPLAYED)}
+    own = {key: value for key, value in record.items() if key not in (KEY, *DERIVED)}
     for each in reversed(amendments_in(record)):
         if step is not None and each.step > step:
             own["stage"] = _before(own["stage"], each.changes)

@@ -74,6 +74,11 @@ class Evaluation:
         """{metric by which the best checkpoint can be chosen: "higher" or "lower"}"""
         return self.plugin.better(self.prepared) if hasattr(self.plugin, "better") else self.plugin.BETTER
 
+    @property
+    def data_digest(self) -> str:
+        """As `data_digest`."""
+        return data_digest(self.plugin, self.cache)
+
     def applies(self, subject: Subject) -> bool:
         """Whether a model has the head that the evaluation reads."""
         if not self.plugin.HEAD:

@@ -23,6 +23,7 @@ from llm3.distributed.mesh_axes import MESH_AXES, table
 from llm3.distributed.sharding import rules_in_force
 from llm3.files import INIT
 from llm3.registry import load_plugin
+from llm3.stages.amendments import EVALUATED
 from llm3.stages.evaluated import Entries, definition, entry
 from llm3.stages.evaluation import Evaluation, data_digest, read_evaluation
 from llm3.stages.model import init_model, vocabulary_size
@@ -67,7 +68,7 @@ class Experiment:
     def evaluation_entries(self) -> Entries:
         """What a row keeps of each evaluation, by name."""
         return {
-            each.name: entry(definition(self.config, each.name), data_digest(each.plugin, each.cache), each.better)
+            each.name: entry(definition(self.config, each.name), each.data_digest, each.better)
             for each in self.evaluations
         }
 
@@ -107,7 +108,8 @@ def prepare(config: RunConfig, workdir: Path, order: list[str]) -> Experiment:
     stages = [read_stage(config, name, workdir, library) for name in order]
     evaluations = [quick.get(name) or read_evaluation(config, name, library) for name in config.evaluations]
     dtype = chosen_dtype(config)
-    computed = {stage.name: stage.computed_in(dtype) for stage in stages}
+    measured = {EVALUATED: {each.name: digest[:12] for each in evaluations if (digest := each.data_digest)}}
+    computed = {each.name: replace(each.computed_in(dtype), record=each.record | measured) for each in stages}
     return Experiment(config, workdir, library, computed, evaluations, dtype)
 
 

@@ -71,7 +71,7 @@ def read_data(
     replayed: the weights of the parent's data when the stage began; None: it has not begun.
     """
     stage, where = config.stages[name], f"config.stages.{name}"
-    replayed = (replayed or replayed_weights(config, stage, library, where)) if stage.replay else None
+    replayed = replayed or replayed_weights(config, stage, library, where)
     schedule = schedule_of_history(config, name, library, history, replayed)
     sources = drawn_sources(config, name, schedule)
     caches = {source: library.cache(source, "train") for source in sources}

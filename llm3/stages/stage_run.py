@@ -14,7 +14,7 @@ from llm3.handoff.parent import Parent
 from llm3.stages.amendments import amendments_in
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.stages.start import base_meta, check_same_data, first_params, now_meta
+from llm3.stages.start import base_meta, changed_evaluations, check_same_data, first_params, now_meta
 from llm3.stages.validation import Validation
 from llm3.training.metrics import Cost
 from llm3.training.phase import Phase
@@ -91,6 +91,8 @@ class StageRun:
         self.validation = Validation(self.session, self.stage, own.meta.get("validation"))
         check_same_data(self.directory, self.stage, self.session.experiment.tokenizer.hash, self.meta)
         say(f"{name}: resumes at step {own.step}")
+        for each in self.validation.names & {*changed_evaluations(self.stage, own.meta)}:
+            say(f"{name}: evaluation {each} has other documents now: its values up to step {own.step} do not compare")
         if (before := self.meta["model"]["compute_dtype"]) != phase.model.compute_dtype:
             say(f"{name}: compute dtype changes from {before} to {phase.model.compute_dtype}")
         self.meta |= now_meta(self.stage)

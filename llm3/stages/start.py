@@ -23,7 +23,8 @@ from llm3.models.lora import with_magnitudes
 from llm3.models.quantized import CODEBOOKS
 from llm3.models.transformer import abstract, init
 from llm3.segments import canonical
-from llm3.stages.amendments import amendments_in, with_amendments
+from llm3.stages.amendments import EVALUATED, amendments_in, with_amendments
+from llm3.stages.evaluated import owner
 from llm3.stages.experiment import Experiment
 from llm3.stages.parents import parent_name
 from llm3.stages.session import Session
@@ -141,7 +142,10 @@ def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: dict) -> None:
-    """Raise UserError if a stage began with another tokenizer or other documents; sources may have been added."""
+    """Raise UserError if a stage began with another tokenizer or other documents; sources may have been added.
+
+    Also if its best step would be chosen from values that were measured on different documents.
+    """
     found = stage.data.fingerprints
     now = {"tokenizer_hash": tokenizer_hash, "data": {source: found.get(source) for source in meta["data"]}}
     for key, value in now.items():
@@ -150,6 +154,19 @@ def check_same_data(directory: Path, stage: Stage, tokenizer_hash: str, meta: di
                 f"{directory} was trained on other data ({key}: saved {meta[key]}, now {value}): "
                 f"restore the data, or use another --workdir"
             )
+    best, judge = stage.config.best, owner(stage.config.best, meta["config"].get(EVALUATED, ()))
+    scores = ((meta.get("scored") or {}).get("name"), (meta.get("validation") or {}).get("metric"))
+    if best and best in scores and judge in changed_evaluations(stage, meta):
+        raise UserError(
+            f"{directory} has steps whose {best} was measured on other documents than evaluation {judge!r} now has: "
+            f"restore them, or use another --workdir"
+        )
+
+
+def changed_evaluations(stage: Stage, meta: dict) -> list[str]:
+    """The evaluations that have other documents now than when a checkpoint of the stage was saved."""
+    then, now = (record.get(EVALUATED, {}) for record in (meta["config"], stage.record))
+    return sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
 
 
 def first_params(session: Session, stage: Stage, parent: Parent | None, phase: Phase) -> tuple[dict, dict]:

@@ -63,6 +63,11 @@ class Validation:
         return {"validation": dict(vars(self.best))} if self._judge and self._evaluations else {}
 
     @property
+    def names(self) -> set[str]:
+        """The evaluations between steps."""
+        return {each.name for each in self._evaluations}
+
+    @property
     def labels(self) -> dict[str, str]:
         """{metric: its short name in the progress line}: one of each evaluation, `best` before others."""
         found = {}

@@ -12,7 +12,7 @@ from llm3.files import RECORD, ROW, write_json
 from llm3.stages import amend, workdir
 from llm3.stages.amendments import Amendment, history, with_amendments
 from llm3.stages.mixture_schedule import schedule_of_history
-from llm3.stages.records import read_amendments
+from llm3.stages.records import read_amendments, read_record
 from llm3.stages.stage import plan_stage
 from tests.helpers import tiny_run as tiny
 
@@ -212,6 +212,14 @@ def test_a_stage_replays_the_data_of_its_parent_as_it_was_when_it_began(file):
     )
     assert then == pytest.approx({"domain": 0.45, "general": 0.55})
     assert now == pytest.approx({"domain": 0.95, "general": 0.05})
+
+
+def test_an_amendment_keeps_what_the_record_knows_of_the_parents_data(begun, file):
+    record = workdir.stage_record(configfile.load(file), "pretrain")
+    write_json(begun / "pretrain" / RECORD, record | {"replayed": {"general": 1.0}, "evaluated": {"domain": "ab"}})
+    amended(begun, file, f"{STEPS}=20")
+    found = read_record(begun, "pretrain")
+    assert (found["replayed"], found["evaluated"]) == ({"general": 1.0}, {"domain": "ab"})
 
 
 def test_records_of_unamended_stages_are_as_they_were(file):

@@ -2,11 +2,16 @@
 
 import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llm3.distributed.watchdog import Watchdog
+from llm3.errors import UserError
 from llm3.stages.evaluate import progress
+from llm3.stages.start import changed_evaluations, check_same_data
 from llm3.stages.validation import Best
 
 
@@ -44,6 +49,29 @@ def test_the_count_goes_on_from_what_a_checkpoint_holds():
         for step, value in enumerate(values[cut:], cut + 1):
             resumed.add(step, value)
         assert resumed == counted(values)
+
+
+@pytest.mark.parametrize(
+    ("best", "judge_now", "other_now", "scored", "refused"),
+    [
+        ("text_nll", "y", "x", {"scored": {"name": "text_nll"}}, True),
+        ("text_nll", "y", "x", {"validation": {"metric": "text_nll"}}, True),
+        ("text_nll", "x", "y", {"scored": {"name": "text_nll"}}, False),
+        ("text_nll", "y", "x", {"scored": {"name": "other_nll"}}, False),  # another metric chooses from now on
+        ("", "y", "y", {"scored": {"name": "text_nll"}}, False),
+    ],
+)
+def test_the_best_step_is_not_chosen_from_values_of_different_documents(best, judge_now, other_now, scored, refused):
+    meta = {"tokenizer_hash": "t", "data": {}, "config": {"evaluated": {"text": "x", "other": "x"}}, **scored}
+    stage = SimpleNamespace(
+        config=SimpleNamespace(best=best),
+        data=SimpleNamespace(fingerprints={}),
+        record={"evaluated": {"text": judge_now, "other": other_now, "new": "x"}},
+    )
+    changed = {name for name, now in (("text", judge_now), ("other", other_now)) if now == "y"}
+    assert {*changed_evaluations(stage, meta)} == changed
+    with pytest.raises(UserError, match="other documents than evaluation 'text'") if refused else nullcontext():
+        check_same_data(Path("run"), stage, "t", meta)
 
 
 def test_each_batch_of_an_evaluation_tells_the_watchdog_that_it_goes_on(capsys):
