@@ -23,7 +23,7 @@ from llm3.report.entries import (
     written,
 )
 from llm3.report.material import Material
-from llm3.report.matrix import majority
+from llm3.report.matrix import comparable, majority
 from llm3.report.replicates import estimate
 from llm3.report.statistics import Difference
 from llm3.report.table import markdown_table
@@ -171,10 +171,12 @@ def reference(group: list[Entry]) -> Entry:
 def comparisons(material: Material, found: list[Entry], measure: Measure) -> list[Comparison]:
     """The differences that can be tested, with corrected p-values."""
     with_value = [each for each in found if each.mean(measure.key) is not None]
+    evaluation = measure.key.removesuffix(f"_{measure.name}")
     known = [
         (ours, theirs, difference)
         for ours, theirs in pairs(material, with_value)
-        if (difference := compare(ours, theirs, measure)) is not None
+        if all(comparable(row, other, evaluation) for row in ours.rows for other in theirs.rows)
+        and (difference := compare(ours, theirs, measure)) is not None
     ]
     corrected = statistics.holm([difference.p for *_, difference in known])
     return [

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm3.report import statistics
 from llm3.report.material import Columns, Material
-from llm3.report.matrix import Metric, metrics_of, standard_error
+from llm3.report.matrix import Metric, metrics_of, on_other_data, standard_error
 from llm3.report.statistics import Interval
 from llm3.report.table import METRIC_NAMES, PERCENTAGES
 from llm3.report.units import NOT_APPLICABLE, words
@@ -68,6 +68,10 @@ class Entry(NamedTuple):
         """The mean of a key over the rows that have it; None without any."""
         values = [row[key] for row in self.rows if row.get(key) is not None]
         return sum(values) / len(values) if values else None
+
+    def on_other_data(self, evaluation: str) -> bool:
+        """Whether a row was measured on other data than most stages."""
+        return any(on_other_data(row, evaluation) for row in self.rows)
 
     def by_seed(self, key: str) -> dict[Any, float]:
         """{seed: value}"""

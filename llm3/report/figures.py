@@ -10,7 +10,7 @@ from llm3.report.comparisons import comparisons_of
 from llm3.report.entries import classifiers, entries, evaluations_of, main_measure
 from llm3.report.forgetting import forgetting_panels
 from llm3.report.material import Material
-from llm3.report.matrix import Metric, majority, metrics_of
+from llm3.report.matrix import Metric, majority, metrics_of, on_other_data
 from llm3.report.plots.classification import plot_confusion, plot_reliability
 from llm3.report.plots.dots import DotPanel, Dots, plot_dots
 from llm3.report.plots.forest import Effect, Forest, plot_forest
@@ -77,15 +77,19 @@ def matrix_map(material: Material, columns: list[Metric]) -> str:
 
 
 def column_shades(rows: list[dict], metric: Metric) -> list[float | None]:
-    """0 for the worst and 1 for the best value of the trained stages; worse values of an untrained model are 0."""
+    """0 for the worst and 1 for the best value of the trained stages; worse values of an untrained model are 0.
+
+    None without a value, and for one that was measured on other data.
+    """
     sign = -1 if metric.name.endswith("bits_per_byte") else 1
-    known = [sign * row[metric.key] for row in rows if row[metric.key] is not None]
-    trained = [sign * row[metric.key] for row in rows if row[metric.key] is not None and row.get("tokens") != 0]
+    shown = [row[metric.key] is not None and not on_other_data(row, metric.evaluation) for row in rows]
+    known = [sign * row[metric.key] for row, has in zip(rows, shown, strict=True) if has]
+    trained = [sign * row[metric.key] for row, has in zip(rows, shown, strict=True) if has and row.get("tokens") != 0]
     low, high = min(trained or known, default=0), max(known, default=0)
     span = (high - low) or 1.0
     return [
-        None if row[metric.key] is None else max(0.0, (sign * row[metric.key] - low) / span if high > low else 0.5)
-        for row in rows
+        max(0.0, (sign * row[metric.key] - low) / span if high > low else 0.5) if has else None
+        for row, has in zip(rows, shown, strict=True)
     ]
 
 
@@ -105,7 +109,7 @@ def trade_offs(material: Material) -> list[TradeOff]:
         for entry in entries(material, evaluation):
             quality, costs = entry.mean(measure.key), [cost.get(row["stage"]) for row in entry.rows]
             known = [each for each in costs if each]
-            if quality is not None and known:
+            if quality is not None and known and not entry.on_other_data(evaluation):
                 points.append(Point(entry.label, sum(known) / len(known), quality))
         if len(points) > 1:
             title = f"{words(evaluation)} {measure.title}" + ", %" * measure.shares

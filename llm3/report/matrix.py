@@ -4,6 +4,8 @@ Evaluation metrics have keys `<evaluation>_<metric>`, e.g. `general_bits_per_byt
 depend on the evaluations of a run. `<evaluation>_majority_accuracy` (or `majority_accuracy`, for all evaluations) is
 the accuracy of always predicting the most frequent class. `<evaluation>_items` is the number of examples, and
 `<evaluation>_<metric>_stderr` the standard error of a metric; a metric with that key needs no entry in `METRICS`.
+`other_data` lists the evaluations that measured this row on other documents, or otherwise, than most rows: their values
+do not compare with those of other rows.
 
 The cost of a step: `param_bytes`, `gradient_bytes` and `moment_bytes` of the training state, `temp_bytes` as reported
 by the compiler, model FLOPs per token by formula, `step_seconds` as measured. `first_step_seconds`: from the start of
@@ -14,6 +16,7 @@ equal `recipe` differ only in `seed`.
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +78,7 @@ METRICS = {
 }
 
 
+OTHER_DATA = "other_data"  # a key that rows have only where one of them needs it
 LOWER_IS_BETTER = ("bits_per_byte", "perplexity", "nll", "brier", "ece")  # where a row does not say what is better
 
 
@@ -137,8 +141,35 @@ def parent_of(rows: list[dict], row: dict) -> dict | None:
 
 def comparable(row: dict, other: dict, evaluation: str) -> bool:
     """Whether two rows were measured alike on the same data, as far as both tell: by their `evaluation_digests`."""
-    digests = [(each.get("evaluation_digests") or {}).get(evaluation) for each in (row, other)]
+    digests = [_digest(each, evaluation) for each in (row, other)]
     return None in digests or digests[0] == digests[1]
+
+
+def on_other_data(row: dict, evaluation: str) -> bool:
+    """Whether a complete row was measured by this evaluation on other data than most rows."""
+    return evaluation in (row.get(OTHER_DATA) or ())
+
+
+def _digest(row: dict, evaluation: str) -> str | None:
+    return (row.get("evaluation_digests") or {}).get(evaluation)
+
+
+def _other_data(rows: list[dict]) -> dict[str, list[str]]:
+    """{row: the evaluations that measured it on other data than most rows, or where these tie, than the last one}"""
+    found: dict[str, list[str]] = {}
+    for evaluation in dict.fromkeys(name for row in rows for name in row.get("evaluation_digests") or ()):
+        prefix = f"{evaluation}_"
+        digests = {
+            row["stage"]: digest
+            for row in rows
+            if (digest := _digest(row, evaluation)) is not None
+            and any(key.startswith(prefix) and value is not None for key, value in row.items())
+        }
+        counts = Counter(reversed(digests.values()))
+        for stage, digest in digests.items():
+            if digest != max(counts, key=counts.__getitem__):
+                found.setdefault(stage, []).append(evaluation)
+    return found
 
 
 def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -153,10 +184,14 @@ def complete(rows: list[dict], baselines: list[dict]) -> tuple[list[dict], list[
     )
     # those of the rows first: their metrics are in the order of the config's evaluations
     keys = dict.fromkeys([*(key for row in [*rows, *baselines] for key in row), *KEYS])
+    if other_data := {} if OTHER_DATA in keys else _other_data([*baselines, *rows]):
+        keys[OTHER_DATA] = None
     changes = {f"{key}_change": key for key in keys if key.endswith("_bits_per_byte")}
 
     def completed(row: dict, parent: dict | None) -> dict:
         filled: dict[str, Any] = {key: row.get(key) for key in [*keys, *changes]}
+        if row["stage"] in other_data:
+            filled[OTHER_DATA] = other_data[row["stage"]]
         for change, key in changes.items():
             evaluation = key.removesuffix("_pseudo_bits_per_byte").removesuffix("_bits_per_byte")
             measured = parent and None not in (row.get(key), parent.get(key)) and comparable(row, parent, evaluation)

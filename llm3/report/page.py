@@ -10,14 +10,16 @@ from llm3.report.escape import block, escaped, marked_block
 from llm3.report.figures import figures, image, task_section
 from llm3.report.html import write_page
 from llm3.report.material import Material
-from llm3.report.matrix import Metric, metrics_of, write_matrix
+from llm3.report.matrix import Metric, comparable, metrics_of, write_matrix
 from llm3.report.replicates import unreplicated
 from llm3.report.table import (
     ERRORS_NOTE,
     METRIC_NAMES,
+    OTHER_DATA_NOTE,
     PERCENTAGES,
     REPLICATES_NOTE,
     any_errors,
+    any_on_other_data,
     markdown,
     markdown_table,
     trained,
@@ -60,6 +62,8 @@ def matrix_section(material: Material) -> list[str]:
     parts = [markdown(shown, baselines), LEGEND]
     if any_errors([*shown, *baselines]):
         parts.append(f"{ERRORS_NOTE}.")
+    if any_on_other_data([*shown, *baselines]):
+        parts.append(f"{OTHER_DATA_NOTE}.")
     if len(shown) + len(baselines) < len(material.stages):
         parts.append(f"{REPLICATES_NOTE}; matrix.json has the row of every seed.")
     plot = image(material, "matrix.svg", "Heat map of the metrics by stage")
@@ -180,9 +184,12 @@ SECTIONS: tuple[Section, ...] = (
 
 def stage_sentences(columns: list[Metric], parent: dict, row: dict) -> Iterator[str]:
     """One sentence for each metric that `row` changed since `parent`, then forgetting, then cost. Rows are complete."""
-    shared = [metric for metric in columns if parent[metric.key] is not None and row[metric.key] is not None]
+    both = [metric for metric in columns if parent[metric.key] is not None and row[metric.key] is not None]
+    shared = [metric for metric in both if comparable(row, parent, metric.evaluation)]
     for metric in shared:
         yield f"{words(metric.evaluation).capitalize()}: {change(metric, parent[metric.key], row[metric.key])}."
+    for evaluation in dict.fromkeys(metric.evaluation for metric in both if metric not in shared):
+        yield f"{words(evaluation).capitalize()}: measured on other data than {parent['stage']}, so not compared."
     language = [metric for metric in shared if metric.name == "bits_per_byte"]
     if language and parent["tokens"]:  # an untrained parent has nothing to forget
         lost = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from llm3.report import cost
 from llm3.report.console import new_console
-from llm3.report.matrix import Metric, complete, majority, metrics_of
+from llm3.report.matrix import Metric, complete, majority, metrics_of, on_other_data
 from llm3.report.replicates import collapsed
 from llm3.report.units import NOT_APPLICABLE, count, duration, fixed, gibibytes, percent, signed, words
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # slow to import
 
 WIDTH = 120
 ERRORS_NOTE = "± is one standard error over the documents of an evaluation"
+OTHER_DATA_NOTE = (
+    "(other data): the evaluation measured this stage on other documents, or in another way, and the value does not "
+    "compare with the rest of its column"
+)
 REPLICATES_NOTE = "A row called NAME xN is the mean over N stages that differ only in their seed"
 
 METRIC_NAMES = {
@@ -36,10 +40,15 @@ def header(metric: Metric) -> str:
 
 
 def cell(row: dict, metric: Metric) -> str:
-    """The value of a metric in a row, ± its standard error; for bits per byte also the change since the parent."""
+    """The value of a metric in a row, ± its standard error; for bits per byte also the change since the parent.
+
+    A value that was measured on other data than most of its column says so.
+    """
     value, error = row.get(metric.key), row.get(f"{metric.key}_stderr")
     show = percent if metric.name in PERCENTAGES else fixed
     text = show(value) if error is None else f"{show(value).removesuffix(' %')} ± {show(error)}"
+    if value is not None and on_other_data(row, metric.evaluation):
+        return f"{text} (other data)"
     change = row.get(f"{metric.key}_change")
     return text if change is None else f"{text} ({signed(change)})"
 
@@ -47,6 +56,11 @@ def cell(row: dict, metric: Metric) -> str:
 def any_errors(rows: list[dict]) -> bool:
     """Whether the table of these rows shows standard errors."""
     return any(row.get(f"{metric.key}_stderr") is not None for metric in metrics_of(rows) for row in rows)
+
+
+def any_on_other_data(rows: list[dict]) -> bool:
+    """Whether the table of these rows marks a value that does not compare."""
+    return any(on_other_data(row, metric.evaluation) for metric in metrics_of(rows) for row in rows)
 
 
 def majority_cell(row: dict, metric: Metric) -> str:
@@ -109,6 +123,8 @@ def print_table(rows: list[dict], baselines: list[dict], console: "Console | Non
         console.print(_table(heads, cells, baseline_cells, part), width=width, soft_wrap=False)
     if any_errors([*shown, *shown_baselines]):
         console.print(f"{ERRORS_NOTE}.", highlight=False)
+    if any_on_other_data([*shown, *shown_baselines]):
+        console.print(f"{OTHER_DATA_NOTE}.", highlight=False)
     if len(shown) + len(shown_baselines) < len(rows) + len(baselines):
         console.print(f"{REPLICATES_NOTE}.", highlight=False)
     if cost.any_frozen([*rows, *baselines]):

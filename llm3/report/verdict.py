@@ -14,7 +14,8 @@ def section(material: Material) -> list[str]:
     parts = [
         text
         for evaluation in evaluations_of(material)
-        for text in [_clause(material, evaluation, entries(material, evaluation), main_measure(material, evaluation))]
+        for found in [[each for each in entries(material, evaluation) if not each.on_other_data(evaluation)]]
+        for text in [_clause(material, evaluation, found, main_measure(material, evaluation))]
         if text
     ]
     return [f"**{'; '.join(parts)}.**"] if parts else []

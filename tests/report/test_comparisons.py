@@ -110,6 +110,15 @@ def test_without_predictions_two_accuracies_are_compared_by_their_standard_error
     assert "Predictions by item were not kept of full_0, scratch" in "\n".join(comparisons.section(bare))
 
 
+def test_stages_that_were_measured_on_other_data_are_not_tested():
+    rows = [tiny_report.row(name, parent) for name, parent in (("full_0", "pretrain"), ("scratch", "init"))]
+    for digests, expected in ((("a", "a"), 1), (("a", "b"), 0)):
+        ours, theirs = (
+            row | {"evaluation_digests": {"task": digest}} for row, digest in zip(rows, digests, strict=True)
+        )
+        assert len(compared(Material([ours], [theirs], predictions=tiny_report.predictions), "task")) == expected
+
+
 def test_the_table_of_stages_has_all_metrics_of_a_classification(run):
     text = "\n".join(comparisons.section(run))
     assert "| stage | seeds | accuracy, % | NLL, nats | macro F1, % |" in text

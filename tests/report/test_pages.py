@@ -160,6 +160,21 @@ def test_sentences_say_what_was_gained_forgotten_and_paid():
     assert text.count("Forgetting: ") == 2, "an untrained parent has nothing to forget"
 
 
+def test_what_was_measured_on_other_data_is_shown_as_such_and_not_as_a_change():
+    """The general text changed after pretrain was measured: of each evaluation, the data of most rows counts."""
+    old, new = {"general": "old", "domain": "same"}, {"general": "new", "domain": "same"}
+    rows = [each | {"evaluation_digests": old if each["stage"] == "pretrain" else new} for each in ROWS]
+    table = {line.split()[0]: line for line in printed(rows, BASELINES).splitlines() if line.strip()}
+    assert "2.400 (other data)" in table["pretrain"] and "2.500 " in table["posttrain"]
+    assert "2.300" in table["pretrain"] and "1.800 (-0.500)" in table["posttrain"]
+    text = sentences(rows, BASELINES)
+    assert "(other data): the evaluation measured this stage on other documents" in text
+    assert text.count("General: measured on other data than pretrain, so not compared.") == 1
+    assert "Domain: 2.300 → 1.800 bits per byte (-21.7 %)." in text and "2.400 (pretrain)" not in text
+    assert "Forgetting: none; no text costs more bits than after pretrain." in text
+    assert "(other data)" not in sentences(ROWS, BASELINES)
+
+
 def test_sentences_stay_true_where_every_stage_made_things_worse():
     worse = [row("init", 2.0, 2.0, 0.5, tokens=0), row("a", 3.0, 3.0, 0.4), row("b", 2.9, 2.8, 0.3)]
     text = sentences(worse, [row("scratch", accuracy=0.32)])

@@ -81,6 +81,8 @@ def test_the_best_trained_stage_of_a_column_is_darkest_and_the_untrained_one_lig
     material = of([*CHAIN, row("none", "pre", None)])
     (metric,) = metrics_of(material.stages)
     assert column_shades(material.stages, metric) == [0.0, 1.0, 0.0, pytest.approx(0.2), None]
+    other = [each | {"evaluation_digests": {"general": each["stage"] == "pre"}} for each in CHAIN]
+    assert column_shades(of(other).stages, metric) == [0.0, None, 0.0, 1.0], "pre was measured on other data"
 
 
 def test_the_cost_of_a_stage_is_that_of_its_chain_and_a_recipe_has_the_mean_of_its_seeds():
