@@ -85,7 +85,7 @@ def write_ablation(base: pathlib.Path, extra: str = "", base_extra: str = "") ->
 class Process:
     """A stage run in a fork, as `subprocess.Popen` has it; its log has what it printed once it has ended.
 
-    point: where it dies, see `tiny_run.die_at`. polled: called with the process whenever it is polled.
+    point: where it dies, see `tiny_deaths`. polled: called with the process whenever it is polled.
     """
 
     def __init__(self, folder: pathlib.Path, point: str = "", polled: Callable[["Process"], None] = lambda _: None):

@@ -24,6 +24,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def variables(port: int, index: int, processes: int = 2) -> dict[str, str]:
+    """What tells a process its place among the processes of a run."""
+    return {
+        "LLM3_COORDINATOR": f"127.0.0.1:{port}",
+        "LLM3_PROCESSES": str(processes),
+        "LLM3_PROCESS": str(index),
+    }
+
+
 def run(
     *command: object,
     processes: int = 2,
@@ -34,17 +43,12 @@ def run(
 ) -> list[Ended]:
     """Run one command line in `processes` processes of `devices` devices each.
 
-    points: {process: where it gets a signal}, as in `tiny_run.die_at`. caches: {process: its LLM3_CACHE_DIR}.
+    points: {process: where it gets a signal}, as in `tiny_deaths`. caches: {process: its LLM3_CACHE_DIR}.
     flags: {process: a flag that it alone has}.
     """
     port, started = free_port(), []
     for index in range(processes):
-        several = {
-            "LLM3_COORDINATOR": f"127.0.0.1:{port}",
-            "LLM3_PROCESSES": str(processes),
-            "LLM3_PROCESS": str(index),
-            **({"LLM3_CACHE_DIR": caches[index]} if caches else {}),
-        }
+        several = variables(port, index, processes) | ({"LLM3_CACHE_DIR": caches[index]} if caches else {})
         own = [flags[index]] if flags and index in flags else []
         arguments = json.dumps([[*(str(each) for each in command), *own]])
         started.append(forks.Fork([(points or {}).get(index, ""), arguments], several, devices))

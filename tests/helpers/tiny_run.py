@@ -1,25 +1,21 @@
 """A whole experiment in seconds: its texts, its config file, and processes that run it and can be made to die.
 
 `run([POINTS, COMMANDS])` does what `python -m llm3 ...` does for each of some command lines, in JSON, in one process
-that ends itself at the last of POINTS, for example `SIGKILL@log:pretrain:6`: see `die_at`. At the points before it,
-separated by commas, die processes that do the same before this one does.
+that ends itself at the last of POINTS, for example `SIGKILL@log:pretrain:6`: see `tiny_deaths`. At the points before
+it, separated by commas, die processes that do the same before this one does.
 """
 
-import functools
-import gc
-import itertools
 import json
 import os
 import pathlib
 import re
 import signal
 import sys
-import time
-import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
 from tests.helpers import forks
+from tests.helpers.tiny_deaths import die_at
 
 ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "fixtures"  # excerpts of real text, laid out as the configs read a `data_dir`
@@ -132,145 +128,14 @@ def process(
 ) -> Done:
     """Run command lines one after another, up to the first that fails, in one process on one device.
 
-    It dies at `point` (see `die_at`); plots are drawn where `plots` says so. Asserts that it ends with `status`, and
-    that before it one process after another was killed at the points `deaths`.
+    It dies at `point` (see `tiny_deaths`); plots are drawn where `plots` says so. Asserts that it ends with `status`,
+    and that before it one process after another was killed at the points `deaths`.
     """
     arguments = json.dumps([[str(each) for each in command] for command in commands])
     fork = forks.Fork([",".join([*deaths, point]), arguments], {"LLM3_TEST_PLOTS": str(int(plots))})
     done = Done(*fork.communicate(ENDS_WITHIN))
     assert fork.returncode == status, done.stdout + done.stderr
     return done
-
-
-def die_at(point: str) -> None:
-    """Patch llm3 so that this process sends itself a signal at SIGNAL@WHAT[:STAGE:STEP] (HANG: hangs). WHAT is one of
-
-    step: so many steps have been made, over all stages; computing: the devices are at this step; data: the batch of a
-    step is read, in any stage; log: a line of metrics has been written; evaluating: a step is about to be evaluated;
-    row: a stage is trained and its row is about to be written; tokenizer: it is about to be trained; tokens: the first
-    text of a cache has been encoded;
-    saving: a save has begun, in the background; part: its files are written, none of its parts is in place;
-    commit: all are, and the checkpoint itself is not; committed: it is, and no older one is deleted; saved: all is done
-    (saving_base, saved_base: of the base of a stage; the others: with step 0);
-    reading: the parent of a stage has been read, but not judged; handed: what a stage begins with is on the devices.
-    """
-    name, _, rest = point.partition("@")
-    what, stage, step = (*rest.split(":"), "", "")[:3]
-
-    def die() -> None:
-        if name == "HANG":
-            hang()
-        os.kill(os.getpid(), signal.Signals[name])
-        if "LLM3_PROCESS" in os.environ:
-            wait_until_all_have_heard()
-            os.kill(os.getpid(), signal.Signals[name])  # once more, as some schedulers do
-
-    if what == "computing":
-        return die_while_computing(stage, int(step), die)
-    owner, attribute, applies, before = places(stage, int(step or 0))[what]
-    original = getattr(owner, attribute)
-
-    @functools.wraps(original)
-    def patched(*args, **kwargs):
-        result = None if before else original(*args, **kwargs)
-        if applies(*args):
-            die()
-        return original(*args, **kwargs) if before else result
-
-    setattr(owner, attribute, patched)
-
-
-def wait_until_all_have_heard() -> None:
-    """Wait for all processes to know of this one's SIGTERM: they look for it now and then, a step is short."""
-    from llm3.distributed import processes
-
-    end = time.monotonic() + 60
-    while len(processes.published("at")) < processes.count() and time.monotonic() < end:
-        time.sleep(0.1)
-
-
-def hang() -> None:
-    """Do nothing until all others are further; then let the watchdog's clock run ahead of any limit."""
-    from llm3.distributed import processes, watchdog
-
-    own = next(each for each in gc.get_objects() if isinstance(each, watchdog.Watchdog))
-
-    def others_wait() -> bool:  # what is published may be old: the others are there at least
-        places = {process: watchdog.Place(*place) for process, place in processes.published("place").items()}
-        places[processes.index()] = own.place()
-        return len(places) == processes.count() and watchdog.late(places) == [processes.index()]
-
-    while not others_wait():
-        time.sleep(0.1)
-    watchdog.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 10**6, sleep=time.sleep)
-    time.sleep(ENDS_WITHIN)
-
-
-def places(stage: str, step: int) -> dict[str, tuple[object, str, Callable[..., bool], bool]]:
-    """{WHAT: the function, as an owner and a name; whether a call of it is the one; whether to die before it}."""
-    from llm3.checkpoints import stage_checkpoints
-    from llm3.data import mixture, tokenizer
-    from llm3.data.formats import text
-    from llm3.distributed import preemption
-    from llm3.handoff import parent as handoff
-    from llm3.report import logs
-    from llm3.stages import run_stage, stage_run, validation
-
-    def of_step(checkpoints, at, *_) -> bool:
-        return of_stage(checkpoints) and at == step
-
-    def of_stage(checkpoints, *_) -> bool:
-        return checkpoints.directory.parent.name == stage
-
-    def once_done(applies: Callable[..., bool]) -> Callable[..., bool]:
-        return lambda checkpoints, *args: applies(checkpoints, *args) and checkpoints.wait() is None
-
-    def of_validation(validation, at, *_) -> bool:
-        return validation._stage.name == stage and at == step
-
-    def of_writer(writer, at, *_, **__) -> bool:
-        return pathlib.Path(writer._path).parent.name == stage and at == step
-
-    unfinished = f"{stage}/{'checkpoints' if step else stage_checkpoints.BASE}/{step}.orbax-checkpoint-tmp"
-    checkpoints = stage_checkpoints.Checkpoints
-    return {
-        "step": (preemption.StopRequest, "at_step", lambda request: request.steps == step, False),
-        "data": (mixture.Mixture, "batch", lambda _, at, *__: at == step, False),
-        "log": (logs.MetricsWriter, "write", of_writer, False),
-        "evaluating": (validation.Validation, "measure", of_validation, True),
-        "saving": (checkpoints, "save", of_step, False),
-        "part": (os, "rename", lambda source, _: f"{unfinished}/" in str(source), True),
-        "commit": (os, "rename", lambda source, _: str(source).endswith(unfinished), True),
-        "committed": (os, "rename", lambda source, _: str(source).endswith(unfinished), False),
-        "saved": (checkpoints, "save", once_done(of_step), False),
-        "saving_base": (checkpoints, "save_base", of_stage, False),
-        "saved_base": (checkpoints, "save_base", once_done(of_stage), False),
-        "reading": (handoff, "not_finite", lambda *_: True, True),
-        "handed": (stage_run, "first_params", lambda _, of, *__: of.name == stage, False),
-        "row": (run_stage, "write_row", lambda _, of, *__: of.name == stage, True),
-        "tokenizer": (tokenizer, "train", lambda *_: True, True),
-        "tokens": (text, "encode", lambda *_: True, False),
-    }
-
-
-def die_while_computing(stage: str, step: int, die: Callable[[], None]) -> None:
-    """Call `die` when the devices have been given a step of a stage, before anything waits for them."""
-    from llm3.stages import run_stage
-
-    compile_step = run_stage.compile_step
-
-    def patched(run, phase, done):
-        compiled, steps = compile_step(run, phase, done), itertools.count(done + 1)
-
-        def call(*args):
-            result = compiled(*args)
-            if next(steps) == step and run.stage.name == stage:
-                die()
-            return result
-
-        return call
-
-    run_stage.compile_step = patched
 
 
 def without_plots() -> None:

@@ -22,7 +22,7 @@ c.stages.finetune.train = "top(1)"
 
 
 def drawn(seed: int) -> list[str]:
-    """Points of `tiny_run.die_at` in the order in which a run comes by: 5 saves, 4 of the hand-offs, 4 between."""
+    """Points of `tiny_deaths` in the order in which a run comes by: 5 saves, 4 of the hand-offs, 4 between."""
     pick, order = random.Random(seed), {}
 
     def add(points: dict[str, tuple], count: int) -> None:
