@@ -5,6 +5,7 @@ aborts them with another status. So it publishes its status first, and a thread 
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,13 +16,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from llm3.distributed import interrupts, processes
-from llm3.errors import UserError
+from llm3.errors import Unreachable, UserError
 
 POLL_SECONDS = 1.0  # how soon a process hears of the end of another one
 OWN_SECONDS = 3.0  # for its main thread to end by itself then
 LEAVING_SECONDS = 10.0  # for all of them to hear of it
 STOPPING_SECONDS = 3.0  # the same after a signal
 LAST_SECONDS = 2.0  # the first process ends so much later than the others
+# What a computation raises if another process is gone, before jax itself notices it: of Gloo, NCCL and gRPC.
+LOST = re.compile(r"Gloo \w+ failed|NCCL .*remote process|(closed|reset) by peer|Broken pipe|UNAVAILABLE")
 
 
 @contextmanager
@@ -37,8 +40,9 @@ def joined(coordinator: str | None = None, count: int | None = None, process: in
     threading.Thread(target=_end_with_another, args=(left,), name="ending", daemon=True).start()
     try:
         yield found
-    except BaseException as error:
+    except BaseException as raised:
         left.set()
+        error = _as_unreachable(raised)
         _say(error)
         stopped = isinstance(error, KeyboardInterrupt)
         own = watched.end() if stopped and watched is not None else _status(error)
@@ -83,6 +87,14 @@ def _end(status: int, stopped: bool) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def _as_unreachable(error: BaseException) -> BaseException:
+    """An error of a lost connection in words, with its exit status; any other one as it is."""
+    if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+        return error
+    first = str(error).partition("\n")[0]
+    return Unreachable(f"the connection to another process was lost, which may have been killed: {first}")
 
 
 def _say(error: BaseException) -> None:

@@ -32,6 +32,11 @@ def two(monkeypatch):
     [
         (NotWritten("the disk is full"), Exit.NOT_WRITTEN, "llm3: process 0 of 2: the disk is full"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (
+            RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+            Exit.UNREACHABLE,
+            "may have been killed",
+        ),
         (processes.RemoteError("said by the other", 2), Exit.BAD_INPUT, ""),
         (KeyboardInterrupt(), 130, ""),
     ],
