@@ -38,6 +38,8 @@ class MetricsWriter:
             [] if resume_step is None else [line for line in found if line["step"] <= resume_step]
             for found in (read_metrics(directory), read_json_lines(directory / SAMPLES))
         )
+        for line in lost_lines(directory, lines, resume_step or 0):
+            say(line)
         stage = TrackedStage(directory, config or {}, resume_step, lines, samples, say)
         with writing(self._path):
             self._trackers: list[Tracker | Background] = [jsonl.Tracker(stage), tensorboard.Tracker(stage)]
@@ -85,6 +87,15 @@ class MetricsWriter:
 def read_metrics(directory: Path | str) -> list[dict]:
     """The lines of DIR/metrics.jsonl, as `read_json_lines`."""
     return read_json_lines(Path(directory) / METRICS)
+
+
+def lost_lines(directory: Path, lines: list[dict], saved_step: int) -> list[str]:
+    """A line if those of DIR/metrics.jsonl end before a saved step: each step is logged before it is saved."""
+    if (last := max((line["step"] for line in lines), default=0)) >= saved_step:
+        return []
+    return [
+        f"{directory / METRICS}: the lines of steps {last + 1} to {saved_step} are lost; the checkpoints are intact"
+    ]
 
 
 def read_json_lines(path: Path) -> list[dict]:

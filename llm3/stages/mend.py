@@ -19,6 +19,7 @@ from llm3.files import (
     saved_steps,
     write_atomic,
 )
+from llm3.report.logs import lost_lines, read_metrics
 from llm3.stages.records import read_record, write_record
 
 AGAIN = "it is kept as {kept}, and written again"
@@ -46,6 +47,8 @@ def mend(workdir: Path, names: list[str]) -> list[str]:
         said += [*lost, *measured, *_renamed([directory / DATA_SAMPLE])]
         for file in (METRICS, SAMPLES):
             said += _without_damaged_lines(directory / file)
+        if (directory / ROW).is_file():  # else the stage resumes, perhaps from an earlier step
+            said += lost_lines(directory, read_metrics(directory), steps[-1] if steps else 0)
     return said
 
 
@@ -75,10 +78,17 @@ def _without_damaged_lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    good = [line for line in lines if _parses(line) or (line is lines[-1] and not line.endswith("\n"))]
+    good = [line for line in lines if _step(line) is not None or (line is lines[-1] and not line.endswith("\n"))]
     if len(good) == len(lines):
         return []
     kept = _rename(path)
     with writing(path):
         write_atomic(path, "".join(good))
     return [f"{path}: {len(lines) - len(good)} of {len(lines)} lines cannot be read: left out; all are in {kept.name}"]
+
+
+def _step(line: str) -> int | None:
+    """The step of a line of metrics or samples; None: it is no such line."""
+    value = json.loads(line) if _parses(line) else None
+    step = value.get("step") if isinstance(value, dict) else None
+    return step if isinstance(step, int) else None

@@ -23,6 +23,15 @@ def test_a_new_start_leaves_no_metrics_of_an_older_run(tmp_path):
     assert scalars(tmp_path) == [(10, "train/loss", 2.0)]
 
 
+def test_a_stage_that_resumes_without_the_lines_up_to_its_step_says_so(tmp_path):
+    said = []
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(4, {"loss": 1.0})
+    for resume_step in (4, 6):
+        MetricsWriter(tmp_path, resume_step, say=said.append).close()
+    assert said == [f"{tmp_path / 'metrics.jsonl'}: the lines of steps 5 to 6 are lost; the checkpoints are intact"]
+
+
 def test_scalars_have_grouped_tags_and_flat_names_in_the_file(tmp_path):
     line = {"loss": 2.5, "mfu": None, "learning_rate": 0.5, "step_seconds": 0.25, "accuracy": 0.75}
     with MetricsWriter(tmp_path) as writer:

@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(stage_checkpoints.Checkpoints, "meta", lambda *_: {"config": record})
     for name in ("config.json", "evaluation.json", "details.json", "../matrix.json", "../tokenizer.json"):
         (stage / name).write_text(json.dumps(record))
-    (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3')
+    (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 10}\n{"step": 11')
     return tmp_path / "run", config, record
 
 
@@ -62,13 +62,14 @@ def test_a_record_is_written_again_from_the_newest_checkpoint(run, damage):
     assert (directory / "pretrain" / "evaluation.json").is_file()
 
 
-def test_a_damaged_line_of_metrics_is_left_out(run):
+@pytest.mark.parametrize("damaged", ['{"st\x00', '{"stmp": 1}', '{"step": "1"}', "1"])
+def test_a_damaged_line_of_metrics_is_left_out(run, damaged):
     path = run[0] / "pretrain" / "metrics.jsonl"
-    text = path.read_text().replace('{"step": 2}', '{"st\x00')
+    text = path.read_text().replace('{"step": 1}', damaged)
     path.write_text(text)
     (said,) = mend(run[0], ["pretrain"])
     assert "1 of 3 lines cannot be read" in said and path.with_name("metrics.jsonl.damaged").read_text() == text
-    assert read_metrics(path.parent) == [{"step": 1}]
+    assert read_metrics(path.parent) == [{"step": 10}]
 
 
 def test_a_record_or_metadata_of_a_newer_version_is_refused(run):
@@ -77,3 +78,12 @@ def test_a_record_or_metadata_of_a_newer_version_is_refused(run):
     write_record(run[0], "pretrain", run[2] | {"format": FORMAT + 1})
     with pytest.raises(UserError, match=rf"config\.json has format {FORMAT + 1}, and this llm3 reads up to {FORMAT}"):
         workdir.check_record(run[0], run[1], "pretrain")
+
+
+@pytest.mark.parametrize(("text", "first"), [(None, 1), ("", 1), ('{"step": 4}\n', 5), ('{"step": 4}\n{"step": 10', 5)])
+def test_a_finished_stage_whose_metrics_end_before_its_checkpoint_says_which_lines_are_lost(run, text, first):
+    path = run[0] / "pretrain" / "metrics.jsonl"
+    path.unlink() if text is None else path.write_text(text)
+    assert mend(run[0], ["pretrain"]) == [
+        f"{path}: the lines of steps {first} to 10 are lost; the checkpoints are intact"
+    ]
