@@ -16,7 +16,7 @@ CHOICES = {
     "activation": ("silu", "gelu", "gelu_tanh"),
     "positions": ("rope", "learned"),
     "pool": ("last", "mean", "first"),
-    "attention": ("auto", "plain", "blockwise", "splash", "pallas", "tokamax"),
+    "attention": ("auto", "plain", "blockwise", "splash", "pallas", "tokamax", "cudnn"),
     "remat": ("none", "full", "dots", "offload"),
     "compute_dtype": ("auto", "float32", "bfloat16"),
     "matmul": ("compute", "int8", "fp8"),
@@ -124,7 +124,8 @@ class ModelConfig:
     vocab_multiple: int = 1  # pad the vocabulary's leaves to a multiple of this, so that the mesh divides them
     pool: str = "last"  # input of a task head: the last or the first position of a document, or the mean over all
     pooler: bool = False  # dense layer and tanh between the pool and the task head (BERT)
-    # plain (holds all scores), blockwise, splash (TPUs), pallas or tokamax (NVIDIA); auto: the best but tokamax
+    # plain (holds all scores), blockwise, splash (TPUs), pallas, tokamax or cudnn (NVIDIA); auto: the best of the first
+    # four
     attention: str = "auto"
     # recompute in the backward pass: none, full (everything), dots (all but matmul results), or offload (the same, and
     # the matmul results wait in the host's memory)

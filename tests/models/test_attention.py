@@ -12,12 +12,12 @@ import pytest
 
 from llm3.errors import UserError
 from llm3.models.attention import blockwise
-from llm3.models.attention.choice import IMPLEMENTATIONS, Call, choose, explained
+from llm3.models.attention.choice import IMPLEMENTATIONS, Call, choose, explained, why_not
 from llm3.models.attention.of_layers import attention_notes, attentions, calls_of
 from llm3.models.attention.pattern import Pattern, Places
 from llm3.models.attention.sharded import on_shards
 from tests.helpers.meshes import mesh_of
-from tests.helpers.tiny import model_config
+from tests.helpers.tiny import jit, model_config
 
 B, H, K, h = 2, 4, 2, 8
 # tokens of the documents of each row; the last ones of the second row are padding
@@ -70,21 +70,39 @@ def allowed(documents=SHORT, causal=True, window=0, prefix=False):
     return table
 
 
+def large_call(platform, **changes):
+    """A call with too many scores to hold, which every kernel of the platform serves without the changes."""
+    plain = {"causal": True, "prefix": False, "window": 0, "softcap": 0.0, "in_order": True}
+    return Call(
+        **plain | {"queries": 1 << 14, "keys": 1 << 14, "head_dim": 128, "dtype": "bfloat16"} | changes,
+        platform=platform,
+    )
+
+
+def with_gradients(attend):
+    """attend(*inputs) and its gradients, of the inputs and the gradient of the result."""
+
+    def compute(inputs, dy):
+        y, pull_back = jax.vjp(attend, *inputs)
+        return y, pull_back(dy)
+
+    return jit(compute)
+
+
 def assert_plain_softmax(attend, documents, case, softcap):
     """And its gradients; a document reads the same bits whatever stands in another one."""
     *inputs, dy = arrays(documents)
-    compute = jax.jit(partial(attend, pattern=pattern(documents, **CASES[case]), softcap=softcap))
-    y, pull = jax.vjp(compute, *inputs)
-    plain = partial(reference, allowed=allowed(documents, **CASES[case]), softcap=softcap)
-    expected, expected_pull = jax.vjp(plain, *inputs)
+    compute = with_gradients(partial(attend, pattern=pattern(documents, **CASES[case]), softcap=softcap))
+    plain = with_gradients(partial(reference, allowed=allowed(documents, **CASES[case]), softcap=softcap))
     real = np.asarray(places(documents).segments > 0)[..., None, None]
+    (y, gradients), (expected, expected_gradients) = compute(inputs, dy * real), plain(inputs, dy * real)
     np.testing.assert_allclose(y * real, expected * real, atol=2e-6)
-    for ours, theirs in zip(pull(dy * real), expected_pull(dy * real), strict=True):
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     first = documents[0][0]
-    other = [each.at[:, :first].add(1.0) for each in inputs]
-    np.testing.assert_array_equal(compute(*other)[0, first:], y[0, first:])
-    assert np.abs(compute(*other)[0, :first] - y[0, :first]).max() > 0.1
+    changed, _ = compute([each.at[:, :first].add(1.0) for each in inputs], dy * real)
+    np.testing.assert_array_equal(changed[0, first:], y[0, first:])
+    assert np.abs(changed[0, :first] - y[0, :first]).max() > 0.1
 
 
 @pytest.mark.parametrize(("case", "softcap"), [*((case, 0.0) for case in CASES), ("prefix", 2.0)])
@@ -101,9 +119,7 @@ CHOSEN += [pytest.param(*each, marks=pytest.mark.slow) for each in MORE]
 @pytest.mark.parametrize(("platform", "case", "softcap"), CHOSEN)
 def test_the_kernel_that_is_chosen_equals_plain_softmax_with_its_gradients(platform, case, softcap):
     """Interpreted: on its own device it computes the same in another order."""
-    options = {"window": 0, "prefix": False} | {key: CASES[case][key] for key in CASES[case].keys() & {"window"}}
-    call = Call(platform, 1 << 14, 1 << 14, softcap=softcap, in_order=True, **options)
-    name = choose(call)
+    name = choose(large_call(platform, softcap=softcap, **CASES[case]))
     assert name == {"gpu": "pallas", "tpu": "splash"}[platform]
     module = importlib.import_module(f"llm3.models.attention.{IMPLEMENTATIONS[name].module}")
     assert_plain_softmax(partial(module.attend, interpret=True), LONG, case, softcap)
@@ -111,7 +127,7 @@ def test_the_kernel_that_is_chosen_equals_plain_softmax_with_its_gradients(platf
 
 def test_nothing_is_chosen_that_would_ignore_a_part_of_the_pattern():
     """Every kernel is called with what it reads, and no more: its signature has no place for a prefix."""
-    large = Call("cpu", 1 << 14, 1 << 14, prefix=False, window=0, softcap=0.0, in_order=True)
+    large = large_call("cpu")
     changes = {"prefix": True, "window": 512, "softcap": 30.0, "in_order": False, "queries": 1000}
     refused = {
         (platform, field): choose(dataclasses.replace(large, platform=platform, **{field: value})) == "blockwise"
@@ -120,12 +136,20 @@ def test_nothing_is_chosen_that_would_ignore_a_part_of_the_pattern():
     read = {("tpu", "window"), ("tpu", "softcap")}
     assert refused == {each: each not in read for each in refused}
     assert choose(large) == "blockwise"
+    changes = {each: {each: value} for each, value in changes.items()} | {
+        "window of an encoder": {"window": 512, "causal": False},
+        "float32": {"dtype": "float32"},
+        "odd head": {"head_dim": 100},
+        "large head": {"head_dim": 264},
+    }
+    served = {each for each, change in changes.items() if not why_not("cudnn", large_call("gpu", **change))}
+    assert served == {"window", "queries"}
     few = dataclasses.replace(large, queries=256, keys=256)
     assert {choose(dataclasses.replace(few, platform=each, prefix=True)) for each in ("cpu", "gpu", "tpu")} == {"plain"}
 
 
 def test_the_choice_is_explained_and_an_implementation_that_cannot_serve_is_refused():
-    large = Call("gpu", 1 << 14, 1 << 14, prefix=False, window=512, softcap=0.0, in_order=True)
+    large = large_call("gpu", window=512)
     assert explained(large) == "blockwise (in XLA, with memory linear in the length; pallas serves no windows)"
     assert explained(dataclasses.replace(large, window=0)) == "pallas (a Pallas kernel for NVIDIA GPUs)"
     with pytest.raises(UserError, match=r"attention=.splash. serves only TPUs; possible here: .*blockwise"):

@@ -14,15 +14,21 @@ FEW_SCORES_ELSEWHERE = 512 * 512
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is known of a call before it is compiled. platform: "cpu", "gpu" or "tpu"."""
+    """What is known of a call before it is compiled.
+
+    platform: "cpu", "gpu" or "tpu". dtype: the compute dtype. See `Pattern` and `ModelConfig` for the others.
+    """
 
     platform: str
     queries: int
     keys: int
+    causal: bool
     prefix: bool
     window: int
     softcap: float
     in_order: bool
+    head_dim: int
+    dtype: str
 
 
 def _plain(call: Call) -> str:
@@ -60,6 +66,20 @@ def _tokamax(call: Call) -> str:
     )
 
 
+def _cudnn(call: Call) -> str:
+    from llm3.models.attention import gpu_cudnn
+
+    return _first(
+        (call.prefix, "no prefixes"),
+        (call.window > 0 and not call.causal, "windows of causal models only"),
+        (call.softcap > 0, "no soft cap"),
+        (not call.in_order, "only queries that are the keys"),
+        (call.head_dim % 8 > 0 or call.head_dim > 256, "only head dims that are multiples of 8, up to 256"),
+        (call.dtype == "float32", "only bfloat16"),
+        (not gpu_cudnn.runs_here(), "only Hopper and later NVIDIA GPUs, with cuDNN (pip install 'llm3[cuda]')"),
+    )
+
+
 def _first(*reasons: tuple[bool, str]) -> str:
     return next((reason for applies, reason in reasons if applies), "")
 
@@ -89,6 +109,7 @@ IMPLEMENTATIONS = {
     "splash": Implementation("splash", "tpu", "a Pallas kernel for TPUs", _splash),
     "pallas": Implementation("gpu_pallas", "gpu", "a Pallas kernel for NVIDIA GPUs", _pallas),
     "tokamax": Implementation("gpu_tokamax", "gpu", "kernels for Hopper and Blackwell", _tokamax, automatic=False),
+    "cudnn": Implementation("gpu_cudnn", "gpu", "cuDNN's packed form, for Hopper and later", _cudnn, automatic=False),
     "blockwise": Implementation("blockwise", "", "in XLA, with memory linear in the length", lambda call: ""),
 }
 

@@ -83,7 +83,18 @@ def calls_of(config: ModelConfig, length: int, of_platform: str, prefix: bool, c
     prefix: whether the objective gives one. cut: whether the mesh cuts windows.
     """
     windows = sorted({config.window * has_window(config, layer) for layer in range(config.layers)})
-    call = Call(of_platform, length, length, prefix, 0, config.attention_softcap, in_order=not cut)
+    call = Call(
+        platform=of_platform,
+        queries=length,
+        keys=length,
+        causal=config.causal,
+        prefix=prefix,
+        window=0,
+        softcap=config.attention_softcap,
+        in_order=not cut,
+        head_dim=config.head_dim,
+        dtype=config.compute_dtype,
+    )
     return {window: dataclasses.replace(call, window=window) for window in windows}
 
 
@@ -106,8 +117,11 @@ def _call(config: ModelConfig, pattern: Pattern, queries: int, keys: int) -> Cal
         platform=platform(),
         queries=queries,
         keys=keys,
+        causal=pattern.causal,
         prefix=pattern.prefix is not None,
         window=pattern.window,
         softcap=config.attention_softcap,
         in_order=pattern.in_order,
+        head_dim=config.head_dim,
+        dtype=config.compute_dtype,
     )
