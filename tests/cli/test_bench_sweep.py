@@ -18,6 +18,12 @@ def stage():
     return plan_stage(load("configs/bench/cpu_small.py"), "pretrain")
 
 
+def test_attention_that_nobody_has_seen_running_is_not_tried(stage, monkeypatch):
+    monkeypatch.setattr(sweeping, "platform", lambda: "gpu")
+    session = SimpleNamespace(mesh=AbstractMesh((1, 1), ("data", "context")))
+    assert other_attentions(session, stage) == ["pallas", "blockwise"]
+
+
 def test_combinations_begin_with_the_configs_own_and_divide_the_rows_of_a_device(stage):
     session = SimpleNamespace(mesh=AbstractMesh((1, 1), ("data", "context")))
     others = other_attentions(session, stage)

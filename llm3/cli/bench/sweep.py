@@ -56,10 +56,11 @@ def combinations(stage: Stage, pieces: int, attentions: list[str]) -> list[Combi
 
 
 def other_attentions(session: Session, stage: Stage) -> list[str]:
-    """The implementations of attention that serve the stage here, besides those that the config chooses."""
+    """The implementations that "auto" may choose and that serve the stage here, besides those of the config."""
     calls, asked = stage.attention_calls(session.mesh, platform()), stage.model.attention
     chosen = attentions(calls, asked)
-    able = [name for name in IMPLEMENTATIONS if not any(why_not(name, each) for each in calls.values())]
+    automatic = [name for name, each in IMPLEMENTATIONS.items() if each.automatic]
+    able = [name for name in automatic if not any(why_not(name, each) for each in calls.values())]
     return [name for name in able if {name} != chosen]
 
 
