@@ -19,7 +19,7 @@ from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext, by_item
 from llm3.models.batching import Decoder, Request, Shape, padded_width, stop_sizes
-from llm3.models.decoding import GREEDY, Sampling
+from llm3.models.sampling import Sampling
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -126,8 +126,12 @@ def generate_answers(
     """The model's answer to each question. width: max tokens of a prompt. seeds: of each answer, if it is drawn."""
     draws = seeds or [0] * len(questions)
     most, ends = context.options.max_tokens, [[end] for end in context.tokenizer.end_ids]
-    asked = [Request(each.prompt, most, [*ends, each.end], seed) for each, seed in zip(questions, draws, strict=True)]
-    made = generate_tokens(context, asked, width, sampling=Sampling(temperature))
+    sampling = Sampling(temperature)
+    asked = [
+        Request(each.prompt, most, [*ends, each.end], seed, sampling)
+        for each, seed in zip(questions, draws, strict=True)
+    ]
+    made = generate_tokens(context, asked, width)
     return [
         without_lead(each.lead, context.tokenizer.decode(tokens)) for each, tokens in zip(questions, made, strict=True)
     ]
@@ -138,7 +142,6 @@ def generate_tokens(
     requests: Sequence[Request],
     width: int,
     *,
-    sampling: Sampling = GREEDY,
     unit: str = "documents",
     steps: int = 0,
     ended: Callable[[int, list[int]], bool] | None = None,
@@ -156,7 +159,7 @@ def generate_tokens(
     with context.counting(len(requests), unit) as advance:
         for (padded, most), numbers in sorted(groups.items()):
             shape = Shape(context.config.batch_size, padded, most, stop_sizes(requests))
-            decoder = Decoder(jit, context.place, context.model, segments, shape, sampling, steps)
+            decoder = Decoder(jit, context.place, context.model, segments, shape, steps)
             for number, tokens in decoder.answers([(number, requests[number]) for number in numbers], ended):
                 made[number] = tokens
                 advance(1)

@@ -14,7 +14,9 @@ from flax import nnx
 
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.distributed.sharding import axis_size
-from llm3.models.decoding import ANY, GREEDY, NEVER, Sampling, admit, advance, no_rows
+from llm3.errors import UserError
+from llm3.models.decoding import ANY, NEVER, Kept, Scores, admit, advance, no_rows
+from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, needs_of
 from llm3.models.transformer import abstract
 from llm3.segments import Segments, segmented
 
@@ -22,12 +24,13 @@ MIN_WIDTH = 32  # least tokens of a padded row of prompts
 
 
 class Request(NamedTuple):
-    """A prompt, the max tokens of its answer, the runs of tokens that end it, and the seed of its draws."""
+    """A prompt, the max tokens of its answer, the runs of tokens that end it, the seed of draws, and their settings."""
 
     prompt: Sequence[int]
     limit: int
     stops: Sequence[Sequence[int]] = ()
     seed: int = 0
+    sampling: Sampling = GREEDY
 
 
 def padded_width(length: int, max_width: int | None = None, least: int = MIN_WIDTH) -> int:
@@ -58,12 +61,32 @@ def left_aligned(prompts: Sequence[Sequence[int]], width: int, rows: int) -> tup
 
 
 class Shape(NamedTuple):
-    """The sizes of a compiled batch: rows, tokens of a prompt and of an answer, and (number, tokens) of its stops."""
+    """The sizes of a compiled batch: rows, tokens of a prompt and of an answer, and (number, tokens) of its stops.
+
+    capacity: tokens of a prompt with its answer; 0: width + max_tokens. alternatives: likeliest tokens that are kept of
+    each place of an answer, with their log probabilities; 0: none. penalties: whether repetition can be penalised.
+    """
 
     rows: int
     width: int
     max_tokens: int
     stops: tuple[int, int] = (1, 1)
+    capacity: int = 0
+    alternatives: int = 0
+    penalties: bool = False
+
+
+class Progress(NamedTuple):
+    """What a row has decoded. tokens: so far, without the stop that ended them. stopped: whether a stop ended them.
+
+    scores: of these tokens, numpy arrays without the axis of rows.
+    """
+
+    number: int
+    tokens: list[int]
+    complete: bool
+    stopped: bool
+    scores: Scores
 
 
 def stop_sizes(requests: Sequence[Request]) -> tuple[int, int]:
@@ -86,22 +109,37 @@ class Decoder:
     config: ModelConfig
     segments: Segments
     shape: Shape
-    sampling: Sampling = GREEDY
     steps: int = 0
 
     def __post_init__(self) -> None:
-        rows, width, max_tokens, stops = self.shape
-        self._rows = no_rows(self.config, self.segments, rows, width + max_tokens, max_tokens, stops)
-        self._admit = self.jit(partial(admit, sampling=self.sampling))
-        self._advance = self.jit(partial(advance, steps=self.steps or max_tokens, sampling=self.sampling))
+        rows, width, max_tokens, stops, capacity, alternatives, penalties = self.shape
+        self._kept = Kept(max_tokens, alternatives, penalties)
+        self._rows = no_rows(self.config, self.segments, rows, capacity or width + max_tokens, stops, self._kept)
+        self._compiled: dict[tuple[Callable, Needs], Callable] = {}
         self.requests: list[tuple[int, Request] | None] = [None] * rows
         # prompts are read so many at a time, a number that the mesh divides
         pieces = axis_size(jax.sharding.get_abstract_mesh(), "batch")
         self.fill = rows if rows % pieces else pieces * max(1, rows // pieces // 4)
 
+    @property
+    def free(self) -> int:
+        """The number of rows without a request."""
+        return self.requests.count(None)
+
+    def _call(self, function: Callable, requests: Iterable[Request], *arguments: Any, **options: Any) -> Any:
+        needs = needs_of(each.sampling for each in requests)
+        if (function, needs) not in self._compiled:
+            self._compiled[function, needs] = self.jit(partial(function, needs=needs, **options))
+        self._rows, result = self._compiled[function, needs](self._rows, *arguments)
+        return result
+
     def admit(self, requests: Sequence[tuple[int, Request]]) -> None:
-        """Put up to `fill` numbered requests into rows that have none."""
-        rows, width, _, stops = self.shape
+        """Put up to `fill` numbered requests into rows that have none.
+
+        They are padded to the `padded_width` of the longest: for an answer that depends on its own request only, their
+        prompts have the same one. Raises UserError for a penalty that the shape does not allow.
+        """
+        rows, width, _, stops, *_ = self.shape
         free = [row for row, each in enumerate(self.requests) if each is None]
         places, limits, seeds = np.full(self.fill, rows, np.int32), *np.zeros((2, self.fill), np.int32)
         ends = np.full((self.fill, *stops), NEVER, np.int32)
@@ -110,25 +148,35 @@ class Decoder:
             places[place], limits[place], seeds[place] = row, request.limit, request.seed
             for end, stop in zip(ends[place], filter(None, request.stops), strict=False):
                 end[:] = [ANY] * (len(end) - len(stop)) + list(stop)
-        prompts = left_aligned([request.prompt for _, request in requests], width, self.fill)
-        self._rows, _ = self._admit(self._rows, *self.place((*prompts, places, limits, seeds, ends)))
+        asked = [request for _, request in requests]
+        if not self.shape.penalties and needs_of(each.sampling for each in asked).penalises:
+            raise UserError("repetition_penalty: this batch keeps no record of the tokens of its rows")
+        padded = padded_width(max((len(each.prompt) for each in asked), default=width), width)
+        prompts = left_aligned([each.prompt for each in asked], padded, self.fill)
+        settings = arrays([*(each.sampling for each in asked), *[GREEDY] * (self.fill - len(asked))])
+        placed = self.place((*prompts, places, limits, seeds, ends, settings))
+        self._call(admit, asked, *placed, kept=self._kept)
 
-    def advance(self, fewest: int = 0) -> Iterator[tuple[int, list[int], bool]]:
-        """Decode, and yield (number, tokens so far, whether the answer is complete) of each request.
+    def advance(self, fewest: int = 0) -> Iterator[Progress]:
+        """Decode, and yield the progress of each request.
 
         fewest: stop when at most this many rows go on.
         """
         going = np.array([each is not None for each in self.requests])
-        self._rows, found = self._advance(self._rows, self.place(going), np.int32(fewest))
+        asked = [each[1] for each in self.requests if each is not None]
+        steps = self.steps or self.shape.max_tokens
+        found = self._call(advance, asked, self.place(going), np.int32(fewest), steps=steps)
         found = jax.device_get(found)
         for row, numbered in enumerate([*self.requests]):
             if numbered is None:
                 continue
             number, request = numbered
-            tokens, active = found["answer"][row, : found["length"][row]].tolist(), bool(found["active"][row])
+            made, active = found["answer"][row, : found["length"][row]].tolist(), bool(found["active"][row])
             if not active:
                 self.requests[row] = None
-            yield number, tokens if active else without_stop(tokens, request.stops), not active
+            tokens = made if active else without_stop(made, request.stops)
+            scores = Scores(*(each[row, : len(tokens)] for each in found["scores"]))
+            yield Progress(number, tokens, not active, len(tokens) < len(made), scores)
 
     def cancel(self, number: int) -> None:
         """Free the row of a request whose answer is not complete."""
@@ -144,13 +192,13 @@ class Decoder:
         """
         waiting = collections.deque(requests)
         while waiting or any(self.requests):
-            free = self.requests.count(None)
+            free = self.free
             while waiting and free >= min(self.fill, len(waiting)):
                 chosen = [waiting.popleft() for _ in range(min(self.fill, len(waiting)))]
                 self.admit(chosen)
                 free -= len(chosen)
             fewest = self.shape.rows - min(self.fill, len(waiting)) if waiting else 0
-            for number, tokens, complete in self.advance(fewest):
+            for number, tokens, complete, *_ in self.advance(fewest):
                 if complete or (ended is not None and ended(number, tokens)):
                     self.cancel(number)
                     yield number, tokens
@@ -174,7 +222,6 @@ def local_decoder(
     params: dict,
     config: ModelConfig,
     shape: Shape,
-    sampling: Sampling = GREEDY,
     *,
     segments: Segments | None = None,
     steps: int = 0,
@@ -190,7 +237,7 @@ def local_decoder(
     def jit(function: partial) -> Callable:
         return partial(_jitted(config, cut, function.func, **function.keywords), leaves)
 
-    return Decoder(jit, partial(jax.tree.map, jnp.asarray), config, cut, shape, sampling, steps)
+    return Decoder(jit, partial(jax.tree.map, jnp.asarray), config, cut, shape, steps)
 
 
 def timed_sample(
@@ -201,17 +248,14 @@ def timed_sample(
     max_tokens: int,
     seed: int = 0,
     stops: Sequence[Sequence[int]] = (),
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    **sampling: Any,
 ) -> tuple[list[int], float]:
     """See `sample`; and the tokens decoded per second, without the time to compile."""
     check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
-    request = Request(prompt, max_tokens, stops, seed)
+    request = Request(prompt, max_tokens, stops, seed, Sampling(**{"temperature": 1.0} | sampling))
     shape = Shape(1, padded_width(len(prompt)), padded_width(max_tokens), stop_sizes([request]))
-    decoder = local_decoder(params, config, shape, Sampling(temperature, top_k, top_p))
-    decoder.admit([])  # compiles both functions
-    list(decoder.advance())
+    decoder = local_decoder(params, config, shape)
+    list(decoder.answers([(0, request._replace(limit=2))]))  # compiles both functions
     before = time.perf_counter()
     ((_, tokens),) = decoder.answers([(0, request)])
     return tokens, len(tokens) / (time.perf_counter() - before)
@@ -220,7 +264,7 @@ def timed_sample(
 def sample(params: dict, config: ModelConfig, prompt: Sequence[int], **options: Any) -> list[int]:
     """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical.
 
-    options: max_tokens, and those of `next_token`, seed and stops as in `timed_sample`. Raises UserError if a model
-    with learned positions has none for so many tokens.
+    options: max_tokens, those of `Sampling` (temperature: default 1), seed and stops as in `Request`. Raises UserError
+    if a model with learned positions has none for so many tokens.
     """
     return timed_sample(params, config, prompt, **options)[0]

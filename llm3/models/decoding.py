@@ -1,13 +1,13 @@
 """Greedy decoding and sampling: one loop for a batch of rows, each of which is an answer of its own.
 
-A row's answer depends on its prompt and seed only. Prompts of different lengths share a batch, and a row that has
-ended can take the next prompt: see `llm3.models.batching`.
+A row's answer depends on its prompt, settings and seed only. Prompts of different lengths share a batch, and a row that
+has ended can take the next prompt: see `llm3.models.batching`.
 
-Shapes: B rows, T length, M max tokens of an answer, E stops of a row, of up to L tokens.
+Shapes: B rows, T length, V vocabulary, M max tokens of an answer, E stops of a row, of up to L tokens, K alternatives.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,44 +15,31 @@ import jax.numpy as jnp
 from llm3.config.model_schema import ModelConfig
 from llm3.models.incremental import read
 from llm3.models.kv_cache import Cache, make_cache
+from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, next_token, penalised
 from llm3.models.transformer import Transformer
 from llm3.segments import Segments
 
 ANY, NEVER = -1, -2  # in a stop: any token or none, and no token
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen: see `next_token`."""
+class Kept(NamedTuple):
+    """What is kept of each row: max_tokens of its answer, the `alternatives` of each token, the tokens of its text."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-
-GREEDY = Sampling()
+    max_tokens: int
+    alternatives: int = 0
+    seen: bool = False
 
 
-def next_token(
-    logits: jax.Array, key: jax.Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> jax.Array:
-    """Sample a token for each row of logits: float32 [B, V] to int32 [B].
+class Scores(NamedTuple):
+    """What the model itself says of the tokens of an answer, before temperature, filters and penalty; [B, 0]: nothing.
 
-    temperature 0: the most likely token. top_k > 0 keeps the k most likely (Fan et al. 2018); top_p < 1 keeps the
-    smallest set of most likely tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2020). Of equally
-    likely tokens, both prefer those with smaller numbers, as temperature 0 does.
+    logprobs: float32 [B, M], natural logarithms. likeliest: int32 [B, M, K], the likeliest tokens in its place.
+    their_logprobs: float32 [B, M, K].
     """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1)
-    # 0 for the most likely token, which stays finite; float32 has no temperature below its least normal number
-    below = logits - jnp.max(logits, axis=-1, keepdims=True)
-    logits = below / max(temperature, float(jnp.finfo(jnp.float32).tiny))
-    if top_k or top_p < 1:
-        ordered, order = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
-        share = jax.nn.softmax(ordered)
-        kept = (jnp.cumsum(share, axis=-1) - share < top_p) | (top_p >= 1)
-        allowed = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, kept, axis=-1, inplace=False)
-        logits = jnp.where(allowed, logits, -jnp.inf)
-    return jax.random.categorical(key, logits)
+
+    logprobs: jax.Array
+    likeliest: jax.Array
+    their_logprobs: jax.Array
 
 
 class Rows(NamedTuple):
@@ -60,7 +47,8 @@ class Rows(NamedTuple):
 
     answer: int32 [B, M], the tokens so far, the last of which the cache lacks. length: int32 [B], their number. limit:
     int32 [B], the most tokens. stops: int32 [B, E, L], runs of tokens that end an answer, right-aligned after `ANY`;
-    `NEVER`: no stop. seeds: int32 [B]. active: bool [B], whether the answer goes on.
+    `NEVER`: no stop. seeds: int32 [B]. active: bool [B], whether the answer goes on. sampling: arrays [B]. seen: bool
+    [B, V], the tokens of a row's text; [B, 0]: not kept.
     """
 
     cache: Cache
@@ -70,17 +58,31 @@ class Rows(NamedTuple):
     stops: jax.Array
     seeds: jax.Array
     active: jax.Array
+    sampling: Sampling
+    seen: jax.Array
+    scores: Scores
 
 
-@partial(jax.jit, static_argnames=("config", "segments", "rows", "capacity", "max_tokens", "stops"))
+def _without_text(config: ModelConfig, count: int, kept: Kept) -> tuple[jax.Array, jax.Array, Scores]:
+    """`answer`, `seen` and `scores` of rows without tokens."""
+    scored = kept.max_tokens if kept.alternatives else 0
+    logprobs = jnp.zeros((count, scored), jnp.float32)
+    likeliest = jnp.zeros((count, scored, kept.alternatives), jnp.int32)
+    seen = jnp.zeros((count, config.vocab_size if kept.seen else 0), bool)
+    scores = Scores(logprobs, likeliest, likeliest.astype(jnp.float32))
+    return jnp.zeros((count, kept.max_tokens), jnp.int32), seen, scores
+
+
+@partial(jax.jit, static_argnames=("config", "segments", "rows", "capacity", "stops", "kept"))
 def no_rows(
-    config: ModelConfig, segments: Segments, rows: int, capacity: int, max_tokens: int, stops: tuple[int, int]
+    config: ModelConfig, segments: Segments, rows: int, capacity: int, stops: tuple[int, int], kept: Kept
 ) -> Rows:
     """A batch without prompts. capacity: the most tokens of a prompt with its answer. stops: (E, L)."""
     each = jnp.zeros(rows, jnp.int32)
-    cache = make_cache(config, segments, rows, capacity)
-    answer, ends = jnp.zeros((rows, max_tokens), jnp.int32), jnp.full((rows, *stops), NEVER)
-    return Rows(cache, answer, each, each, ends, each, each > 0)
+    answer, seen, scores = _without_text(config, rows, kept)
+    cache, ends = make_cache(config, segments, rows, capacity), jnp.full((rows, *stops), NEVER)
+    sampling = jax.tree.map(jnp.asarray, arrays([GREEDY] * rows))
+    return Rows(cache, answer, each, each, ends, each, each > 0, sampling, seen, scores)
 
 
 def admit(
@@ -92,8 +94,10 @@ def admit(
     limits: jax.Array,
     seeds: jax.Array,
     stops: jax.Array,
-    *,
     sampling: Sampling,
+    *,
+    kept: Kept,
+    needs: Needs,
 ) -> tuple[Rows, None]:
     """Put N prompts into the rows `places`, int32 [N], with the first token of each answer; a place of B: no prompt.
 
@@ -105,8 +109,12 @@ def admit(
     )
     hidden, cache = read(model, prompts, lengths, Cache(none, empty), first=True)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    answer = jnp.zeros((count, rows.answer.shape[1]), jnp.int32)
-    new = _extended(model, last, Rows(cache, answer, none, limits, stops, seeds, lengths > 0), sampling)
+    answer, seen, scores = _without_text(model.config, count, kept)
+    if kept.seen:
+        real = jnp.arange(prompts.shape[1]) < lengths[:, None]
+        seen = seen.at[jnp.arange(count)[:, None], jnp.where(real, prompts, seen.shape[1])].set(True, mode="drop")
+    new = Rows(cache, answer, none, limits, stops, seeds, lengths > 0, sampling, seen, scores)
+    new = _extended(model, last, new, needs)
 
     def put(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[(*(slice(None),) * axis, places)].set(new, mode="drop")
@@ -117,11 +125,11 @@ def admit(
 
 
 def advance(
-    model: Transformer, rows: Rows, going: jax.Array, fewest: jax.Array, *, steps: int, sampling: Sampling
-) -> tuple[Rows, dict[str, jax.Array]]:
+    model: Transformer, rows: Rows, going: jax.Array, fewest: jax.Array, *, steps: int, needs: Needs
+) -> tuple[Rows, dict[str, Any]]:
     """Decode up to `steps` more tokens of each answer, as long as more than `fewest` answers go on, int32 [].
 
-    going: bool [B], False for an answer that ends here. Also returns `answer`, `length` and `active` of `Rows`.
+    going: bool [B], False for an answer that ends here. Also returns the answer, length, active and scores of `Rows`.
     """
 
     def unfinished(state: tuple) -> jax.Array:
@@ -132,26 +140,45 @@ def advance(
         step, rows = state
         token = jnp.take_along_axis(rows.answer, jnp.maximum(rows.length - 1, 0)[:, None], axis=1)
         hidden, cache = read(model, token, rows.active.astype(jnp.int32), rows.cache)
-        return step + 1, _extended(model, hidden, rows._replace(cache=cache), sampling)
+        return step + 1, _extended(model, hidden, rows._replace(cache=cache), needs)
 
     rows = rows._replace(active=rows.active & going)
     _, rows = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows))
-    return rows, {"answer": rows.answer, "length": rows.length, "active": rows.active}
+    return rows, {name: getattr(rows, name) for name in ("answer", "length", "active", "scores")}
 
 
-def _extended(model: Transformer, hidden: jax.Array, rows: Rows, sampling: Sampling) -> Rows:
+def _extended(model: Transformer, hidden: jax.Array, rows: Rows, needs: Needs) -> Rows:
     """The rows with the next token of each active answer, chosen by the hidden states [B, 1, D] before it."""
-    logits = model.logits(hidden)
-    if sampling.temperature:
+    own = model.logits(hidden)[:, 0]
+    logits = jax.vmap(penalised)(own, rows.seen, rows.sampling) if needs.penalises else own
+    if needs.draws:
         # from the row's own seed and length, so that other rows and their order change nothing
         keys = jax.vmap(lambda seed, drawn: jax.random.fold_in(jax.random.key(seed), drawn))(rows.seeds, rows.length)
-        token = jax.vmap(lambda row, key: next_token(row, key, **sampling._asdict()))(logits, keys).astype(jnp.int32)
+        token = jax.vmap(partial(next_token, orders=needs.orders))(logits, keys, rows.sampling)
     else:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     here = (jnp.arange(rows.answer.shape[1]) == rows.length[:, None]) & rows.active[:, None]
-    answer, length = jnp.where(here, token, rows.answer), rows.length + rows.active
+    answer, length = jnp.where(here, token[:, None], rows.answer), rows.length + rows.active
     active = rows.active & (length < rows.limit) & ~_stopped(answer, length, rows.stops)
-    return rows._replace(answer=answer, length=length, active=active)
+    seen = rows.seen
+    if seen.shape[1]:
+        seen = seen.at[jnp.arange(len(seen)), jnp.where(rows.active, token, seen.shape[1])].set(True, mode="drop")
+    scores = _scored(own, token, here, rows.scores)
+    return rows._replace(answer=answer, length=length, active=active, seen=seen, scores=scores)
+
+
+def _scored(logits: jax.Array, token: jax.Array, here: jax.Array, scores: Scores) -> Scores:
+    """The scores with those of the tokens, int32 [B], at the places `here`, bool [B, M]."""
+    if not scores.logprobs.shape[1]:
+        return scores
+    logprobs = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(logprobs, token[:, None], axis=-1)
+    highest, likeliest = jax.lax.top_k(logprobs, scores.likeliest.shape[2])
+    return Scores(
+        jnp.where(here, chosen, scores.logprobs),
+        jnp.where(here[..., None], likeliest[:, None], scores.likeliest),
+        jnp.where(here[..., None], highest[:, None], scores.their_logprobs),
+    )
 
 
 def _stopped(answer: jax.Array, length: jax.Array, stops: jax.Array) -> jax.Array:

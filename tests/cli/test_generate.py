@@ -1,6 +1,4 @@
-"""Sampling: the key-value cache changes no result, and the filters follow the papers."""
-
-import itertools
+"""Sampling: the key-value cache changes no result."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,7 @@ from flax import nnx
 from llm3.__main__ import main
 from llm3.config.schema import ModelConfig
 from llm3.models.batching import sample
-from llm3.models.decoding import next_token
+from llm3.models.sampling import Sampling, next_token
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import map_with_path
@@ -59,7 +57,8 @@ def recompute(params: dict, *, seed: int = 0, **options) -> list[int]:
     for i in range(TOKENS):
         padding = [0] * (len(PROMPT) + TOKENS - len(text))  # the model is causal: padding after the text has no effect
         logits = logits_at(params, jnp.array([text + padding], jnp.int32), len(text) - 1)
-        text.append(int(next_token(logits, jax.random.fold_in(jax.random.key(seed), i), **options)[0]))
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        text.append(int(next_token(logits[0], key, Sampling(**options))))
     return text[len(PROMPT) :]
 
 
@@ -121,44 +120,3 @@ def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with
     same_size.save(tmp_path / "tokenizer.json")
     assert main(command) == 2 and "tokenizer.json is not the tokenizer of" in capsys.readouterr().err
     assert stops == [[2], end] and document.tokens[document.answer_mask].tolist() == tokenizer().encode("hello") + end
-
-
-def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """The probabilities after both filters, one row at a time, by sorting."""
-    probabilities = np.zeros_like(logits, np.float64)
-    for row, scores in enumerate(logits.astype(np.float64) / temperature):
-        order = np.argsort(-scores)[: top_k or None]
-        weights = np.exp(scores[order] - scores.max())
-        shares = weights / weights.sum()
-        count = int(np.searchsorted(np.cumsum(shares), top_p)) + 1 if top_p < 1 else len(order)
-        probabilities[row, order[:count]] = shares[:count] / shares[:count].sum()
-    return probabilities
-
-
-@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.4}, {"top_k": 3, "top_p": 0.6}], ids=str)
-def test_of_equally_likely_tokens_the_filters_keep_those_with_smaller_numbers(filters):
-    logits = jnp.tile(jnp.array([0.0, 1.0, 1.0, 1.0, 1.0, -1.0]), (500, 1))
-    drawn = next_token(logits, jax.random.key(0), **filters)
-    assert set(drawn.tolist()) == {1, 2}
-
-
-@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 5e-324])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
-def test_a_tiny_temperature_is_greedy(temperature, filters):
-    logits = jnp.tile(jnp.array([0.0, 3.0, 2.999, -jnp.inf]), (100, 1))
-    assert set(next_token(logits, jax.random.key(0), temperature=temperature, **filters).tolist()) == {1}
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), list(itertools.product((0.7, 1.5), (0, 3, 100), (1.0, 0.6)))
-)
-def test_filters_draw_from_the_distribution_that_sorting_gives(temperature, top_k, top_p):
-    logits = np.random.default_rng(1).normal(size=(3, 11)).astype(np.float32) * 2
-    expected = kept(logits, temperature, top_k, top_p)
-    draws = 4000
-    drawn = next_token(
-        jnp.repeat(logits, draws, axis=0), jax.random.key(0), temperature=temperature, top_k=top_k, top_p=top_p
-    )
-    counts = np.stack([np.bincount(row, minlength=11) for row in np.asarray(drawn).reshape(3, draws)]) / draws
-    assert not counts[expected == 0].any()
-    np.testing.assert_allclose(counts, expected, atol=0.035)  # four standard errors at most

@@ -1,6 +1,7 @@
 """Decoding in batches: each answer is that of its prompt alone, read anew for each token; the cache stays in place."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,50 +9,66 @@ import numpy as np
 import pytest
 
 from llm3.models.batching import Request, Shape, local_decoder, without_stop
-from llm3.models.decoding import GREEDY, Sampling, next_token
+from llm3.models.decoding import advance
+from llm3.models.sampling import GREEDY, Needs, Sampling, next_token, penalised
 from tests.helpers import reference
 from tests.helpers.tiny import VOCAB, make_documents, make_params, make_row, model_config, stack
 
 WINDOWS = {"layers": 4, "window": 3, "full_attention_layers": (1, 3), "attention_softcap": 1.5, "qk_norm": "head"}
 LEARNED = {"layers": 4, "positions": "learned", "max_positions": 64}
 CASES = {
-    "alternating windows, all layers scanned, greedy": (WINDOWS, ((0, 4),), GREEDY),
-    "learned positions, segments, drawn": (LEARNED, ((0, 1), (1, 4)), Sampling(0.9, top_k=30)),
+    "alternating windows, all layers scanned": (WINDOWS, ((0, 4),)),
+    "learned positions, segments": (LEARNED, ((0, 1), (1, 4))),
 }
+SETTINGS = [GREEDY, Sampling(0.9, top_k=30), Sampling(1.2, min_p=0.05), Sampling(repetition_penalty=1.5)]
 LONGEST = 40
 READS, WRITES = ("parameter", "get-tuple-element", "bitcast"), ("scatter", "dynamic-update-slice")  # in place
 
 
-def recomputed(config, params, request: Request, sampling: Sampling) -> list[int]:
-    """The whole text through the numpy model for each token."""
-    text, made = list(request.prompt), []
+def recomputed(config, params, request: Request) -> tuple[list[int], np.ndarray]:
+    """The tokens, and their log probabilities, from the whole text through the numpy model for each token."""
+    text, made, logprobs = list(request.prompt), [], []
     while len(made) < request.limit:
         read = stack(make_row(np.array(text, np.int32), length=LONGEST))
-        logits = jnp.asarray(reference.logits(config, params, read)[:1, len(text) - 1], jnp.float32)
+        logits = jnp.asarray(reference.logits(config, params, read)[0, len(text) - 1], jnp.float32)
         key = jax.random.fold_in(jax.random.key(request.seed), len(made))
-        text.append(int(next_token(logits, key, **sampling._asdict())[0]))
+        seen = jnp.isin(jnp.arange(len(logits)), jnp.array(text))
+        text.append(int(next_token(penalised(logits, seen, request.sampling), key, request.sampling)))
         made.append(text[-1])
+        logprobs.append(np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()))
         if (kept := without_stop(made, request.stops)) != made:
-            return kept
-    return made
+            return kept, np.reshape(logprobs[: len(kept)], (-1, len(logits)))
+    return made, np.array(logprobs)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_of_recomputation_whatever_the_batch_and_its_order(case):
-    changes, segments, sampling = CASES[case]
+    changes, segments = CASES[case]
     config = model_config(**changes)
     params = make_params(config)
     prompts = [each.tolist() for each in make_documents(6, least=1, most=9)]
-    requests = [Request(prompt, 5 + 3 * seed, [], seed) for seed, prompt in enumerate(prompts)]
-    first = recomputed(config, params, requests[5], sampling)
+    requests = [
+        Request(prompt, 5 + 3 * seed, [], seed, SETTINGS[seed % len(SETTINGS)]) for seed, prompt in enumerate(prompts)
+    ]
+    first, _ = recomputed(config, params, requests[5])
     requests[5] = requests[5]._replace(stops=[[VOCAB], first[3:5]])
-    expected = [recomputed(config, params, each, sampling) for each in requests]
-    assert len({tuple(each) for each in expected}) == 6 and len(expected[5]) < len(first)
-    shape = Shape(rows=2, width=12, max_tokens=20, stops=(2, 2))
-    decoder = local_decoder(jax.tree.map(jnp.asarray, params), config, shape, sampling, segments=segments)
+    expected = [recomputed(config, params, each) for each in requests]
+    answers = [tokens for tokens, _ in expected]
+    assert len({tuple(each) for each in answers}) == 6 and len(answers[5]) < len(first)
+    shape = Shape(rows=2, width=12, max_tokens=20, stops=(2, 2), alternatives=3, penalties=True)
+    decoder = local_decoder(jax.tree.map(jnp.asarray, params), config, shape, segments=segments)
     for order in (range(6), (3, 5), (5, 2, 4)):
         found = dict(decoder.answers(enumerate(requests[number] for number in order)))
-        assert [found[place] for place in range(len(order))] == [expected[number] for number in order]
+        assert [found[place] for place in range(len(order))] == [answers[number] for number in order]
+    for number in (0, 5):
+        decoder.admit([(number, requests[number])])
+    for progress in decoder.advance():
+        tokens, logprobs = expected[progress.number]
+        assert progress.complete and progress.tokens == tokens and progress.stopped == (progress.number == 5)
+        highest = np.sort(logprobs)[:, :-4:-1]
+        np.testing.assert_allclose(progress.scores.their_logprobs, highest, atol=2e-4)
+        np.testing.assert_allclose(np.take_along_axis(logprobs, progress.scores.likeliest, 1), highest, atol=2e-4)
+        np.testing.assert_allclose(progress.scores.logprobs, logprobs[range(len(tokens)), tokens], atol=2e-4)
 
 
 def test_an_answer_that_the_caller_ends_makes_room_for_the_next():
@@ -69,7 +86,8 @@ def test_the_compiled_loop_copies_no_cache(segments):
     shape = Shape(rows, width=slots - 32, max_tokens=32)
     decoder = local_decoder(make_params(config), config, shape, segments=segments)
     state, going = decoder._rows, np.ones(rows, bool)
-    compiled = decoder._advance.func.lower(*decoder._advance.args, state, going, np.int32(0)).compile()
+    loop = decoder.jit(partial(advance, needs=Needs(), steps=32))
+    compiled = loop.func.lower(*loop.args, state, going, np.int32(0)).compile()
     buffers, memory = jax.tree.leaves(state.cache.buffers), compiled.memory_analysis()
     large = buffers[0].size  # of all layers that share a buffer
     instructions = compiled.as_text().split("\nENTRY ")[0]
