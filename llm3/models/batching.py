@@ -24,13 +24,17 @@ MIN_WIDTH = 32  # least tokens of a padded row of prompts
 
 
 class Request(NamedTuple):
-    """A prompt, the max tokens of its answer, the runs of tokens that end it, the seed of draws, and their settings."""
+    """A prompt, the max tokens of its answer, the runs of tokens that end it, the seed of draws, and their settings.
+
+    variant: of the model, see `Shape`.
+    """
 
     prompt: Sequence[int]
     limit: int
     stops: Sequence[Sequence[int]] = ()
     seed: int = 0
     sampling: Sampling = GREEDY
+    variant: int = 0
 
 
 def padded_width(length: int, max_width: int | None = None, least: int = MIN_WIDTH) -> int:
@@ -65,6 +69,7 @@ class Shape(NamedTuple):
 
     capacity: tokens of a prompt with its answer; 0: width + max_tokens. alternatives: likeliest tokens that are kept of
     each place of an answer, with their log probabilities; 0: none. penalties: whether repetition can be penalised.
+    variants: the adapters of each variant of the model that a request can ask for; (): there is one, with all.
     """
 
     rows: int
@@ -74,6 +79,7 @@ class Shape(NamedTuple):
     capacity: int = 0
     alternatives: int = 0
     penalties: bool = False
+    variants: tuple[tuple[str, ...], ...] = ()
 
 
 class Progress(NamedTuple):
@@ -101,7 +107,8 @@ class Decoder:
 
     jit: turns a function(model, rows, *arrays) -> (rows, result) into one of (rows, *arrays), which donates the rows
     and replicates the result. place: puts numpy arrays with a first axis of rows on the devices. steps: between two
-    looks of the host at the answers; 0: as many as an answer has.
+    looks of the host at the answers; 0: as many as an answer has. needs: of all requests that will come; None: the
+    functions are compiled for what the requests of the moment need.
     """
 
     jit: Callable[[partial], Callable]
@@ -110,10 +117,11 @@ class Decoder:
     segments: Segments
     shape: Shape
     steps: int = 0
+    needs: Needs | None = None
 
     def __post_init__(self) -> None:
-        rows, width, max_tokens, stops, capacity, alternatives, penalties = self.shape
-        self._kept = Kept(max_tokens, alternatives, penalties)
+        rows, width, max_tokens, stops, capacity, alternatives, penalties, variants = self.shape
+        self._kept = Kept(max_tokens, alternatives, penalties, variants)
         self._rows = no_rows(self.config, self.segments, rows, capacity or width + max_tokens, stops, self._kept)
         self._compiled: dict[tuple[Callable, Needs], Callable] = {}
         self.requests: list[tuple[int, Request] | None] = [None] * rows
@@ -127,7 +135,7 @@ class Decoder:
         return self.requests.count(None)
 
     def _call(self, function: Callable, requests: Iterable[Request], *arguments: Any, **options: Any) -> Any:
-        needs = needs_of(each.sampling for each in requests)
+        needs = self.needs or needs_of(each.sampling for each in requests)
         if (function, needs) not in self._compiled:
             self._compiled[function, needs] = self.jit(partial(function, needs=needs, **options))
         self._rows, result = self._compiled[function, needs](self._rows, *arguments)
@@ -141,11 +149,12 @@ class Decoder:
         """
         rows, width, _, stops, *_ = self.shape
         free = [row for row, each in enumerate(self.requests) if each is None]
-        places, limits, seeds = np.full(self.fill, rows, np.int32), *np.zeros((2, self.fill), np.int32)
+        places, limits, seeds, variants = np.full(self.fill, rows, np.int32), *np.zeros((3, self.fill), np.int32)
         ends = np.full((self.fill, *stops), NEVER, np.int32)
         for place, (row, numbered) in enumerate(zip(free, requests, strict=False)):
             self.requests[row], (_, request) = numbered, numbered
             places[place], limits[place], seeds[place] = row, request.limit, request.seed
+            variants[place] = request.variant
             for end, stop in zip(ends[place], filter(None, request.stops), strict=False):
                 end[:] = [ANY] * (len(end) - len(stop)) + list(stop)
         asked = [request for _, request in requests]
@@ -154,18 +163,18 @@ class Decoder:
         padded = padded_width(max((len(each.prompt) for each in asked), default=width), width)
         prompts = left_aligned([each.prompt for each in asked], padded, self.fill)
         settings = arrays([*(each.sampling for each in asked), *[GREEDY] * (self.fill - len(asked))])
-        placed = self.place((*prompts, places, limits, seeds, ends, settings))
+        placed = self.place((*prompts, places, limits, seeds, ends, settings, variants))
         self._call(admit, asked, *placed, kept=self._kept)
 
-    def advance(self, fewest: int = 0) -> Iterator[Progress]:
+    def advance(self, fewest: int = 0, steps: int = 0) -> Iterator[Progress]:
         """Decode, and yield the progress of each request.
 
-        fewest: stop when at most this many rows go on.
+        fewest: stop when at most this many rows go on. steps: tokens of each; 0: see the class.
         """
         going = np.array([each is not None for each in self.requests])
         asked = [each[1] for each in self.requests if each is not None]
-        steps = self.steps or self.shape.max_tokens
-        found = self._call(advance, asked, self.place(going), np.int32(fewest), steps=steps)
+        most = np.int32(steps or self.steps or self.shape.max_tokens)
+        found = self._call(advance, asked, self.place(going), np.int32(fewest), most, kept=self._kept)
         found = jax.device_get(found)
         for row, numbered in enumerate([*self.requests]):
             if numbered is None:
@@ -218,13 +227,19 @@ def _jitted(config: ModelConfig, segments: Segments, function: Callable, **optio
     )
 
 
+def decoder_of(
+    leaves: dict, config: ModelConfig, segments: Segments, shape: Shape, *, steps: int = 0, needs: Needs | None = None
+) -> Decoder:
+    """A decoder of parameters that are cut into `segments`. steps, needs: see `Decoder`."""
+
+    def jit(function: partial) -> Callable:
+        return partial(_jitted(config, segments, function.func, **function.keywords), leaves)
+
+    return Decoder(jit, partial(jax.tree.map, jnp.asarray), config, segments, shape, steps, needs)
+
+
 def local_decoder(
-    params: dict,
-    config: ModelConfig,
-    shape: Shape,
-    *,
-    segments: Segments | None = None,
-    steps: int = 0,
+    params: dict, config: ModelConfig, shape: Shape, *, segments: Segments | None = None, steps: int = 0
 ) -> Decoder:
     """A decoder of canonical parameters. segments: default: one for each layer, whose kernels are then read in place.
 
@@ -232,12 +247,7 @@ def local_decoder(
     before it reads them.
     """
     cut = segments or tuple((layer, layer + 1) for layer in range(config.layers))
-    leaves = segmented(params, cut)
-
-    def jit(function: partial) -> Callable:
-        return partial(_jitted(config, cut, function.func, **function.keywords), leaves)
-
-    return Decoder(jit, partial(jax.tree.map, jnp.asarray), config, cut, shape, steps)
+    return decoder_of(segmented(params, cut), config, cut, shape, steps=steps)
 
 
 def timed_sample(

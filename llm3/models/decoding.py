@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from llm3.config.model_schema import ModelConfig
 from llm3.models.incremental import read
 from llm3.models.kv_cache import Cache, make_cache
+from llm3.models.lora import restrict
 from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, next_token, penalised
 from llm3.models.transformer import Transformer
 from llm3.segments import Segments
@@ -23,11 +24,15 @@ ANY, NEVER = -1, -2  # in a stop: any token or none, and no token
 
 
 class Kept(NamedTuple):
-    """What is kept of each row: max_tokens of its answer, the `alternatives` of each token, the tokens of its text."""
+    """What a batch keeps of each row: max_tokens of its answer, `alternatives` of each token, the tokens of its text.
+
+    variants: the adapters that the rows of each variant of the model use; (): all rows use all of them.
+    """
 
     max_tokens: int
     alternatives: int = 0
     seen: bool = False
+    variants: tuple[tuple[str, ...], ...] = ()
 
 
 class Scores(NamedTuple):
@@ -48,7 +53,7 @@ class Rows(NamedTuple):
     answer: int32 [B, M], the tokens so far, the last of which the cache lacks. length: int32 [B], their number. limit:
     int32 [B], the most tokens. stops: int32 [B, E, L], runs of tokens that end an answer, right-aligned after `ANY`;
     `NEVER`: no stop. seeds: int32 [B]. active: bool [B], whether the answer goes on. sampling: arrays [B]. seen: bool
-    [B, V], the tokens of a row's text; [B, 0]: not kept.
+    [B, V], the tokens of a row's text; [B, 0]: not kept. variant: int32 [B], a number in `Kept.variants`.
     """
 
     cache: Cache
@@ -59,6 +64,7 @@ class Rows(NamedTuple):
     seeds: jax.Array
     active: jax.Array
     sampling: Sampling
+    variant: jax.Array
     seen: jax.Array
     scores: Scores
 
@@ -68,7 +74,7 @@ def _without_text(config: ModelConfig, count: int, kept: Kept) -> tuple[jax.Arra
     scored = kept.max_tokens if kept.alternatives else 0
     logprobs = jnp.zeros((count, scored), jnp.float32)
     likeliest = jnp.zeros((count, scored, kept.alternatives), jnp.int32)
-    seen = jnp.zeros((count, config.vocab_size if kept.seen else 0), bool)
+    seen = jnp.zeros((count, config.padded_vocab_size if kept.seen else 0), bool)
     scores = Scores(logprobs, likeliest, likeliest.astype(jnp.float32))
     return jnp.zeros((count, kept.max_tokens), jnp.int32), seen, scores
 
@@ -82,7 +88,7 @@ def no_rows(
     answer, seen, scores = _without_text(config, rows, kept)
     cache, ends = make_cache(config, segments, rows, capacity), jnp.full((rows, *stops), NEVER)
     sampling = jax.tree.map(jnp.asarray, arrays([GREEDY] * rows))
-    return Rows(cache, answer, each, each, ends, each, each > 0, sampling, seen, scores)
+    return Rows(cache, answer, each, each, ends, each, each > 0, sampling, each, seen, scores)
 
 
 def admit(
@@ -95,6 +101,7 @@ def admit(
     seeds: jax.Array,
     stops: jax.Array,
     sampling: Sampling,
+    variant: jax.Array,
     *,
     kept: Kept,
     needs: Needs,
@@ -107,13 +114,14 @@ def admit(
     empty = jax.tree.map(
         lambda each: jnp.zeros((each.shape[0], count, *each.shape[2:]), each.dtype), rows.cache.buffers
     )
+    _choose(model, variant, kept)
     hidden, cache = read(model, prompts, lengths, Cache(none, empty), first=True)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     answer, seen, scores = _without_text(model.config, count, kept)
     if kept.seen:
         real = jnp.arange(prompts.shape[1]) < lengths[:, None]
         seen = seen.at[jnp.arange(count)[:, None], jnp.where(real, prompts, seen.shape[1])].set(True, mode="drop")
-    new = Rows(cache, answer, none, limits, stops, seeds, lengths > 0, sampling, seen, scores)
+    new = Rows(cache, answer, none, limits, stops, seeds, lengths > 0, sampling, variant, seen, scores)
     new = _extended(model, last, new, needs)
 
     def put(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -125,9 +133,9 @@ def admit(
 
 
 def advance(
-    model: Transformer, rows: Rows, going: jax.Array, fewest: jax.Array, *, steps: int, needs: Needs
+    model: Transformer, rows: Rows, going: jax.Array, fewest: jax.Array, steps: jax.Array, *, kept: Kept, needs: Needs
 ) -> tuple[Rows, dict[str, Any]]:
-    """Decode up to `steps` more tokens of each answer, as long as more than `fewest` answers go on, int32 [].
+    """Decode up to `steps` more tokens of each answer, as long as more than `fewest` answers go on, both int32 [].
 
     going: bool [B], False for an answer that ends here. Also returns the answer, length, active and scores of `Rows`.
     """
@@ -142,9 +150,17 @@ def advance(
         hidden, cache = read(model, token, rows.active.astype(jnp.int32), rows.cache)
         return step + 1, _extended(model, hidden, rows._replace(cache=cache), needs)
 
+    _choose(model, rows.variant, kept)
     rows = rows._replace(active=rows.active & going)
     _, rows = jax.lax.while_loop(unfinished, body, (jnp.int32(0), rows))
     return rows, {name: getattr(rows, name) for name in ("answer", "length", "active", "scores")}
+
+
+def _choose(model: Transformer, variant: jax.Array, kept: Kept) -> None:
+    """Restrict the adapters of the model to the rows whose variant uses them."""
+    if kept.variants:
+        names = {name for each in kept.variants for name in each}
+        restrict(model, {name: jnp.array([name in each for each in kept.variants])[variant] for name in names})
 
 
 def _extended(model: Transformer, hidden: jax.Array, rows: Rows, needs: Needs) -> Rows:

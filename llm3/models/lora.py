@@ -34,6 +34,7 @@ class LoRA(nnx.Module):
 
     def __init__(self, inputs: dict[Any, int], outputs: dict[Any, int], config: AdapterConfig, rngs: nnx.Rngs):
         self.config = config
+        self.rows: nnx.Param | None = nnx.data(None)  # see `restrict`
         bound, shape = math.prod(inputs.values()) ** -0.5, (*inputs.values(), config.rank)
         self.a = nnx.Param(jax.random.uniform(rngs.lora(), shape, minval=-bound, maxval=bound), axes=(*inputs, None))
         self.b = nnx.Param(jnp.zeros((config.rank, *outputs.values())), axes=(None, *outputs))
@@ -50,7 +51,8 @@ class LoRA(nnx.Module):
             kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
             x = jnp.where(kept, x.astype(jnp.float32) / (1 - self.config.dropout), 0).astype(dtype)
         a, b = self.a[...].reshape(-1, self.config.rank), self.b[...].reshape(self.config.rank, -1)
-        return (linear(linear(x, a), b).astype(jnp.float32) * scale_of(self.config)).astype(dtype)
+        y = (linear(linear(x, a), b).astype(jnp.float32) * scale_of(self.config)).astype(dtype)
+        return y if self.rows is None else jnp.where(self.rows[...][:, None, None], y, 0)
 
     def gain(self, kernel: jax.Array) -> jax.Array:
         """DoRA's factor of each output: magnitude / |W + scale A B|. kernel: float32 [inputs, outputs]."""
@@ -58,6 +60,17 @@ class LoRA(nnx.Module):
         a, b = self.a[...].reshape(-1, self.config.rank), self.b[...].reshape(self.config.rank, -1)
         length = column_norms(kernel + scale_of(self.config) * jnp.matmul(a, b, precision="highest"), 1)
         return self.magnitude[...].reshape(-1) / jax.lax.stop_gradient(length)
+
+
+def restrict(model: nnx.Module, rows: dict[str, jax.Array]) -> None:
+    """Let each adapter add to some rows of a batch only: stages with adapters of one base can then share the batch.
+
+    rows: {adapter: bool [B]}. `model`, with stacked layers, is changed in place.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, LoRA):
+            own = rows[str(path[-1])]
+            module.rows = nnx.Param(jnp.broadcast_to(own, (len(module.a[...]), len(own))))
 
 
 def column_norms(kernel: jax.Array, inputs: int) -> jax.Array:

@@ -1,5 +1,6 @@
 """Decoding in batches: each answer is that of its prompt alone, read anew for each token; the cache stays in place."""
 
+import dataclasses
 import re
 from functools import partial
 
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm3.config.model_schema import AdapterConfig
 from llm3.models.batching import Request, Shape, local_decoder, without_stop
-from llm3.models.decoding import advance
+from llm3.models.decoding import Kept, advance
 from llm3.models.sampling import GREEDY, Needs, Sampling, next_token, penalised
 from tests.helpers import reference
 from tests.helpers.tiny import VOCAB, make_documents, make_params, make_row, model_config, stack
@@ -71,6 +73,22 @@ def test_answers_are_those_of_recomputation_whatever_the_batch_and_its_order(cas
         np.testing.assert_allclose(progress.scores.logprobs, logprobs[range(len(tokens)), tokens], atol=2e-4)
 
 
+def test_variants_with_their_own_adapters_share_a_batch():
+    adapters = [("law", AdapterConfig(rank=2)), ("medicine", AdapterConfig(rank=3, targets=("query", "down")))]
+    config = model_config(layers=3, adapters=tuple(adapters))
+    params, cut = make_params(config), ((0, 1), (1, 3))
+    variants: list[tuple[str, ...]] = [(), ("law",), ("medicine",), ("law", "medicine")]
+    prompt, shape = [7, 3, 1], Shape(rows=4, width=8, max_tokens=12)
+    decoder = local_decoder(params, config, shape._replace(variants=tuple(variants)), segments=cut)
+    requests = [Request(prompt, 12, variant=number) for number in range(4)]
+    found = dict(decoder.answers(enumerate(requests)))
+    for number, active in enumerate(variants):
+        own = [(name, dataclasses.replace(each, active=name in active)) for name, each in adapters]
+        alone = local_decoder(params, model_config(layers=3, adapters=tuple(own)), shape, segments=cut)
+        assert found[number] == dict(alone.answers([(0, requests[number]._replace(variant=0))]))[0]
+    assert len({tuple(each) for each in found.values()}) == 4
+
+
 def test_an_answer_that_the_caller_ends_makes_room_for_the_next():
     config = model_config()
     params = jax.tree.map(jnp.asarray, make_params(config))
@@ -86,8 +104,8 @@ def test_the_compiled_loop_copies_no_cache(segments):
     shape = Shape(rows, width=slots - 32, max_tokens=32)
     decoder = local_decoder(make_params(config), config, shape, segments=segments)
     state, going = decoder._rows, np.ones(rows, bool)
-    loop = decoder.jit(partial(advance, needs=Needs(), steps=32))
-    compiled = loop.func.lower(*loop.args, state, going, np.int32(0)).compile()
+    loop = decoder.jit(partial(advance, needs=Needs(), kept=Kept(32)))
+    compiled = loop.func.lower(*loop.args, state, going, np.int32(0), np.int32(32)).compile()
     buffers, memory = jax.tree.leaves(state.cache.buffers), compiled.memory_analysis()
     large = buffers[0].size  # of all layers that share a buffer
     instructions = compiled.as_text().split("\nENTRY ")[0]
