@@ -14,6 +14,7 @@ from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, PLAN, SESSIONS, local_path
+from llm3.models.sampling import Sampling
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.amend import planned, stage_to_go_back
@@ -35,7 +36,7 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
     if config is not None:
         check_config(verb, config, options["dirs"][0] if verb == "report" else workdir, options)
     if verb == "generate":
-        check_sampling(options)
+        check_generate(options)
     elif verb == "predict":
         check_predict(options)
     elif verb == "export":
@@ -213,13 +214,19 @@ def check_evaluations(config: RunConfig | None, options: Mapping[str, Any]) -> N
         check_installed(declared("evals", evaluation.kind), f"config.evaluations.{name}.kind={evaluation.kind!r}")
 
 
-def check_sampling(options: Mapping[str, Any]) -> None:
-    """Raise UserError for sampling options of `generate` that are out of range."""
-    for option, least in (("max_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not options[option] >= least:
-            raise UserError(f"--{option}={options[option]}: expected at least {least}")
-    if not 0 < options["top_p"] <= 1:
-        raise UserError(f"--top_p={options['top_p']}: expected a probability above 0, at most 1")
+def check_generate(options: Mapping[str, Any]) -> None:
+    """Raise UserError for flags of `generate` that are out of range, or that do not go together."""
+    asked = [name for name in ("prompt", "chat", "prompts") if options[name] not in (None, False)]
+    if len(asked) != 1:
+        found = " and ".join(f"--{name}" for name in asked) or "nothing to answer"
+        raise UserError(f"generate: {found}: expected one of --prompt=TEXT, --chat and --prompts=FILE")
+    if (options["out"] is not None) != (options["prompts"] is not None):
+        raise UserError("generate: expected --prompts=FILE and --out=FILE together")
+    if asked != ["prompt"] and not options["stage"]:
+        raise UserError(f"generate: --{asked[0]}: expected --stage=NAME")
+    if not options["max_tokens"] >= 1:
+        raise UserError(f"--max_tokens={options['max_tokens']}: expected at least 1")
+    Sampling(*(options[name] for name in Sampling._fields)).check("--{}")
 
 
 def check_predict(options: Mapping[str, Any]) -> None:

@@ -103,12 +103,13 @@ def write_predictions(request: Request, session: Session, output: Output | None,
     size, started, printed = kind.plugin.ROWS, time.monotonic(), Counter[str]()
     if done:
         _say(f"resumes at row {done * size:,}")
-    made = 0
+    made = tokens = 0
     with progress(request.rows.count(), kind.name) as advance:
         advance(done * size)
         for number, some in parts(request.rows, size, done):
             found = predict_rows(session, kind, some, number * size, request.keep)
             made += len(found)
+            tokens += sum(each.get("tokens") or 0 for each in found)
             if output is None:
                 printed.update(counts(found))
             if processes.is_first():
@@ -116,7 +117,8 @@ def write_predictions(request: Request, session: Session, output: Output | None,
             advance(len(found))
     seconds = max(time.monotonic() - started, 1e-9)
     whole = processes.broadcast_from_first(output.finish) if output else printed
-    _say(f"{summary(whole)}{f' -> {output.path}' if output else ''}; {made / seconds:,.1f} rows/s in {seconds:.1f} s")
+    rate = f"{made / seconds:,.1f} rows/s" + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "")
+    _say(f"{summary(whole)}{f' -> {output.path}' if output else ''}; {rate} in {seconds:.1f} s")
     return 0
 
 

@@ -1,11 +1,12 @@
 """A prompt as a model reads it: continued as it is, answered with a chat template, or with mask tokens to fill in."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llm3.config.model_schema import ModelConfig, check_length
 from llm3.data.chat_templates import end_of_turn, is_written, question, text_of, without_lead, written
 from llm3.data.encoding import encode_pieces
+from llm3.data.formats import BadRow, dialogue
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.errors import UserError
 
@@ -44,6 +45,22 @@ def read_prompt(prompt: str, template: str, tokenizer: Tokenizer, raw: bool = Fa
         before = written(prompt, tokenizer)
     tokens = encode_pieces(before, tokenizer, joint=answers or (finished and not raw))
     return Prompt(tokens, encode_pieces(end_of_turn(template, tokenizer), tokenizer), answers, lead)
+
+
+def read_conversation(messages: Any, template: str, tokenizer: Tokenizer) -> Prompt:
+    """The prompt for the assistant's next turn. messages: a list of {role, content}, of which the user has the last.
+
+    Without a template, contents follow each other. Raises UserError.
+    """
+    try:
+        turns = dialogue.read_turns(messages, "messages", answered=False)
+        if turns[-1][0] != "user":
+            raise BadRow("messages: the last turn is not the user's")
+        document = dialogue.encode_prompt({"turns": turns}, tokenizer, template)
+    except BadRow as error:
+        raise UserError(str(error)) from None
+    note = document.note or {}
+    return Prompt(document.tokens.tolist(), note["end"], True, note.get("lead", ""))
 
 
 def mask_text(tokenizer: Tokenizer) -> str:

@@ -19,7 +19,7 @@ from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext, by_item
 from llm3.models.batching import Decoder, Request, Shape, padded_width, stop_sizes
-from llm3.models.sampling import Sampling
+from llm3.models.sampling import GREEDY, Sampling, needs_of
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""
@@ -68,7 +68,7 @@ def evaluate(context: EvalContext) -> dict[str, Any]:
             f"{context.options.max_tokens} and at least 2 for the prompt"
         )
     questions = [read_question(context, index, width) for index in range(context.cache.documents)]
-    answers = generate_answers(context, questions, width)
+    answers = [each.text for each in generate_answers(context, questions, width)]
     right = collections.Counter(text for each in questions for text in {normalised(text) for text in each.references})
     scores = [score(text, each.references) for text, each in zip(answers, questions, strict=True)]
     means = {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
@@ -115,26 +115,33 @@ def read_question(context: EvalContext, index: int, width: int) -> Question:
     return Question(prompt, note.get("references", [answer]), end, lead, start > width)
 
 
+class Answer(NamedTuple):
+    """An answer: its text, and the number of its tokens, without those that ended it."""
+
+    text: str
+    tokens: int
+
+
 def generate_answers(
     context: EvalContext,
     questions: list[Question],
     width: int,
     *,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """The model's answer to each question. width: max tokens of a prompt. seeds: of each answer, if it is drawn."""
     draws = seeds or [0] * len(questions)
     most, ends = context.options.max_tokens, [[end] for end in context.tokenizer.end_ids]
-    sampling = Sampling(temperature)
     asked = [
         Request(each.prompt, most, [*ends, each.end], seed, sampling)
         for each, seed in zip(questions, draws, strict=True)
     ]
     made = generate_tokens(context, asked, width)
-    return [
+    texts = (
         without_lead(each.lead, context.tokenizer.decode(tokens)) for each, tokens in zip(questions, made, strict=True)
-    ]
+    )
+    return [Answer(text, len(tokens)) for text, tokens in zip(texts, made, strict=True)]
 
 
 def generate_tokens(
@@ -158,7 +165,8 @@ def generate_tokens(
     jit, segments = functools.partial(context.jit, stateful=True), ((0, context.model.layers),)
     with context.counting(len(requests), unit) as advance:
         for (padded, most), numbers in sorted(groups.items()):
-            shape = Shape(context.config.batch_size, padded, most, stop_sizes(requests))
+            penalties = needs_of(requests[number].sampling for number in numbers).penalises
+            shape = Shape(context.config.batch_size, padded, most, stop_sizes(requests), penalties=penalties)
             decoder = Decoder(jit, context.place, context.model, segments, shape, steps)
             for number, tokens in decoder.answers([(number, requests[number]) for number in numbers], ended):
                 made[number] = tokens

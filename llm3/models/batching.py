@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -250,7 +249,7 @@ def local_decoder(
     return decoder_of(segmented(params, cut), config, cut, shape, steps=steps)
 
 
-def timed_sample(
+def sample(
     params: dict,
     config: ModelConfig,
     prompt: Sequence[int],
@@ -259,22 +258,16 @@ def timed_sample(
     seed: int = 0,
     stops: Sequence[Sequence[int]] = (),
     **sampling: Any,
-) -> tuple[list[int], float]:
-    """See `sample`; and the tokens decoded per second, without the time to compile."""
-    check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
-    request = Request(prompt, max_tokens, stops, seed, Sampling(**{"temperature": 1.0} | sampling))
-    shape = Shape(1, padded_width(len(prompt)), padded_width(max_tokens), stop_sizes([request]))
-    decoder = local_decoder(params, config, shape)
-    list(decoder.answers([(0, request._replace(limit=2))]))  # compiles both functions
-    before = time.perf_counter()
-    ((_, tokens),) = decoder.answers([(0, request)])
-    return tokens, len(tokens) / (time.perf_counter() - before)
-
-
-def sample(params: dict, config: ModelConfig, prompt: Sequence[int], **options: Any) -> list[int]:
+) -> list[int]:
     """Up to `max_tokens` tokens after the prompt, up to the first of `stops`, runs of tokens. params: canonical.
 
-    options: max_tokens, those of `Sampling` (temperature: default 1), seed and stops as in `Request`. Raises UserError
-    if a model with learned positions has none for so many tokens.
+    sampling: fields of `Sampling`; temperature: default 1. Raises UserError if a model with learned positions has none
+    for so many tokens.
     """
-    return timed_sample(params, config, prompt, **options)[0]
+    check_length(config, len(prompt) + max_tokens, "prompt and max_tokens")
+    settings = Sampling(**{"temperature": 1.0} | sampling)
+    request = Request(prompt, max_tokens, stops, seed, settings)
+    sizes = padded_width(len(prompt)), padded_width(max_tokens), stop_sizes([request])
+    decoder = local_decoder(params, config, Shape(1, *sizes, penalties=needs_of([settings]).penalises))
+    ((_, tokens),) = decoder.answers([(0, request)])
+    return tokens

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm3.errors import UserError
+
 
 class Sampling(NamedTuple):
     """How the tokens of an answer are chosen: numbers, or arrays [B] of a batch of answers.
@@ -27,6 +29,16 @@ class Sampling(NamedTuple):
     top_p: Any = 1.0
     min_p: Any = 0.0
     repetition_penalty: Any = 1.0
+
+    def check(self, where: str = "{}") -> None:
+        """Raise UserError for a number that is out of range. where: how messages write a name, with {} in its place."""
+        for name, least in (("temperature", 0), ("top_k", 0), ("repetition_penalty", 0.01)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"{where.format(name)}={getattr(self, name)}: expected at least {least}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"{where.format('top_p')}={self.top_p}: expected a probability above 0, at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"{where.format('min_p')}={self.min_p}: expected a probability")
 
 
 GREEDY = Sampling()

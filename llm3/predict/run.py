@@ -165,7 +165,7 @@ def prepare(
     check_length(trained.model, length, "--sequence_length")
     options = {} if kind.options is None else vars(kind.options)
     if length < (least := plugin.least_length(kind.options)):
-        with_options = "".join(f" --{option}={value}" for option, value in options.items())
+        with_options = "".join(f" --{option}={flags[option]}" for option in options if option in flags)
         raise UserError(f"--sequence_length={length}: --what={name}{with_options} needs at least {least} tokens")
     about = {
         "stage": trained.name,

@@ -1,5 +1,7 @@
 """Sampling: the key-value cache changes no result."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,25 +100,65 @@ def test_a_sample_ends_before_the_first_stop(model):
 def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def answer(params, config, prompt, *, stops, **_):
-        asked.append((prompt, stops))
-        return tokenizer().encode("hello"), 1234.0
+    def answer(engine, ask, say):
+        asked.append((ask.tokens, ask.stop_tokens))
+        say(ask.decode(tokenizer().encode("hello")) + "\n")
 
-    monkeypatch.setattr("llm3.cli.generate.timed_sample", answer)
+    monkeypatch.setattr("llm3.cli.generate.answer", answer)
     tiny_export.write_run(tmp_path, *tiny_export.model(), template=tiny_export.SPELLED)
     command = ["generate", f"--workdir={tmp_path}", f"--stage={tiny_export.STAGE}", "--prompt=hi 7"]
     by_hand = "<user>hi 7<|im_end|>\n<assistant>"
     assert main(command) == 0 and main([*command, f"--prompt={by_hand}"]) == 0 and main([*command, "--raw"]) == 0
-    printed, count = capsys.readouterr(), len(tokenizer().encode("hello"))
-    assert printed.out == f"hello\n{by_hand}hello\nhi 7hello\n"
-    assert printed.err.splitlines() == [f"{count} tokens, 1.23k tokens/s"] * 3
+    assert capsys.readouterr().out == f"hello\n{by_hand}hello\nhi 7hello\n"
     document = encoded({"messages": MESSAGES}, TALK, tokenizer(), tiny_export.SPELLED)
     (prompt, stops), again, (raw, _) = asked
     start = int(document.answer_mask.argmax())
     assert prompt == document.tokens[:start].tolist() and raw == [1, *tokenizer().encode("hi 7")]
     end = tokenizer().encode("<|im_end|>")
     assert again == (prompt, stops) and asked[2][1] == stops
+    assert stops == ((2,), tuple(end))
+    assert document.tokens[document.answer_mask].tolist() == tokenizer().encode("hello") + end
     same_size = tiny_export.train(tiny_export.TEXTS, 270).extended(["fax", "数学"])
     same_size.save(tmp_path / "tokenizer.json")
     assert main(command) == 2 and "tokenizer.json is not the tokenizer of" in capsys.readouterr().err
-    assert stops == [[2], end] and document.tokens[document.answer_mask].tolist() == tokenizer().encode("hello") + end
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to answer: expected one of --prompt=TEXT, --chat and --prompts=FILE"),
+        (["--prompt=a", "--chat"], "--prompt and --chat: expected one of"),
+        (["--prompts=a.jsonl"], "expected --prompts=FILE and --out=FILE together"),
+        (["--chat"], "--chat: expected --stage=NAME"),
+        (["--prompt=a", "--top_p=0"], "--top_p=0.0: expected a probability above 0"),
+        (["--prompt=a", "--min_p=-1"], "--min_p=-1.0: expected a probability"),
+        (["--prompt=a", "--temperature=nan"], "--temperature=nan: expected at least 0"),
+        (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty=0.0: expected at least"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, message):
+    assert main(["generate", f"--workdir={tmp_path}", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_conversation_remembers_its_turns_and_a_file_of_them_gets_the_same_answer(tmp_path, monkeypatch, capsys):
+    tiny_export.write_run(tmp_path, *tiny_export.model(), template=tiny_export.SPELLED)
+    common = ["generate", f"--workdir={tmp_path}", f"--stage={tiny_export.STAGE}", "--max_tokens=5", "--temperature=0"]
+    lines = iter(["hi 7", "and 8", "", "hi 7"])
+
+    def read(_: str) -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main([*common, "--chat"]) == 0
+    first, second, again = capsys.readouterr().out.splitlines()
+    assert first == again
+    messages = [{"role": "user", "content": "hi 7"}, {"role": "assistant", "content": first}]
+    rows = [messages[:1], [*messages, {"role": "user", "content": "and 8"}]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in rows))
+    assert main([*common, f"--prompts={tmp_path}/in.jsonl", f"--out={tmp_path}/out.jsonl"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [each["answer"] for each in found] == [first, second] and all(each["tokens"] for each in found)
+    assert "tokens/s" in capsys.readouterr().err

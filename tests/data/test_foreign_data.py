@@ -161,7 +161,8 @@ def test_generation_stops_at_each_end_token():
             generation, asked, tokenizer=found, params=changed, options=options, length=64, tie_embeddings=False
         )
         question = generation.read_question(context, 0, 32)
-        assert generation.generate_answers(context, [question], 32) == [found.decode(made[: made.index(made[3])])]
+        (answer,) = generation.generate_answers(context, [question], 32)
+        assert answer.text == found.decode(made[: made.index(made[3])])
 
 
 def test_choices_are_scored_without_a_bos():

@@ -39,7 +39,7 @@ def written(cache, **options) -> list[str]:
     test = evaluation_of(cache, **options)
     width = test.config.sequence_length - test.options.max_tokens
     asked = [generation.read_question(test, index, width) for index in range(cache.documents)]
-    return generation.generate_answers(test, asked, width)
+    return [each.text for each in generation.generate_answers(test, asked, width)]
 
 
 @functools.cache

@@ -63,7 +63,8 @@ def write_run(
     meta |= {"model": as_dict(config), "labels": list(labels), "tokenizer_hash": text.hash}
     objective = meta.pop("objective", "classify" if config.classes else "causal")
     meta |= {"chat_template": template_hash(template)}
-    meta["config"] = {"stage": {"sequence_length": LENGTH, "objective": objective}}
+    meta = {"stage": STAGE, "lineage": []} | meta
+    meta["config"] = {"stage": {"sequence_length": LENGTH, "objective": objective, "baseline": False}}
     if sources:
         meta["config"]["stage"]["data"] = dict.fromkeys(sources, 1.0)
         meta["config"]["sources"] = {name: as_dict(source) for name, source in sources.items()}

@@ -15,6 +15,7 @@ import pyarrow as pa
 from llm3.data.formats import Document
 from llm3.errors import at_least
 from llm3.evals.generation import Question, generate_answers
+from llm3.models.sampling import Sampling
 from llm3.predict.fields import Fields
 from llm3.predict.session import Item, Session
 from llm3.predict.trained import Trained
@@ -25,15 +26,24 @@ ROWS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """max_tokens: the longest answer. temperature: 0: the likeliest tokens. seed: of draws, together with the row."""
+    """max_tokens: the longest answer. seed: of draws, together with the row. Other fields as of `Sampling`."""
 
     max_tokens: int = 64
-    temperature: float = 0.0
     seed: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         at_least("max_tokens", self.max_tokens, 1)
-        at_least("temperature", self.temperature, 0)
+        self.sampling.check()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(*(getattr(self, name) for name in Sampling._fields))
 
 
 def least_length(options: Options) -> int:
@@ -59,8 +69,8 @@ def encode(record: dict[str, Any], fields: Fields, trained: Trained, tokenizer: 
 
 
 def columns(trained: Trained, options: Options) -> dict[str, pa.DataType]:
-    """answer; truncated: only the last tokens of the prompt were read."""
-    return {"answer": pa.string(), "truncated": pa.bool_()}
+    """answer; tokens (their number); truncated: only the last tokens of the prompt were read."""
+    return {"answer": pa.string(), "tokens": pa.int64(), "truncated": pa.bool_()}
 
 
 def predict(session: Session, items: Sequence[Item]) -> list[dict[str, Any]]:
@@ -75,8 +85,11 @@ def predict(session: Session, items: Sequence[Item]) -> list[dict[str, Any]]:
         questions.append(Question(kept, [], note.get("end", [tokenizer.eos_id]), note.get("lead", ""), long))
     seeds = [seed_of(options.seed, each.row) for each in items] if options.temperature else None
     context = session.context(items, "")
-    texts = generate_answers(context, questions, width, temperature=options.temperature, seeds=seeds)
-    return [{"answer": text, "truncated": each.truncated} for text, each in zip(texts, questions, strict=True)]
+    found = generate_answers(context, questions, width, sampling=options.sampling, seeds=seeds)
+    return [
+        {"answer": each.text, "tokens": each.tokens, "truncated": question.truncated}
+        for each, question in zip(found, questions, strict=True)
+    ]
 
 
 def seed_of(seed: int, row: int) -> int:
