@@ -18,6 +18,8 @@ def check_bench(config: RunConfig, options: Mapping[str, Any]) -> None:
         for flag in ("profile", "peer", "alone"):
             if options.get(flag):
                 raise UserError(f"--sweep: expected no --{flag}: a sweep only times combinations of settings")
+    if options.get("decode") and "torch.compile" in peers:
+        raise UserError("--decode --peer=torch.compile: expected --peer=torch")
     if (folder := options.get("profile")) is not None and folder.exists() and not folder.is_dir():
         raise UserError(f"--profile={folder}: it is a file; expected a folder")
     for name in peers:

@@ -106,8 +106,9 @@ def test_adapters_are_compared_with_full_training_of_the_plain_model(answers):
 def test_decoding_is_compared_with_recomputation(answers):
     metrics = json.loads(answers.decode)
     tokens = 8 * (256 - 32)  # of 8 rows with prompts of 32
-    for name in ("decoding", "recomputation"):
-        assert metrics[f"{name}_tokens_per_second"] == pytest.approx(tokens / metrics[f"{name}_seconds"])
+    for rate, name in (("batch_8", "decoding"), ("recomputation", "recomputation")):
+        assert metrics[f"{rate}_tokens_per_second"] == pytest.approx(tokens / metrics[f"{name}_seconds"])
+    assert metrics["batch_32_speedup"] == metrics["batch_32_tokens_per_second"] / metrics["batch_1_tokens_per_second"]
     assert metrics["speedup"] == metrics["recomputation_seconds"] / metrics["decoding_seconds"]
     assert "step_seconds" not in metrics
 

@@ -71,7 +71,9 @@ def bench(
             return _sweep(session, chosen, as_json)
         with memory.explained(chosen.where, session.memory_fields(chosen)):
             metrics = (
-                measure_decoding(session, chosen) if decode else measure(session, chosen, alone, profile, peer or [])
+                measure_decoding(session, chosen, peer or [])
+                if decode
+                else measure(session, chosen, alone, profile, peer or [])
             )
     print(json.dumps(metrics) if as_json else table(metrics))
     return 0
@@ -146,6 +148,7 @@ def compared(peer: Any, own: list[float]) -> dict[str, Any]:
     """The metrics of a peer; `ratio` is the median over the turns of its step time divided by that of the stage."""
     ratios = [theirs / ours for theirs, ours in zip(peer.seconds, own, strict=True)]
     return {
+        "of": "a step",
         "step_seconds": statistics.median(peer.seconds),
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),

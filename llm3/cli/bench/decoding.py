@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from llm3.config.model_schema import ModelConfig, check_length
-from llm3.distributed.sharding import place_batch
+from llm3.distributed.sharding import axis_size, place_batch
 from llm3.errors import UserError
 from llm3.models.batching import Request, Shape, local_decoder
 from llm3.models.transformer import abstract, init
@@ -19,55 +20,90 @@ from llm3.segments import segmented
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 
-ROWS, PROMPT, LENGTH = 8, 32, 256
+SIZES = (1, 8, 32)  # answers in a batch
+ROWS, PROMPT, LENGTH = 8, 32, 256  # answers that are also recomputed, tokens of a prompt, and with its answer
 STEP = 64  # lengths to which the recomputed text is padded
 ROUNDS = 5
 
 
-def measure_decoding(session: Session, stage: Stage) -> dict:
+def measure_decoding(session: Session, stage: Stage, peers: list[str]) -> dict:
     """The times are medians over rounds, in turns, of the answers of a batch: `PROMPT` tokens up to `LENGTH`.
 
     Without a cache, the text is padded to the next multiple of `STEP`, and logits are computed at its last token only.
-    Raises UserError for a bidirectional model.
+    peers: the libraries that answer the same prompts, also in turns. Raises UserError for a bidirectional model.
     """
-    model = session.phases(stage)[0].model
+    phase = session.phases(stage)[0]
+    model = phase.model
     if not model.causal:
         raise UserError(f"--decode: {stage.where} is a bidirectional model: expected a causal one")
     check_length(model, LENGTH, "--decode: length")
+    text = np.random.default_rng(0).integers(0, model.vocab_size, (max(SIZES), LENGTH), dtype=np.int32)
     params = init(model, session.experiment.init_seed, session.mesh)
-    decoder = local_decoder(params, model, Shape(ROWS, PROMPT, LENGTH - PROMPT))
-    decoder.place = partial(place_batch, session.mesh)
-    text = np.random.default_rng(0).integers(0, model.vocab_size, (ROWS, LENGTH), dtype=np.int32)
-    requests = [Request(row[:PROMPT].tolist(), LENGTH - PROMPT) for row in text]
-    next_tokens = partial(_recomputation(model), segmented(params, ((0, model.layers),)))
+    calls: dict[tuple[str, int], Callable[[], float]] = {
+        ("own", size): partial(seconds, _decoding(session, params, model, text[:size, :PROMPT])) for size in SIZES
+    }
+    calls["recomputation", ROWS] = partial(_recomputed, session, params, model, text[:ROWS])
+    for name in peers:
+        from llm3.cli.bench.torch_decoding import TorchDecoding  # needs torch
 
-    def decode() -> None:
-        list(decoder.answers(enumerate(requests)))
-
-    def recompute() -> float:
-        """The seconds for all tokens, from one forward pass of each padded length."""
-        total = 0.0
-        for length in range(STEP, LENGTH + 1, STEP):
-            once = seconds(partial(next_tokens, place_batch(session.mesh, text[:, :length])))
-            total += once * (length - max(PROMPT, length - STEP))
-        return total
-
-    decode()  # compiles, as the next line does
-    recompute()
-    found = [(seconds(decode), recompute()) for _ in range(ROUNDS)]
-    cached, anew = (statistics.median(each) for each in zip(*found, strict=True))
-    tokens = ROWS * (LENGTH - PROMPT)
-    return {
+        other = TorchDecoding(stage, phase)
+        calls |= {(name, size): partial(seconds, other.answering(text[:size, :PROMPT], LENGTH)) for size in SIZES}
+    for call in calls.values():
+        call()  # compiles
+    found = [{key: call() for key, call in calls.items()} for _ in range(ROUNDS)]
+    times = {key: statistics.median(each[key] for each in found) for key in calls}
+    rates = {size: size * (LENGTH - PROMPT) / times["own", size] for size in SIZES}
+    result = {
         "stage": stage.name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "batch_size": ROWS,
         "sequence_length": LENGTH,
-        "decoding_seconds": cached,
-        "recomputation_seconds": anew,
-        "decoding_tokens_per_second": tokens / cached,
-        "recomputation_tokens_per_second": tokens / anew,
-        "speedup": anew / cached,
+        "decoding_seconds": times["own", ROWS],
+        "recomputation_seconds": times["recomputation", ROWS],
+        "recomputation_tokens_per_second": ROWS * (LENGTH - PROMPT) / times["recomputation", ROWS],
+        "speedup": times["recomputation", ROWS] / times["own", ROWS],
+        **{f"batch_{size}_tokens_per_second": rates[size] for size in SIZES},
+        **{f"batch_{size}_speedup": rates[size] / rates[1] for size in SIZES[1:]},
     }
+    if peers:
+        result["peers"] = {
+            f"{name}, batch {size}": _compared([(each[name, size], each["own", size]) for each in found], other.about)
+            for name in peers
+            for size in SIZES
+        }
+    return result
+
+
+def _compared(pairs: list[tuple[float, float]], about: str) -> dict[str, Any]:
+    """pairs: (seconds of a peer, own seconds) of each round."""
+    ratios = [theirs / own for theirs, own in pairs]
+    return {
+        "of": "for the answers",
+        "step_seconds": statistics.median(theirs for theirs, _ in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": len(pairs),
+        "about": about,
+    }
+
+
+def _decoding(session: Session, params: dict, model: ModelConfig, prompts: np.ndarray) -> Callable[[], object]:
+    """A function that answers the prompts, int32 [B, T]."""
+    decoder = local_decoder(params, model, Shape(len(prompts), PROMPT, LENGTH - PROMPT))
+    if len(prompts) % axis_size(session.mesh, "batch") == 0:
+        decoder.place = partial(place_batch, session.mesh)
+    requests = [Request(row.tolist(), LENGTH - PROMPT) for row in prompts]
+    return lambda: list(decoder.answers(enumerate(requests)))
+
+
+def _recomputed(session: Session, params: dict, model: ModelConfig, text: np.ndarray) -> float:
+    """The seconds for all tokens, from one forward pass of each padded length."""
+    next_tokens, total = partial(_recomputation(model), segmented(params, ((0, model.layers),))), 0.0
+    for length in range(STEP, LENGTH + 1, STEP):
+        once = seconds(partial(next_tokens, place_batch(session.mesh, text[:, :length])))
+        total += once * (length - max(PROMPT, length - STEP))
+    return total
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -77,6 +113,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - before
 
 
+@cache
 def _recomputation(config: ModelConfig) -> Callable[[dict, jax.Array], jax.Array]:
     """(params, tokens [B, T]) -> the likeliest next token of each row, int32 [B]."""
     graph = abstract(config).graph

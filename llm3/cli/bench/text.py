@@ -37,7 +37,7 @@ def table(metrics: dict) -> str:
 
 def _peers(metrics: dict) -> list[str]:
     return [
-        f"{name}: {seconds(each['step_seconds'])} a step, {each['ratio']:.2f} times as long "
+        f"{name}: {seconds(each['step_seconds'])} {each['of']}, {each['ratio']:.2f} times as long "
         f"({each['ratio_min']:.2f} to {each['ratio_max']:.2f} in {each['pairs']} turns); {each['about']}"
         for name, each in metrics.get("peers", {}).items()
     ]
