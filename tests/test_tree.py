@@ -46,10 +46,38 @@ def test_size_counts_the_parameters_also_of_scalars():
     assert tree.size({"a": np.zeros((2, 3)), "b": {"c": np.zeros(()), "d": np.zeros(5)}}) == 12
 
 
-def test_a_digest_is_sha256_over_dtype_shape_and_bytes():
+def test_a_digest_is_sha256_over_dtype_shape_and_the_sha256_of_each_block():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    expected = hashlib.sha256(b"float32(2, 3) in blocks of (2, 3)" + hashlib.sha256(array).digest()).hexdigest()
+    assert tree.leaf_digests({"a": {"b": jnp.asarray(array)}}) == {"a/b": expected}
+    large = np.arange(64 * 384, dtype=np.float32).reshape(64, 384)
+    expected = hashlib.sha256(b"float32(64, 384) in blocks of (64, 96)")
+    for start in range(0, 384, 96):
+        expected.update(hashlib.sha256(large[:, start : start + 96].tobytes()).digest())
+    assert tree.leaf_digests({"a": large}) == {"a": expected.hexdigest()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((80, 8192, 28672), (1, 64, 64)),
+        ((128256, 8192), (64, 64)),
+        ((50257, 768), (29, 64)),  # 29 x 1733
+        ((80, 8192), (2, 64)),
+        ((8192,), (2,)),  # at least 16 KiB each
+        ((2, 3), (1, 1)),
+        ((), ()),
+    ],
+)
+def test_the_blocks_of_a_leaf_are_equal_and_at_most_64_along_an_axis_that_a_mesh_may_shard(shape, parts):
+    block = tree.block_shape(shape, 4)
+    assert tuple(size * part for size, part in zip(block, parts, strict=True)) == shape
+
+
+def test_the_digests_of_old_checkpoints_are_sha256_over_dtype_shape_and_bytes():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     expected = hashlib.sha256(b"float32(2, 3)" + array.tobytes()).hexdigest()
-    assert tree.leaf_digests({"a": {"b": jnp.asarray(array)}}) == {"a/b": expected}
+    assert tree.whole_leaf_digest(array) == expected
 
 
 def test_digests_tell_values_shapes_dtypes_and_names_apart():

@@ -49,6 +49,8 @@ def patch(base: dict[str, Any], slices: Mapping[str, Any]) -> dict[str, Any]:
 
     Base and slices are either all numpy arrays or all on devices. The result keeps the shardings of the base.
     """
+    if not slices:
+        return base
     if all(isinstance(leaf, np.ndarray) for leaf in base.values()):
         return base | _patched(base, slices)
     touched = {path: base[path] for path in map(canonical_path, slices)}

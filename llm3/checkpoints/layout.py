@@ -1,7 +1,7 @@
 """How Orbax is used: its context, paths that it reads literally, and the files that a finished save must have."""
 
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from llm3.distributed import processes
 OF_ARRAYS = ("manifest.ocdbt", "_METADATA")
 OF_JSON = ("data.json",)
 OF_STEP = "_CHECKPOINT_METADATA"
+FEW_BYTES = 2**28  # with fewer in a process, a save is one transaction, held in memory until it is written
+MOST_CHUNK_BYTES = 2**26  # a process that needs a part of a chunk reads and holds all of it
 LEAST_SHARED_BYTES = 2**20  # a device writes its own part of a leaf that all devices have only if it is larger
 
 
@@ -44,19 +46,42 @@ def align_operations() -> None:
         OperationIdGenerator.next_operation_id()
 
 
-def orbax_context(reads: bool = False) -> ocp.Context:
-    """The options of all writes, and of reads: each process reads by itself.
-
-    Orbax would let a process wait for minutes for another one that cannot read a file.
-    """
+def orbax_context(concurrent_bytes: int | None = None) -> ocp.Context:
+    """The options of all reads and writes. concurrent_bytes: of one process, compressed at once; None: any number."""
     context = ocp.Context()
-    if reads:
-        context.multiprocessing_options.primary_host = jax.process_index()
-        context.multiprocessing_options.active_processes = {jax.process_index()}
+    context.memory.write_concurrent_bytes = concurrent_bytes
+    context.array_options.saving.storage_options.chunk_byte_size = MOST_CHUNK_BYTES
     context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
     # else Orbax compiles a slice for each small leaf on each device, so that the replicas share the writing of it
     context.array_options.saving.min_slice_bytes_for_replica_parallel = LEAST_SHARED_BYTES
     context.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name="meta"
     )
+    return context
+
+
+def concurrent_bytes(parts: Iterable[Mapping[str, Any]]) -> int | None:
+    """How many bytes a process may compress at once, so that it needs a tenth of its shards for them; None: all.
+
+    A shard is compressed at once. parts: {path: array}, each of which Orbax limits by itself. The same on all
+    processes, which open a writer with this limit together.
+    """
+    written, largest = 0, 0
+    for leaf in (leaf for part in parts for leaf in part.values()):
+        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else []
+        written += sum(shard.data.nbytes for shard in shards if shard.replica_id == 0) if shards else leaf.nbytes
+        largest = max([largest, *(shard.data.nbytes for shard in shards)] if shards else [largest, leaf.nbytes])
+    written, largest = (max(each) for each in zip(*processes.exchange([written, largest]), strict=True))
+    return max(written // 25, largest + 1) if written > FEW_BYTES else None  # Orbax refuses a shard above the limit
+
+
+def reading_context() -> ocp.Context:
+    """The options of reads, of the leaves of a target alone: each process reads by itself.
+
+    Orbax would let a process wait for minutes for another one that cannot read a file.
+    """
+    context = orbax_context()
+    context.pytree.loading.partial_load = True
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
     return context

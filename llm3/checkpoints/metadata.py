@@ -6,19 +6,17 @@ The score is the metric that selects the best checkpoint of a stage.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from llm3.errors import UserError
+from llm3.checkpoints.digests import DIFFERS, DIGEST_FORMAT, digests_of
+from llm3.errors import UserError, listed
 from llm3.files import FORMAT
-from llm3.tree import combine_digests, leaf_digests
+from llm3.tree import combine_digests
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -46,20 +44,6 @@ def not_finite(leaves: dict[str, Any]) -> list[str]:
     return [path for path in floating if not good[path]]
 
 
-def on_host(leaf: Any) -> np.ndarray:
-    """A leaf as a numpy array. If it is sharded over several processes, all of them must call this."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
-
-
-def digests_of(leaves: dict[str, Any]) -> dict[str, str]:
-    """`leaf_digests` in parallel, also for arrays that are sharded over several processes."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        each = pool.map(leaf_digests, ({path: on_host(leaf)} for path, leaf in leaves.items()))
-        return {path: digest for one in each for path, digest in one.items()}
-
-
 def json_digest(value: Any) -> str:
     """SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -72,7 +56,11 @@ def with_digests(meta: dict, parts: dict[str, dict[str, Any]]) -> dict:
     """
     meta = json.loads(json.dumps(meta)) | {"format": FORMAT}
     meta.pop("meta_digest", None)
+    meta["digest_format"] = DIGEST_FORMAT
     meta["digests"], meta["opt_digests"] = (digests_of(parts[name]) for name in ("params", "opt"))
+    both = meta["digests"] | meta["opt_digests"]
+    if wrong := [path for path, digest in both.items() if digest == DIFFERS]:
+        raise RuntimeError(f"the processes do not have the same replicas of {listed(wrong)}")
     meta["params_digest"] = combine_digests(meta["digests"] | ({"base": meta["base"]} if "base" in meta else {}))
     meta["shapes"] = {
         name: {path: [list(leaf.shape), leaf.dtype.name] for path, leaf in leaves.items()}

@@ -1,7 +1,7 @@
 """A directory of Orbax checkpoints: asynchronous saves that are never lost, restores that are never silently wrong.
 
 A checkpoint is a directory DIR/<step> with three parts: `params` (a nested dict), `opt` (the leaves of an optax state
-by path) and `meta` (JSON). `meta` holds a SHA-256 of every leaf and of itself, because Orbax loads a data file with
+by path) and `meta` (JSON). `meta` holds a digest of every leaf and of itself, because Orbax loads a data file with
 overwritten bytes without an error. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and then renames it to DIR/<step>.
 Orbax may also rename a save without all of its files, so a save counts only after a look at them.
 """
@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llm3.checkpoints import retention
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
-from llm3.checkpoints.layout import LiteralPath, missing_files, orbax_context
+from llm3.checkpoints.layout import LiteralPath, concurrent_bytes, missing_files, orbax_context
 from llm3.checkpoints.metadata import as_arrays, by_path, not_finite, with_digests
 from llm3.checkpoints.saved_step import DamagedCheckpoint, SavedStep
 from llm3.distributed.interrupts import unfinished_saves
@@ -52,6 +52,7 @@ class Store:
         self.directory = Path(directory).absolute()
         self._keep, self._best, self._every, self._read_only = keep, best, every, read_only
         self._writer: ocp.training.Checkpointer | None = None
+        self._limit: int | None = None
         self._save_in_progress: AsyncSave | None = None
         self._entered = 0  # the number of `with` blocks
         self.damaged: set[int] = set()  # the steps that the next save renames
@@ -89,7 +90,7 @@ class Store:
         arrays = [name for name, leaves in parts.items() if leaves]  # Orbax refuses an empty tree
         started = AsyncSave(step, arrays)
         with self._saving(step):
-            started.response = self._open().save_checkpointables_async(
+            started.response = self._open(concurrent_bytes(parts.values())).save_checkpointables_async(
                 step,
                 {name: unflatten(parts[name]) for name in arrays} | {"meta": meta},
                 metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
@@ -198,11 +199,16 @@ class Store:
                 shutil.rmtree(each, ignore_errors=True)
             time.sleep(0.05)
 
-    def _open(self) -> ocp.training.Checkpointer:
+    def _open(self, limit: int | None = None) -> ocp.training.Checkpointer:
+        """The writer of Orbax, which compresses `limit` bytes at once."""
+        if self._writer is not None and limit != self._limit:
+            self._writer.close()
+            self._writer = None
         if self._writer is None:
+            self._limit = limit
             self._writer = ocp.training.Checkpointer(
                 LiteralPath(self.directory),
-                context=orbax_context(),
+                context=orbax_context(limit),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # see `retention`
                 cleanup_tmp_directories=True,

@@ -4,7 +4,7 @@ The base, STAGE/base/0, is written once, when the stage starts. The metadata of 
 the `params_digest` of the base, and the `params_digest` of the delta covers it. Readers see no difference.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm3.checkpoints.delta import abstract_slices, check_slices, patch
-from llm3.checkpoints.metadata import digests_of, on_host, saved_shapes
+from llm3.checkpoints.digests import digests_of
+from llm3.checkpoints.metadata import saved_shapes
 from llm3.checkpoints.orbax_store import DamagedCheckpoint, Store
 from llm3.checkpoints.saved_step import SavedStep
 from llm3.distributed import agreement, processes
 from llm3.errors import UserError, listed
+from llm3.segments import canonical_path
 from llm3.tree import combine_digests, flatten, unflatten
 
 BASE = "base"  # the folder of the base in a stage, and the metadata key of its digest
@@ -97,8 +99,9 @@ class Checkpoints:
 
         Raises UserError if delta checkpoints depend on a base that is missing and differs from `params`.
         """
-        expected = digests_of(flatten(params))
-        digest = self._matching_base(expected, flatten(trained or {}))
+        leaves = flatten(params)
+        expected = digests_of(leaves)
+        digest = self._matching_base(leaves, expected, flatten(trained or {}))
         found = digest is not None
         digest = digest or combine_digests(expected)
         if others := [step for step, base in self._bases().items() if base != digest]:
@@ -154,9 +157,22 @@ class Checkpoints:
         meta = self.meta(step)
         return saved_shapes(self._base_of(f"step {step}", meta[BASE]).meta if BASE in meta else meta, "params")
 
-    def load_params(self, step: int, abstract: dict | None = None) -> dict:
-        """The canonical parameters of a step, from a full or a delta checkpoint, as `Store.load_params`."""
-        return self._params(self._steps.saved(step), step, abstract)
+    def load_params(self, step: int, abstract: dict | None = None, *, some: bool = False) -> dict:
+        """The canonical parameters of a step, from a full or a delta checkpoint, as `Store.load_params`.
+
+        some: whether `abstract` may lack leaves, which are then not read.
+        """
+        return self._params(self._agreed(step), step, abstract, some)
+
+    def verified_params(self, step: int) -> Iterator[dict[str, Any]]:
+        """All parameters that a step needs, {path: leaf}, some at a time, each checked against its digest.
+
+        They are spread over all devices. Of a delta checkpoint, these are the leaves of its base and then its own.
+        """
+        saved = self._agreed(step)
+        if BASE in saved.meta:
+            yield from self._agreed_base(step, saved.meta[BASE]).verified_params()
+        yield from saved.verified_params()
 
     def load_trainable(self, step: int, abstract: dict | None = None) -> dict:
         """The segmented tree of trained parameters in a delta checkpoint; see `load_params`."""
@@ -187,7 +203,7 @@ class Checkpoints:
         for step in reversed(processes.broadcast_from_first(self.steps)):
             try:
                 like = wanted(step)
-                saved = agreement.all_or_none(partial(self._steps.saved, step), DamagedCheckpoint)
+                saved = self._agreed(step)
                 params, opt = self._params(saved, step, like.params), saved.load_opt(like.opt)
                 return Restored(step, params, opt, saved.meta, skipped)
             except DamagedCheckpoint as error:
@@ -201,14 +217,23 @@ class Checkpoints:
             )
         return None
 
-    def _params(self, saved: SavedStep, step: int, abstract: dict | None) -> dict:
+    def _agreed(self, step: int) -> SavedStep:
+        """A step, damaged for all processes if one of them cannot read its metadata."""
+        return agreement.all_or_none(partial(self._steps.saved, step), DamagedCheckpoint)
+
+    def _agreed_base(self, step: int, digest: str) -> SavedStep:
+        """The base of a step, as `_base_of`, damaged for all processes if it is for one of them."""
+        return agreement.all_or_none(partial(self._base_of, f"step {step}", digest), DamagedCheckpoint)
+
+    def _params(self, saved: SavedStep, step: int, abstract: dict | None, some: bool = False) -> dict:
         """The parameters of a step, patched into the base if it is a delta checkpoint."""
         if BASE not in saved.meta:
-            return saved.load_params(abstract)
-        of_step = partial(self._base_of, f"step {step}", saved.meta[BASE])
-        base = flatten(agreement.all_or_none(of_step, DamagedCheckpoint).load_params(abstract))
-        like = None if abstract is None else abstract_slices(flatten(abstract), saved_shapes(saved.meta, "params"))
-        return unflatten(patch(base, flatten(saved.load_params(like and unflatten(like)))))
+            return saved.load_params(abstract, some=some)
+        base = flatten(self._agreed_base(step, saved.meta[BASE]).load_params(abstract, some=some))
+        shapes = saved_shapes(saved.meta, "params")
+        slices = {path: shape for path, shape in shapes.items() if not some or canonical_path(path) in base}
+        like = None if abstract is None else unflatten(abstract_slices(flatten(abstract), slices))
+        return unflatten(patch(base, flatten(saved.load_params(like, some=some))))
 
     def _base_of(self, what: str, digest: str | None) -> SavedStep:
         """The base, which must have this digest. what: the checkpoint that needs it."""
@@ -221,17 +246,25 @@ class Checkpoints:
             raise DamagedCheckpoint(f"{path} does not hold the parameters that {what} was saved against")
         return saved
 
-    def _matching_base(self, expected: dict[str, str], trained: dict[str, Any]) -> str | None:
-        """The digest of the base, if it is intact and has the `expected` digests once patched by `trained`."""
+    def _matching_base(self, like: dict[str, Any], expected: dict[str, str], trained: dict[str, Any]) -> str | None:
+        """The digest of the base, if it is intact and has the `expected` digests once patched by `trained`.
+
+        like: {path: array}, whose shardings the base gets while it is compared.
+        """
+        slices: dict[str, dict[str, Any]] = {}
+        for path, leaf in trained.items():
+            slices.setdefault(canonical_path(path), {})[path] = leaf
         try:
             self._base.wait()
             saved = agreement.all_or_none(partial(self._base.saved, 0), UserError)
-            base, meta = flatten(saved.load_params()), saved.meta
-            check_slices("the trained parameters", trained, saved_shapes(meta, "params"))
+            check_slices("the trained parameters", trained, saved_shapes(saved.meta, "params"))
+            for base in saved.verified_params(like):
+                own = {path: leaf for each in base for path, leaf in slices.get(each, {}).items()}
+                if digests_of(patch(base, own)) != {path: expected[path] for path in base}:
+                    return None
         except UserError:
             return None
-        host = {path: on_host(leaf) for path, leaf in trained.items()}
-        return meta["params_digest"] if digests_of(patch(base, host)) == expected else None
+        return saved.meta["params_digest"]
 
     def _bases(self) -> dict[int, str]:
         """{step: digest of its base} of the delta checkpoints that are not known to be damaged."""

@@ -14,7 +14,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed  # the key-value store of the coordinator has no public API
+from jax.experimental import multihost_utils
 
 from llm3.errors import Exit, Unreachable, UserError, to_stderr
 
@@ -212,6 +214,11 @@ def exchange(value: Any) -> list[Any]:
     barrier()
     found = published(name)
     return [found[process] for process in range(count())]
+
+
+def total(local: np.ndarray) -> np.ndarray:
+    """The sum over all processes of arrays of one shape and dtype, in which it wraps around."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(local, is_source=True))  # every process is a source
 
 
 def on_first_then_all(make: Callable[[], T]) -> T:

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm3.distributed.mesh_axes import LOGICAL_AXES, MESH_AXES, Rules, check_across_hosts, mesh_shape
 from llm3.errors import UserError
-from llm3.tree import map_with_path
+from llm3.tree import map_with_path, smallest_factor
 
 # axes that stay whole on a mesh that does not divide them: few heads of keys and values serve many devices
 WHOLE_IF_UNEVEN = ("kv_heads",)
@@ -85,6 +85,27 @@ def spec(axes: Sequence[str | None], shape: Sequence[int] | None = None, mesh: A
 def named(mesh: Mesh, *axes: str | None, shape: Sequence[int] | None = None) -> NamedSharding:
     """The sharding of an array with these logical axes; shape: as in `spec`."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def over_all_devices(shape: Sequence[int], stored: Sequence[int] | None = None) -> NamedSharding:
+    """A sharding of an array over all devices, in parts as equal and as small as its shape allows.
+
+    stored: the shape of the pieces in which a file holds it, which are cut only if there are too few of them.
+    """
+    devices, cuts = jax.devices(), [1] * len(shape)
+    sizes: list[int] = []
+    spec: list[list[str]] = [[] for _ in shape]
+    while math.prod(sizes) < len(devices):
+        factor = smallest_factor(len(devices) // math.prod(sizes))
+        parts = [size / (cut * factor) for size, cut in zip(shape, cuts, strict=True)]
+        axes = [axis for axis, part in enumerate(parts) if part and part.is_integer()]
+        if axes:
+            axis = max(axes, key=lambda axis: (not stored or parts[axis] % stored[axis] == 0, parts[axis]))
+            spec[axis].append(f"{len(sizes)}")
+            cuts[axis] *= factor
+        sizes.append(factor)
+    mesh = Mesh(np.array(devices).reshape(sizes), [f"{axis}" for axis in range(len(sizes))])
+    return NamedSharding(mesh, PartitionSpec(*map(tuple, spec)))
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:

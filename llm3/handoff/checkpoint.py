@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from llm3.checkpoints.metadata import best_step
+from llm3.checkpoints.metadata import best_step, not_finite
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.model_schema import ModelConfig, read_model
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, TOKENIZER
-from llm3.handoff.parent import Leaves, check_dtypes, check_finite
+from llm3.handoff.parent import Leaves, check_dtypes, refuse_not_finite
 from llm3.handoff.start import NAMED_STEPS, Start
 from llm3.tree import flatten, unflatten
 
@@ -84,22 +83,18 @@ class Checkpoint(NamedTuple):
         return [*map(seen_from_here, self.meta["lineage"]), own]
 
     def verify(self, where: str) -> None:
-        """Read all parameters once, into host memory. Raises UserError if any leaf does not match its digest."""
+        """Read all parameters once, some leaves at a time. Raises UserError if any leaf does not match its digest."""
         with _reading(self.checkpoints, self.step, where):
-            params = self.checkpoints.load_params(self.step)
-        check_finite(self, flatten(params), where)
+            groups = self.checkpoints.verified_params(self.step)
+            wrong = [path for leaves in groups for path in not_finite(leaves)]
+        refuse_not_finite(self, wrong, where)
 
     def read(self, wanted: dict[str, jax.ShapeDtypeStruct], where: str) -> dict[str, jax.Array]:
         """As `Parent.read`, each leaf verified by its digest."""
-        sharding = next(iter(wanted.values())).sharding  # all leaves are on the same devices
-        sharding = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
-        saved = self.leaves.items()
-        target = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for path, (shape, dtype) in saved}
         with _reading(self.checkpoints, self.step, where):
             if self.checkpoints.meta(self.step)["params_digest"] != self.meta["params_digest"]:
                 raise UserError(f"{self.place} has changed since it was found")
-            params = flatten(self.checkpoints.load_params(self.step, unflatten(target | wanted)))
-        return {path: params[path] for path in wanted}
+            return flatten(self.checkpoints.load_params(self.step, unflatten(wanted), some=True))
 
 
 # what a link of a lineage says besides the location

@@ -88,7 +88,12 @@ def check_dtypes(parent: Parent, where: str) -> None:
 
 def check_finite(parent: Parent, params: dict[str, Any], where: str) -> None:
     """Raise UserError if a loaded leaf, {path: array}, holds a NaN or an infinity."""
-    if wrong := not_finite(params):
+    refuse_not_finite(parent, not_finite(params), where)
+
+
+def refuse_not_finite(parent: Parent, wrong: list[str], where: str) -> None:
+    """Raise UserError if there is a path of a leaf that holds a NaN or an infinity."""
+    if wrong:
         raise UserError(f"{where}: {parent.place}: {', '.join(wrong)} not finite (NaN or infinity); {parent.remedy}")
 
 

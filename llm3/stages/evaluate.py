@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from llm3.checkpoints.metadata import digests_of
+from llm3.checkpoints.digests import DIGEST_FORMAT, digests_of
 from llm3.distributed import interrupts, memory, processes
 from llm3.errors import UserError, nearest
 from llm3.evals import Counting, uncounted
@@ -140,9 +140,9 @@ def evaluate_subject(
     }, measured
 
 
-def digest_of(params: dict) -> str:
+def digest_of(params: dict, format: int = DIGEST_FORMAT) -> str:
     """The digest of canonical parameters, as in the metadata of their checkpoint."""
-    return combine_digests(digests_of(flatten(params)))
+    return combine_digests(digests_of(flatten(params), format))
 
 
 def write_row(

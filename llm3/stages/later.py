@@ -81,7 +81,7 @@ def finished_stage(session: Session, name: str) -> tuple[Subject, dict]:
 def _update(session: Session, subject: Subject, params: dict, wanted: list[str]) -> None:
     directory, started = session.workdir / subject.name, time.perf_counter()
     digest = processes.broadcast_from_first(lambda: read_json(directory / ROW)["params_digest"])
-    if (own := digest_of(params)) != digest:
+    if (own := digest_of(params)) != digest != digest_of(params, format=1):  # the row may be an old one
         raise UserError(
             f"{directory / ROW} is of other parameters ({digest[:12]}) than there are now ({own[:12]}): move it away "
             f"to run all evaluations again, or use another --workdir"

@@ -1,5 +1,7 @@
 """A damaged checkpoint is found, named and never silently loaded."""
 
+import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
+from llm3.checkpoints.metadata import json_digest
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.errors import UserError
@@ -92,6 +95,32 @@ def test_an_array_of_another_dtype_or_shape_than_was_saved_is_found_by_leaf(copy
     for like in (None, abstract(PARAMS)):
         with pytest.raises(DamagedCheckpoint, match=rf"20/params: {path} is float32 .* was saved"):
             Checkpoints(copy, read_only=True).load_params(20, like)
+
+
+def rewrite_meta(step: Path, change: dict) -> None:
+    meta = json.loads((step / "meta" / "data.json").read_text())
+    meta = {key: value for key, value in (meta | change).items() if key != "meta_digest" and value is not None}
+    (step / "meta" / "data.json").write_text(json.dumps(meta | {"meta_digest": json_digest(meta)}))
+
+
+def test_a_checkpoint_with_digests_of_whole_leaves_is_read_and_verified(copy):
+    twice = {path: np.asarray(2 * leaf) for path, leaf in flatten(PARAMS).items()}
+    own = lambda leaf: hashlib.sha256(f"{leaf.dtype.name}{leaf.shape}".encode() + leaf.tobytes()).hexdigest()  # noqa: E731
+    old = {path: own(leaf) for path, leaf in twice.items()}
+    rewrite_meta(copy / "20", {"digest_format": None, "digests": old})
+    for like in (None, abstract(PARAMS)):
+        found = flatten(Checkpoints(copy, read_only=True).load_params(20, like))
+        assert same(jax.tree.map(np.asarray, found), twice)
+    rewrite_meta(copy / "20", {"digests": old | {"norm/scale": "0"}})
+    with pytest.raises(DamagedCheckpoint, match="norm/scale does not match"):
+        list(Checkpoints(copy, read_only=True).verified_params(20))
+
+
+def test_digests_of_a_later_format_are_no_damage(copy):
+    rewrite_meta(copy / "20", {"digest_format": 3})
+    with pytest.raises(UserError, match="20 was saved by a newer llm3") as error:
+        newest(Checkpoints(copy))
+    assert not isinstance(error.value, DamagedCheckpoint)
 
 
 def test_changed_metadata_is_found(copy):

@@ -275,3 +275,13 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_other_meshes_and_on_one_device(
         assert jax.tree.map(lambda x: x.sharding, restored.params) == jax.tree.map(lambda x: x.sharding, target[0])
     assert same(checkpoints.load_params(1, abstract(PARAMS)), PARAMS)
     assert same(checkpoints.load_params(1), jax.tree.map(np.asarray, PARAMS))
+
+
+def test_saves_of_other_sizes_follow_each_other_when_few_bytes_are_compressed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm3.checkpoints.layout.FEW_BYTES", 0)
+    saved = {1: PARAMS, 2: parameters(scale=8), 3: jax.tree.map(np.asarray, parameters(scale=16))}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step, params in saved.items():
+            checkpoints.save(step, params, {}, {})
+    for step, params in saved.items():
+        assert same(Checkpoints(tmp_path, read_only=True).load_params(step), jax.tree.map(np.asarray, params))

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 
 from llm3.distributed import processes
@@ -87,6 +88,8 @@ def test_contradictory_flags_are_rejected(changes, complaint):
 def test_exchanges_are_local_for_a_single_process():
     assert processes.broadcast_from_first(lambda: {"a": 1}) == {"a": 1}
     assert processes.on_first_then_all(lambda: "made") == "made"
+    assert processes.exchange("own") == ["own"]
+    np.testing.assert_array_equal(processes.total(np.arange(3)), np.arange(3))
     processes.barrier()
     assert processes.published("place") == {}
 

@@ -101,6 +101,7 @@ def test_every_layout_of_devices_and_processes_gives_the_same_losses(whole, stag
 
 def test_every_layout_gives_the_same_figures(whole):
     rows = {layout: tiny.rows(whole.workdir(layout)) for layout in LAYOUTS}
+    assert len({row["init"]["params_digest"] for row in rows.values()}) == 1
     for layout in list(LAYOUTS)[1:]:
         for stage, row in rows["1 x 1"].items():
             for key in ("general_bits_per_byte", "domain_bits_per_byte", "task_accuracy", "tokens", "flops"):
