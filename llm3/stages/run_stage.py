@@ -146,6 +146,8 @@ def row_facts(run: StageRun, phase: Phase, done: int) -> dict[str, Any]:
         | step_cost(stage, phase, session.mesh, run.temp_bytes, lines)
         | {"steps": done, "parent": parent, "seed": stage.given_seed}
         | {"recipe": recipe(stage), "epochs": stage.data.mixture.epochs(done)}
+        # as its children record it: of a checkpoint from an older llm3, in an older format of digests
+        | {"params_digest": run.checkpoints.meta(done)["params_digest"]}
         | {"wall_seconds": session.watch.seconds, "chain": chain_cost(run.meta["lineage"], vars(run.cost))}
         | ended
     )

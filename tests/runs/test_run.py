@@ -24,6 +24,7 @@ from llm3.report.predictions import read_predictions
 from llm3.stages.samples import read_samples
 from llm3.tree import params_digest
 from tests.helpers import tiny_run as tiny
+from tests.helpers.tiny_damage import edited
 from tests.helpers.tiny_events import scalars
 
 PROMPTS = ["The president", "A"]
@@ -414,6 +415,16 @@ def test_a_stage_whose_parent_was_trained_anew_is_refused(whole, capsys):
         row.write_text(before)
     error = capsys.readouterr().err
     assert "posttrain was trained from other parameters of 'pretrain'" in error and "000000000000 now" in error
+
+
+@pytest.mark.slow
+def test_a_row_that_is_measured_again_has_the_digest_that_the_checkpoint_has_in_an_older_format(whole):
+    workdir = shutil.copytree(whole.workdir, whole.base / "measured again")
+    edited(lambda meta: meta.update(params_digest="0" * 64), valid_digest=True)(workdir / "scratch" / "checkpoints")
+    (workdir / "scratch" / "evaluation.json").unlink()
+    command = ("run", f"--config={whole.config}", f"--workdir={workdir}", "--stages=scratch")
+    assert main([*command, "--config.evaluations={}"]) == 0
+    assert tiny.digests(workdir)["scratch"] == "0" * 64
 
 
 @pytest.mark.slow
