@@ -10,11 +10,12 @@ from llm3.files import CHECKPOINTS, ROW
 from llm3.handoff.start import AnyStart, ModelStart, Start, read_start
 from llm3.interop.hub import weights_are_here
 from llm3.planning.fit import check_fits
+from llm3.stages.ancestry import check_ancestry
 from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_before_training
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
-from llm3.stages.start import check_ancestry, check_own_parent, locate_parent
+from llm3.stages.start import check_own_parent, locate_parent
 from llm3.stages.workdir import check_record
 
 
@@ -63,7 +64,7 @@ def check_parents(config: RunConfig, workdir: Path, order: list[str], found: Ref
     """Check the workdir and the parents, without data."""
     for name in [*first_rows(config, workdir), *order]:
         found.attempt(check_record, workdir, config, name)
-    found.attempt(check_ancestry, workdir, order)
+    found.attempt(check_ancestry, config, workdir, order)
     names = to_train(workdir, order)
     looked_at = with_parents(config, workdir, names, found)
     for name in looked_at:

@@ -27,9 +27,10 @@ from llm3.files import (
     write_json,
 )
 from llm3.planning.fit import check_fits
-from llm3.report.console import new_console
+from llm3.report.console import WARNING, new_console
 from llm3.stages import agreement, rules
 from llm3.stages.amend import Amendment, apply, check_children, planned, stage_to_go_back
+from llm3.stages.ancestry import changed_parent, check_ancestry
 from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
@@ -38,7 +39,7 @@ from llm3.stages.mend import mend
 from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_all_before_training, run_stage
 from llm3.stages.session import Session
-from llm3.stages.start import check_ancestry, locate_parent
+from llm3.stages.start import locate_parent
 from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
 
@@ -95,6 +96,7 @@ def run(
             write_log(log, facts, watch)
             if not bare:
                 evaluate_first_rows(session)
+                check_ancestry(config, workdir, order)
             evaluate_outdated(session, first, [name for name in order if name not in to_train])
             for name in to_train:
                 trained = not request.signal and run_stage(experiment.stages[name], session, request)
@@ -102,7 +104,10 @@ def run(
                 if not trained:
                     console.print(f"Stopped by {request.name}; everything is saved. Rerun the command to resume.")
                     return request.exit
-        check_ancestry(workdir, order)
+        check_ancestry(config, workdir, order)
+        for changed in [changed_parent(config, workdir, name) for name in config.stages if name not in order]:
+            if changed:
+                console.print(f"warning: {changed}", style=WARNING)
         write_log(log, facts, watch)
         if processes.is_first() and not bare:
             write_report(config, workdir, console)
@@ -111,7 +116,7 @@ def run(
 
 def stages_to_train(config: RunConfig, workdir: Path, order: list[str], amendments: dict[str, Amendment]) -> list[str]:
     """The chosen stages that have no row or are to be changed. Raises UserError if the parent of one is missing."""
-    check_ancestry(workdir, order)
+    check_ancestry(config, workdir, order)
     found = processes.broadcast_from_first(
         lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
     )

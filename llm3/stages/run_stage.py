@@ -17,6 +17,7 @@ from llm3.report.logs import read_metrics
 from llm3.report.units import count, duration
 from llm3.stages.agreement import see_checkpoints
 from llm3.stages.amendments import KEY, amendments_in
+from llm3.stages.ancestry import check_ancestry
 from llm3.stages.cost import chain_cost, recipe, step_cost
 from llm3.stages.data_sample import data_sample
 from llm3.stages.evaluate import write_row
@@ -28,7 +29,7 @@ from llm3.stages.samples import drop_samples
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 from llm3.stages.stage_run import StageRun
-from llm3.stages.start import check_ancestry, check_same_data, find_parent
+from llm3.stages.start import check_same_data, find_parent
 from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.trackers import open_writer
 from llm3.stages.validation import Validation
@@ -83,7 +84,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     watchdog.begin_stage()
     watchdog.at(0, "waiting for the others")
     see_checkpoints(session.config, session.workdir, [stage.name])
-    check_ancestry(session.workdir, [stage.name])
+    check_ancestry(session.config, session.workdir, [stage.name])
     parent = find_parent(session.experiment, stage, [])
     memory.reset_peak()
     best, every = config.best or None, config.keep_every

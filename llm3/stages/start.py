@@ -1,17 +1,15 @@
 """The start of a stage: finds its parent, checks it before training, and loads its parameters."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llm3 import __version__
-from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.data.chat_templates import template_hash
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, INIT, ROW, read_json
+from llm3.files import CHECKPOINTS, INIT
 from llm3.handoff import parent as handoff
 from llm3.handoff.account import Account, account_for, check_function
 from llm3.handoff.checkpoint import find_checkpoint
@@ -61,28 +59,6 @@ def locate_parent(
                 f"(its steps, save_every, keep and keep_every)"
             )
     return start, None
-
-
-def check_ancestry(workdir: Path, names: list[str]) -> None:
-    """Raise UserError if a stage was trained from other parameters than its parent in this run now has."""
-    for name in names:
-        checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
-        metas = []
-        for step in checkpoints.steps()[-1:]:
-            with suppress(DamagedCheckpoint):  # resuming falls back to an older checkpoint and reports it
-                metas.append(checkpoints.meta(step))
-        for meta in (meta for meta in metas if meta["parent"] and "stage" in meta["parent"]):
-            parent, start = meta["parent"], meta["config"]["stage"]["start"]
-            row = read_json(workdir / parent["stage"] / ROW)
-            own = (workdir / parent["run"]).resolve() == workdir.resolve()
-            result = not isinstance(start, dict) or start.get("step", "latest") == "latest"
-            compared = row and (result or parent["step"] == row["steps"])
-            if own and compared and parent["params_digest"] != row["params_digest"]:
-                raise UserError(
-                    f"{workdir / name} was trained from other parameters of {parent['stage']!r} than its current ones "
-                    f"({parent['params_digest'][:12]} then, {row['params_digest'][:12]} now): move {workdir / name} "
-                    f"away to train it again, or use another --workdir"
-                )
 
 
 def kept_steps(stage: StageConfig) -> list[int]:
