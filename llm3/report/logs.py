@@ -93,9 +93,7 @@ def lost_lines(directory: Path, lines: list[dict], saved_step: int) -> list[str]
     """A line if those of DIR/metrics.jsonl end before a saved step: each step is logged before it is saved."""
     if (last := max((line["step"] for line in lines), default=0)) >= saved_step:
         return []
-    return [
-        f"{directory / METRICS}: the lines of steps {last + 1} to {saved_step} are lost; the checkpoints are intact"
-    ]
+    return [f"{directory / METRICS}: the lines after step {last}, up to step {saved_step}, are lost"]
 
 
 def read_json_lines(path: Path) -> list[dict]:

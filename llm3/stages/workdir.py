@@ -10,7 +10,7 @@ from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
 from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, listed
-from llm3.files import CHECKPOINTS, local_path, saved_steps
+from llm3.files import CHECKPOINTS, RECORD, local_path, saved_steps
 from llm3.stages.amendments import before_amendments
 from llm3.stages.records import read_record
 
@@ -172,7 +172,8 @@ def next_step(workdir: Path, name: str, found: list[Change]) -> str:
     """What to do about a stage that differs from the config in these fields."""
     steps = saved_steps(workdir / name / CHECKPOINTS)
     fixed = [each.field for each in found if each.kind == "fixed"]
-    mend = "Nothing was changed. Use another --workdir, or restore the saved values."
+    saved = workdir / name / RECORD
+    mend = f"Nothing was changed. Use another --workdir, or restore the saved values, those of {saved}."
     if not fixed:
         step = steps[-1] if steps else 0
         return f'{mend} Or change the stage from step {step} on: `run` with --amend="why this changes".'

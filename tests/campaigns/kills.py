@@ -82,7 +82,7 @@ def summary(rows: list[dict[str, Any]], problems: dict[str, list[str]]) -> dict[
         "runs": len(problems),
         **{key: counts(key) for key in ("place", "stage", "who", "status")},
         "longest_seconds": max((row["seconds"] or 0 for row in rows), default=0),
-        "damages": {row["damage"]: row["came_of_it"] for row in rows if "damage" in row},
+        "damages": {f"{row['number']}: {row['damage']}": row["came_of_it"] for row in rows if "damage" in row},
         "problems": {name: found for name, found in problems.items() if found},
     }
 

@@ -29,7 +29,7 @@ def test_a_stage_that_resumes_without_the_lines_up_to_its_step_says_so(tmp_path)
         writer.write(4, {"loss": 1.0})
     for resume_step in (4, 6):
         MetricsWriter(tmp_path, resume_step, say=said.append).close()
-    assert said == [f"{tmp_path / 'metrics.jsonl'}: the lines of steps 5 to 6 are lost; the checkpoints are intact"]
+    assert said == [f"{tmp_path / 'metrics.jsonl'}: the lines after step 4, up to step 6, are lost"]
 
 
 def test_scalars_have_grouped_tags_and_flat_names_in_the_file(tmp_path):

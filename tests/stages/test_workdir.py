@@ -40,6 +40,7 @@ def test_a_directory_with_another_config_is_rejected_and_unchanged(capsys, begun
     assert main(["run", f"--config={file}", f"--workdir={begun}", f"--config.{override}"]) == 2
     error = capsys.readouterr().err
     assert "holds 'pretrain' with another config" in error and line in error and "--workdir" in error
+    assert str(begun / "pretrain" / RECORD) in error
     assert tiny.files(begun) == before
 
 
