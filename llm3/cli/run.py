@@ -190,7 +190,7 @@ def is_complete(config: RunConfig, workdir: Path, order: list[str], bare: bool =
 
     bare: whether these stages alone have their rows.
     """
-    if not (workdir / TOKENIZER).is_file():  # it was damaged
+    if not all((workdir / each).is_file() for each in (TOKENIZER, RESOLVED)):  # it was damaged
         return False
     if bare:
         return is_current(config, workdir, order)

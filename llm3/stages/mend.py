@@ -10,6 +10,7 @@ from llm3.files import (
     DETAILS,
     MATRIX,
     METRICS,
+    PREDICTIONS,
     RECORD,
     RESOLVED,
     ROW,
@@ -23,20 +24,24 @@ from llm3.report.logs import lost_lines, read_metrics
 from llm3.stages.records import read_record, write_record
 
 AGAIN = "it is kept as {kept}, and written again"
+PARQUET = b"PAR1"  # the last bytes of a file
+WITHOUT = "it is kept as {kept}, and the report does without"
 
 
 def mend(workdir: Path, names: list[str]) -> list[str]:
     """Set aside damaged files that can be made again, of a run and of its rows `names`; a line on each of them.
 
-    A missing or damaged record is written again from the newest checkpoint that can be read. A row whose details are
-    damaged is measured again; damaged lines of metrics and samples are left out.
+    A missing or damaged record is written again from the newest checkpoint that can be read. A row whose details or
+    predictions are damaged is measured again; damaged lines of metrics and samples are left out.
     """
-    said = _renamed([workdir / name for name in (MATRIX, SESSIONS, RESOLVED, TOKENIZER)])
+    said = _renamed([workdir / name for name in (MATRIX, RESOLVED, TOKENIZER)])
+    said += _renamed([workdir / SESSIONS, *(workdir / name / DATA_SAMPLE for name in names)], WITHOUT)
     for name in names:
         directory = workdir / name
         lost = _renamed([directory / RECORD])
         steps = saved_steps(directory / CHECKPOINTS)
-        measured = _renamed([directory / ROW, directory / DETAILS])
+        predictions = (directory / PREDICTIONS).glob("*.parquet")
+        measured = _renamed([directory / ROW, directory / DETAILS, *sorted(predictions)])
         if measured or (lost and not steps):  # a row belongs to its details and to the config it was measured with
             for file in (ROW, DETAILS):
                 if (directory / file).is_file():
@@ -44,7 +49,7 @@ def mend(workdir: Path, names: list[str]) -> list[str]:
         if steps and not (directory / RECORD).is_file() and (record := read_record(workdir, name)):
             write_record(workdir, name, record)
             lost = lost or [f"{directory / RECORD} is missing; it is written again from a checkpoint"]
-        said += [*lost, *measured, *_renamed([directory / DATA_SAMPLE])]
+        said += [*lost, *measured]
         for file in (METRICS, SAMPLES):
             said += _without_damaged_lines(directory / file)
         if (directory / ROW).is_file():  # else the stage resumes, perhaps from an earlier step
@@ -60,10 +65,19 @@ def _parses(text: str | bytes) -> bool:
     return True
 
 
-def _renamed(paths: list[Path]) -> list[str]:
-    """Rename the files that are no JSON; a line on each."""
-    damaged = [path for path in paths if path.is_file() and not _parses(path.read_bytes())]
-    return [f"{path} cannot be read: {AGAIN.format(kept=_rename(path).name)}" for path in damaged]
+def _is_intact(path: Path) -> bool:
+    """Whether a file is JSON, or the end of a Parquet file is there."""
+    if path.suffix != ".parquet":
+        return _parses(path.read_bytes())
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(PARQUET)))
+        return file.read() == PARQUET
+
+
+def _renamed(paths: list[Path], then: str = AGAIN) -> list[str]:
+    """Rename the files that are damaged; a line on each, which ends with what is done."""
+    damaged = [path for path in paths if path.is_file() and not _is_intact(path)]
+    return [f"{path} cannot be read: {then.format(kept=_rename(path).name)}" for path in damaged]
 
 
 def _rename(path: Path) -> Path:

@@ -22,8 +22,12 @@ def run(tmp_path, monkeypatch):
     record, stage = workdir.stage_record(config, "pretrain"), tmp_path / "run" / "pretrain"
     (stage / "checkpoints" / "10").mkdir(parents=True)
     monkeypatch.setattr(stage_checkpoints.Checkpoints, "meta", lambda *_: {"config": record})
-    for name in ("config.json", "evaluation.json", "details.json", "../matrix.json", "../tokenizer.json"):
+    (stage / "predictions").mkdir()
+    (stage / "predictions" / "task.parquet").write_text("PAR1 columns PAR1")
+    for name in ("config.json", "evaluation.json", "details.json"):
         (stage / name).write_text(json.dumps(record))
+    for name in ("matrix.json", "tokenizer.json", "sessions.json", "config.resolved.json"):
+        (stage.parent / name).write_text(json.dumps(record))
     (stage / "metrics.jsonl").write_text('{"step": 1}\n{"step": 10}\n{"step": 11')
     return tmp_path / "run", config, record
 
@@ -38,14 +42,16 @@ def test_intact_files_stay_as_they_are(run):
     [
         ("matrix.json", ["matrix.json"]),
         ("tokenizer.json", ["tokenizer.json"]),
+        ("config.resolved.json", ["config.resolved.json"]),
         ("pretrain/evaluation.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
+        ("pretrain/predictions/task.parquet", ["pretrain/evaluation.json", "pretrain/predictions/task.parquet"]),
         ("pretrain/details.json", ["pretrain/evaluation.json", "pretrain/details.json"]),
     ],
 )
 def test_a_damaged_file_is_kept_aside_and_made_again(run, damaged, gone):
     (run[0] / damaged).write_text("")
     (said,) = mend(run[0], ["pretrain"])
-    assert f"{damaged} cannot be read" in said and f"{damaged.split('/')[-1]}.damaged" in said
+    assert f"{damaged} cannot be read: it is kept as {damaged.split('/')[-1]}.damaged, and written again" in said
     for name in gone:
         assert not (run[0] / name).exists() and (run[0] / f"{name}.damaged").is_file()
 
@@ -60,6 +66,11 @@ def test_a_record_is_written_again_from_the_newest_checkpoint(run, damage):
     assert [each.field for each in workdir.record_changes(directory, changed, "pretrain")] == ["model.rope_theta"]
     assert len(mend(directory, ["pretrain"])) == 1 and read_record(directory, "pretrain") == record
     assert (directory / "pretrain" / "evaluation.json").is_file()
+
+
+def test_what_cannot_be_made_again_is_left_out(run):
+    (run[0] / "sessions.json").write_text("[")
+    assert [each.rpartition(", ")[2] for each in mend(run[0], ["pretrain"])] == ["and the report does without"]
 
 
 @pytest.mark.parametrize("damaged", ['{"st\x00', '{"stmp": 1}', '{"step": "1"}', "1"])
