@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from llm3.checkpoints import stage_checkpoints
+from llm3.checkpoints import metadata, stage_checkpoints
+from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.config import load as configfile
 from llm3.errors import UserError
 from llm3.files import FORMAT
@@ -83,7 +85,7 @@ def test_a_damaged_line_of_metrics_is_left_out(run, damaged):
     assert read_metrics(path.parent) == [{"step": 10}]
 
 
-def test_a_record_or_metadata_of_a_newer_version_is_refused(run):
+def test_a_record_of_a_newer_version_is_refused(run):
     write_record(run[0], "pretrain", run[2])
     assert read_record(run[0], "pretrain") == run[2]
     write_record(run[0], "pretrain", run[2] | {"format": FORMAT + 1})
@@ -96,3 +98,12 @@ def test_a_finished_stage_whose_metrics_end_before_its_checkpoint_says_which_lin
     path = run[0] / "pretrain" / "metrics.jsonl"
     path.unlink() if text is None else path.write_text(text)
     assert mend(run[0], ["pretrain"]) == [f"{path}: the lines after step {last}, up to step 10, are lost"]
+
+
+def test_metadata_of_a_newer_version_is_refused_and_not_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr(metadata, "FORMAT", FORMAT + 1)
+    with stage_checkpoints.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(2, {"kernel": np.zeros(2, np.float32)}, {}, {})
+    with pytest.raises(UserError, match=f"has format {FORMAT + 1}, and this llm3 reads up to {FORMAT}") as raised:
+        stage_checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True).newest_meta()
+    assert not isinstance(raised.value, DamagedCheckpoint)
