@@ -1,5 +1,6 @@
 """The names of the files in a run directory, the paths and names that a user gives, and atomic writes."""
 
+import errno
 import json
 import os
 import re
@@ -89,6 +90,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise
 
 
+# what mounted buckets answer where a folder is renamed: EMFILE is that of gcsfuse
+NO_RENAMES = frozenset({errno.EMFILE, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV})
+
+
+def can_rename_folders(directory: Path) -> bool:
+    """Whether folders in a folder can be renamed, unlike those in a mounted bucket; True if that cannot be tried."""
+    probe = directory / f".{secrets.token_hex(4)}.partial"
+    renamed = probe.with_suffix(".renamed")
+    try:
+        probe.mkdir()
+        (probe / "file").touch()
+        probe.rename(renamed)
+        return True
+    except OSError as error:
+        return error.errno not in NO_RENAMES
+    finally:
+        for each in (probe, renamed):
+            with suppress(OSError):
+                (each / "file").unlink()
+            with suppress(OSError):
+                each.rmdir()
+
+
 def ordinary_permissions(directory: Path) -> None:
     """Give files that libraries wrote through temporary files (mode 0600) the permissions of any new file here."""
     new = directory / f".{secrets.token_hex(4)}.partial"
@@ -104,15 +128,6 @@ def check_format(values: dict, where: Path) -> None:
     """Raise UserError for metadata or a record of a newer llm3."""
     if (found := values.get("format", FORMAT)) > FORMAT:
         raise UserError(f"{where} has format {found}, and this llm3 reads up to {FORMAT}: update llm3")
-
-
-def saved_steps(directory: Path) -> list[int]:
-    """The steps of the finished checkpoints in a folder, ascending; [] without a folder."""
-    try:
-        entries = list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(int(each.name) for each in entries if each.name.isdecimal() and each.is_dir())
 
 
 def write_json(path: Path, value: Any) -> None:

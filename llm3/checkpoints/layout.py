@@ -46,11 +46,16 @@ def align_operations() -> None:
         OperationIdGenerator.next_operation_id()
 
 
-def orbax_context(concurrent_bytes: int | None = None) -> ocp.Context:
-    """The options of all reads and writes. concurrent_bytes: of one process, compressed at once; None: any number."""
+def orbax_context(concurrent_bytes: int | None = None, by_file: bool = False) -> ocp.Context:
+    """The options of all reads and writes. concurrent_bytes: of one process, compressed at once; None: any number.
+
+    by_file: write into the final folder, as `commit.py` says.
+    """
     context = ocp.Context()
     context.memory.write_concurrent_bytes = concurrent_bytes
     context.array_options.saving.storage_options.chunk_byte_size = MOST_CHUNK_BYTES
+    if by_file:
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
     context.async_options.create_directories_asynchronously = False  # else all processes wait for minutes if one fails
     # else Orbax compiles a slice for each small leaf on each device, so that the replicas share the writing of it
     context.array_options.saving.min_slice_bytes_for_replica_parallel = LEAST_SHARED_BYTES

@@ -2,8 +2,9 @@
 
 A checkpoint is a directory DIR/<step> with three parts: `params` (a nested dict), `opt` (the leaves of an optax state
 by path) and `meta` (JSON). `meta` holds a digest of every leaf and of itself, because Orbax loads a data file with
-overwritten bytes without an error. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and then renames it to DIR/<step>.
-Orbax may also rename a save without all of its files, so a save counts only after a look at them.
+overwritten bytes without an error. Orbax writes into DIR/<step>.orbax-checkpoint-tmp and then renames it to DIR/<step>;
+where folders cannot be renamed, see `commit.py`. Orbax may also commit a save without all of its files, so a save
+counts only after a look at them.
 """
 
 import contextlib
@@ -18,14 +19,14 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from llm3.checkpoints import retention
+from llm3.checkpoints import commit, retention
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
 from llm3.checkpoints.layout import LiteralPath, concurrent_bytes, missing_files, orbax_context
 from llm3.checkpoints.metadata import as_arrays, by_path, not_finite, with_digests
 from llm3.checkpoints.saved_step import DamagedCheckpoint, SavedStep
+from llm3.distributed import processes
 from llm3.distributed.interrupts import unfinished_saves
-from llm3.errors import NotWritten, UserError, listed, nearest, os_reason, root_cause, writing
-from llm3.files import saved_steps
+from llm3.errors import NotWritten, UserError, listed, nearest, os_reason, root_cause
 from llm3.tree import flatten, unflatten
 
 __all__ = ["DamagedCheckpoint", "Store"]
@@ -53,6 +54,7 @@ class Store:
         self._keep, self._best, self._every, self._read_only = keep, best, every, read_only
         self._writer: ocp.training.Checkpointer | None = None
         self._limit: int | None = None
+        self._by_file: bool | None = None  # see `commit.py`; set by the first save
         self._save_in_progress: AsyncSave | None = None
         self._entered = 0  # the number of `with` blocks
         self.damaged: set[int] = set()  # the steps that the next save renames
@@ -77,6 +79,8 @@ class Store:
         """
         self._check_writable()
         self.wait()
+        if self._by_file is None:
+            self._by_file = processes.broadcast_from_first(lambda: commit.prepare(self.directory))
         self._rename_damaged()
         if (latest := self.latest()) is not None and step <= latest:
             raise UserError(f"cannot save step {step}: {self.directory} already holds step {latest}")
@@ -126,7 +130,7 @@ class Store:
             steps = self.steps()
             metrics = {each.step: each.metrics for each in self._writer.checkpoints if each.metrics is not None}
             for step in sorted({*steps} - retention.kept(steps, self._keep, metrics, self._best, self._every)):
-                retention.delete(self.directory / str(step))
+                commit.delete(self.directory / str(step))
 
     def close(self) -> None:
         """Wait for the last save and close the Orbax checkpointer. Raises as `wait` does."""
@@ -137,7 +141,7 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps of the finished checkpoints, ascending."""
-        return saved_steps(self.directory)
+        return commit.saved_steps(self.directory)
 
     def latest(self) -> int | None:
         """The highest step, regardless of file times."""
@@ -169,7 +173,7 @@ class Store:
         """Delete a step. Raises NotWritten where the disk refuses."""
         self._check_writable()
         if jax.process_index() == 0:
-            retention.delete(self.directory / str(step))
+            commit.delete(self.directory / str(step))
         self._changed("a checkpoint is deleted")
 
     def _check_writable(self) -> None:
@@ -195,7 +199,10 @@ class Store:
     def _remove_unfinished(self, step: int) -> None:
         """Free the space of a failed save. Best effort: Orbax threads may still write for a while."""
         for _ in range(10 if jax.process_index() == 0 else 0):
-            for each in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            unfinished = list(self.directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+            if self._by_file and step not in self.steps():
+                unfinished.append(self.directory / str(step))
+            for each in unfinished:
                 shutil.rmtree(each, ignore_errors=True)
             time.sleep(0.05)
 
@@ -208,10 +215,10 @@ class Store:
             self._limit = limit
             self._writer = ocp.training.Checkpointer(
                 LiteralPath(self.directory),
-                context=orbax_context(limit),
+                context=orbax_context(limit, by_file=bool(self._by_file)),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # see `retention`
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not self._by_file,  # Orbax would remove what was set aside, too
             )
         return self._writer
 
@@ -228,11 +235,9 @@ class Store:
     def _rename(self, step: int) -> Path:
         """Rename a step to the returned path, which is no checkpoint; only the first process does it."""
         path = self.directory / str(step)
-        names = (path.with_name(f"{step}.damaged{suffix}") for suffix in ("", *(f"-{n}" for n in range(2, 100))))
-        target = next(name for name in names if not name.exists())
+        target = commit.set_aside(path)
         if jax.process_index() == 0:
-            with writing(target):
-                path.rename(target)
+            commit.rename(path, target)
         return target
 
     def _changed(self, what: str) -> None:

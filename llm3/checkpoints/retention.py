@@ -1,15 +1,10 @@
-"""Which checkpoints of a stage are kept, and how the others are deleted.
+"""Which checkpoints of a stage are kept.
 
-llm3 deletes them itself, once the newest save was found complete: Orbax would delete the older ones before that look.
+llm3 deletes the others itself, once the newest save was found complete: Orbax would delete them before that look.
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-
-from llm3.errors import writing
 
 
 def kept(
@@ -28,11 +23,3 @@ def kept(
 def _rank(metrics: Mapping[str, float], best: str) -> float:
     value = metrics.get(best, math.inf)
     return math.inf if math.isnan(value) else value
-
-
-def delete(step: Path) -> None:
-    """Delete a checkpoint: first its name, so that no part of it counts. Raises NotWritten where the disk refuses."""
-    unnamed = step.with_name(f"{step.name}.orbax-checkpoint-tmp-deleted")  # Orbax removes one that is left behind
-    with writing(step), suppress(FileNotFoundError):  # someone else may delete it at the same time
-        step.rename(unnamed)
-    shutil.rmtree(unnamed, ignore_errors=True)

@@ -9,10 +9,12 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from llm3.checkpoints import commit
+from llm3.checkpoints.commit import saved_steps
 from llm3.config.changes import Change
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError, writing
-from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE, saved_steps
+from llm3.files import CHECKPOINTS, METRICS, RECORD, ROW, SAMPLES, SET_ASIDE
 from llm3.stages.amendments import DERIVED, Amendment, amendments_in, changed, with_amendments
 from llm3.stages.parents import parent_name
 from llm3.stages.records import read_amendments, read_record, write_record
@@ -128,12 +130,12 @@ def _set_aside(directory: Path, steps: list[int], folder: Path) -> None:
             (directory / ROW).rename(folder / ROW)
         (folder / CHECKPOINTS).mkdir()
         for step in reversed(steps):
-            (directory / CHECKPOINTS / str(step)).rename(folder / CHECKPOINTS / str(step))
+            commit.rename(directory / CHECKPOINTS / str(step), folder / CHECKPOINTS / str(step))
 
 
 def new_folder(directory: Path) -> Path:
     """A new numbered folder for what a change replaces in the folder of a stage."""
-    number = 1 + max(saved_steps(directory / SET_ASIDE), default=0)
+    number = 1 + max((int(each.name) for each in (directory / SET_ASIDE).glob("[0-9]*")), default=0)
     folder = directory / SET_ASIDE / str(number)
     with writing(folder):
         folder.mkdir(parents=True)

@@ -3,11 +3,12 @@
 from contextlib import suppress
 from pathlib import Path
 
+from llm3.checkpoints.commit import saved_steps
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import RunConfig
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, ROW, read_json, saved_steps
+from llm3.files import CHECKPOINTS, ROW, read_json
 from llm3.stages.amendments import before_amendments
 from llm3.stages.parents import parent_labels
 from llm3.stages.records import newest_meta

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from llm3.checkpoints.commit import saved_steps
 from llm3.errors import writing
 from llm3.files import (
     CHECKPOINTS,
@@ -17,7 +18,6 @@ from llm3.files import (
     SAMPLES,
     SESSIONS,
     TOKENIZER,
-    saved_steps,
     write_atomic,
 )
 from llm3.report.logs import lost_lines, read_metrics

@@ -6,8 +6,9 @@ It is derived: the metadata of each checkpoint holds it too, as it was then.
 from contextlib import suppress
 from pathlib import Path
 
+from llm3.checkpoints.commit import saved_steps
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, FORMAT, RECORD, check_format, read_json, saved_steps, write_json
+from llm3.files import CHECKPOINTS, FORMAT, RECORD, check_format, read_json, write_json
 from llm3.stages.amendments import Amendment, amendments_in
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm3 import objectives
+from llm3.checkpoints.commit import saved_steps
 from llm3.config.schema import ModelConfig, RunConfig, StageConfig
 from llm3.data.batch import Batch
 from llm3.data.library import Library
@@ -21,7 +22,7 @@ from llm3.data.packing import Windows
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed.sharding import axis_size, named
 from llm3.errors import UserError
-from llm3.files import CHECKPOINTS, INIT, saved_steps
+from llm3.files import CHECKPOINTS, INIT
 from llm3.handoff.start import AnyStart, Start, read_start
 from llm3.models.attention.choice import Call
 from llm3.models.attention.of_layers import attention_notes, calls_of

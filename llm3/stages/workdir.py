@@ -5,12 +5,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from llm3.checkpoints.commit import saved_steps
 from llm3.config.changes import Change, changes
 from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
 from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, listed
-from llm3.files import CHECKPOINTS, RECORD, local_path, saved_steps
+from llm3.files import CHECKPOINTS, RECORD, local_path
 from llm3.stages.amendments import before_amendments
 from llm3.stages.records import read_record
 

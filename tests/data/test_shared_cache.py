@@ -1,5 +1,6 @@
 """One cache for all runs of a user: where it is, what two processes do at once, and what may be removed."""
 
+import errno
 import gc
 import json
 import os
@@ -50,6 +51,16 @@ def test_the_cache_is_that_of_the_config_the_variables_or_the_home_in_this_order
     monkeypatch.setenv(place.VARIABLE, "s3://bucket/cache")
     with pytest.raises(UserError, match=r"\$LLM3_CACHE_DIR='s3://bucket/cache': s3:// is not supported"):
         cache_directory("", tmp_path / "run")
+
+
+def test_a_mounted_bucket_is_refused_before_anything_is_tokenized_and_left_as_it_was(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # as gcsfuse
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="folders cannot be renamed there, as in a mounted bucket"):
+        cache_directory(str(tmp_path / "new" / "cache"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_began_with_its_cache_inside_keeps_it(home, tmp_path):

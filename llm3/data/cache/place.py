@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from llm3.errors import say
-from llm3.files import TOKENIZER, local_path
+from llm3.errors import UserError, say
+from llm3.files import TOKENIZER, can_rename_folders, local_path
 
 VARIABLE = "LLM3_CACHE_DIR"
 INSIDE = "cache"  # the folder of a workdir that holds its cache, if the user's cannot be written
@@ -15,8 +15,19 @@ def cache_directory(given: str, workdir: Path) -> Path:
 
     given: config.cache_dir. Where it is empty: $LLM3_CACHE_DIR; else the cache inside the workdir, of a run that began
     with one; else that of the user, `user_cache`; if there is no home, or it cannot be written, workdir/cache, which is
-    said. Raises UserError for a URL.
+    said. Raises UserError for a URL, and for a folder in a mounted bucket, which cannot rename folders.
     """
+    directory = _chosen(given, workdir)
+    there = next(each for each in (directory, *directory.absolute().parents) if each.is_dir())
+    if not can_rename_folders(there):
+        raise UserError(
+            f"the cache cannot be in {directory}: folders cannot be renamed there, as in a mounted bucket; "
+            f"set config.cache_dir or {VARIABLE} to a folder on a disk"
+        )
+    return directory
+
+
+def _chosen(given: str, workdir: Path) -> Path:
     if given:
         return local_path(given, "config.cache_dir")
     if os.environ.get(VARIABLE):
