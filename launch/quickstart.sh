@@ -16,7 +16,7 @@ dir=$root/runs/quickstart
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     dir=$1
     shift
-    [[ $dir = /* ]] || dir=$PWD/$dir
+    [[ $dir = /* || $dir = *://* ]] || dir=$PWD/$dir
 fi
 
 [ -n "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] || "$root/launch/setup.sh"

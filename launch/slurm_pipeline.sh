@@ -7,7 +7,7 @@
 #   STAGES="pretrain posttrain finetune"    in this order; "posttrain,finetune" is one job
 #
 # The resources of each job are set at the top of launch/slurm.sbatch, which also lists the variables that it reads; logs
-# are in WORKDIR/slurm.
+# are in WORKDIR/slurm, or in ./slurm if WORKDIR is a URL.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -22,7 +22,9 @@ if [ -z "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] && [ ! -x "$root/.venv/bin/python" ]
 fi
 command -v sbatch >/dev/null || fail "no sbatch here: run this on a SLURM cluster"
 [[ $CONFIG = /* ]] || CONFIG=$PWD/$CONFIG
-[[ $WORKDIR = /* ]] || WORKDIR=$PWD/$WORKDIR
+[[ $WORKDIR = /* || $WORKDIR = *://* ]] || WORKDIR=$PWD/$WORKDIR
+logs=$WORKDIR/slurm
+[[ $WORKDIR != *://* ]] || logs=$PWD/slurm
 read -r -a stages <<<"${STAGES:-pretrain posttrain finetune}"
 options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -32,11 +34,11 @@ done
 [ $# -eq 0 ] || shift
 
 cd "$root"
-mkdir -p "$WORKDIR/slurm"
+mkdir -p "$logs"
 export CONFIG WORKDIR STAGES
 previous=""
 for STAGES in "${stages[@]}"; do
-    job=(--parsable --job-name="llm3-$STAGES" --output="$WORKDIR/slurm/%x-%j.log")
+    job=(--parsable --job-name="llm3-$STAGES" --output="$logs/%x-%j.log")
     # Without the second option, a job after a failed one would wait forever.
     [ -z "$previous" ] || job+=(--dependency="afterok:$previous" --kill-on-invalid-dep=yes)
     previous=$(sbatch "${job[@]}" ${options[@]+"${options[@]}"} launch/slurm.sbatch "$@")

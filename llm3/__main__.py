@@ -14,10 +14,11 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from llm3 import remote
 from llm3.ablation.load import load_ablation
 from llm3.cli import checks
 from llm3.cli.arguments import parser as parser  # for those who check commands
@@ -27,6 +28,7 @@ from llm3.cli.output import ReaderGone, watched_output
 from llm3.cli.verbs import VERBS
 from llm3.distributed import command_time, interrupts
 from llm3.errors import NotWritten, UserError, to_stderr
+from llm3.files import shown
 from llm3.stages.origin import load_config
 
 
@@ -72,6 +74,7 @@ def call_verb(arguments: list[str]) -> int:
         with (
             joined(*cluster) if cluster else nullcontext(),
             kept_programs(options["workdir"] if verb.compiles else None),
+            pushed_copies(),
         ):
             return function_of(verb)(**options)
     except UserError as error:
@@ -87,7 +90,7 @@ def call_verb(arguments: list[str]) -> int:
 
 def failed(error: UserError) -> int:
     """Print an error; returns the exit status."""
-    to_stderr(f"llm3: {error}")
+    to_stderr(f"llm3: {shown(error)}")
     return error.exit
 
 
@@ -100,6 +103,27 @@ def joined(*cluster: Any) -> Iterator[None]:
         if processes.count() > 1 and processes.is_first():
             print(f"llm3: {found}", file=sys.stderr)
         yield
+
+
+@contextmanager
+def pushed_copies() -> Iterator[None]:
+    """Upload what this command writes to runs in buckets: the first process does it. Raises NotWritten."""
+    try:
+        yield
+    except BaseException:
+        with suppress(NotWritten):
+            push_copies()
+        raise
+    push_copies()
+
+
+def push_copies() -> None:
+    """Upload now. Raises NotWritten."""
+    if remote.copies():
+        from llm3.distributed import processes
+
+        if processes.is_first():
+            remote.push()
 
 
 @contextmanager

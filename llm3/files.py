@@ -32,6 +32,7 @@ FORMAT = 1  # of metadata and records, which name theirs; a reader takes those o
 
 # In a stage folder
 CHECKPOINTS = "checkpoints"
+BASE = "base"  # folder: what delta checkpoints patch
 RECORD = "config.json"  # the part of the config that determines the stage
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # the config's prompts, continued
@@ -52,11 +53,30 @@ def local_path(text: str | Path, where: str) -> Path:
     if not str(text):
         raise UserError(f"{where} is empty: expected a path")
     if scheme := re.match(r"([A-Za-z][\w+.-]+):/", str(text)):
-        raise UserError(f"{where}={str(text)!r}: {scheme[1]}:// is not supported; expected a path on this machine")
+        hint = "; mount the bucket, see docs/cluster.md" if scheme[1] in ("gs", "s3") else ""
+        raise UserError(
+            f"{where}={str(text)!r}: {scheme[1]}:// is not supported; expected a path on this machine{hint}"
+        )
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # "~name" without such a user
         raise UserError(f"{where}={str(text)!r}: {error}") from None
+
+
+_copies: dict[str, str] = {}  # {folder on this machine: the URL that it is a copy of}
+
+
+def show_as(folder: Path, url: str) -> None:
+    """Let messages name a URL where they would name the folder that is its copy."""
+    _copies[str(folder)] = url
+
+
+def shown(text: object) -> str:
+    """A text for the user, with URLs in place of their copies."""
+    text = str(text)
+    for folder, url in _copies.items():
+        text = text.replace(folder, url)
+    return text
 
 
 def check_name(name: object, where: str) -> None:
@@ -124,7 +144,7 @@ def ordinary_permissions(directory: Path) -> None:
             path.chmod(mode)
 
 
-def check_format(values: dict, where: Path) -> None:
+def check_format(values: dict, where: object) -> None:
     """Raise UserError for metadata or a record of a newer llm3."""
     if (found := values.get("format", FORMAT)) > FORMAT:
         raise UserError(f"{where} has format {found}, and this llm3 reads up to {FORMAT}: update llm3")

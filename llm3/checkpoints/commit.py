@@ -1,15 +1,17 @@
 """How a finished checkpoint is told from an unfinished one: by the name of its folder, or by its last file.
 
-On an ordinary file system Orbax writes a step into a temporary folder, which it renames at the end. A bucket that is
-mounted as a file system (gcsfuse, s3fs) has no folders to rename. There, Orbax writes into the final
-folder, and a step counts once it has `COMMITTED`, which Orbax writes last: the commit is one small file. A folder of
-checkpoints that holds `BY_FILE` is of the second kind, for all readers, also after it was copied elsewhere.
+On an ordinary file system Orbax writes a step into a temporary folder, which it renames at the end. A bucket has no
+folders to rename, whether it is mounted (gcsfuse, s3fs) or named by a URL. There, Orbax writes into the final folder,
+and a step counts once it has `COMMITTED`, which Orbax writes last: the commit is one small file. A folder on a disk
+that holds `BY_FILE` is of the second kind, for all readers, also after it was copied elsewhere.
 """
 
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
+from llm3 import remote
 from llm3.errors import writing
 from llm3.files import can_rename_folders
 
@@ -17,13 +19,37 @@ BY_FILE = "committed_by_file"  # an empty file
 COMMITTED = "commit_success.txt"  # Orbax's name
 
 
+def located(directory: Path) -> Path:
+    """Where the checkpoints of a folder are: in the folder, made absolute, or for the copy of a run in its bucket.
+
+    The second is an epath.Path, with the same methods.
+    """
+    if not isinstance(directory, Path):
+        return directory
+    if (url := remote.url_of(directory)) is None:
+        return directory.absolute()
+    from etils import epath
+
+    return cast(Path, epath.Path(url))
+
+
+def remove_tree(directory: Any) -> None:
+    """Remove a folder with all that it holds, as far as possible. directory: as `located` returns it."""
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+    else:
+        with suppress(Exception):  # of several libraries
+            directory.rmtree()
+
+
 def by_file(directory: Path) -> bool:
     """Whether the checkpoints in a folder are committed by a file."""
-    return (directory / BY_FILE).is_file()
+    return not isinstance(directory, Path) or (directory / BY_FILE).is_file()
 
 
 def saved_steps(directory: Path) -> list[int]:
     """The steps of the finished checkpoints in a folder, ascending; none if there is no folder."""
+    directory = located(directory)
     folders = _folders(directory)
     if by_file(directory):
         folders = [each for each in folders if (each / COMMITTED).is_file()]
@@ -56,7 +82,7 @@ def prepare(directory: Path) -> bool:
     finished = set(map(str, saved_steps(directory)))
     for each in _folders(directory):
         if each.name not in finished:
-            shutil.rmtree(each, ignore_errors=True)
+            remove_tree(each)
     return True
 
 
@@ -65,7 +91,7 @@ def delete(step: Path) -> None:
     if by_file(step.parent):
         with writing(step):
             (step / COMMITTED).unlink(missing_ok=True)
-        shutil.rmtree(step, ignore_errors=True)
+        remove_tree(step)
         return
     unnamed = step.with_name(f"{step.name}.orbax-checkpoint-tmp-deleted")  # Orbax removes one that is left behind
     with writing(step), suppress(FileNotFoundError):  # someone else may delete it at the same time
@@ -81,9 +107,13 @@ def set_aside(step: Path) -> Path:
 
 def rename(step: Path, target: Path) -> None:
     """Give a step another name, as a copy where folders cannot be renamed. Raises NotWritten if the disk refuses."""
+    step, target = located(step), located(target)
     with writing(target):
-        if by_file(step.parent):
-            shutil.copytree(step, target)
-            delete(step)
-        else:
+        if not by_file(step.parent):
             step.rename(target)
+            return
+        if isinstance(step, Path):
+            shutil.copytree(step, target)
+        else:
+            remote.file_system().copy(str(step), str(target), recursive=True)
+        delete(step)

@@ -32,11 +32,20 @@ class LiteralPath(type(epath.Path())):  # type: ignore[misc]  # the class of loc
         return (self / name for name in glob.glob(pattern, root_dir=str(self)))
 
 
+def for_orbax(path: Path) -> Any:
+    """A path as it is passed to Orbax."""
+    return LiteralPath(path) if isinstance(path, Path) else path
+
+
 def missing_files(step: Path, arrays: Iterable[str]) -> list[str]:
     """The files that a finished step lacks, or that are empty. arrays: the names of its parts that hold arrays."""
     parts = {part: OF_ARRAYS for part in arrays} | {"meta": OF_JSON}
     expected = [OF_STEP, *(f"{part}/{name}" for part, names in parts.items() for name in names)]
-    return [name for name in expected if not ((step / name).is_file() and (step / name).stat().st_size)]
+    return [name for name in expected if not ((step / name).is_file() and _size(step / name))]
+
+
+def _size(file: Any) -> int:
+    return file.stat().st_size if isinstance(file, Path) else file.stat().length
 
 
 def align_operations() -> None:

@@ -9,7 +9,6 @@ counts only after a look at them.
 
 import contextlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,9 +18,10 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from llm3 import remote
 from llm3.checkpoints import commit, retention
 from llm3.checkpoints.async_save import AsyncSave, Deadlock
-from llm3.checkpoints.layout import LiteralPath, concurrent_bytes, missing_files, orbax_context
+from llm3.checkpoints.layout import concurrent_bytes, for_orbax, missing_files, orbax_context
 from llm3.checkpoints.metadata import as_arrays, by_path, not_finite, with_digests
 from llm3.checkpoints.saved_step import DamagedCheckpoint, SavedStep
 from llm3.distributed import processes
@@ -50,7 +50,8 @@ class Store:
     ):
         if keep < 1:
             raise UserError(f"keep={keep}: expected at least 1 checkpoint")
-        self.directory = Path(directory).absolute()
+        self.directory = commit.located(Path(directory))
+        self._named = Path(directory)  # where the rest of llm3 looks for the folder
         self._keep, self._best, self._every, self._read_only = keep, best, every, read_only
         self._writer: ocp.training.Checkpointer | None = None
         self._limit: int | None = None
@@ -81,6 +82,8 @@ class Store:
         self.wait()
         if self._by_file is None:
             self._by_file = processes.broadcast_from_first(lambda: commit.prepare(self.directory))
+            if self._by_file:
+                self._named.mkdir(parents=True, exist_ok=True)
         self._rename_damaged()
         if (latest := self.latest()) is not None and step <= latest:
             raise UserError(f"cannot save step {step}: {self.directory} already holds step {latest}")
@@ -92,6 +95,8 @@ class Store:
                 raise UserError(f"step {step} is not saved: {name} has non-finite values in {listed(wrong)}")
         meta = with_digests(meta, parts)
         arrays = [name for name, leaves in parts.items() if leaves]  # Orbax refuses an empty tree
+        if jax.process_index() == 0:
+            remote.push()  # what a run that resumes from this step needs besides
         started = AsyncSave(step, arrays)
         with self._saving(step):
             started.response = self._open(concurrent_bytes(parts.values())).save_checkpointables_async(
@@ -203,7 +208,7 @@ class Store:
             if self._by_file and step not in self.steps():
                 unfinished.append(self.directory / str(step))
             for each in unfinished:
-                shutil.rmtree(each, ignore_errors=True)
+                commit.remove_tree(each)
             time.sleep(0.05)
 
     def _open(self, limit: int | None = None) -> ocp.training.Checkpointer:
@@ -214,7 +219,7 @@ class Store:
         if self._writer is None:
             self._limit = limit
             self._writer = ocp.training.Checkpointer(
-                LiteralPath(self.directory),
+                for_orbax(self.directory),
                 context=orbax_context(limit, by_file=bool(self._by_file)),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=ocp.training.preservation_policies.PreserveAll(),  # see `retention`

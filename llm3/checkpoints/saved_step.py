@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llm3.checkpoints.damage import in_words, passes, patiently, quiet_asyncio
 from llm3.checkpoints.digests import DIGEST_FORMAT, digests_of
-from llm3.checkpoints.layout import LEAST_SHARED_BYTES, OF_JSON, LiteralPath, align_operations, reading_context
+from llm3.checkpoints.layout import LEAST_SHARED_BYTES, OF_JSON, align_operations, for_orbax, reading_context
 from llm3.checkpoints.metadata import array_mismatches, by_path, check_shapes, json_digest, saved_shapes
 from llm3.distributed import agreement
 from llm3.distributed.sharding import over_all_devices
@@ -37,7 +37,7 @@ class SavedStep:
     """
 
     def __init__(self, path: Path):
-        self._path = LiteralPath(path)
+        self._path = for_orbax(path)
         self.meta = self._read_meta()
 
     def load_params(self, abstract: dict | None = None, *, some: bool = False) -> dict:
@@ -77,7 +77,7 @@ class SavedStep:
         digest = meta.pop("meta_digest", None) if isinstance(meta, dict) else None
         if digest is None or digest != json_digest(meta):
             raise DamagedCheckpoint(f"{self._path / 'meta'} does not match its digest")
-        check_format(meta, Path(self._path / "meta"))
+        check_format(meta, self._path / "meta")
         if (format := meta.get("digest_format", 1)) > DIGEST_FORMAT:
             raise UserError(f"{self._path} was saved by a newer llm3 (digests of format {format}): update llm3")
         return meta
@@ -119,7 +119,7 @@ class SavedStep:
             return Unreachable(f"{self._path / part} cannot be read now: {why}")
         if not self._path.is_dir():
             return DamagedCheckpoint(f"{self._path} is gone: something removed it while it was being read")
-        return DamagedCheckpoint(f"{self._path / part} cannot be read: {in_words(Path(self._path), part, error)}")
+        return DamagedCheckpoint(f"{self._path / part} cannot be read: {in_words(self._path, part, error)}")
 
     def _load(self, part: str, abstract: dict[str, Any] | None, some: bool = False) -> dict[str, Any]:
         saved = saved_shapes(self.meta, part)

@@ -1,6 +1,6 @@
 """The checkpoints of a stage. A stage with frozen parameters saves delta checkpoints, which patch one full base.
 
-The base, STAGE/base/0, is written once, when the stage starts. The metadata of a delta checkpoint names it: `base` is
+The base, STAGE/base/0, is written once, when the stage starts. The metadata of a delta checkpoint names it: `BASE` is
 the `params_digest` of the base, and the `params_digest` of the delta covers it. Readers see no difference.
 """
 
@@ -19,10 +19,9 @@ from llm3.checkpoints.orbax_store import DamagedCheckpoint, Store
 from llm3.checkpoints.saved_step import SavedStep
 from llm3.distributed import agreement, processes
 from llm3.errors import UserError, listed
+from llm3.files import BASE
 from llm3.segments import canonical_path
 from llm3.tree import combine_digests, flatten, unflatten
-
-BASE = "base"  # the folder of the base in a stage, and the metadata key of its digest
 
 
 class Wanted(NamedTuple):
@@ -57,7 +56,7 @@ class Checkpoints:
     ):
         self._steps = Store(directory, keep=keep, best=best, every=every, read_only=read_only)
         self.directory = self._steps.directory
-        self._base = Store(self.directory.parent / BASE, keep=1, read_only=read_only)
+        self._base = Store(Path(directory).parent / BASE, keep=1, read_only=read_only)
         self._base_digest: str | None = None  # set by `save_base`
 
     def __enter__(self) -> "Checkpoints":

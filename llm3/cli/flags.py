@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from llm3.errors import UserError
 from llm3.files import local_path
+from llm3.remote import workdir_path
 
 Flag = tuple[str, dict[str, Any]]
 
@@ -43,7 +44,13 @@ def one_name(text: str) -> str:
 
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
-WORKDIR = path_flag("--workdir", required=True, help="the run's files")
+WORKDIR = flag(
+    "--workdir",
+    type=partial(workdir_path, where="--workdir"),
+    metavar="DIR",
+    required=True,
+    help="the run's files: a folder, or gs://BUCKET/RUN",
+)
 RUN = path_flag("--workdir", default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
 SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")

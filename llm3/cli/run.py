@@ -11,7 +11,7 @@ from llm3.cli.report import write_report
 from llm3.config.schema import RunConfig, as_dict
 from llm3.distributed import processes
 from llm3.distributed.agreement import check_shared
-from llm3.distributed.lock import lock
+from llm3.distributed.bucket_lock import lock
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (

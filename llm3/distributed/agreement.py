@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm3.distributed import lock, processes
+from llm3.distributed import processes
+from llm3.distributed.bucket_lock import recorded
+from llm3.distributed.lock import Holder
 from llm3.errors import UserError, listed
 
 T = TypeVar("T")
@@ -77,8 +79,8 @@ def check_shared(workdir: Path) -> None:
     """Raise UserError unless all processes see the lock that the first one holds, so that the workdir is one."""
     if processes.count() == 1:
         return
-    held = processes.broadcast_from_first(lambda: lock.recorded(workdir))
-    seen = processes.exchange(until_seen(lambda: lock.recorded(workdir) == lock.Holder(*held)))
+    held = processes.broadcast_from_first(lambda: recorded(workdir))
+    seen = processes.exchange(until_seen(lambda: recorded(workdir) == Holder(*held)))
     hosts = processes.exchange(socket.gethostname())
     if blind := [process for process, each in enumerate(seen) if not each]:
         refuse(

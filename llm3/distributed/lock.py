@@ -105,7 +105,7 @@ def holder(workdir: Path) -> Holder | None:
     """The process that holds the workdir; None if none does, or if it shows no sign of life."""
     path = workdir / LOCK
     found = _holder(path)
-    if found is None or (found.host == socket.gethostname() and not _is_running(found.process)):
+    if found is None or (found.host == socket.gethostname() and not is_running(found.process)):
         return None
     modified = _modified_at(path)
     return found if modified is not None and time.time() - modified < DEAD_SECONDS else None
@@ -144,7 +144,7 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
         locked, held = False, True
     except OSError:
         locked = False  # a network file system without locks
-    own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), _command(), locked)
+    own = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), command(), locked)
     before = _holder(path)
     # The kernel knows the processes of this host. A server may keep the lock of another host after its death: then, as
     # where there are no locks, a holder is alive as long as it touches the file.
@@ -166,7 +166,7 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
     return own, locked
 
 
-def _command() -> str:
+def command() -> str:
     return shlex.join(["python", "-m", "llm3", *sys.argv[1:]])
 
 
@@ -180,7 +180,7 @@ def _holder(path: Path) -> Holder | None:
 
 def _is_alive(path: Path, holder: Holder, host: str) -> bool:
     """Whether the holder of a lock is alive. If that is unknown, wait for it to touch the lock file."""
-    if holder.host == host and not _is_running(holder.process):
+    if holder.host == host and not is_running(holder.process):
         return False
     if (before := _modified_at(path)) is None:
         return False
@@ -196,7 +196,7 @@ def _is_alive(path: Path, holder: Holder, host: str) -> bool:
     return False
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -18,6 +18,7 @@ import numpy as np
 from jax._src import distributed  # the key-value store of the coordinator has no public API
 from jax.experimental import multihost_utils
 
+from llm3 import remote
 from llm3.errors import Exit, Unreachable, UserError, to_stderr
 
 T = TypeVar("T")
@@ -188,11 +189,14 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
     Files that `make` wrote are visible to all processes afterwards. A UserError of `make` is raised on all of them.
     """
     if count() == 1:
-        return make()
+        value = make()
+        remote.push()
+        return value
     key, client, error = f"llm3/{next(_numbers)}", _client(), None
     if is_first():
         try:
             message = {"value": make()}
+            remote.push()
         except UserError as raised:
             error, message = raised, {"error": str(raised), "exit": int(raised.exit)}
         client.key_value_set(key, json.dumps(message))
@@ -202,6 +206,7 @@ def broadcast_from_first(make: Callable[[], Any]) -> Any:
     message = json.loads(client.blocking_key_value_get(key, LONGEST_WAIT_SECONDS * 1000))
     if "error" in message:
         raise RemoteError(message["error"], message["exit"])
+    remote.pull()
     return message["value"]
 
 

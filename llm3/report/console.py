@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llm3.files import shown
 from llm3.report.units import count, duration, percent
 
 if TYPE_CHECKING:  # slow to import
@@ -24,7 +25,11 @@ def new_console(**options: Any) -> "Console":
     """
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False, **options)
+    class Shown(Console):
+        def print(self, *objects: Any, **style: Any) -> None:
+            super().print(*(shown(each) if isinstance(each, str) else each for each in objects), **style)
+
+    console = Shown(highlight=False, markup=False, emoji=False, **options)
     console.soft_wrap = not console.file.isatty()
     return console
 

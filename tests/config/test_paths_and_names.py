@@ -53,7 +53,7 @@ def test_letters_digits_and_three_marks_are_names(file, name):
 
 
 ELSEWHERE = [
-    ["--workdir=gs://bucket/run"],
+    ["--workdir=s3://bucket/run"],
     ["--workdir=run", "--config.cache_dir=s3://bucket/cache"],
     ["--workdir=run", "--config.data_dir=hf://data"],
     ["--workdir=run", "--config.tokenizer.path=https://host/tokenizer.json"],

@@ -215,7 +215,7 @@ def removed_at(monkeypatch, workdir, name):
     monkeypatch.setattr(locking, name, late)
 
 
-@pytest.mark.parametrize("name", ["_open_own", "_take", "_command"])
+@pytest.mark.parametrize("name", ["_open_own", "_take", "command"])
 def test_a_process_that_comes_while_the_directory_is_removed_has_the_lock_of_a_new_one(tmp_path, monkeypatch, name):
     """It has seen the directory, opened the old lock, or the kernel's lock on it."""
     workdir = tmp_path / "new"

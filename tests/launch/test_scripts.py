@@ -110,13 +110,14 @@ def test_python_can_be_named(repository, tmp_path):
 
 def test_quickstart_takes_a_directory_of_the_caller_and_further_arguments(repository, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    for arguments in (["my run", "--config.seed=1"], ["/abs"], ["--config.seed=1"], []):
+    for arguments in (["my run", "--config.seed=1"], ["/abs"], ["gs://bucket/run"], ["--config.seed=1"], []):
         answer = repository("quickstart.sh", *arguments, cwd=tmp_path / "elsewhere")
         assert answer.returncode == 0, answer.stderr
     run = "-m llm3 run --config=configs/quickstart.py --workdir="
     assert repository.log()[1:] == [
         f"{run}{tmp_path}/elsewhere/my run --config.seed=1",
         f"{run}/abs",
+        f"{run}gs://bucket/run",
         f"{run}{repository.root}/runs/quickstart --config.seed=1",
         f"{run}{repository.root}/runs/quickstart",
     ]

@@ -1,0 +1,73 @@
+"""A run whose workdir is a URL of Google Cloud Storage, against an emulator of it on this machine."""
+
+import json
+import re
+import signal
+import socket
+
+import pytest
+
+from tests.helpers import forks
+from tests.helpers import tiny_run as tiny
+
+gcsfs = pytest.importorskip("gcsfs")
+emulator = pytest.importorskip("gcp_storage_emulator.server")
+RUN = "bucket/runs/tiny"
+
+
+@pytest.fixture(scope="module")
+def llm3():
+    """Starts the emulator; a function that runs a command line with it, and gives what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), address)
+
+    def llm3(*command, point="", status=0):
+        arguments = [point, json.dumps([[str(each) for each in command]])]
+        fork = forks.Fork(arguments, variables | {"FSSPEC_GCS_TOKEN": "anon"})
+        output, error = fork.communicate(tiny.ENDS_WITHIN)
+        assert fork.returncode == status, output + error
+        return " ".join((output + error).split())
+
+    options = {"use_listings_cache": False, "skip_instance_cache": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        llm3.store = gcsfs.GCSFileSystem(token="anon", endpoint_url=address, **options)
+        yield llm3
+    server.stop()
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_killed_resumes_and_ends_with_the_bits_of_a_local_one(llm3, tmp_path):
+    """Its second stage saves delta checkpoints, and is amended in the end from an earlier step on."""
+    tiny.write_texts(tmp_path / "texts")
+    lines = "del c.stages.finetune, c.stages.scratch, c.evaluations.domain, c.evaluations.task\n"
+    lines += "c.stages.posttrain.train = 'layers[-1:]/.*'"
+    run = ("run", f"--config={tiny.write_config(tmp_path / 'config.py', tmp_path, lines)}")
+    there, here = f"--workdir=gs://{RUN}", f"--workdir={tmp_path / 'local'}"
+    llm3(*run, there, point="SIGKILL@log:posttrain:10", status=-signal.SIGKILL)
+    again = llm3(*run, there)
+    assert re.search("posttrain: resumes at step [48] ", again), again
+    assert f"Report: gs://{RUN}/report.html" in again
+    assert f"Nothing left to do: pretrain, posttrain are finished. See gs://{RUN}" in llm3(*run, there)
+    amended = ("--amend=slower", "--from_step=8", "--config.stages.posttrain.optimizer.learning_rate=0.005")
+    for workdir in (there, here):
+        if workdir == here:
+            llm3(*run, workdir)
+        llm3(*run, workdir, *amended, "--stages=posttrain")
+    matrix = json.loads(llm3.store.cat_file(f"{RUN}/matrix.json"))
+    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == tiny.digests(tmp_path / "local")
+    stage, local = f"{RUN}/posttrain", tmp_path / "local" / "posttrain"
+    lines = llm3.store.cat_file(f"{stage}/metrics.jsonl").decode().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [line["step"] for line in tiny.metrics(local)]
+    kept = {name: {each.name for each in (local / name).iterdir()} for name in ("checkpoints", "base")}
+    kept["set_aside/1/checkpoints"] = {"10"}
+    for name, steps in kept.items():
+        assert {each.rpartition("/")[2] for each in llm3.store.ls(f"{stage}/{name}", detail=False)} == steps
+    assert f"gs://{RUN}/posttrain step 10" in llm3("lineage", there)
+    assert "2 tokens" in llm3("generate", there, "--stage=posttrain", "--prompt=The", "--max_tokens=2")
+    assert not llm3.store.exists(f"{RUN}/.lock")
