@@ -74,7 +74,7 @@ def call_verb(arguments: list[str]) -> int:
         with (
             joined(*cluster) if cluster else nullcontext(),
             kept_programs(options["workdir"] if verb.compiles else None),
-            pushed_copies(),
+            pushed_copies(verb.clustered),
         ):
             return function_of(verb)(**options)
     except UserError as error:
@@ -106,24 +106,24 @@ def joined(*cluster: Any) -> Iterator[None]:
 
 
 @contextmanager
-def pushed_copies() -> Iterator[None]:
+def pushed_copies(clustered: bool) -> Iterator[None]:
     """Upload what this command writes to runs in buckets: the first process does it. Raises NotWritten."""
+
+    def push() -> None:
+        if clustered and remote.copies():
+            from llm3.distributed import processes  # starts the devices, which only these verbs use
+
+            if not processes.is_first():
+                return
+        remote.push()
+
     try:
         yield
     except BaseException:
         with suppress(NotWritten):
-            push_copies()
+            push()
         raise
-    push_copies()
-
-
-def push_copies() -> None:
-    """Upload now. Raises NotWritten."""
-    if remote.copies():
-        from llm3.distributed import processes
-
-        if processes.is_first():
-            remote.push()
+    push()
 
 
 @contextmanager

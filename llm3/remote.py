@@ -29,7 +29,7 @@ class Copy:
         self.url = url.rstrip("/")
         self._store = file_system()
         self._root = self.url.removeprefix(SCHEME)
-        temporary = Path(tempfile.mkdtemp(prefix="llm3-"))
+        temporary = Path(tempfile.mkdtemp(prefix="llm3-")).resolve()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         self.folder = temporary / self._root  # so that messages name the bucket and the run
         self.folder.mkdir(parents=True)
@@ -115,6 +115,11 @@ def url_of(path: Path) -> str | None:
         if path.is_relative_to(copy.folder):
             return f"{copy.url}/{path.relative_to(copy.folder)}".removesuffix("/.")
     return None
+
+
+def address(path: Path) -> str:
+    """A file or folder as others find it: its URL in a bucket, or else its absolute path."""
+    return url_of(path.resolve()) or str(path.resolve())
 
 
 def copies() -> list[Copy]:

@@ -12,6 +12,7 @@ from llm3.distributed import lock as locks
 from llm3.distributed.bucket_lock import lock
 from llm3.errors import UserError
 from llm3.files import shown
+from llm3.handoff.start import read_start
 
 
 @pytest.fixture
@@ -67,6 +68,12 @@ def test_messages_name_the_bucket_and_not_the_copy(bucket, tmp_path):
     assert shown(f"{copy}/report.html is written") == "gs://bucket/run/report.html is written"
     with pytest.raises(UserError, match="expected gs://BUCKET/RUN"):
         remote.workdir_path("gs://bucket/", "--workdir")
+
+
+def test_the_run_to_start_from_may_be_in_a_bucket(bucket, tmp_path):
+    start = read_start({"run": "gs://bucket/run", "stage": "pretrain"}, tmp_path, "start")
+    assert start.run == remote.workdir_path("gs://bucket/run", "--workdir")
+    assert remote.address(start.run) == "gs://bucket/run" and remote.address(tmp_path) == str(tmp_path.resolve())
 
 
 def test_a_run_in_a_bucket_has_one_writer_until_it_is_dead(bucket, monkeypatch):

@@ -30,6 +30,11 @@ def path_flag(name: str, **options: Any) -> Flag:
     return flag(name, type=partial(local_path, where=name), **{"metavar": "DIR"} | options)
 
 
+def workdir_flag(**options: Any) -> Flag:
+    """The flag for the directory of a run, on this machine or in a bucket."""
+    return flag("--workdir", type=partial(workdir_path, where="--workdir"), metavar="DIR", **options)
+
+
 def names(text: str) -> list[str]:
     """The names that a flag lists."""
     return text.split(",")
@@ -44,14 +49,8 @@ def one_name(text: str) -> str:
 
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
-WORKDIR = flag(
-    "--workdir",
-    type=partial(workdir_path, where="--workdir"),
-    metavar="DIR",
-    required=True,
-    help="the run's files: a folder, or gs://BUCKET/RUN",
-)
-RUN = path_flag("--workdir", default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
+WORKDIR = workdir_flag(required=True, help="the run's files: a folder, or gs://BUCKET/RUN")
+RUN = workdir_flag(default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
 SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", type=one_name, required=True)

@@ -9,6 +9,7 @@ from llm3.errors import UserError
 from llm3.files import CHECKPOINTS
 from llm3.handoff.account import changes
 from llm3.handoff.checkpoint import holds
+from llm3.remote import workdir_path
 from llm3.report.console import new_console
 from llm3.report.units import count
 from llm3.stages.amendments import amendments_in
@@ -76,7 +77,7 @@ def place(workdir: Path, link: dict, runs: Sequence[Path]) -> tuple[Path, str, b
 
     In the lineage of a checkpoint, "." is the run of the checkpoint.
     """
-    recorded = (workdir / link["run"]).resolve()
+    recorded = (workdir_path(link["run"], "lineage") if "://" in link["run"] else workdir / link["run"]).resolve()
     for run in [recorded] if recorded == workdir.resolve() else _candidates(workdir, recorded, runs):
         if holds(run, link):
             return run, "" if run == recorded else f"; it was at {recorded}", False

@@ -18,6 +18,7 @@ from llm3.cli.flags import (
     path_flag,
 )
 from llm3.files import local_path
+from llm3.remote import workdir_path
 
 VERBS = {
     "init": Verb(
@@ -88,7 +89,7 @@ VERBS = {
             flag(
                 "dirs",
                 nargs="+",
-                type=partial(local_path, where="report"),
+                type=partial(workdir_path, where="report"),
                 metavar="DIR",
                 help="the files of a run, or of an ablation",
             ),
@@ -99,7 +100,7 @@ VERBS = {
     "compare": Verb(
         "cli.compare:compare",
         "show two runs side by side, and what differs between them",
-        (flag("runs", nargs=2, type=partial(local_path, where="compare"), metavar="DIR", help="the files of a run"),),
+        (flag("runs", nargs=2, type=partial(workdir_path, where="compare"), metavar="DIR", help="the files of a run"),),
     ),
     "generate": Verb(
         "cli.generate:generate",

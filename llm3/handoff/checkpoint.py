@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from llm3 import remote
 from llm3.checkpoints.metadata import best_step, not_finite
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
@@ -66,19 +67,19 @@ class Checkpoint(NamedTuple):
     def describe(self, workdir: Path) -> dict:
         """As `Parent.describe`; the run "." is that of the child, wherever it is moved."""
         found, digest = self.start.run.resolve(), self.meta["params_digest"]
-        run = "." if found == workdir.resolve() else str(found)
+        run = "." if found == workdir.resolve() else remote.address(found)
         return {"run": run, "stage": self.start.stage, "step": self.step, "params_digest": digest}
 
     def lineage(self, workdir: Path) -> list[dict]:
         """As `Parent.lineage`, from the metadata of the checkpoint alone; a relative run is relative to the workdir."""
         own = self.describe(workdir) | {key: self.meta.get(key) for key in LINEAGE_KEYS}
-        here, theirs = workdir.resolve(), self.start.run.resolve()
+        here, theirs = remote.address(workdir), self.start.run.resolve()
 
         def seen_from_here(link: dict) -> dict:
             if "run" not in link:  # a pretrained model belongs to no run
                 return link
-            run = (theirs / link["run"]).resolve()
-            return link | {"run": "." if run == here else str(run)}
+            run = link["run"] if link["run"].startswith(remote.SCHEME) else remote.address(theirs / link["run"])
+            return link | {"run": "." if run == here else run}
 
         return [*map(seen_from_here, self.meta["lineage"]), own]
 

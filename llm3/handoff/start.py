@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3.errors import UserError, nearest
-from llm3.files import INIT, check_name, local_path
+from llm3.files import INIT, check_name
+from llm3.remote import workdir_path
 
 NAMED_STEPS = ("latest", "best")  # both need a finished stage
 
@@ -94,7 +95,7 @@ def _checkpoint(value: dict, workdir: Path, where: str, rules: dict[str, tuple[s
     step = value.get("step", "latest")
     if step not in NAMED_STEPS and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise UserError(f"{where}.step={step!r}: expected a step number, or one of {', '.join(NAMED_STEPS)}")
-    run = local_path(value["run"], f"{where}.run") if value.get("run") else workdir
+    run = workdir_path(value["run"], f"{where}.run") if value.get("run") else workdir
     return Start(run, value["stage"], step, **rules)
 
 

@@ -9,7 +9,8 @@ from llm3.data.library import Library
 from llm3.data.mixture import Schedule
 from llm3.data.mixture_weights import weight_schedule
 from llm3.errors import UserError
-from llm3.files import RECORD, local_path
+from llm3.files import RECORD
+from llm3.remote import workdir_path
 from llm3.stages.amendments import REPLAYED
 from llm3.stages.parents import parent_name
 from llm3.stages.records import read_record
@@ -59,7 +60,7 @@ def replayed_weights(config: RunConfig, stage: StageConfig, library: Library, wh
         return stage_schedule(config, parent, library)[-1][1]
     if not (isinstance(stage.start, dict) and stage.start.get("run")):
         return None
-    run = local_path(stage.start["run"], f"{where}.start.run")
+    run = workdir_path(stage.start["run"], f"{where}.start.run")
     return _recorded(run, stage.start["stage"], library, f"{where}.replay")
 
 

@@ -11,7 +11,8 @@ from llm3.config.data_schema import SourceConfig, TokenizerConfig
 from llm3.config.older import with_new_fields
 from llm3.config.schema import EvaluationConfig, GuardConfig, ModelConfig, RunConfig, StageConfig, as_dict
 from llm3.errors import UserError, listed
-from llm3.files import CHECKPOINTS, RECORD, local_path
+from llm3.files import CHECKPOINTS, RECORD
+from llm3.remote import workdir_path
 from llm3.stages.amendments import before_amendments
 from llm3.stages.records import read_record
 
@@ -121,7 +122,7 @@ def without_moved_parent(workdir: Path, name: str, saved: dict, now: dict) -> di
     from llm3.checkpoints.stage_checkpoints import Checkpoints
     from llm3.handoff.checkpoint import holds
 
-    run = local_path(moved["run"], f"config.stages.{name}.start.run")
+    run = workdir_path(moved["run"], f"config.stages.{name}.start.run")
     checkpoints = Checkpoints(workdir / name / CHECKPOINTS, read_only=True)
     with suppress(DamagedCheckpoint):
         if (step := checkpoints.latest()) is None or holds(run, checkpoints.meta(step)["parent"]):

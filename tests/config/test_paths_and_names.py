@@ -58,7 +58,7 @@ ELSEWHERE = [
     ["--workdir=run", "--config.data_dir=hf://data"],
     ["--workdir=run", "--config.tokenizer.path=https://host/tokenizer.json"],
     ["--workdir=run", "--config.tokenizer.chat_template=gs://b/chat.jinja"],
-    ["--workdir=run", "--config.stages.posttrain.start={'run': 'gs://b/run', 'stage': 'pretrain'}"],
+    ["--workdir=run", "--config.stages.posttrain.start={'run': 's3://b/run', 'stage': 'pretrain'}"],
 ]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import datasets
@@ -310,6 +311,12 @@ def test_an_unreachable_hub_is_an_error_that_names_the_source(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(UserError, match=r"some/corpus: not found here.*no route to the hub"):
         open_split(path="some/corpus", data_files=None)
+
+
+def test_a_bucket_that_nothing_here_can_read_is_an_error_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match="to read it from a bucket, pip install s3fs"):
+        open_split(data_files="s3://bucket/rows.jsonl")
 
 
 def test_medical_questions_load_with_their_labels():

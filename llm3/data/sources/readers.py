@@ -149,6 +149,8 @@ def _explained(error: Exception, source: SourceConfig, split: str) -> str:
     if isinstance(cause, UnicodeDecodeError):
         for path in _local_files(source):
             _check_utf8(path)
+    if isinstance(cause, ModuleNotFoundError) and cause.name in ("gcsfs", "s3fs"):
+        return f"source {source_name(source)}: to read it from a bucket, pip install {cause.name}; or copy it here"
     if isinstance(error, ConnectionError | datasets.exceptions.DatasetNotFoundError | FileNotFoundError):
         return (
             f"source {source_name(source)}: not found here or on the Hugging Face hub, or the hub cannot be reached "
