@@ -1,4 +1,4 @@
-"""A run in a bucket: `gs://bucket/run` as a workdir.
+"""A run in a bucket: `gs://bucket/run` or `s3://bucket/run` as a workdir.
 
 Its checkpoints are in the bucket alone; Orbax reads and writes them there. Its small files are also in a temporary
 folder of each process, the copy, which is what the rest of llm3 sees as the workdir. `push` uploads the files of the
@@ -7,6 +7,7 @@ checkpoint, and at the end; the others pull. A bucket has no folders: a file is 
 """
 
 import atexit
+import importlib
 import os
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from typing import Any
 from llm3.errors import NotWritten, UserError
 from llm3.files import BASE, CHECKPOINTS, COMPILED, local_path, show_as
 
-SCHEME = "gs://"
+SCHEMES = ("gs://", "s3://")
 UNCOPIED = frozenset({BASE, CHECKPOINTS, COMPILED, "cache"})  # folders of a run or stage
 NOT_UPLOADED = (".lock", ".partial")
 
@@ -27,8 +28,8 @@ class Copy:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self._store = file_system()
-        self._root = self.url.removeprefix(SCHEME)
+        self._store = file_system(self.url)
+        self._root = name_of(self.url)
         temporary = Path(tempfile.mkdtemp(prefix="llm3-")).resolve()
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         self.folder = temporary / self._root  # so that messages name the bucket and the run
@@ -87,21 +88,21 @@ class Copy:
             elif entry["type"] == "directory":
                 yield from self._objects(entry["name"].rstrip("/"))
             elif not last.endswith(NOT_UPLOADED) and entry["name"] != folder:
-                yield name, entry.get("generation") or (entry["size"], entry.get("mtime"))
+                yield name, entry.get("generation") or entry.get("ETag") or (entry["size"], entry.get("mtime"))
 
 
 _copies: dict[str, Copy] = {}
 
 
 def workdir_path(text: str | Path, where: str) -> Path:
-    """The workdir that a flag names: a path on this machine, or for a URL of Google Cloud Storage its copy.
+    """The workdir that a flag names: a path on this machine, or for the URL of a bucket its copy.
 
     Raises UserError for other URLs, and if the bucket cannot be read.
     """
-    if not str(text).startswith(SCHEME):
+    if not str(text).startswith(SCHEMES):
         return local_path(text, where)
-    if not str(text).removeprefix(SCHEME).partition("/")[2].strip("/"):
-        raise UserError(f"{where}={text}: expected gs://BUCKET/RUN")
+    if not name_of(str(text)).partition("/")[2].strip("/"):
+        raise UserError(f"{where}={text}: expected {str(text)[:5]}BUCKET/RUN")
     url = str(text).rstrip("/")
     if url not in _copies:
         _copies[url] = Copy(url)
@@ -139,15 +140,25 @@ def pull() -> None:
         copy.pull()
 
 
-def file_system() -> Any:
-    """Google Cloud Storage through fsspec, without a cache of listings. Raises UserError if gcsfs is not installed."""
+def name_of(url: str) -> str:
+    """The bucket and the name in it, as fsspec takes them."""
+    return url.partition("://")[2]
+
+
+def file_system(url: str) -> Any:
+    """Where a URL is, through fsspec, without a cache of listings. Raises UserError if its library is not installed."""
     # gcsfs would ask for the kind of the bucket by another protocol, for a minute where only HTTP gets through
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec
-        import gcsfs  # noqa: F401
-    except ImportError:
-        raise UserError("a workdir in Google Cloud Storage needs gcsfs: pip install 'llm3[gcs]'") from None
-    for protocol in ("gs", "gcs"):  # also for etils, which Orbax uses: TensorStore writes behind the back of a cache
+
+        importlib.import_module("s3fs" if url.startswith("s3://") else "gcsfs")
+    except ImportError as error:
+        raise UserError(f"{url}: to use it, pip install {error.name}") from None
+    for protocol in (
+        "gs",
+        "gcs",
+        "s3",
+    ):  # also for etils, which Orbax uses: TensorStore writes behind the back of a cache
         fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
-    return fsspec.filesystem("gcs")
+    return fsspec.filesystem("s3" if url.startswith("s3://") else "gcs")

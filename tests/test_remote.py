@@ -19,7 +19,7 @@ from llm3.handoff.start import read_start
 def bucket(tmp_path, monkeypatch):
     """The folder of the run gs://bucket/run."""
     store = DirFileSystem(str(tmp_path), LocalFileSystem(auto_mkdir=True))
-    monkeypatch.setattr(remote, "file_system", lambda: store)
+    monkeypatch.setattr(remote, "file_system", lambda url: store)
     monkeypatch.setattr(remote, "_copies", {})
     (tmp_path / "bucket" / "run").mkdir(parents=True)
     return tmp_path / "bucket" / "run"

@@ -115,5 +115,5 @@ def rename(step: Path, target: Path) -> None:
         if isinstance(step, Path):
             shutil.copytree(step, target)
         else:
-            remote.file_system().copy(str(step), str(target), recursive=True)
+            remote.file_system(str(step)).copy(str(step), str(target), recursive=True)
         delete(step)

@@ -10,6 +10,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint._src.futures.synchronization import OperationIdGenerator  # has no public name
 
+from llm3.checkpoints import s3
 from llm3.distributed import processes
 
 # Orbax merges the files of each process into these; without them a part cannot be read.
@@ -34,6 +35,8 @@ class LiteralPath(type(epath.Path())):  # type: ignore[misc]  # the class of loc
 
 def for_orbax(path: Path) -> Any:
     """A path as it is passed to Orbax."""
+    if str(path).startswith(s3.SCHEME):
+        s3.let_orbax_write_there()
     return LiteralPath(path) if isinstance(path, Path) else path
 
 

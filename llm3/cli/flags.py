@@ -49,7 +49,7 @@ def one_name(text: str) -> str:
 
 CONFIG = flag("--config", required=True, metavar="FILE", help="a config file, as in configs/")
 OPTIONAL_CONFIG = flag("--config", metavar="FILE", help="the run's config file: reject a run with another config")
-WORKDIR = workdir_flag(required=True, help="the run's files: a folder, or gs://BUCKET/RUN")
+WORKDIR = workdir_flag(required=True, help="the run's files: a folder, gs://BUCKET/RUN or s3://BUCKET/RUN")
 RUN = workdir_flag(default="runs/unnamed", help="a run, if it has begun: its tokenizer and checkpoints")
 SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")

@@ -56,8 +56,8 @@ class _Lock:
     """An object with the holder, a random number for this attempt to hold it, and the number of the beat."""
 
     def __init__(self, url: str):
-        self._url, self._name = url, url.removeprefix(remote.SCHEME)
-        self._store, self._own = remote.file_system(), secrets.token_hex(8)
+        self._url, self._name = url, remote.name_of(url)
+        self._store, self._own = remote.file_system(url), secrets.token_hex(8)
         self._holder = Holder(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%dT%H:%M:%S%z"), locks.command())
         self._beats = 0
 
@@ -69,8 +69,12 @@ class _Lock:
         mode = "overwrite"
         if found is None:
             mode = "create"  # fails if another process has just created it
-        with suppress(FileExistsError):
+        try:
             self._write(mode)
+        except FileExistsError:
+            pass
+        except Exception as error:  # of several libraries
+            raise UserError(f"{self._url} cannot be written: {error}") from error
         time.sleep(locks.BEAT_SECONDS / 10)  # if another process has found the same dead holder, the last writer wins
         now = self.read()
         if now is None or now["own"] != self._own:

@@ -78,7 +78,7 @@ class Checkpoint(NamedTuple):
         def seen_from_here(link: dict) -> dict:
             if "run" not in link:  # a pretrained model belongs to no run
                 return link
-            run = link["run"] if link["run"].startswith(remote.SCHEME) else remote.address(theirs / link["run"])
+            run = link["run"] if link["run"].startswith(remote.SCHEMES) else remote.address(theirs / link["run"])
             return link | {"run": "." if run == here else run}
 
         return [*map(seen_from_here, self.meta["lineage"]), own]

@@ -53,12 +53,12 @@ def test_letters_digits_and_three_marks_are_names(file, name):
 
 
 ELSEWHERE = [
-    ["--workdir=s3://bucket/run"],
+    ["--workdir=az://bucket/run"],
     ["--workdir=run", "--config.cache_dir=s3://bucket/cache"],
     ["--workdir=run", "--config.data_dir=hf://data"],
     ["--workdir=run", "--config.tokenizer.path=https://host/tokenizer.json"],
     ["--workdir=run", "--config.tokenizer.chat_template=gs://b/chat.jinja"],
-    ["--workdir=run", "--config.stages.posttrain.start={'run': 's3://b/run', 'stage': 'pretrain'}"],
+    ["--workdir=run", "--config.stages.posttrain.start={'run': 'az://b/run', 'stage': 'pretrain'}"],
 ]
 
 

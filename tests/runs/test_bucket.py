@@ -1,4 +1,4 @@
-"""A run whose workdir is a URL of Google Cloud Storage, against an emulator of it on this machine."""
+"""Runs whose workdir is the URL of a bucket, against emulators of such stores on this machine."""
 
 import json
 import re
@@ -10,31 +10,55 @@ import pytest
 from tests.helpers import forks
 from tests.helpers import tiny_run as tiny
 
-gcsfs = pytest.importorskip("gcsfs.core")  # the class that asks for nothing but HTTP
-emulator = pytest.importorskip("gcp_storage_emulator.server")
 RUN = "bucket/runs/tiny"
 
 
-@pytest.fixture(scope="module")
-def llm3():
-    """Starts the emulator; a function that runs a command line with it, and gives what it printed."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    address = f"http://127.0.0.1:{port}"
-    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), address)
+        return free.getsockname()[1]
+
+
+def with_variables(variables):
+    """A function that runs a command line with these environment variables, and gives what it printed."""
 
     def llm3(*command, point="", status=0):
         arguments = [point, json.dumps([[str(each) for each in command]])]
-        fork = forks.Fork(arguments, variables | {"FSSPEC_GCS_TOKEN": "anon"})
+        fork = forks.Fork(arguments, variables)
         output, error = fork.communicate(tiny.ENDS_WITHIN)
         assert fork.returncode == status, output + error
         return " ".join((output + error).split())
 
+    return llm3
+
+
+@pytest.fixture(scope="module")
+def llm3():
+    """Runs commands with an emulator of Google Cloud Storage; `llm3.store` is its file system."""
+    gcsfs = pytest.importorskip("gcsfs.core")  # the class that asks for nothing but HTTP
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    server = emulator.create_server("127.0.0.1", port := free_port(), in_memory=True, default_bucket="bucket")
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    variables = dict.fromkeys(("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"), address)
+    llm3 = with_variables(variables | {"FSSPEC_GCS_TOKEN": "anon"})
     options = {"use_listings_cache": False, "skip_instance_cache": True}
     llm3.store = gcsfs.GCSFileSystem(token="anon", endpoint_url=address, **options)
+    yield llm3
+    server.stop()
+
+
+@pytest.fixture
+def llm3_with_s3():
+    """The same with an emulator of S3."""
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer("127.0.0.1", port := free_port(), verbose=False)
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
+    llm3 = with_variables(keys | {"AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"})
+    llm3.store = s3fs.S3FileSystem(key="key", secret="secret", endpoint_url=address, use_listings_cache=False)
+    llm3.store.mkdir("bucket")
     yield llm3
     server.stop()
 
@@ -89,3 +113,22 @@ def test_a_run_elsewhere_starts_from_one_in_a_bucket_and_reads_its_data_there(ll
     assert f"gs://{RUN}/pretrain step 10" in lineage and f"gs://{RUN}/posttrain step 10" in lineage
     assert "gone" not in lineage
     assert f"right gs://{RUN}" in llm3("compare", tmp_path / "child", f"gs://{RUN}")
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_s3_resumes_and_ends_with_the_bits_of_a_local_one(llm3_with_s3, tmp_path):
+    tiny.write_texts(tmp_path / "texts")
+    lines = "del c.stages.posttrain, c.stages.finetune, c.stages.scratch, c.evaluations.domain, c.evaluations.task"
+    run = ("run", f"--config={tiny.write_config(tmp_path / 'config.py', tmp_path, lines)}")
+    there, here = f"--workdir=s3://{RUN}", f"--workdir={tmp_path / 'local'}"
+    llm3_with_s3(*run, there, point="SIGKILL@log:pretrain:10", status=-signal.SIGKILL)
+    again = llm3_with_s3(*run, there)
+    assert re.search("pretrain: resumes at step [48] ", again), again
+    llm3_with_s3(*run, here)
+    matrix = json.loads(llm3_with_s3.store.cat_file(f"{RUN}/matrix.json"))
+    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == tiny.digests(tmp_path / "local")
+    steps = {each.name for each in (tmp_path / "local" / "pretrain" / "checkpoints").iterdir()}
+    kept = llm3_with_s3.store.ls(f"{RUN}/pretrain/checkpoints", detail=False)
+    assert {each.rpartition("/")[2] for each in kept} == steps
+    assert f"s3://{RUN}/pretrain step 10" in llm3_with_s3("lineage", there)
+    assert not llm3_with_s3.store.exists(f"{RUN}/.lock")
