@@ -32,6 +32,7 @@ from llm3.report.material import Columns, Material
 from llm3.report.predictions import read_predictions
 from llm3.report.settings import changed
 from llm3.stages import rules
+from llm3.stages.beside import with_stages_beside
 from llm3.stages.evaluated import current, definition
 from llm3.stages.parents import first_rows, parent_labels
 
@@ -105,11 +106,13 @@ def write_report(config: RunConfig, workdir: Path, console: Console) -> None:
 
 def gather(config: RunConfig, workdir: Path) -> Material:
     """Everything that the report shows, from the files of a run. Raises UserError if no stage is finished."""
+    rules.check(config)
+    settings, config = changed(config), with_stages_beside(config, workdir)
     first, parents = first_rows(config, workdir), parent_labels(config, workdir)
     now = {name: {"config": definition(config, name)} for name in config.evaluations}
     found: dict[str, dict] = {}
     details: dict[str, dict | None] = {}
-    for name in [*first, *rules.check(config)]:
+    for name in [*first, *rules.parents_first(config.stages)]:
         if row := read_json(workdir / name / ROW):
             kept, details[name] = current(workdir / name, row, read_json(workdir / name / DETAILS), now)
             found[name] = kept | {"parent": parents.get(name)}
@@ -137,7 +140,7 @@ def gather(config: RunConfig, workdir: Path) -> Material:
         predictions=predictions,
         samples={name: lines for name in found if (lines := read_json_lines(workdir / name / SAMPLES))},
         data_samples={name: kept for name in found if (kept := read_json(workdir / name / DATA_SAMPLE))},
-        settings=changed(config),
+        settings=settings,
         wall_seconds=summed([each["wall_seconds"] for each in sessions]),
         sessions=[(each["started"], each["seconds"]) for each in sessions],
     )
