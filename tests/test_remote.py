@@ -9,7 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 from llm3 import remote
 from llm3.distributed import bucket_lock
 from llm3.distributed import lock as locks
-from llm3.distributed.bucket_lock import lock
+from llm3.distributed.bucket_lock import bucket_held
 from llm3.errors import UserError
 from llm3.files import shown
 from llm3.handoff.start import read_start
@@ -79,12 +79,12 @@ def test_the_run_to_start_from_may_be_in_a_bucket(bucket, tmp_path):
 def test_a_run_in_a_bucket_has_one_writer_until_it_is_dead(bucket, monkeypatch):
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
     copy = remote.workdir_path("gs://bucket/run", "--workdir")
-    with lock(copy):
-        with pytest.raises(UserError, match=r"gs://bucket/run is in use by process .* since"), lock(copy):
+    with bucket_held(copy):
+        with pytest.raises(UserError, match=r"gs://bucket/run is in use by process .* since"), bucket_held(copy):
             pass
         held = (bucket / ".lock").read_text()
     assert not (bucket / ".lock").exists()
     (bucket / ".lock").write_text(held)  # as of a process that was killed
     monkeypatch.setattr(bucket_lock.socket, "gethostname", lambda: "another")
-    with lock(copy):
+    with bucket_held(copy):
         assert json.loads((bucket / ".lock").read_text())["holder"]["host"] == "another"

@@ -15,7 +15,7 @@ from rich.console import Console
 from llm3.ablation.graph import NODE, Node, directory
 from llm3.ablation.slots import Slot, slots
 from llm3.distributed import interrupts
-from llm3.distributed.lock import holder
+from llm3.distributed.lock import Holder, holder
 from llm3.errors import Exit
 from llm3.files import write_json
 from llm3.report.units import duration
@@ -111,7 +111,7 @@ class Trainer:
                 self._fail(waiting.pop(node.name), f"its parent {node.parent} failed")
             elif self._signal is not None or len(busy) >= len(self._slots) or node.parent in {*waiting, *busy}:
                 continue
-            elif other := holder(directory(self._workdir, node.name)):
+            elif other := self._holder(node):
                 if node.name not in self._in_use:
                     self._console.print(f"{node.name}: {other} trains it, and is waited for")
                 self._in_use.add(node.name)
@@ -129,12 +129,15 @@ class Trainer:
         node, status = ended.node, ended.process.returncode
         if self._signal is not None and status in (*STOPPED, -self._signal):
             return
-        if status and holder(directory(self._workdir, node.name)):  # another process was faster
+        if status and self._holder(node):  # another process was faster
             self._waiting[node.name] = node
         elif status == 0 and (result := self._result(node)) is not None:
             self._say(node, f"{result}, {duration(time.monotonic() - ended.since)}")
         else:
             self._fail(node, f"exit {status}: {last_line(directory(self._workdir, node.name) / LOG)}")
+
+    def _holder(self, node: Node) -> Holder | None:
+        return holder(directory(self._workdir, node.name) / node.stage)
 
     def _fail(self, node: Node, why: str) -> None:
         self._failed[node.name] = why

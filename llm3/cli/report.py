@@ -34,6 +34,7 @@ from llm3.report.settings import changed
 from llm3.stages import rules
 from llm3.stages.beside import with_stages_beside
 from llm3.stages.evaluated import current, definition
+from llm3.stages.locks import shared
 from llm3.stages.parents import first_rows, parent_labels
 
 
@@ -96,11 +97,15 @@ def kept_config(workdir: Path) -> RunConfig:
 
 
 def write_report(config: RunConfig, workdir: Path, console: Console) -> None:
-    """Print the matrix of all finished stages, and write it with report.md and the plots. Raises UserError."""
-    material = gather(config, workdir)
-    table.print_table(material.given_rows, material.given_baselines, console)
-    with writing(workdir / REPORT_HTML):
-        page.write_report(workdir, material)
+    """Print the matrix of all finished stages, and write it with report.md and the plots. Raises UserError.
+
+    Of several runs that end at once, one after the other writes what all of them have finished by then.
+    """
+    with shared(workdir):
+        material = gather(config, workdir)
+        table.print_table(material.given_rows, material.given_baselines, console)
+        with writing(workdir / REPORT_HTML):
+            page.write_report(workdir, material)
     console.print(f"Report: {workdir / REPORT_HTML}, and {REPORT} beside it")
 
 

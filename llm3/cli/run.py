@@ -1,17 +1,20 @@
 """The verb `run`: train and evaluate the stages in order, then write a report."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.cli.report import write_report
 from llm3.config.schema import RunConfig, as_dict
+from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import processes
 from llm3.distributed.agreement import check_shared
-from llm3.distributed.bucket_lock import lock
+from llm3.distributed.bucket_lock import bucket_held
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (
@@ -35,6 +38,7 @@ from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
 from llm3.stages.later import evaluate_outdated, is_current
+from llm3.stages.locks import StageLocks, check_parents, shared
 from llm3.stages.mend import mend
 from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_all_before_training, run_stage
@@ -42,6 +46,13 @@ from llm3.stages.session import Session
 from llm3.stages.start import locate_parent
 from llm3.stages.stopwatch import Stopwatch
 from llm3.stages.workdir import check_record
+
+
+class Work(NamedTuple):
+    """What a run is to do: how stages that have begun change, by name, and the stages to train, parents first."""
+
+    amendments: dict[str, Amendment]
+    to_train: list[str]
 
 
 def run(
@@ -67,8 +78,8 @@ def run(
         console.print(line, style="bold red")
     for name in first:
         check_record(workdir, config, name)
-    amendments = planned_amendments(config, workdir, order, why, from_step)
-    to_train = stages_to_train(config, workdir, order, amendments)
+    look = partial(work_to_do, config, workdir, order, why, from_step)
+    to_train = (work := look()).to_train
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
         finished = "is finished" if len(order) == 1 else "are finished"
         where = workdir if bare else workdir / REPORT_HTML
@@ -80,9 +91,9 @@ def run(
     with ExitStack() as held:
         request = held.enter_context(stop_on_signals())
         held.enter_context(naming_intact_checkpoint(workdir, order))
-        processes.broadcast_from_first(lambda: held.enter_context(lock(workdir)))
-        check_shared(workdir)
-        processes.broadcast_from_first(lambda: apply(workdir, config, amendments))
+        processes.broadcast_from_first(lambda: held.enter_context(bucket_held(workdir)))
+        locks = held.enter_context(StageLocks(workdir))
+        take(locks, config, workdir, work, look)
         log, watch = SessionLog(workdir, to_train), Stopwatch()
         with watch.part("tokenize"):
             experiment = processes.on_first_then_all(lambda: prepare(config, workdir, order))
@@ -104,6 +115,7 @@ def run(
                 if not trained:
                     console.print(f"Stopped by {request.name}; everything is saved. Rerun the command to resume.")
                     return request.exit
+                locks.release(name)
         check_ancestry(config, workdir, order)
         for changed in [changed_parent(config, workdir, name) for name in config.stages if name not in order]:
             if changed:
@@ -114,12 +126,37 @@ def run(
     return 0
 
 
+def work_to_do(config: RunConfig, workdir: Path, order: list[str], why: str, from_step: int | None) -> Work:
+    """What is left to do of the chosen stages; the arguments are those of `run`. Raises UserError."""
+    amendments = planned_amendments(config, workdir, order, why, from_step)
+    return Work(amendments, stages_to_train(config, workdir, order, amendments))
+
+
+def take(locks: StageLocks, config: RunConfig, workdir: Path, work: Work, look: Callable[[], Work]) -> None:
+    """Take the stages to train and amend them. look: finds the work again.
+
+    Raises UserError if another run has one of them, or has done some of the work since it was found.
+    """
+    with processes.held_by_first(lambda: shared(workdir)):
+        check_shared(workdir)
+        processes.broadcast_from_first(lambda: locks.take(work.to_train))
+        now = look()
+        plans = [{name: each._replace(when="") for name, each in w.amendments.items()} for w in (work, now)]
+        if plans[0] != plans[1] or work.to_train != now.to_train:
+            raise UserError(f"{workdir}: another run has finished or changed a stage just now: rerun the command")
+        processes.broadcast_from_first(lambda: apply(workdir, config, work.amendments))
+
+
 def stages_to_train(config: RunConfig, workdir: Path, order: list[str], amendments: dict[str, Amendment]) -> list[str]:
-    """The chosen stages that have no row or are to be changed. Raises UserError if the parent of one is missing."""
+    """The chosen stages that have no row or are to be changed.
+
+    Raises UserError if the parent of one is missing, or is trained by another run.
+    """
     check_ancestry(config, workdir, order)
     found = processes.broadcast_from_first(
         lambda: [name for name in order if name in amendments or not (workdir / name / ROW).is_file()]
     )
+    processes.broadcast_from_first(lambda: check_parents(config, workdir, found))
     for name in found:
         locate_parent(config, workdir, name, found)
     return found
@@ -168,16 +205,28 @@ def begin(session: Session, to_train: list[str], bare: bool) -> None:
     """Check all stages to train, then write the files of the run; bare: without rows for what they start from."""
     check_all_before_training(session, to_train)
     keep_model(session)
+    processes.broadcast_from_first(lambda: write_run_files(session, bare))
     if processes.is_first():
+        session.print_header()
+
+
+def write_run_files(session: Session, bare: bool) -> None:
+    """Write the files that all runs in a workdir share. Raises UserError if another one has begun it otherwise."""
+    path, tokenizer = session.workdir / TOKENIZER, session.experiment.tokenizer
+    with shared(session.workdir):
+        if path.is_file() and (saved := Tokenizer.load(path).hash) != tokenizer.hash:
+            raise UserError(
+                f"{path} is another tokenizer ({saved[:12]}) than this run's ({tokenizer.hash[:12]}): another run has "
+                f"begun this workdir with it: use another --workdir"
+            )
         if not bare:
             write_records(session)
-        with writing(session.workdir / TOKENIZER):
-            session.experiment.tokenizer.save(session.workdir / TOKENIZER)
+        with writing(path):
+            tokenizer.save(path)
         if template := session.experiment.library.template:
             with writing(session.workdir / CHAT_TEMPLATE):
                 write_atomic(session.workdir / CHAT_TEMPLATE, template)
         write_json(session.workdir / RESOLVED, as_dict(session.config))
-        session.print_header()
 
 
 def make_console() -> Console:

@@ -23,12 +23,11 @@ BEATS = 3  # a holder that has not written its lock for so many beats is dead
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Hold a run exclusively while this context lasts: as `lock.lock`, also for the copy of a run in a bucket."""
+def bucket_held(workdir: Path) -> Iterator[None]:
+    """Hold a run exclusively while this context lasts, if `workdir` is the copy of a run in a bucket."""
     url = remote.url_of(workdir)
     if url is None:
-        with locks.lock(workdir):
-            yield
+        yield
         return
     held = _Lock(f"{url}/{LOCK}")
     held.take()

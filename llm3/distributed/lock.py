@@ -1,4 +1,4 @@
-"""The lock of a run directory: one process at a time may write there."""
+"""The lock of a directory, such as that of a stage: one process at a time may write there."""
 
 import errno
 import fcntl
@@ -23,10 +23,16 @@ LOCK = ".lock"
 BEAT_SECONDS = 10.0  # how often a holder touches its lock
 DEAD_SECONDS = 120.0  # a holder that has not touched its lock for this long counts as dead
 ATTEMPTS = 10  # to take a lock, while others remove theirs with the directories that they have made
+POLL_SECONDS = 0.1  # between two looks at a lock that is waited for
+QUIET_SECONDS = 5.0  # of waiting, before the log says so
+
+
+class InUse(UserError):
+    """A directory that another process holds; the message names it."""
 
 
 class Holder(NamedTuple):
-    """The process that holds a workdir, as recorded in the lock file."""
+    """The process that holds a directory, as recorded in the lock file."""
 
     host: str
     process: int
@@ -39,16 +45,17 @@ class Holder(NamedTuple):
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Hold the workdir exclusively while this context lasts.
+def lock(directory: Path, seconds: float = 0.0, remove: bool = False) -> Iterator[None]:
+    """Hold a directory exclusively while this context lasts.
 
     The kernel frees the lock of a process however it ends. Some file systems, however, share no locks between hosts,
     and some have no locks at all. There, a holder is alive as long as it keeps touching the lock file. A directory that
-    did not exist before, and holds nothing else in the end, is removed. Raises UserError that names the holder, or if
-    the directory cannot be created; NotWritten if the disk is full.
+    did not exist before, and holds nothing else in the end, is removed; with `remove`, one that did exist, too. Only
+    under the kernel's lock: without it, others could be there. seconds: how long to wait for another holder.
+    Raises InUse, UserError if the directory cannot be created, NotWritten if the disk is full.
     """
-    path = workdir / LOCK
-    handle, own, removable = _acquire(path)
+    path = directory / LOCK
+    handle, own, created = _waited_for(path, seconds)
     with handle:
         ended = threading.Event()
         threading.Thread(target=_touch, args=(path, ended), name="lock", daemon=True).start()
@@ -58,24 +65,37 @@ def lock(workdir: Path) -> Iterator[None]:
             ended.set()
             with suppress(OSError):
                 if _holder(path) == own:
-                    if removable:
+                    if (created or remove) and own.locked:
                         _remove_if_empty(path)
                     handle.truncate(0)
 
 
-def _acquire(path: Path) -> tuple[BinaryIO, Holder, bool]:
-    """(the lock file, this process in it, whether to remove an empty directory in the end). Raises as `lock`.
+def _waited_for(path: Path, seconds: float) -> tuple[BinaryIO, Holder, bool]:
+    """As `_acquire`, which is tried again for some time while another process holds the lock."""
+    began, silent = time.monotonic(), True
+    while True:
+        try:
+            return _acquire(path)
+        except InUse as error:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                raise
+            if silent and waited > QUIET_SECONDS:
+                logger.warning("%s, and is waited for", error)
+                silent = False
+        time.sleep(POLL_SECONDS)
 
-    Only what this process has made is removed, and only under the kernel's lock: without it, others could be there.
-    """
+
+def _acquire(path: Path) -> tuple[BinaryIO, Holder, bool]:
+    """(the lock file, this process in it, whether its directory had to be made). Raises as `lock`."""
     for _ in range(ATTEMPTS):
         with suppress(FileNotFoundError), ExitStack() as opened:  # another process has removed the directory it made
             created, handle = _open(path)
             opened.enter_context(handle)
-            own, locked = _take(path, handle)
+            own = _take(path, handle)
             opened.pop_all()
-            return handle, own, created and locked
-    raise UserError(f"--workdir={path.parent} is a link to a directory that does not exist, or others keep removing it")
+            return handle, own, created
+    raise UserError(f"{path.parent} is a link to a directory that does not exist, or others keep removing it")
 
 
 def _open(path: Path) -> tuple[bool, BinaryIO]:
@@ -83,11 +103,11 @@ def _open(path: Path) -> tuple[bool, BinaryIO]:
 
     Also raises UserError and NotWritten, as `lock`.
     """
-    workdir = path.parent
+    directory = path.parent
     try:
         created = False
         with suppress(FileExistsError):  # if it is no directory, the lock cannot be opened
-            workdir.mkdir(parents=True)
+            directory.mkdir(parents=True)
             created = True
         return created, open(path, "ab+", buffering=0, opener=_open_own)
     except FileNotFoundError:
@@ -98,12 +118,12 @@ def _open(path: Path) -> tuple[bool, BinaryIO]:
                 f"{path} is a symbolic link, and llm3 would overwrite its target: remove the link"
             ) from error
         kind = NotWritten if error.errno in FULL else UserError
-        raise kind(f"--workdir={workdir}: {error.strerror}: {error.filename}") from error
+        raise kind(f"{directory} cannot be written: {error.strerror}: {error.filename}") from error
 
 
-def holder(workdir: Path) -> Holder | None:
-    """The process that holds the workdir; None if none does, or if it shows no sign of life."""
-    path = workdir / LOCK
+def holder(directory: Path) -> Holder | None:
+    """The process that holds a directory; None if none does, or if it shows no sign of life."""
+    path = directory / LOCK
     found = _holder(path)
     if found is None or (found.host == socket.gethostname() and not is_running(found.process)):
         return None
@@ -111,9 +131,9 @@ def holder(workdir: Path) -> Holder | None:
     return found if modified is not None and time.time() - modified < DEAD_SECONDS else None
 
 
-def recorded(workdir: Path) -> Holder | None:
-    """The process that the lock of a workdir names, alive or not."""
-    return _holder(workdir / LOCK)
+def recorded(directory: Path) -> Holder | None:
+    """The process that the lock of a directory names, alive or not."""
+    return _holder(directory / LOCK)
 
 
 def _open_own(path: str, flags: int) -> int:
@@ -132,10 +152,10 @@ def _remove_if_empty(path: Path) -> None:
             path.parent.rmdir()
 
 
-def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
-    """Record this process in the lock; returns it, and whether the kernel has locked the file for it.
+def _take(path: Path, handle: BinaryIO) -> Holder:
+    """Record this process in the lock, and return it.
 
-    Raises UserError if another holder is alive, and FileNotFoundError if its last holder has removed the file.
+    Raises InUse if another holder is alive, and FileNotFoundError if its last holder has removed the file.
     """
     locked, held = True, False
     try:
@@ -150,9 +170,9 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
     # where there are no locks, a holder is alive as long as it touches the file.
     known = before is not None and before.host == own.host and before.locked
     if held and (before is None or known):
-        raise UserError(f"{path.parent} is in use by {before or 'a process that has just started'}")
+        raise InUse(f"{path.parent} is in use by {before or 'a process that has just started'}")
     if before is not None and not (locked and known) and _is_alive(path, before, own.host):
-        raise UserError(f"{path.parent} is in use by {before}")
+        raise InUse(f"{path.parent} is in use by {before}")
     with writing(path):
         handle.truncate(0)
         handle.write(json.dumps(own._asdict()).encode())
@@ -162,8 +182,8 @@ def _take(path: Path, handle: BinaryIO) -> tuple[Holder, bool]:
     if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not locked and (other := _holder(path)) != own:
-        raise UserError(f"{path.parent} is in use by {other or 'another process'}")
-    return own, locked
+        raise InUse(f"{path.parent} is in use by {other or 'another process'}")
+    return own
 
 
 def command() -> str:

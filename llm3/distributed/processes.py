@@ -9,8 +9,8 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -234,6 +234,14 @@ def on_first_then_all(make: Callable[[], T]) -> T:
     made: list[T] = []
     broadcast_from_first(lambda: made.append(make()))
     return made[0] if made else make()
+
+
+@contextmanager
+def held_by_first(make: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter a context on the first process while this one lasts; its UserError is raised on all of them."""
+    with ExitStack() as held:
+        broadcast_from_first(lambda: held.enter_context(make()))
+        yield
 
 
 class RemoteError(UserError):

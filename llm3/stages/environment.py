@@ -12,6 +12,7 @@ from typing import Any
 
 import llm3
 from llm3.files import SESSIONS, read_json, write_json
+from llm3.stages.locks import shared
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "datasets")
 
@@ -63,5 +64,9 @@ class SessionLog:
         facts: devices, data and so on. Raises NotWritten if the disk refuses.
         """
         now = {"facts": facts, "seconds": time.perf_counter() - self._since, "wall_seconds": wall_seconds}
-        others = [each for each in read_json(self._path) or [] if each["started"] != self._record["started"]]
-        write_json(self._path, [*others, self._record | now])
+        with shared(self._path.parent):
+            others = [each for each in read_json(self._path) or [] if not self._is(each)]
+            write_json(self._path, [*others, self._record | now])
+
+    def _is(self, other: dict[str, Any]) -> bool:
+        return all(other.get(key) == self._record[key] for key in ("started", "stages"))

@@ -15,13 +15,14 @@ from llm3.handoff.pretrained import Pretrained, find_pretrained, keep_descriptio
 from llm3.models.transformer import abstract_params, init
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import Subject, subject_of_checkpoint
+from llm3.stages.locks import row_held
 from llm3.stages.model import has_lm_leaves
 from llm3.stages.parents import first_rows, model_starts, other_runs
 from llm3.stages.records import write_record
 from llm3.stages.samples import take_samples
 from llm3.stages.session import Session
 from llm3.stages.start import loaded_params
-from llm3.stages.workdir import stage_record
+from llm3.stages.workdir import check_record, stage_record
 from llm3.tree import flatten
 
 NO_COST = {"tokens": 0, "flops": 0.0, "seconds": 0.0, "trainable_params": 0}
@@ -39,14 +40,20 @@ def evaluate_first_rows(session: Session) -> None:
         if lost := processes.broadcast_from_first(partial(unreadable, session.config, session.workdir, name)):
             session.console.print(f"{name}: no row, since the parent cannot be read: {lost}")
             continue
-        subject, params = subject_and_params(session, name)
-        take_samples(session, subject, params, step=0)
-        write_row(session, subject, params, _facts(session, name))
+        with row_held(session.workdir, name, session.watchdog):
+            if not _is_measured(session, name):  # by another run, meanwhile
+                subject, params = subject_and_params(session, name)
+                take_samples(session, subject, params, step=0)
+                write_row(session, subject, params, _facts(session, name))
 
 
 def write_records(session: Session) -> None:
-    """Write down the config that each of the first rows is computed from, unless that has been done."""
+    """Write down the config that each of the first rows is computed from, unless that has been done.
+
+    Raises UserError if another run has begun them with another config since that was checked.
+    """
     for name in first_rows(session.config, session.workdir):
+        check_record(session.workdir, session.config, name)
         if not (session.workdir / name / RECORD).is_file():
             write_record(session.workdir, name, stage_record(session.config, name))
 

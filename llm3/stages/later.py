@@ -17,6 +17,7 @@ from llm3.stages.evaluated import Entries, changes, definition, entries, majorit
 from llm3.stages.evaluation import Subject, subject_of_checkpoint
 from llm3.stages.experiment import read_evaluation_data, read_library
 from llm3.stages.first_rows import subject_and_params, unreadable
+from llm3.stages.locks import row_held
 from llm3.stages.parents import first_rows
 from llm3.stages.session import Session
 from llm3.stages.trackers import open_writer
@@ -59,16 +60,22 @@ def evaluate_outdated(session: Session, first: list[str], stages: list[str]) -> 
     first: rows of parents that are no stage here. Raises UserError.
     """
     now, where = session.experiment.evaluation_entries, (session.config, session.workdir)
-    found = processes.broadcast_from_first(lambda: outdated(session.workdir, [*first, *stages], now))
-    for name, wanted in found.items():
+
+    def look(names: list[str]) -> dict[str, dict[str, list[str]]]:
+        return processes.broadcast_from_first(lambda: outdated(session.workdir, names, now))
+
+    for name, wanted in look([*first, *stages]).items():
         if name in first and (lost := processes.broadcast_from_first(partial(unreadable, *where, name))):
             session.console.print(f"{name}: not evaluated by {', '.join(wanted)}, since it cannot be read: {lost}")
             continue
-        for evaluation, lines in wanted.items():
-            why = f"again, since it has changed: {'; '.join(lines)}" if lines else "which its row lacks"
-            session.console.print(f"{name}: evaluating {evaluation}, {why}")
-        subject, params = subject_and_params(session, name) if name in first else finished_stage(session, name)
-        _update(session, subject, params, list(wanted))
+        with row_held(session.workdir, name, session.watchdog):
+            wanted = look([name]).get(name, {})  # another run may have done so meanwhile
+            for evaluation, lines in wanted.items():
+                why = f"again, since it has changed: {'; '.join(lines)}" if lines else "which its row lacks"
+                session.console.print(f"{name}: evaluating {evaluation}, {why}")
+            if wanted:
+                subject, params = subject_and_params(session, name) if name in first else finished_stage(session, name)
+                _update(session, subject, params, list(wanted))
 
 
 def finished_stage(session: Session, name: str) -> tuple[Subject, dict]:

@@ -1,9 +1,11 @@
 """Files of a run that are empty or cannot be read, and that the run makes again from its checkpoints."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from llm3.checkpoints.commit import saved_steps
+from llm3.distributed.lock import holder
 from llm3.errors import writing
 from llm3.files import (
     CHECKPOINTS,
@@ -32,12 +34,15 @@ def mend(workdir: Path, names: list[str]) -> list[str]:
     """Set aside damaged files that can be made again, of a run and of its rows `names`; a line on each of them.
 
     A missing or damaged record is written again from the newest checkpoint that can be read. A row whose details or
-    predictions are damaged is measured again; damaged lines of metrics and samples are left out.
+    predictions are damaged is measured again; damaged lines of metrics and samples are left out. A row that another
+    process holds is left to it.
     """
     said = _renamed([workdir / name for name in (MATRIX, RESOLVED, TOKENIZER)])
     said += _renamed([workdir / SESSIONS, *(workdir / name / DATA_SAMPLE for name in names)], WITHOUT)
     for name in names:
         directory = workdir / name
+        if holder(directory):
+            continue
         lost = _renamed([directory / RECORD])
         steps = saved_steps(directory / CHECKPOINTS)
         predictions = (directory / PREDICTIONS).glob("*.parquet")
@@ -82,7 +87,7 @@ def _renamed(paths: list[Path], then: str = AGAIN) -> list[str]:
 
 def _rename(path: Path) -> Path:
     kept = path.with_name(f"{path.name}.damaged")
-    with writing(kept):
+    with writing(kept), suppress(FileNotFoundError):  # another run has done so
         path.replace(kept)
     return kept
 

@@ -23,6 +23,7 @@ from llm3.stages.data_sample import data_sample
 from llm3.stages.evaluate import write_row
 from llm3.stages.evaluation import subject_of
 from llm3.stages.hooks import make_hooks, sample
+from llm3.stages.locks import check_parents
 from llm3.stages.parents import parent_labels
 from llm3.stages.records import write_record
 from llm3.stages.samples import drop_samples
@@ -85,6 +86,7 @@ def _run_stage(stage: Stage, session: Session, request: StopRequest) -> bool:
     watchdog.at(0, "waiting for the others")
     see_checkpoints(session.config, session.workdir, [stage.name])
     check_ancestry(session.config, session.workdir, [stage.name])
+    processes.broadcast_from_first(lambda: check_parents(session.config, session.workdir, [stage.name]))
     parent = find_parent(session.experiment, stage, [])
     memory.reset_peak()
     best, every = config.best or None, config.keep_every

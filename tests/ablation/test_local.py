@@ -42,12 +42,13 @@ class World:
     def result(self, name):
         return "fine" if name in self.finished else None
 
-    def holder(self, folder):
-        left = self.held.get(folder.name, 0)
+    def holder(self, stage):
+        name = stage.parent.name
+        left = self.held.get(name, 0)
         if left:
-            self.held[folder.name] = left - 1
+            self.held[name] = left - 1
             if left == 1:
-                self.finished.add(folder.name)
+                self.finished.add(name)
         return OTHER if left else None
 
     def start(self, folder, slot):

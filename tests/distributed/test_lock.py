@@ -1,4 +1,4 @@
-"""A run directory has one writer at a time."""
+"""A stage has one writer at a time, and the files that all runs in a workdir share too."""
 
 import errno
 import fcntl
@@ -25,13 +25,13 @@ def file(tmp_path_factory):
     return str(tiny.write_config(directory / "config.py", directory))
 
 
-def test_a_directory_in_use_is_rejected_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
+def test_a_stage_in_use_is_rejected_with_the_name_of_its_holder(capsys, monkeypatch, tmp_path, file):
     monkeypatch.setattr("sys.argv", ["/somewhere/llm3/__main__.py", "run", "--workdir=here"])
-    with lock(tmp_path):
+    with lock(tmp_path / "posttrain"):
         assert main(["run", f"--config={file}", f"--workdir={tmp_path}"]) == 2
     error = capsys.readouterr().err
     holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%dT')}"
-    assert f"{tmp_path} is in use by {holder}" in error and "(python -m llm3 run --workdir=here)" in error
+    assert f"{tmp_path / 'posttrain'} is in use by {holder}" in error and "(python -m llm3 run --workdir=here)" in error
 
 
 HOLD = "import pathlib, sys, llm3.distributed.lock as w\n"
@@ -165,7 +165,7 @@ def test_a_workdir_that_cannot_be_made_is_rejected(capsys, tmp_path, file):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
         assert main(["run", f"--config={file}", f"--workdir={tmp_path / name}"]) == 2
-        assert f"--workdir={tmp_path / name}" in capsys.readouterr().err
+        assert str(tmp_path / name) in capsys.readouterr().err
 
 
 def test_a_lock_that_is_a_symbolic_link_is_refused_and_its_target_kept(tmp_path):
@@ -243,7 +243,7 @@ def test_a_process_that_waits_for_a_sign_of_life_has_a_new_lock_once_the_holder_
 CROWD = """
 import pathlib, sys, time, llm3.distributed.lock as w
 from llm3.errors import UserError
-workdir, inside, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), time.monotonic() + 3
+workdir, inside, end = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), time.monotonic() + 1.5
 held, opened = 0, w._open
 w._open = lambda path: (True, opened(path)[1])  # also one that has not made the directory removes it
 while time.monotonic() < end or not held:

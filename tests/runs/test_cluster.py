@@ -191,10 +191,10 @@ def test_processes_with_different_configs_or_directories_are_refused_by_all_befo
     assert not (base / "differ").exists() and not (base / "elsewhere").exists()
 
 
-def test_a_workdir_in_use_is_refused_by_all_processes(base, whole):
+def test_a_stage_in_use_is_refused_by_all_processes(base):
     from llm3.distributed.lock import lock
 
-    with lock(base / "used"):
+    with lock(base / "used" / "posttrain"):
         ended = run(base, "used", "2 x 2", STAGES, status=Exit.BAD_INPUT)
     assert "is in use by process" in ended[0].stderr
     assert ended[1].stderr.count("is in use") == 0

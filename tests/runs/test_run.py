@@ -4,8 +4,10 @@ import csv
 import hashlib
 import json
 import math
+import pathlib
 import re
 import shutil
+import time
 import types
 
 import jax
@@ -23,6 +25,7 @@ from llm3.report.matrix import KEYS
 from llm3.report.predictions import read_predictions
 from llm3.stages.samples import read_samples
 from llm3.tree import params_digest
+from tests.helpers import forks
 from tests.helpers import tiny_run as tiny
 from tests.helpers.tiny_damage import edited
 from tests.helpers.tiny_events import scalars
@@ -350,17 +353,41 @@ def test_a_run_that_is_damaged_and_stopped_says_so_and_ends_bit_for_bit_the_same
     assert_same_results(disturbed.workdir, whole)
 
 
+def check_two_runs_in_one_workdir(whole, workdir, start, capsys):
+    """Train scratch while finetune is trained: neither disturbs the other. In the end, finetune is killed."""
+
+    def command(name, extra, stage):
+        config = tiny.write_config(whole.base / f"{name}.py", whole.base, extra)
+        return ["run", f"--config={config}", f"--workdir={workdir}", f"--stages={stage}", start]
+
+    one = command("one", "del c.stages.scratch", "finetune")
+    other = command("other", "del c.stages.finetune", "scratch")
+    third = command("third", 'c.stages.third = c.stages.finetune.to_dict() | {"start": "finetune"}', "third")
+    running = forks.Fork(["SIGSTOP@saved:finetune:4", json.dumps([one])])
+    while "(stopped)" not in (state := pathlib.Path(f"/proc/{running.pid}/status").read_text()):
+        assert "(zombie)" not in state
+        time.sleep(0.05)
+    assert main(one) == main(third) == 2
+    error = capsys.readouterr().err
+    assert f"finetune is in use by process {running.pid} on " in error
+    assert f"config.stages.third.start: {workdir}/finetune is trained by process {running.pid} on " in error
+    tiny.process(other)
+    running.kill()
+    running.communicate(tiny.ENDS_WITHIN)
+    assert "finetune: resumes at step 4" in tiny.process(one).stdout
+    assert {"posttrain", "finetune", "scratch"} < tiny.rows(workdir).keys(), "though no config has the last two"
+    sessions = json.loads((workdir / "sessions.json").read_text())
+    assert [each["stages"] for each in sessions[-3:]] == [["finetune"], ["scratch"], ["finetune"]]
+
+
 @pytest.mark.slow
-def test_stages_one_by_one_and_from_another_run_equal_all_at_once(whole):
-    """pretrain in one run; from its directory, posttrain in a second one; then what is left of that one."""
+def test_stages_one_by_one_or_two_at_once_and_from_another_run_equal_all_in_one(whole, capsys):
+    """pretrain in one run; from its directory, posttrain in a second one; then what is left there, in two runs."""
     parent, child = whole.base / "parent", whole.base / "child"
     start = f"--config.stages.posttrain.start={{'run': '{parent}', 'stage': 'pretrain'}}"
     here, there = (("run", f"--config={whole.config}", f"--workdir={each}") for each in (parent, child))
-    tiny.process(
-        (*here, "--stages=pretrain"),
-        (*there, "--stages=posttrain", start),
-        (*there, "--stages=finetune,scratch", start),
-    )
+    tiny.process((*here, "--stages=pretrain"), (*there, "--stages=posttrain", start))
+    check_two_runs_in_one_workdir(whole, child, start, capsys)
     expected = tiny.digests(whole.workdir)
     assert tiny.digests(parent) == {stage: expected[stage] for stage in ("init", "pretrain")}
     own = {stage: digest for stage, digest in expected.items() if stage != "pretrain"}

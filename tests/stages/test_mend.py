@@ -8,6 +8,7 @@ import pytest
 from llm3.checkpoints import metadata, stage_checkpoints
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.config import load as configfile
+from llm3.distributed.lock import lock
 from llm3.errors import UserError
 from llm3.files import FORMAT
 from llm3.report.logs import read_metrics
@@ -37,6 +38,14 @@ def run(tmp_path, monkeypatch):
 def test_intact_files_stay_as_they_are(run):
     before = tiny.files(run[0])
     assert mend(run[0], ["init", "pretrain"]) == [] and tiny.files(run[0]) == before
+
+
+def test_what_another_run_trains_is_left_to_it(run):
+    (run[0] / "pretrain" / "evaluation.json").write_text("")
+    before = tiny.files(run[0])
+    with lock(run[0] / "pretrain"):
+        assert mend(run[0], ["pretrain"]) == [] and tiny.files(run[0]) == before
+    assert len(mend(run[0], ["pretrain"])) == 1
 
 
 @pytest.mark.parametrize(
