@@ -117,10 +117,9 @@ def run(
                     return request.exit
                 locks.release(name)
         check_ancestry(config, workdir, order)
-        for changed in [changed_parent(config, workdir, name) for name in config.stages if name not in order]:
-            if changed:
-                console.print(f"warning: {changed}", style=WARNING)
         write_log(log, facts, watch)
+        if processes.is_first():
+            warn_of_others(config, workdir, order, console)
         if processes.is_first() and not bare:
             write_report(config, workdir, console)
     return 0
@@ -145,6 +144,13 @@ def take(locks: StageLocks, config: RunConfig, workdir: Path, work: Work, look: 
         if plans[0] != plans[1] or work.to_train != now.to_train:
             raise UserError(f"{workdir}: another run has finished or changed a stage just now: rerun the command")
         processes.broadcast_from_first(lambda: apply(workdir, config, work.amendments))
+
+
+def warn_of_others(config: RunConfig, workdir: Path, order: list[str], console: Console) -> None:
+    """Print which other stages were trained from what a stage of this command was before."""
+    for name in (each for each in config.stages if each not in order):
+        if changed := changed_parent(config, workdir, name):
+            console.print(f"warning: {changed}", style=WARNING)
 
 
 def stages_to_train(config: RunConfig, workdir: Path, order: list[str], amendments: dict[str, Amendment]) -> list[str]:

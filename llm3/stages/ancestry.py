@@ -7,6 +7,7 @@ from llm3.checkpoints.commit import saved_steps
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
 from llm3.checkpoints.stage_checkpoints import Checkpoints
 from llm3.config.schema import RunConfig
+from llm3.distributed import processes
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, ROW, read_json
 from llm3.stages.amendments import before_amendments
@@ -15,10 +16,14 @@ from llm3.stages.records import newest_meta
 
 
 def check_ancestry(config: RunConfig, workdir: Path, names: list[str]) -> None:
-    """Raise UserError if a stage was trained from other parameters than its parent in this run now has."""
-    for name in names:
-        if changed := changed_parent(config, workdir, name):
-            raise UserError(f"{changed}: move {workdir / name} away to train it again, or use another --workdir")
+    """Raise UserError, on all processes, if a stage was trained from other parameters than its parent now has."""
+
+    def check() -> None:
+        for name in names:
+            if changed := changed_parent(config, workdir, name):
+                raise UserError(f"{changed}: move {workdir / name} away to train it again, or use another --workdir")
+
+    processes.broadcast_from_first(check)  # others may see an old row
 
 
 def changed_parent(config: RunConfig, workdir: Path, name: str) -> str:
