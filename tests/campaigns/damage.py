@@ -33,8 +33,9 @@ class Damage(NamedTuple):
         (directory / self.path).write_bytes(self.before)
 
     def lasts(self, directory: Path) -> bool:
-        """Whether the file is still as the damage left it."""
-        return _content(directory / self.path) == self.after
+        """Whether the file is still as the damage left it, in a folder that is still there."""
+        path = directory / self.path
+        return path.parent.is_dir() and _content(path) == self.after
 
     def is_mended(self, directory: Path) -> bool:
         """Whether the file is as it was before."""

@@ -51,7 +51,10 @@ def draw(pick: random.Random) -> list[Kill]:
         if number > 1:
             point, *at = pick.choice(hand_offs(stage))
             order["hand-off", point] = (number, *at)
-    return [Kill(*each, pick.choice([*WHO])) for each in sorted(order, key=order.__getitem__)]
+    in_order, whoever = sorted(order, key=order.__getitem__), [*WHO]
+    # where the second process is killed, the first one tokenizes all there is before it notices
+    who = ["first", *(pick.choice(whoever) for _ in in_order[1:])]
+    return [Kill(*each, victims) for each, victims in zip(in_order, who, strict=True)]
 
 
 def hand_offs(stage: str) -> list[tuple]:
