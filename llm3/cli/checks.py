@@ -9,6 +9,7 @@ from typing import Any
 from llm3.ablation.arms import chain_config, variants
 from llm3.ablation.schema import AblationConfig
 from llm3.cli.bench_checks import DTYPES, check_bench, check_bench_model
+from llm3.cli.serve_checks import check_serve
 from llm3.config.data_schema import SourceConfig
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
@@ -39,6 +40,10 @@ def check(verb: str, options: Mapping[str, Any]) -> None:
         check_generate(options)
     elif verb == "predict":
         check_predict(options)
+    elif verb == "serve":
+        check_serve(options)
+        for each in options["workdirs"]:
+            check_workdir(each, None)
     elif verb == "export":
         check_export(options)
     elif verb == "bench-model":

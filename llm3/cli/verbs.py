@@ -126,6 +126,22 @@ VERBS = {
         ),
         compiles=True,
     ),
+    "serve": Verb(
+        "cli.serve:serve",
+        "answer requests to every stage by OpenAI's protocol",
+        (
+            path_flag(
+                "--workdir", required=True, action="append", dest="workdirs", help="a run's files; several times"
+            ),
+            STAGES,
+            flag("--host", default="127.0.0.1", help="the address to listen at (default: this machine only)"),
+            flag("--port", type=int, default=8000, help="0: any free one (default: 8000)"),
+            flag("--api_key", default="", metavar="KEY", help="that requests must bring (or LLM3_API_KEY)"),
+            flag("--batch_size", type=int, default=8, metavar="N", help="answers decoded at once (default: 8)"),
+            flag("--queue", type=int, default=256, metavar="N", help="the most requests that wait (default: 256)"),
+            flag("--max_length", type=int, metavar="N", help="tokens of a prompt with its answer (default: 2048)"),
+        ),
+    ),
     "predict": Verb(
         "cli.predict:predict",
         "apply a stage to the rows of a file; run it again to resume",

@@ -10,6 +10,8 @@ from llm3.data.formats import BadRow, dialogue
 from llm3.data.tokenizer import Pieces, Tokenizer
 from llm3.errors import UserError
 
+CONTEXT = 8  # tokens before a text that can change how a decoder begins it
+
 
 class Prompt(NamedTuple):
     """A prompt. tokens: what the model continues. end: tokens that end an answer, besides `Tokenizer.end_ids`.
@@ -24,8 +26,13 @@ class Prompt(NamedTuple):
     lead: str
 
     def text(self, made: list[int], tokenizer: Tokenizer) -> str:
-        """The text of the tokens that a model made: an answer, or what it adds to the prompt."""
-        text = tokenizer.continuation(self.tokens, made)
+        """The text of the tokens that a model made: an answer, or what it adds to the prompt.
+
+        As long as an answer may be no more than the lead, its text is empty: while it is made, no text is taken back.
+        """
+        text = tokenizer.continuation(self.tokens[-CONTEXT:], made)
+        if self.answers and self.lead and self.lead.startswith(text.strip()):
+            return ""
         return without_lead(self.lead, text) if self.answers else text
 
 

@@ -44,6 +44,7 @@ from llm3.distributed.sharding import constrain
 from llm3.models.batching import width_groups
 from llm3.models.transformer import abstract
 from llm3.registry import load_plugin
+from llm3.segments import STACK, segment_bounds
 
 T = TypeVar("T")
 Compiled = dict[tuple, Callable]
@@ -104,7 +105,7 @@ def by_item(columns: Mapping[str, np.ndarray | list[Any]], rows: np.ndarray) -> 
 class EvalContext:
     """A model, and the documents to evaluate it on.
 
-    params: on the devices, the layers as one segment. kind: the kind of windows. place: puts a batch of numpy arrays on
+    params: on the devices, in any segments. kind: the kind of windows. place: puts a batch of numpy arrays on
     the mesh. compiled: the jitted functions of earlier evaluations, see `jit`. template: the run's chat template or "".
     prepared: the result of the plugin's `prepare`. counting: shows how many windows or documents are done. own: the
     rows of each batch that this process reads; None: all of them.
@@ -135,9 +136,11 @@ class EvalContext:
         of the result. stateful: function(model, state, *arrays) -> (state, result); the state, which stays as it is
         placed, is donated.
         """
-        key = (getattr(function, "func", function), tuple(getattr(function, "keywords", {}).items()), self.model)
+        segments = tuple(sorted(map(segment_bounds, self.params[STACK])))
+        own = (getattr(function, "func", function), tuple(getattr(function, "keywords", {}).items()))
+        key = (*own, self.model, segments)
         if key not in self.compiled:
-            graph = abstract(self.model).graph
+            graph = abstract(self.model, segments).graph
 
             def on_every_host(params: dict, *arrays: Any) -> Any:
                 with jax.default_matmul_precision("float32"):  # for products of the plugin; the kernels set their own

@@ -82,15 +82,15 @@ class Shape(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a row has decoded. tokens: so far, without the stop that ended them. stopped: whether a stop ended them.
+    """What a row has decoded. tokens: so far, without the stop that ended them. stop: the tokens of that stop, or none.
 
-    scores: of these tokens, numpy arrays without the axis of rows.
+    scores: of these tokens and of the stop, numpy arrays without the axis of rows.
     """
 
     number: int
     tokens: list[int]
     complete: bool
-    stopped: bool
+    stop: list[int]
     scores: Scores
 
 
@@ -183,8 +183,8 @@ class Decoder:
             if not active:
                 self.requests[row] = None
             tokens = made if active else without_stop(made, request.stops)
-            scores = Scores(*(each[row, : len(tokens)] for each in found["scores"]))
-            yield Progress(number, tokens, not active, len(tokens) < len(made), scores)
+            scores = Scores(*(each[row, : len(made)] for each in found["scores"]))
+            yield Progress(number, tokens, not active, made[len(tokens) :], scores)
 
     def cancel(self, number: int) -> None:
         """Free the row of a request whose answer is not complete."""

@@ -57,14 +57,16 @@ class Ask(NamedTuple):
 class Update(NamedTuple):
     """What is new of an answer.
 
-    text: after the text of the updates before. tokens, scores: of the whole answer so far; scores: None if not asked
-    for. finish: "" (it goes on), "stop", "length", "cancelled", "late", or "failed".
+    text: after the text of the updates before. tokens: of the whole answer so far. stop: the tokens that ended it and
+    do not belong to it, or none. scores: of tokens and stop; None if not asked for. finish: "" (it goes on), "stop",
+    "length", "cancelled", "late", or "failed".
     """
 
     text: str
     tokens: list[int]
     scores: Scores | None
     finish: str
+    stop: Sequence[int] = ()
 
 
 class Pool(NamedTuple):
@@ -101,7 +103,7 @@ class Engine:
     """
 
     def __init__(self, rows: int = 8, queue: int = 256, most_steps: int = 64):
-        self.rows, self._most, self._most_steps = rows, queue, most_steps
+        self.rows, self.queue, self._most_steps = rows, queue, most_steps
         self._decoders: dict[Pool, Decoder] = {}
         self._steps: collections.defaultdict[Pool, int] = collections.defaultdict(lambda: 1)
         self._waiting: dict[int, _Running] = {}
@@ -120,7 +122,7 @@ class Engine:
         with self._changed:
             if self._ending:
                 raise Busy("the server is ending", 30)
-            if len(self._waiting) >= self._most:
+            if len(self._waiting) >= self.queue:
                 raise Busy(f"{len(self._waiting)} requests wait already", 1 + len(self._waiting) // self.rows)
             number, stream = next(self._numbers), TextStream(ask.decode, ask.stop_texts)
             deadline = time.monotonic() + ask.seconds
@@ -140,7 +142,7 @@ class Engine:
         with self._changed:
             if self._ending:
                 raise Busy("the server is ending", 30)
-            if len(self._calls) >= self._most:
+            if len(self._calls) >= self.queue:
                 raise Busy(f"{len(self._calls)} requests wait already", 5)
             future: Future = Future()
             self._calls.append((future, function))
@@ -153,6 +155,11 @@ class Engine:
         with self._changed:
             self._ending = True
             self._changed.notify()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._ending
 
     @property
     def waiting(self) -> int:
@@ -180,7 +187,7 @@ class Engine:
                 logging.getLogger(__name__).exception("the engine failed")
                 for each in [*self._waiting.values(), *self._running.values()]:
                     self._waiting.pop(each.number, None)
-                    self._finish(each, "failed")
+                    self._finish(each, Update("", [], None, "failed"))
                 self._decoders.clear()
 
     def look(self) -> None:
@@ -217,7 +224,7 @@ class Engine:
             if number in self._running:
                 self._decoders[self._running[number].pool].cancel(number)
             if number in everything:
-                self._finish(everything[number], reason)
+                self._finish(everything[number], Update("", [], None, reason))
 
     def _next_ones(self) -> list[_Running]:
         """The first request whose pool has a free row, and those of its width, as many as are admitted at once."""
@@ -253,26 +260,27 @@ class Engine:
         seconds = time.monotonic() - before
         faster, slower = seconds < LOOK / 2, seconds > LOOK
         self._steps[pool] = min(self._most_steps, 2 * steps) if faster else max(1, steps // 2) if slower else steps
-        for number, tokens, complete, stopped, scores in made:
+        for number, tokens, complete, stop, scores in made:
             running = self._running[number]
             text = running.stream.add(tokens, complete)
             if running.stream.ended:
                 decoder.cancel(number)
-                tokens = tokens[: running.stream.covered(tokens)]
-            finish = "stop" if running.stream.ended or stopped else "length" if complete else ""
-            kept = Scores(*(each[: len(tokens)] for each in scores)) if running.ask.scored else None
+                tokens, stop = tokens[: running.stream.covered(tokens)], []
+            finish = "stop" if running.stream.ended or stop else "length" if complete else ""
+            count = len(tokens) + len(stop)
+            kept = Scores(*(each[:count] for each in scores)) if running.ask.scored else None
+            update = Update(text, tokens, kept, finish, stop)
             if finish:
-                self._finish(running, finish, text, tokens, kept)
+                self._finish(running, update)
             else:
-                running.listen(Update(text, tokens, kept, ""))
+                running.listen(update)
 
-    def _finish(
-        self, running: _Running, finish: str, text: str = "", tokens: Sequence[int] = (), scores: Scores | None = None
-    ) -> None:
+    def _finish(self, running: _Running, last: Update) -> None:
         with self._changed:
             self._running.pop(running.number, None)
-            self.counts.update({finish: 1, "prompt_tokens": len(running.ask.tokens), "tokens": len(tokens)})
-        running.listen(Update(text, list(tokens), scores, finish))
+            prompt, made = len(running.ask.tokens), len(last.tokens)
+            self.counts.update({last.finish: 1, "prompt_tokens": prompt, "tokens": made})
+        running.listen(last)
 
     @contextlib.contextmanager
     def _failing(self, pool: Pool) -> Iterator[None]:
@@ -283,7 +291,7 @@ class Engine:
             logging.getLogger(__name__).exception("the batch failed")
             del self._decoders[pool]
             for each in [each for each in self._running.values() if each.pool == pool]:
-                self._finish(each, "failed")
+                self._finish(each, Update("", [], None, "failed"))
 
 
 def _kind(running: _Running) -> tuple[Pool, int]:

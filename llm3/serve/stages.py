@@ -109,7 +109,8 @@ def _cut(model: ModelConfig) -> Segments:
 
 def _base(model: ModelConfig) -> ModelConfig:
     """The model without what stages of one base differ by."""
-    own = {"adapters": (), "classes": 0, "pool": "last", "pooler": False, "max_output_positions": 0}
+    pool = "last" if model.causal else "mean"
+    own = {"adapters": (), "classes": 0, "pool": pool, "pooler": False, "max_output_positions": 0}
     return dataclasses.replace(model, **own, remat="none", vocab_block=0)  # type: ignore[arg-type]
 
 

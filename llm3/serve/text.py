@@ -1,6 +1,9 @@
-"""The text of an answer while it is made: whole characters only, and nothing of a stop string."""
+"""The text of an answer while it is made: whole characters only, and nothing of a stop string; the texts of tokens."""
 
 from collections.abc import Callable, Sequence
+
+from llm3.data.prompts import CONTEXT
+from llm3.data.tokenizer import Tokenizer
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of the first bytes of a character
 
@@ -41,3 +44,38 @@ class TextStream:
         return max(
             (size for each in self._stops for size in range(1, len(each)) if text.endswith(each[:size])), default=0
         )
+
+
+class TokenTexts:
+    """The part of a text that each of its tokens adds; a character belongs to the token that completes it.
+
+    before: tokens before the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
+        self._decode, self._tokens = tokenizer.decode, list(before[-CONTEXT:])
+        self._first, self._read = 0, len(self._tokens)  # the tokens between them are decoded again with the next ones
+
+    def add(self, tokens: Sequence[int], complete: bool = False) -> list[str]:
+        """The parts of the next tokens. complete: no more will come, so the last part has incomplete characters too."""
+        parts = []
+        for number, token in enumerate(tokens, 1):
+            self._tokens.append(token)
+            old = self._decode(self._tokens[self._first : self._read])
+            whole = self._decode(self._tokens[self._first :])
+            last = complete and number == len(tokens)
+            if len(whole) > len(old) and (last or not whole.endswith(INCOMPLETE)):
+                parts.append(whole[len(old) :])
+                self._first, self._read = self._read, len(self._tokens)
+            else:
+                parts.append("")
+        return parts
+
+
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """A token as text: a special token by its name, incomplete characters by their bytes, as OpenAI writes them."""
+    written = tokenizer.token_bytes[token]
+    try:
+        return written.decode() if written else tokenizer.tokens[token]
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{each:02x}" for each in written)

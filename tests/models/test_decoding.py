@@ -39,7 +39,7 @@ def recomputed(config, params, request: Request) -> tuple[list[int], np.ndarray]
         made.append(text[-1])
         logprobs.append(np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()))
         if (kept := without_stop(made, request.stops)) != made:
-            return kept, np.reshape(logprobs[: len(kept)], (-1, len(logits)))
+            return kept, np.array(logprobs)
     return made, np.array(logprobs)
 
 
@@ -66,11 +66,12 @@ def test_answers_are_those_of_recomputation_whatever_the_batch_and_its_order(cas
         decoder.admit([(number, requests[number])])
     for progress in decoder.advance():
         tokens, logprobs = expected[progress.number]
-        assert progress.complete and progress.tokens == tokens and progress.stopped == (progress.number == 5)
+        assert progress.complete and progress.tokens == tokens and bool(progress.stop) == (progress.number == 5)
         highest = np.sort(logprobs)[:, :-4:-1]
         np.testing.assert_allclose(progress.scores.their_logprobs, highest, atol=2e-4)
         np.testing.assert_allclose(np.take_along_axis(logprobs, progress.scores.likeliest, 1), highest, atol=2e-4)
-        np.testing.assert_allclose(progress.scores.logprobs, logprobs[range(len(tokens)), tokens], atol=2e-4)
+        scored = tokens + progress.stop
+        np.testing.assert_allclose(progress.scores.logprobs, logprobs[range(len(scored)), scored], atol=2e-4)
 
 
 def test_variants_with_their_own_adapters_share_a_batch():
