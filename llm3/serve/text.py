@@ -37,7 +37,7 @@ class TextStream:
 
     def covered(self, tokens: list[int]) -> int:
         """The number of the first tokens that hold all of the text."""
-        return next((n for n in range(len(tokens)) if len(self._decode(tokens[:n])) >= len(self.text)), len(tokens))
+        return next((n for n in range(len(tokens)) if self._decode(tokens[:n]).startswith(self.text)), len(tokens))
 
     def _held_back(self, text: str) -> int:
         """The characters at the end of the text that may be the beginning of a stop."""
@@ -54,22 +54,21 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._decode, self._tokens = tokenizer.decode, list(before[-CONTEXT:])
-        self._first, self._read = 0, len(self._tokens)  # the tokens between them are decoded again with the next ones
+        self._given = len(self._decode(self._tokens))  # characters
 
     def add(self, tokens: Sequence[int], complete: bool = False) -> list[str]:
         """The parts of the next tokens. complete: no more will come, so the last part has incomplete characters too."""
-        parts = []
-        for number, token in enumerate(tokens, 1):
-            self._tokens.append(token)
-            old = self._decode(self._tokens[self._first : self._read])
-            whole = self._decode(self._tokens[self._first :])
-            last = complete and number == len(tokens)
-            if len(whole) > len(old) and (last or not whole.endswith(INCOMPLETE)):
-                parts.append(whole[len(old) :])
-                self._first, self._read = self._read, len(self._tokens)
-            else:
-                parts.append("")
-        return parts
+        return [self._add(each, complete and place == len(tokens)) for place, each in enumerate(tokens, 1)]
+
+    def _add(self, token: int, last: bool) -> str:
+        self._tokens.append(token)
+        whole = self._decode(self._tokens)
+        certain = whole if last else whole.rstrip(INCOMPLETE)
+        part, self._given = certain[self._given :], max(self._given, len(certain))
+        if certain == whole and part:  # the token that ends this part is context enough for the next ones
+            self._tokens = [token]
+            self._given = len(self._decode(self._tokens))
+        return part
 
 
 def token_name(tokenizer: Tokenizer, token: int) -> str:
