@@ -55,12 +55,12 @@ def page_html(title: str, markdown: str, figures: Mapping[str, str]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{_colours()}{STYLE.read_text(encoding='utf-8')}</style>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{colours()}{STYLE.read_text(encoding='utf-8')}</style>\n"
         f"</head>\n<body>\n<main>\n{before}{navigation}\n{after}</main>\n</body>\n</html>\n"
     )
 
 
-def _colours() -> str:
+def colours() -> str:
     """The colours of the figures as CSS variables, for a light and for a dark page."""
     light = " ".join(f"--{name}: {colour};" for colour, (name, _) in PALETTE.items())
     dark = " ".join(f"--{name}: {colour};" for name, colour in PALETTE.values())
