@@ -1,7 +1,6 @@
 """report.html in a real browser: headless Chromium, driven by Playwright."""
 
 import itertools
-import shutil
 
 import pytest
 
@@ -10,6 +9,7 @@ from llm3.ablation.report import page as ablation_page
 from llm3.report.html import write_page
 from llm3.report.page import write_report
 from llm3.report.side_by_side import page, title
+from tests.helpers.browsers import chromium, heard
 from tests.helpers.tiny_report import everything
 from tests.helpers.tiny_study import in_grid, many
 from tests.report.test_side_by_side import run
@@ -75,14 +75,8 @@ CONTRASTS = """() => {
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: llm3[browser]")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium on PATH")
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])  # CI runs as root
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +100,7 @@ def opened(request, browser, reports):
     """A page with its width, and what it asked for and said."""
     name, width, scheme = request.param
     tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    said, asked = [], []
-    tab.on("console", lambda message: said.append(message.text))
-    tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("request", lambda each: asked.append(each.url))
+    said, asked = heard(tab)
     tab.goto(reports[name].as_uri())
     yield name, width, tab, said, asked
     tab.close()

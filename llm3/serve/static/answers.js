@@ -1,6 +1,6 @@
 // What a column shows for each task. Each function draws the answer and returns it as a text to be read aloud.
 
-import { chatted, continued, post } from "./requests.js"
+import { Problem, chatted, continued, post } from "./requests.js"
 import { Growing, bars, byPlace, element, readText } from "./tokens.js"
 
 const MOST_BARS = 12
@@ -93,6 +93,7 @@ async function classify(column, state, signal) {
 async function score(column, state, signal) {
   const found = await post("/score", { model: column.name, text: state.text }, signal)
   column.score = found
+  if (!found.bits_per_byte) throw new Problem("The text is too short: no token has others before it.")
   return `${found.bits_per_byte.toFixed(3)} bits per byte`
 }
 

@@ -129,7 +129,7 @@ function stop() {
 function parentOf(column) {
   for (let name = column.parent; name;) {
     const found = columns.find(each => each.name === name)
-    if (found.score) return found
+    if (found.score?.bits_per_byte) return found
     name = found.parent
   }
   return null
@@ -137,7 +137,7 @@ function parentOf(column) {
 
 // The table of bits per byte, and the changes of tokens, with what is known so far.
 function compare(state) {
-  const read = columns.filter(each => each.score), most = Math.max(...read.map(each => each.score.bits_per_byte))
+  const read = columns.filter(each => each.score?.bits_per_byte), most = Math.max(...read.map(each => each.score.bits_per_byte))
   const rows = read.map(each => {
     const value = each.score.bits_per_byte, parent = parentOf(each), fill = element("i")
     fill.style.width = `${100 * value / most}%`

@@ -3,6 +3,7 @@
 const SURPRISE = [1, 2, 4, 6, 9], CHANGE = [-3, -1, -0.25, 0.25, 1, 3] // bits between two colours
 const shown = new WeakMap() // {span: {logprob, top, parts, before}}
 
+const shareOf = logprob => logprob === null ? 0 : Math.exp(logprob)
 export const bits = logprob => Math.max(0, -logprob / Math.LN2)
 
 export function element(name, properties = {}, ...children) {
@@ -38,19 +39,31 @@ export function recolour(root, how) {
   for (const each of root.querySelectorAll(".token")) colour(each, how)
 }
 
-// A text that grows. Tokens may come before the text that they belong to: a character can have several.
+const encoder = new TextEncoder()
+
+// The bytes of a token; where they are no whole characters, the server writes them as "bytes:\xe6\x95".
+function bytesOf(name) {
+  const written = /^bytes:(?:\\x[0-9a-f]{2})+$/.test(name) ? name.match(/(?<=\\x)../g) : null
+  return written ? Uint8Array.from(written, each => parseInt(each, 16)) : encoder.encode(name)
+}
+
+// A text that grows. Tokens may come before the text that they belong to, and a character can have several.
 export class Growing {
   constructor(box) {
     this.box = box
     this.text = this.pending = ""
     this.queue = []
     this.count = this.nats = 0
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true })
   }
 
+  // complete: no more will come.
   add(text, tokens, complete = false) {
     this.text += text
     this.pending += text
-    this.queue.push(...tokens)
+    // a character belongs to the token that completes it
+    const piece = name => this.decoder.decode(bytesOf(name), { stream: true })
+    this.queue.push(...tokens.map(each => ({ ...each, piece: piece(each.text) })))
     for (const each of tokens) this.nats -= each.logprob ?? 0
     this.count += tokens.length
     while (this.pending && this.next(complete));
@@ -59,14 +72,16 @@ export class Growing {
   next(complete) {
     const { pending, queue } = this
     if (!queue.length) return this.put(pending, 0)
-    const first = queue[0].text
-    if (first && pending.startsWith(first)) return this.put(first, 1)
-    if (first && first.startsWith(pending) && !complete) return false
-    for (let number = 1; number < queue.length; number++) {
-      const at = queue[number].text ? pending.indexOf(queue[number].text, 1) : -1
-      if (at > 0) return this.put(pending.slice(0, at), number)
+    const number = 1 + queue.findIndex(each => each.piece), first = number ? queue[number - 1].piece : ""
+    if (number && pending.startsWith(first)) return this.put(first, number)
+    const stuck = complete || queue.length > 16
+    if (!stuck && (!number || first.startsWith(pending))) return false
+    // the text is not that of the tokens: go on where a later token fits
+    for (let later = number; later < queue.length; later++) {
+      const at = queue[later].piece ? pending.indexOf(queue[later].piece, 1) : -1
+      if (at > 0) return this.put(pending.slice(0, at), later)
     }
-    return complete || queue.length > 16 ? this.put(pending, queue.length) : false
+    return stuck ? this.put(pending, queue.length) : false
   }
 
   put(text, number) {
@@ -128,7 +143,10 @@ export function bars(rows) {
 export const percent = share => `${share >= 0.01 || !share ? (100 * share).toFixed(1) : (100 * share).toPrecision(1)} %`
 
 // A token as it is, on one line.
-const visible = text => text.replace(/ /g, "␣").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥") || "(nothing)"
+function visible(text) {
+  const code = letter => `\\x${letter.charCodeAt(0).toString(16).padStart(2, "0")}`
+  return text.replace(/ /g, "␣").replace(/\r?\n/g, "⏎").replace(/\t/g, "⇥").replace(/\p{Cc}/gu, code)
+}
 
 // Show the numbers of the token below the pointer, or of the one with the focus.
 export function watch(root, tip) {
@@ -141,8 +159,7 @@ export function watch(root, tip) {
     tip.hidden = true
   }
   const show = token => {
-    clearTimeout(later)
-    if (token === current) return
+    if (token === current) return clearTimeout(later)
     hide()
     current = token
     token.classList.add("shown")
@@ -152,12 +169,13 @@ export function watch(root, tip) {
     place(tip, token)
   }
   const tokenOf = event => { const found = event.target.closest?.(".token"); return shown.has(found) ? found : null }
-  root.addEventListener("pointerover", event => tokenOf(event) && show(tokenOf(event)))
+  const hideLater = () => { if (current !== document.activeElement) later = setTimeout(hide, 200) }
+  root.addEventListener("pointermove", event => tokenOf(event) && show(tokenOf(event)))
   root.addEventListener("focusin", event => tokenOf(event) && show(tokenOf(event)))
   root.addEventListener("focusout", hide)
-  root.addEventListener("pointerout", () => { later = setTimeout(hide, 200) })
+  root.addEventListener("pointerout", hideLater)
   tip.addEventListener("pointerenter", () => clearTimeout(later))
-  tip.addEventListener("pointerleave", () => { later = setTimeout(hide, 200) })
+  tip.addEventListener("pointerleave", hideLater)
   document.addEventListener("click", event => {
     const token = tokenOf(event)
     if (token) { token.focus({ preventScroll: true }); show(token) } else if (!tip.contains(event.target)) hide()
@@ -183,7 +201,7 @@ function numbers(token) {
   const { logprob, top, parts, before } = shown.get(token), text = token.textContent
   const code = element("code", { textContent: visible(text), dir: "auto" })
   if (logprob === null) return [element("p", {}, code, " has no probability: nothing is before it.")]
-  const own = bits(logprob), found = [element("p", {}, code, ` ${percent(Math.exp(logprob))}, ${own.toFixed(2)} bits`)]
+  const own = bits(logprob), found = [element("p", {}, code, ` ${percent(shareOf(logprob))}, ${own.toFixed(2)} bits`)]
   const alternatives = top.length ? "; the alternatives of the first:" : ""
   if (parts > 1) found.push(element("p", { textContent: `${parts} tokens together${alternatives}` }))
   if (before !== null) {
@@ -191,7 +209,7 @@ function numbers(token) {
     const than = `${change > 0 ? "more" : "fewer"} than the parent (${bits(before).toFixed(2)})`
     found.push(element("p", { textContent: `${Math.abs(change).toFixed(2)} ${than}` }))
   }
-  const row = each => ({ name: visible(each.text), share: Math.exp(each.logprob), chosen: each.text === text })
+  const row = each => ({ name: visible(each.text), share: shareOf(each.logprob), chosen: each.text === text })
   const rows = top.map(row)
   if (rows.length && parts === 1 && !rows.some(each => each.chosen)) rows.push(row({ text, logprob }))
   return rows.length ? [...found, bars(rows)] : found
