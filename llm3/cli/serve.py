@@ -1,4 +1,4 @@
-"""The verb `serve`: answer requests to every stage of runs, by HTTP."""
+"""The verb `serve`: answer requests to every stage of runs, by HTTP, and a page that asks them all."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from llm3.cli.serve_checks import is_loopback, key_of
 from llm3.distributed import compiled
 from llm3.errors import counted
+from llm3.serve import page
 from llm3.serve.api import create_app
 from llm3.serve.engine import Engine
 from llm3.serve.guard import LOOPBACK
@@ -34,7 +35,8 @@ def serve(
         served = open_stages(workdirs, stages or ())
         engine = Engine(batch_size, queue)
         hosts = (*LOOPBACK, *({host.lower()} - {*LOOPBACK})) if is_loopback(host) else ()
-        app = create_app(Service(served, engine, max_length), hosts=hosts, key=key_of(api_key))
+        service = Service(served, engine, max_length)
+        app = create_app(service, hosts=hosts, key=key_of(api_key), routes=page.routes(service))
         models = counted(len(served), "model")
-        run(app, engine, bound, lambda: print(f"{models} at {address_of(bound)}", flush=True))
+        run(app, engine, bound, lambda: print(f"{models} at {address_of(bound)}: open it in a browser", flush=True))
     return 0

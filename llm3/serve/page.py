@@ -1,27 +1,25 @@
 """The page that asks every stage: its HTML, and the files that it loads. `static/` has what it does in the browser."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from llm3.report.html import colours
-from llm3.serve.overview import Cell, Column, Evaluated, Node, Overview
-
-if TYPE_CHECKING:  # an extra
-    from starlette.routing import Route
+from llm3.serve.overview import Cell, Column, Evaluated, Node, Overview, overview
+from llm3.serve.service import Service
 
 STATIC = Path(__file__).with_name("static")
 SCRIPTS = ("page.js", "answers.js", "requests.js", "state.js", "tokens.js")
 FILES = {"page.css": "text/css", **dict.fromkeys(SCRIPTS, "text/javascript")}
 # The browser refuses scripts, styles and requests that are not of this server.
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",
-}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 SHADES = 6  # of the cells of a matrix: classes of page.css
 
 # {mode: (its name, the task that it needs, what the text is, help)}; "own": each stage does what it was trained for
@@ -44,21 +42,18 @@ SURPRISE = ("<1", "1-2", "2-4", "4-6", "6-9", "9+")
 CHANGE = ("3+ fewer", "1-3 fewer", "¼-1 fewer", "same", "¼-1 more", "1-3 more", "3+ more")
 
 
-def routes(content: Callable[[], Overview]) -> "list[Route]":
-    """The routes of the page and of the files that it loads; nothing else is readable. content: of the page."""
-    from starlette.requests import Request
-    from starlette.responses import Response
-    from starlette.routing import Route
-
+def routes(service: Service) -> list[Route]:
+    """The routes of the page and of the files that it loads; nothing else is readable."""
     files = {name: (STATIC / name).read_text(encoding="utf-8") for name in FILES}
     files["page.css"] = colours() + files["page.css"]
 
     def page(_: Request) -> Response:
-        return Response(page_html(content()), media_type="text/html", headers=HEADERS)
+        content = overview(service.stages, service.tasks)
+        return Response(page_html(content), media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
-    def file(name: str) -> "Route":
+    def file(name: str) -> Route:
         def answer(_: Request) -> Response:
-            return Response(files[name], media_type=FILES[name], headers=HEADERS)
+            return Response(files[name], media_type=FILES[name])
 
         return Route(f"/static/{name}", answer)
 

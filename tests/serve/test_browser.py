@@ -11,7 +11,6 @@ import pytest
 from llm3.serve import page, server
 from llm3.serve.api import create_app
 from llm3.serve.engine import Engine
-from llm3.serve.overview import overview
 from llm3.serve.service import Service
 from llm3.serve.stages import open_stages
 from tests.helpers.browsers import chromium, heard
@@ -76,7 +75,7 @@ def address(tmp_path_factory):
         lineage = [*lineage, {"run": ".", "stage": name, "step": 7, "kind": about["kind"], "params_digest": "0" * 64}]
     engine, ready = Engine(4, 64, most_steps=1), threading.Event()
     service = Service(open_stages([run]), engine, 128)
-    app = create_app(service, routes=page.routes(lambda: overview(service.stages, service.tasks)))
+    app = create_app(service, routes=page.routes(service))
     bound = server.bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=(app, engine, bound, ready.set), daemon=True)
     thread.start()
