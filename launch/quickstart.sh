@@ -19,6 +19,6 @@ if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     [[ $dir = /* || $dir = *://* ]] || dir=$PWD/$dir
 fi
 
-[ -n "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] || "$root/launch/setup.sh"
+[ -n "${LLM3_SETUP:-}${LLM3_PYTHON:-}" ] || "$root/launch/setup.sh" serve
 cd "$root"
 exec "$root/launch/llm3.sh" run --config=configs/quickstart.py --workdir="$dir" "$@"
