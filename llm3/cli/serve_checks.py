@@ -1,12 +1,12 @@
 """Checks of the flags of `serve`, made before jax is imported."""
 
-import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from llm3.errors import UserError
+from llm3.registry import check_package
 
 LEAST_KEY = 8  # characters
 
@@ -14,8 +14,7 @@ LEAST_KEY = 8  # characters
 def check_serve(options: Mapping[str, Any]) -> None:
     """Raise UserError for flags of `serve` that are out of range or open the server to everyone."""
     for library in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(library) is None:
-            raise UserError(f"serve needs {library}: pip install 'llm3[serve]'")
+        check_package(library, "serve", "serve")
     for flag, least, most in (("port", 0, 65535), ("batch_size", 1, 1024), ("queue", 1, 100_000)):
         if not least <= options[flag] <= most:
             raise UserError(f"--{flag}={options[flag]}: expected {least} to {most}")

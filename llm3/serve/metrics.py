@@ -54,7 +54,7 @@ class Metrics:
         lines = [f"# HELP {name} Seconds from a request to the end of its response.", f"# TYPE {name} histogram"]
         for path in sorted(self._seconds):
             count = sum(n for (of, _), n in self._responses.items() if of == path)
-            lines += [f'{name}_bucket{{path="{path}",le="{b:g}"}} {self._within[path, b]}' for b in SECONDS]
+            lines += [f'{name}_bucket{{path="{path}",le="{b}"}} {self._within[path, b]}' for b in SECONDS]
             lines.append(f'{name}_bucket{{path="{path}",le="+Inf"}} {count}')
             lines += [
                 f'{name}_sum{{path="{path}"}} {self._seconds[path]:.6f}',

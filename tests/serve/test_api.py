@@ -4,6 +4,8 @@ import asyncio
 import itertools
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -158,6 +160,24 @@ def test_every_stage_is_listed_with_what_it_can_be_asked(server):
     assert server.client.get(f"/v1/models/{PLAIN}").json() == listed[PLAIN]
 
 
+def test_metrics_count_requests_answers_and_tokens(server, complete):
+    def read() -> dict[str, float]:
+        lines = server.client.get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = read()
+    complete(max_tokens=3, n=2)
+    after = read()
+    changed = {name: after[name] - before.get(name, 0) for name in after}
+    assert changed["llm3_requests_total"] == changed['llm3_answers_total{finish="length"}'] == 2
+    assert changed["llm3_tokens_total"] == 6
+    assert changed["llm3_prompt_tokens_total"] == 2 * len(tokens_of(PROMPT))
+    assert changed['llm3_responses_total{path="/v1/completions",status="200"}'] == 1
+    assert changed['llm3_response_seconds_count{path="/v1/completions"}'] == 1
+    assert changed['llm3_response_seconds_bucket{path="/v1/completions",le="300.0"}'] == 1
+    assert after["llm3_waiting"] == after["llm3_active"] == 0
+
+
 ASKED = {
     "/v1/completions": {"model": PLAIN, "prompt": "a", "max_tokens": 1},
     "/v1/chat/completions": {"model": CHAT, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
@@ -277,6 +297,21 @@ def test_a_key_is_needed_where_there_is_one(idle):
     assert client.get("/v1/models", headers={"authorization": "Bearer a secre"}).status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer a secret"}).status_code == 200
     assert client.get("/v1/models", auth=("anyone", "a secret")).status_code == 200
+
+
+def test_an_answer_that_is_not_made_in_time_is_given_up(idle):
+    def ends() -> None:
+        while not idle.engine.waiting:
+            time.sleep(0.001)
+        for each in idle.engine._waiting.values():
+            each.deadline = 0.0
+        idle.engine.look()
+
+    thread = threading.Thread(target=ends)
+    thread.start()
+    response = TestClient(create_app(idle), base_url=tiny.HOST).post("/v1/completions", json=ASKED["/v1/completions"])
+    thread.join()
+    assert response.status_code == 504 and response.json()["error"]["code"] == "late"
 
 
 @pytest.mark.parametrize("stream", [False, True])
