@@ -71,6 +71,7 @@ def run(app: Starlette, engine: Engine, bound: socket.socket, listening: Callabl
     config = uvicorn.Config(
         app,
         http="h11",  # it bounds the headers
+        loop="asyncio",  # uvloop would take the signals away from those who watch for them
         ws="none",
         lifespan="off",
         log_config=None,
@@ -116,4 +117,5 @@ def _draining(engine: Engine) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # nothing but the end of the process follows, which has its exit status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if first else before)
