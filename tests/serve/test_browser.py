@@ -235,6 +235,37 @@ def test_a_page_fits_its_width_and_can_be_read_in_both_schemes(browser, address,
         tab.close()
 
 
+# What boxes of tokens hold after some parts of an answer: each a text with the names of its tokens.
+GROWN = """async cases => {
+  const { Growing } = await import('/static/tokens.js')
+  return cases.map(parts => {
+    const box = document.createElement('p'), growing = new Growing(box)
+    for (const [text, names] of parts) growing.add(text, names.map(text => ({ text, logprob: -1, top: [] })))
+    growing.add('', [], true)
+    return [...box.childNodes].map(each => [each.textContent, each.className ? 'token' : 'text'])
+  })
+}"""
+
+
+def test_tokens_are_found_in_the_text_that_they_make(browser, address):
+    cases = {
+        "as they come": [["one two", ["one", " two"]]],
+        "before their text": [["", ["a"]], ["", ["b"]], ["ab", []]],
+        "parts of characters": [["", [r"bytes:\xe6\x95"]], ["数a", [r"bytes:\xb0", "a"]]],
+        "no characters": [["", [r"bytes:\xff"]], ["\ufffda", ["a"]]],
+        "with an end that is no text": [["a", ["a", "<|eos|>"]]],
+        "with a text that is not theirs": [["the cat", [" the", " cat"]]],
+        "without names": [["a", []], ["b", []]],
+    }
+    expected = [["one", " two"], ["a", "b"], ["数", "a"], ["\ufffd", "a"], ["a"], ["the", " cat"], ["a", "b"]]
+    kinds = ["token"] * 6 + ["text"]
+    tab, _, _ = opened(browser, address)
+    found = tab.evaluate(GROWN, [*cases.values()])
+    for name, own, texts, kind in zip(cases, found, expected, kinds, strict=True):
+        assert own == [[text, kind] for text in texts], name
+    tab.close()
+
+
 def test_a_busy_server_is_shown_in_the_column_which_can_be_asked_again(browser, address):
     tab = browser.new_page()
     error = {"error": {"message": "64 requests wait already", "type": "server_error", "param": None, "code": "busy"}}

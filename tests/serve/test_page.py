@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from llm3.report.matrix import write_matrix
 from llm3.serve import page
@@ -128,6 +130,22 @@ def test_the_matrix_is_that_of_the_report_and_its_file_may_be_missing_or_damaged
     for damage in ("{", "[]", '{"rows": [3], "baselines": []}', '{"rows": [{}], "baselines": []}'):
         (tmp_path / "matrix.json").write_text(damage)
         assert evaluated(tmp_path) is None
+
+
+def test_the_page_and_its_files_are_all_that_its_routes_read(chain):
+    tasks = {name: ["completions"] for name in chain}
+    service: Any = SimpleNamespace(stages=chain, tasks=tasks)
+    client = TestClient(Starlette(routes=page.routes(service)))
+    shown = client.get("/")
+    assert shown.status_code == 200 and shown.headers["content-security-policy"].startswith("default-src 'none'; ")
+    named = {each["src"] for each in Found(shown.text).of("script")} | {
+        each["href"] for each in Found(shown.text).of("link") if each["rel"] == "stylesheet"
+    }
+    files = {f"/static/{file.name}" for file in page.STATIC.iterdir()}
+    assert named <= files and all(client.get(file).status_code == 200 for file in files)
+    assert "--vermillion:" in client.get("/static/page.css").text  # the colours of the report
+    for path in ("/static/", "/static/page.py", "/static/../page.py", "/static/%2e%2e/page.py", "/static//etc/passwd"):
+        assert client.get(path).status_code == 404
 
 
 def test_each_level_of_surprise_and_of_change_has_a_colour_and_a_place_in_the_legend():
