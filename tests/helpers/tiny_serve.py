@@ -8,6 +8,7 @@ import threading
 import numpy as np
 from starlette.testclient import TestClient
 
+from llm3.serve import page
 from llm3.serve.api import create_app
 from llm3.serve.engine import Engine
 from llm3.serve.server import address_of, bind, run
@@ -96,13 +97,13 @@ class Server:
 
 
 class Listening:
-    """The server of an API on a port of its own, `url`, in a thread."""
+    """The server of an API and its page on a port of its own, `url`, in a thread."""
 
-    def __init__(self, workdirs, *, rows: int = 4, queue: int = 256, max_length: int = 128):
-        self.engine, self._socket, ready = Engine(rows, queue), bind("127.0.0.1", 0), threading.Event()
+    def __init__(self, workdirs, *, rows: int = 4, queue: int = 256, max_length: int = 128, most_steps: int = 64):
+        self.engine, self._socket, ready = Engine(rows, queue, most_steps), bind("127.0.0.1", 0), threading.Event()
         self.service = Service(open_stages(workdirs), self.engine, max_length)
         self.app, self.url, self.address = (
-            create_app(self.service),
+            create_app(self.service, routes=page.routes(self.service)),
             address_of(self._socket),
             self._socket.getsockname(),
         )

@@ -2,21 +2,16 @@
 
 import json
 import math
-import threading
 import urllib.parse
 import urllib.request
 
 import pytest
 
-from llm3.serve import page, server
-from llm3.serve.api import create_app
-from llm3.serve.engine import Engine
-from llm3.serve.service import Service
-from llm3.serve.stages import open_stages
 from tests.helpers.browsers import chromium, heard
 from tests.helpers.tiny import make_params, model_config
 from tests.helpers.tiny_export import ADDED, STAGE, tokenizer, write_run
 from tests.helpers.tiny_predict import LABELS, MODELS, OBJECTIVES, SOURCES
+from tests.helpers.tiny_serve import Listening
 
 pytestmark = pytest.mark.slow
 PROMPT, TEXT = "The quick 数学 fox", "The quick brown fox.\njumps  over naïve 数学 🙂"
@@ -73,17 +68,8 @@ def address(tmp_path_factory):
         write_run(run, config, make_params(config, seed), labels, **about)
         (run / STAGE).rename(run / name)
         lineage = [*lineage, {"run": ".", "stage": name, "step": 7, "kind": about["kind"], "params_digest": "0" * 64}]
-    engine, ready = Engine(4, 64, most_steps=1), threading.Event()
-    service = Service(open_stages([run]), engine, 128)
-    app = create_app(service, routes=page.routes(service))
-    bound = server.bind("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=(app, engine, bound, ready.set), daemon=True)
-    thread.start()
-    assert ready.wait(60)
-    yield server.address_of(bound)
-    engine.end()
-    thread.join(60)
-    assert not thread.is_alive()
+    with Listening([run], most_steps=1) as listening:
+        yield listening.url
 
 
 def link(address: str, **state) -> str:
