@@ -37,6 +37,6 @@ def serve(
         hosts = (*LOOPBACK, *({host.lower()} - {*LOOPBACK})) if is_loopback(host) else ()
         service = Service(served, engine, max_length)
         app = create_app(service, hosts=hosts, key=key_of(api_key), routes=page.routes(service))
-        models = counted(len(served), "model")
-        run(app, engine, bound, lambda: print(f"{models} at {address_of(bound)}: open it in a browser", flush=True))
+        text = f"{counted(len(served), 'model')} at {address_of(bound)}\nOpen it in a browser to ask every stage"
+        run(app, engine, bound, lambda: print(text, flush=True))
     return 0
