@@ -103,8 +103,6 @@ def evaluate_config(
     with session.on_mesh():
         for name, stage in session.experiment.stages.items():
             params, model, meta = load_stage(workdir, name, mesh=session.mesh)
-            if session.experiment.tokenizer.hash != meta["tokenizer_hash"]:
-                raise UserError(f"{workdir / name} was trained with another tokenizer than this config's")
             now = replace(
                 stage.model, compute_dtype=model.compute_dtype, max_output_positions=model.max_output_positions
             )

@@ -21,17 +21,18 @@ def load_tokenizer(
 ) -> tokenizers.Tokenizer:
     """The tokenizer saved with the run, else the one at `tokenizer.path`, else that of the model or run to start from.
 
-    Where there is none of these, a new one (in the cache). Raises UserError.
+    Where there is none of these, a new one (in the cache). Raises UserError, also if the stages of the run were trained
+    with another one.
     """
     saved = workdir / TOKENIZER
-    if saved.is_file():
-        return tokenizers.Tokenizer.load(saved)
-    found = _new_tokenizer(config, sources, workdir, cache_dir)
-    for name in config.stages:  # it was lost, or is damaged
+    kept = saved.is_file()  # it may be lost, or have been damaged
+    found = tokenizers.Tokenizer.load(saved) if kept else _new_tokenizer(config, sources, workdir, cache_dir)
+    for name in config.stages:
         if (meta := newest_meta(workdir, name)) and meta["tokenizer_hash"] != found.hash:
             raise UserError(
-                f"{saved}, with which {workdir / name} was trained ({meta['tokenizer_hash'][:12]}), is gone, and this "
-                f"config makes another one ({found.hash[:12]}): restore it from a copy, or use another --workdir"
+                f"{workdir / name} was trained with the tokenizer {meta['tokenizer_hash'][:12]}, and "
+                f"{saved if kept else 'the config'} has {found.hash[:12]}: restore {saved} from a copy, or use another "
+                "--workdir"
             )
     return found
 

@@ -50,21 +50,28 @@ def config(base, *overrides, extra=""):
     return load(str(tiny_run.write_config(base / "config.py", base, lines)), overrides)
 
 
-def test_the_tokenizer_with_its_added_tokens_and_the_template_are_those_of_the_parent(base, trained, monkeypatch):
+def test_the_tokenizer_with_its_added_tokens_and_the_template_are_those_of_the_parent(base, trained):
     found = read_library(config(base), base / "run")
     assert found.tokenizer.hash == trained[0].hash and "acetaminophen" in found.tokenizer.tokens
     assert found.template == TEMPLATE
     assert planned_vocabulary(config(base), base / "run") == trained[0].vocab_size
-    for theirs in trained:  # of a run whose own tokenizer is lost
-        monkeypatch.setattr(stage_tokenizer, "newest_meta", lambda *_, own=theirs: {"tokenizer_hash": own.hash})
-        with (
-            nullcontext() if theirs is trained[0] else pytest.raises(UserError, match=r"makes another one .*restore it")
-        ):
-            assert read_library(config(base), base / "run").tokenizer.hash == theirs.hash
-    monkeypatch.undo()
     more = config(base, "tokenizer.add=['ibuprofen']")
     assert read_library(more, base / "run").tokenizer.hash == trained[0].extended(["ibuprofen"]).hash
     assert planned_vocabulary(more, base / "run") == trained[0].vocab_size + 1
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected", "refused"), [(0, 0, ""), (None, 0, ""), (1, 0, "/tokenizer.json"), (None, 1, "config")]
+)
+def test_the_tokenizer_is_that_of_the_stages_whether_it_is_kept_lost_or_replaced(
+    base, trained, monkeypatch, saved, expected, refused
+):
+    if saved is not None:
+        trained[saved].save(base / "run" / TOKENIZER)
+    own = trained[expected].hash
+    monkeypatch.setattr(stage_tokenizer, "newest_meta", lambda *_: {"tokenizer_hash": own})
+    with pytest.raises(UserError, match=f"{own[:12]}, and .*{refused} has ") if refused else nullcontext():
+        assert read_library(config(base), base / "run").tokenizer.hash == own
 
 
 def test_a_later_stage_may_name_the_parent_too(base, trained):
