@@ -99,10 +99,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, which may reach the disk first
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):
@@ -131,6 +129,12 @@ def can_rename_folders(directory: Path) -> bool:
                 (each / "file").unlink()
             with suppress(OSError):
                 each.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Return when the disk has the content of a file; a rename after it cannot reach the disk first. Raises OSError."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def ordinary_permissions(directory: Path) -> None:

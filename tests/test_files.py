@@ -1,6 +1,8 @@
 """Files of a run are written completely or not at all."""
 
+import functools
 import json
+import os
 
 import pytest
 
@@ -15,6 +17,15 @@ def test_json_is_written_completely_or_not_at_all(tmp_path):
         write_json(path, {"x": object()})
     assert read_json(path) == {"x": 1} and json.loads(path.read_text()) == {"x": 1}
     assert read_json(tmp_path / "none.json") is None
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        done = functools.partial(lambda name, call, *given: (calls.append(name), call(*given)), name, getattr(os, name))
+        monkeypatch.setattr(os, name, done)
+    write_json(tmp_path / "row.json", {})
+    assert calls == ["fsync", "replace"]
 
 
 def test_a_damaged_record_is_named(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from llm3.errors import UserError, writing
-from llm3.files import local_path, read_json, write_atomic, write_json
+from llm3.files import local_path, read_json, sync, write_atomic, write_json
 from llm3.predict.tables import write_csv, write_parquet
 
 STDOUT = "-"
@@ -129,6 +129,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -31,6 +31,7 @@ from llm3.data.cache.progress import Counts, show_progress
 from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import interrupts
 from llm3.errors import UserError
+from llm3.files import sync
 from llm3.registry import load_plugin
 
 MANIFEST = "manifest.json"  # written last: a cache without it is incomplete
@@ -230,6 +231,7 @@ def join_shards(job: Job, metadata: list[dict[str, Any]], settings: dict[str, An
     }
     shards.write_with_digest(made / MANIFEST, manifest)
     for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+        sync(path)
         os.replace(path, job.target / path.name)
 
 
