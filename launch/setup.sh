@@ -2,7 +2,7 @@
 # Makes .venv in the repository's root and installs llm3 in it, with the dependencies of this machine's accelerator.
 # Run again, it returns at once if nothing has changed.
 #
-#   launch/setup.sh [EXTRA ...]      EXTRA: test, hf, eval, wandb (see pyproject.toml)
+#   launch/setup.sh [EXTRA ...]      EXTRA: test, hf, eval, wandb, gcs, s3 (see pyproject.toml)
 #
 #   LLM3_EXTRAS="test hf"            extras, set in the environment
 #   LLM3_ACCELERATOR=cpu|cuda|tpu    the accelerator, instead of the detected one

@@ -10,8 +10,8 @@
 # The slices of the last line are one run. They must be made as one, so that they know of each other: by `gcloud compute
 # tpus queued-resources create pair --node-count=2 --node-prefix=pair ...`.
 #
-# All workers must be able to write to the workdir: on Filestore, or in a bucket that each of them mounts. The token cache
-# is in the home of each worker, which builds its own; with LLM3_CACHE_DIR=/mnt/cache, they share one.
+# All workers must be able to write to the workdir: gs://BUCKET/RUN, or a folder on Filestore. The token cache is in the
+# home of each worker, which builds its own; with LLM3_CACHE_DIR=/mnt/cache, they share one.
 # shellcheck disable=SC2016  # the workers expand the single-quoted scripts
 set -euo pipefail
 
@@ -63,7 +63,7 @@ stop='
 install='
     mkdir -p "$0"
     tar -xzf llm3.tar.gz -C "$0"
-    LLM3_ACCELERATOR=tpu "$0/launch/setup.sh"'
+    LLM3_ACCELERATOR=tpu "$0/launch/setup.sh" gcs'
 start='
     cd "$0"
     export LLM3_ACCELERATOR=tpu LLM3_CACHE_DIR=$1

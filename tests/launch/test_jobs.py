@@ -157,7 +157,7 @@ def test_tpu_slices_are_installed_and_run_on_all_workers(repository, tpu_vm, tmp
         answer = tpu_vm("run", "--config=a config.py", "--workdir=/mnt/run", TPU=slices)
         assert answer.returncode == 0, answer.stderr
     installed = [line.partition("--editable ")[2] for line in repository.log() if " pip install " in line]
-    assert sorted(installed) == [f"{tmp_path}/{name}-worker-{i}/llm3[tpu]" for name in "ab" for i in range(2)]
+    assert sorted(installed) == [f"{tmp_path}/{name}-worker-{i}/llm3[gcs,tpu]" for name in "ab" for i in range(2)]
     assert repository.log().count("-m llm3 run --config=a config.py --workdir=/mnt/run") == 6
 
 
