@@ -137,10 +137,11 @@ def test_a_checkpoint_goes_on_on_another_number_of_processes_with_the_same_losse
 def died(base):
     """How the starts of one run ended: each process is killed once, then one gets SIGTERM, then the run ends.
 
-    Steps count from each start; at the first death, the save of step 4 has waited for that of step 2. A start traces
-    all stages that it is to train, so the first ones are to train no more than they come to.
+    Steps count from each start; at the first death, the save of step 4 has waited for that of step 2. SIGTERM comes in
+    a second step: in the first one, the other process may still compile, and then both stop at once. A start traces all
+    stages that it is to train, so the first ones are to train no more than they come to.
     """
-    points = ({1: "SIGKILL@step::5"}, {0: "SIGKILL@step::6"}, {1: "SIGTERM@computing:finetune:1"}, None)
+    points = ({1: "SIGKILL@step::5"}, {0: "SIGKILL@step::6"}, {1: "SIGTERM@computing:finetune:2"}, None)
     stages = ("--stages=pretrain", "--stages=pretrain,posttrain", STAGES, STAGES)
     return [
         run(base, "died", "2 x 2", each, NO_EVALUATIONS, status=None, points=at)
