@@ -91,7 +91,7 @@ def _end(status: int, stopped: bool) -> None:
 
 def _as_unreachable(error: BaseException) -> BaseException:
     """An error of a lost connection in words, with its exit status; any other one as it is."""
-    if not (isinstance(error, RuntimeError) and LOST.search(str(error))):
+    if not (isinstance(error, RuntimeError | ValueError) and LOST.search(str(error))):  # jax raises both
         return error
     first = str(error).partition("\n")[0]
     return Unreachable(f"the connection to another process was lost, which may have been killed: {first}")

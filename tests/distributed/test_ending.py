@@ -32,11 +32,9 @@ def two(monkeypatch):
     [
         (NotWritten("the disk is full"), Exit.NOT_WRITTEN, "llm3: process 0 of 2: the disk is full"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
-        (
-            RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
-            Exit.UNREACHABLE,
-            "may have been killed",
-        ),
+        (RuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), Exit.UNREACHABLE, "been killed"),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), Exit.UNREACHABLE, "been killed"),
+        (ValueError("of the program itself"), 1, "ValueError: of the program itself"),
         (processes.RemoteError("said by the other", 2), Exit.BAD_INPUT, ""),
         (KeyboardInterrupt(), 130, ""),
     ],
