@@ -11,11 +11,11 @@ from llm3.ablation.schema import AblationConfig
 from llm3.cli.bench_checks import DTYPES, check_bench, check_bench_model
 from llm3.cli.serve_checks import check_serve
 from llm3.config.data_schema import SourceConfig
+from llm3.config.sampling import Sampling
 from llm3.config.schema import RunConfig
 from llm3.data.sources.split_names import expanded, source_name, with_named_splits
 from llm3.errors import UserError, nearest
 from llm3.files import CHECKPOINTS, PLAN, SESSIONS, local_path
-from llm3.models.sampling import Sampling
 from llm3.registry import check_installed, declared, plugin_names
 from llm3.stages import rules
 from llm3.stages.amend import planned, stage_to_go_back

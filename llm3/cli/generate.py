@@ -8,12 +8,12 @@ from typing import Any
 
 from llm3.checkpoints.load import trained_stages
 from llm3.cli.predict import predict
+from llm3.config.sampling import Sampling
 from llm3.config.schema import RunConfig
 from llm3.data.formats import BadRow
 from llm3.data.prompts import read_conversation, read_prompt
 from llm3.data.sources.inputs import open_input
 from llm3.errors import UserError
-from llm3.models.sampling import Sampling
 from llm3.predict.trained import open_trained
 from llm3.report.console import new_console
 from llm3.report.units import count

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from llm3.config import load
 from llm3.config.schema import RunConfig, StageConfig, as_dict
+from llm3.distributed.lock import shared
 from llm3.errors import UserError, writing
 from llm3.files import (
     DATA_SAMPLE,
@@ -34,7 +35,6 @@ from llm3.report.settings import changed
 from llm3.stages import rules
 from llm3.stages.beside import with_stages_beside
 from llm3.stages.evaluated import current, definition
-from llm3.stages.locks import shared
 from llm3.stages.parents import first_rows, parent_labels
 
 

@@ -15,6 +15,7 @@ from llm3.data.tokenizer import Tokenizer
 from llm3.distributed import processes
 from llm3.distributed.agreement import check_shared
 from llm3.distributed.bucket_lock import bucket_held
+from llm3.distributed.lock import shared
 from llm3.distributed.preemption import stop_on_signals
 from llm3.errors import FULL, NotWritten, UserError, writing
 from llm3.files import (
@@ -38,7 +39,7 @@ from llm3.stages.environment import SessionLog
 from llm3.stages.experiment import prepare
 from llm3.stages.first_rows import evaluate_first_rows, keep_model, unreadable, write_records
 from llm3.stages.later import evaluate_outdated, is_current
-from llm3.stages.locks import StageLocks, check_parents, shared
+from llm3.stages.locks import StageLocks, check_parents
 from llm3.stages.mend import mend
 from llm3.stages.parents import first_rows
 from llm3.stages.run_stage import check_all_before_training, run_stage

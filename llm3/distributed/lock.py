@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,6 +24,7 @@ BEAT_SECONDS = 10.0  # how often a holder touches its lock
 DEAD_SECONDS = 120.0  # a holder that has not touched its lock for this long counts as dead
 ATTEMPTS = 10  # to take a lock, while others remove theirs with the directories that they have made
 POLL_SECONDS = 0.1  # between two looks at a lock that is waited for
+SHARED_SECONDS = 600.0  # to wait for the lock of a workdir
 QUIET_SECONDS = 5.0  # of waiting, before the log says so
 
 
@@ -68,6 +69,11 @@ def lock(directory: Path, seconds: float = 0.0, remove: bool = False) -> Iterato
                     if (created or remove) and own.locked:
                         _remove_if_empty(path)
                     handle.truncate(0)
+
+
+def shared(workdir: Path) -> AbstractContextManager[None]:
+    """Hold the files that all runs in a workdir share, once no other process does. Raises InUse after some minutes."""
+    return lock(workdir, SHARED_SECONDS)
 
 
 def _waited_for(path: Path, seconds: float) -> tuple[BinaryIO, Holder, bool]:

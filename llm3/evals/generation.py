@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm3.config.sampling import GREEDY, Sampling
 from llm3.data.chat_templates import without_lead
 from llm3.errors import UserError, at_least
 from llm3.evals import EvalContext, by_item
 from llm3.models.batching import Decoder, Request, Shape, padded_width, stop_sizes
-from llm3.models.sampling import GREEDY, Sampling, needs_of
+from llm3.models.sampling import needs_of
 
 WINDOWS = {"dialogue": "dialogue", "choice": "dialogue"}
 HEAD = ""

@@ -12,10 +12,11 @@ import numpy as np
 from flax import nnx
 
 from llm3.config.model_schema import ModelConfig, check_length
+from llm3.config.sampling import GREEDY, Sampling
 from llm3.distributed.sharding import axis_size
 from llm3.errors import UserError
 from llm3.models.decoding import ANY, NEVER, Kept, Scores, admit, advance, no_rows
-from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, needs_of
+from llm3.models.sampling import Needs, arrays, needs_of
 from llm3.models.transformer import abstract
 from llm3.segments import Segments, segmented
 

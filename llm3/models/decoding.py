@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from llm3.config.model_schema import ModelConfig
+from llm3.config.sampling import GREEDY, Sampling
 from llm3.models.incremental import read
 from llm3.models.kv_cache import Cache, make_cache
 from llm3.models.lora import restrict
-from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, next_token, penalised
+from llm3.models.sampling import Needs, arrays, next_token, penalised
 from llm3.models.transformer import Transformer
 from llm3.segments import Segments
 

@@ -4,8 +4,8 @@ from functools import partial
 from typing import Any
 
 from llm3.config.model_schema import check_length
+from llm3.config.sampling import Sampling
 from llm3.data.prompts import Prompt
-from llm3.models.sampling import Sampling
 from llm3.predict.trained import Trained
 from llm3.serve.engine import STOPS, Ask
 from llm3.serve.stages import Served

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
+from llm3.config.sampling import GREEDY, Sampling
 from llm3.models.batching import Decoder, Request, Shape, decoder_of, padded_width
 from llm3.models.decoding import Scores
-from llm3.models.sampling import GREEDY, Needs, Sampling, needs_of
+from llm3.models.sampling import Needs, needs_of
 from llm3.serve.stages import Served
 from llm3.serve.text import TextStream
 

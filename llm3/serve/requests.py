@@ -3,7 +3,7 @@
 import secrets
 from typing import Any, NamedTuple
 
-from llm3.models.sampling import Sampling
+from llm3.config.sampling import Sampling
 from llm3.serve.errors import ApiError
 from llm3.serve.fields import Fields, are_tokens, check_text
 

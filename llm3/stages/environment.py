@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import llm3
+from llm3.distributed.lock import shared
 from llm3.files import SESSIONS, read_json, write_json
-from llm3.stages.locks import shared
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "datasets")
 

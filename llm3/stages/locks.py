@@ -6,7 +6,7 @@ several processes holds both.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from math import inf
 from pathlib import Path
 
@@ -18,13 +18,6 @@ from llm3.distributed.watchdog import Watchdog
 from llm3.errors import UserError
 from llm3.files import CHECKPOINTS, INIT, ROW
 from llm3.handoff.start import NAMED_STEPS, Start, read_start
-
-SHARED_SECONDS = 600.0  # to wait for the lock of a workdir
-
-
-def shared(workdir: Path) -> AbstractContextManager[None]:
-    """Hold the files that all runs in a workdir share, once no other process does. Raises InUse after some minutes."""
-    return lock(workdir, SHARED_SECONDS)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from llm3.__main__ import main
+from llm3.config.sampling import Sampling
 from llm3.config.schema import ModelConfig
 from llm3.models.batching import sample
-from llm3.models.sampling import Sampling, next_token
+from llm3.models.sampling import next_token
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import map_with_path

@@ -80,10 +80,11 @@ def without_predictions(result: dict) -> dict:
 def make_context(
     plugin, cache, *, options=None, tokenizer=BYTES, length=16, batch_size=4, place=None, params=None, **model
 ):
-    """A test of a tiny model of random parameters on the documents of a cache."""
+    """A test of a tiny model on the documents of a cache. params: default: random ones."""
     config = model_config(**{"vocab_size": tokenizer.vocab_size} | model)
+    params = params or make_params(config)
     return evals.EvalContext(
-        params=segmented(make_params(config), ((0, config.layers),)) if params is None else params,
+        params=params if ":" in next(iter(params["layers"])) else segmented(params, ((0, config.layers),)),
         model=config,
         config=EvaluationConfig(
             plugin.__name__.split(".")[-1], "source", sequence_length=length, batch_size=batch_size

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from llm3.config.model_schema import AdapterConfig
+from llm3.config.sampling import GREEDY, Sampling
 from llm3.models.batching import Request, Shape, local_decoder, without_stop
 from llm3.models.decoding import Kept, advance
-from llm3.models.sampling import GREEDY, Needs, Sampling, next_token, penalised
+from llm3.models.sampling import Needs, next_token, penalised
 from tests.helpers import reference
 from tests.helpers.tiny import VOCAB, make_documents, make_params, make_row, model_config, stack
 

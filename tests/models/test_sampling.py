@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm3.models.sampling import GREEDY, Needs, Sampling, arrays, needs_of, next_token, penalised
+from llm3.config.sampling import GREEDY, Sampling
+from llm3.models.sampling import Needs, arrays, needs_of, next_token, penalised
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from llm3.config.model_schema import AdapterConfig
-from llm3.models.sampling import Sampling
+from llm3.config.sampling import Sampling
 from llm3.segments import segmented
 from llm3.serve.engine import Ask, Engine, Update
 from llm3.serve.stages import Served, Shared

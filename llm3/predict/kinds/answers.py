@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from llm3.config.sampling import Sampling
 from llm3.data.formats import Document
 from llm3.errors import at_least
 from llm3.evals.generation import Question, generate_answers
-from llm3.models.sampling import Sampling
 from llm3.predict.fields import Fields
 from llm3.predict.session import Item, Session
 from llm3.predict.trained import Trained
