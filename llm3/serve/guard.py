@@ -35,8 +35,8 @@ class Guard:
         self._app, self._metrics, self._hosts, self._key, self._paths = app, metrics, hosts, key.encode(), paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":  # there are no websockets here
-            return
+        if scope["type"] != "http":  # the start and the end of the server: there are no websockets here
+            return await self._app(scope, receive, send)
         began, status = time.monotonic(), 0
 
         async def watched(message: Message) -> None:

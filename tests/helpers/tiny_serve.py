@@ -20,7 +20,7 @@ from tests.helpers.tiny_export import ADDED, model, tokenizer, write_run
 from tests.helpers.tiny_predict import LABELS, MODELS, OBJECTIVES, SOURCES
 
 HOST = "http://127.0.0.1"
-CHANGES = {kind: {"layers": 1, **changes} for kind, changes in MODELS.items()}
+CHANGES = {kind: {"layers": 2 if changes else 1, **changes} for kind, changes in MODELS.items()}
 for each in ("scores", "answers"):  # tied, a model of random parameters repeats itself
     CHANGES[each]["tie_embeddings"] = False
 
@@ -42,20 +42,17 @@ def tokens_of(text: str) -> list[int]:
 
 
 @functools.cache
-def _logprobs(tokens: tuple[int, ...]) -> np.ndarray:
-    config, params = model(**CHANGES["scores"])
+def _logprobs(tokens: tuple[int, ...], **changes) -> np.ndarray:
+    config, params = model(**changes)
     row = make_row(np.array(tokens), length=len(tokens))
     logits = reference.row_logits(config, params, reference.row_hidden(config, params, row))
-    return (
-        logits
-        - np.log(np.exp(logits - logits.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True))
-        - (logits.max(axis=-1, keepdims=True))
-    )
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def logprobs(tokens) -> np.ndarray:
-    """log p of each token of the vocabulary after each of these, by the model of "scores": float64 [T, V]."""
-    return _logprobs(tuple(int(each) for each in tokens))
+def logprobs(tokens, **changes) -> np.ndarray:
+    """log p of each token of the vocabulary after each of these: float64 [T, V], by a model, default: of "scores"."""
+    return _logprobs(tuple(int(each) for each in tokens), **(changes or CHANGES["scores"]))
 
 
 def mean_hidden(text: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from llm3.serve.api import create_app
 from llm3.serve.engine import Engine
 from llm3.serve.service import Service
 from tests.helpers import tiny_serve as tiny
-from tests.helpers.tiny_export import tokenizer
+from tests.helpers.tiny_export import model, tokenizer, write_run
 from tests.helpers.tiny_serve import likeliest, logprobs, tokens_of
 
 PLAIN, CHAT = "scores/adapt", "answers/adapt"
@@ -98,6 +98,9 @@ def test_each_of_n_answers_has_a_seed_of_its_own_and_a_stream_has_the_same_text(
     drawn = {"temperature": 1, "seed": 5}
     together = complete(n=2, prompt=["a", PROMPT], **drawn)
     assert [each["index"] for each in together] == [0, 1, 2, 3]
+    scores = [each["logprobs"] for each in together]
+    tops = [pair for each in scores for pair in zip(each["tokens"], each["top_logprobs"], strict=True)]
+    assert all(token in top for token, top in tops) and {len(top) for _, top in tops} == {3, 4}
     for number, each in enumerate(together):
         (alone,) = complete(prompt=["a", PROMPT][number // 2], temperature=1, seed=5 + number % 2)
         assert {**alone, "index": number} == each
@@ -150,6 +153,21 @@ def test_a_text_is_scored_in_windows_with_the_bits_of_each_token(server):
     assert found["bits_per_byte"] == pytest.approx(-sum(expected) / np.log(2) / len(text.encode()), **CLOSE)
     assert "".join(text[each["start"] : each["end"]] for each in found["tokens"]) == text
     assert all(len(each["top"]) == 5 and each["top"][0]["logprob"] >= each["logprob"] for each in found["tokens"])
+
+
+def test_learned_positions_limit_a_request_but_not_its_padding(tmp_path):
+    config = {"positions": "learned", "max_positions": 20, "tie_embeddings": False, "layers": 1}
+    write_run(tmp_path, *model(**config))
+    tokens = tokens_of("The quick brown fox")[:20]
+    with tiny.Server([tmp_path]) as server:
+        (listed,) = server.client.get("/v1/models").json()["data"]
+        assert listed["llm3"]["max_length"] == 20
+        asked = {"model": "adapt", "echo": True, "logprobs": 1}
+        refused = server.post("/v1/completions", prompt=tokens, max_tokens=21 - len(tokens), **asked)
+        assert refused.status_code == 400 and "more than the 20" in refused.text
+        found = server.post("/v1/completions", prompt=tokens, max_tokens=0, **asked).json()["choices"][0]["logprobs"]
+    expected = logprobs(tokens, **config)[range(len(tokens) - 1), tokens[1:]]
+    assert found["token_logprobs"][1:] == pytest.approx(expected.tolist(), **CLOSE)
 
 
 def test_every_stage_is_listed_with_what_it_can_be_asked(server):
