@@ -104,8 +104,6 @@ class Fields:
         value = self.take(name, default)
         if value is None:
             return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise self.wrong(name, value, f"an integer from {least} to {most}")
         return value
