@@ -31,7 +31,7 @@ MESHES = {
     "data 2 x fsdp 2 x tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 TRAIN = {"all": "all", "a part": ["layers[1:]/mlp/.*", "norms", "embeddings"]}
-PAIRS = list(itertools.permutations(MESHES, 2))
+PAIRS = list(itertools.pairwise([*MESHES, next(iter(MESHES))]))  # each is saved on once, and read on once
 ROWS, SAVED_AT = 8, 2
 MODEL = model_config(vocab_size=64)
 PARAMS = make_params(MODEL)

@@ -26,7 +26,6 @@ MESHES = {
 MOVES = [
     ("2 x 2", "1 x 1", "pretrain"),
     ("2 x 2", "1 x 8", "finetune"),
-    ("1 x 1", "2 x 2", "finetune"),
     ("1 x 8", "2 x 2", "pretrain"),
 ]
 

@@ -54,7 +54,7 @@ c.stages = dict(
 )
 """
 
-POINTS = (("saving_base", ""), ("saved", ":3"), ("saved", ":4"), ("saved", ":6"), ("saving", ":8"), ("row", ""))
+POINTS = (("saving_base", ""), ("saved", ":4"), ("saving", ":8"), ("row", ""))
 
 
 def checkpoints(workdir, stage) -> Checkpoints:

@@ -80,7 +80,7 @@ def engine():
 
 def make_asks(stages: list[Served], count: int) -> list[Ask]:
     draw, asks = random.Random(0), []
-    settings = [Sampling(), Sampling(0.9, min_p=0.1), Sampling(0.8, top_k=5)]
+    settings = [Sampling(), Sampling(0.9, min_p=0.1), Sampling(0.8)]
     for seed in range(count):
         prompt = [draw.randrange(VOCAB) for _ in range(draw.randrange(1, 50))]
         stage, sampling = draw.choice(stages), draw.choice(settings)
