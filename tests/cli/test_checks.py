@@ -63,6 +63,7 @@ REFUSED = {
     "plan --config=FILE --topology=h10x8": "no such chip; did you mean 'h100'",
     "plan --config=FILE --aot": "--topology=NAME",
     "plan --config=FILE --price=-1": "--price=-1.0: expected the price of a device-hour",
+    "serve --workdir=W --host=0.0.0.0": "--host=0.0.0.0: others could use the server",
     "generate --workdir=NONE --prompt=x --temperature=-1": "--temperature=-1.0: expected at least 0",
     "generate --workdir=NONE --prompt=x": "--workdir=NONE: no such directory",
     "export --workdir=NONE --stage=a --to=b --format=merge": "did you mean 'merged'",
