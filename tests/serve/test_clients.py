@@ -84,11 +84,16 @@ def test_embeddings_are_the_mean_of_the_hidden_states(client):
 
 
 @pytest.mark.slow
-def test_two_hundred_at_once_are_answered_as_each_alone(client):
-    def ask(seed: int) -> str:
-        sampling = {"temperature": 1, "seed": seed, "max_tokens": 1 + seed % 40, "prompt": "a" * (1 + seed % 30)}
-        return client.completions.create(**ASKED | sampling).choices[0].text
+def test_two_hundred_at_two_stages_are_answered_as_each_alone_though_a_third_leaves_midway(client):
+    def ask(seed: int, leaves: bool = False) -> str | None:
+        body = {"model": (PLAIN, CHAT)[seed // 3 % 2], "prompt": "a" * (1 + seed % 30), "max_tokens": 1 + seed % 40}
+        body |= {"temperature": 1, "seed": seed}
+        if leaves:
+            with client.completions.create(**body, stream=True) as answer:
+                next(iter(answer))
+            return None
+        return client.completions.create(**body).choices[0].text
 
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
-        together = list(pool.map(ask, range(200)))
-    assert together == [ask(seed) for seed in range(200)]
+        together = list(pool.map(lambda seed: ask(seed, leaves=seed % 3 == 0), range(200)))
+    assert [text for text in together if text is not None] == [ask(seed) for seed in range(200) if seed % 3]
