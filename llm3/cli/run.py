@@ -256,7 +256,9 @@ def is_complete(config: RunConfig, workdir: Path, order: list[str], bare: bool =
         for name in first_rows(config, workdir)
         if (workdir / name / ROW).is_file() or not unreadable(config, workdir, name)
     ]
-    return is_reported(workdir, [*first, *order]) and is_current(config, workdir, [*first, *order])
+    names = [*first, *order]
+    measured = all((workdir / name / ROW).is_file() for name in names)
+    return measured and is_reported(workdir, names) and is_current(config, workdir, names)
 
 
 def is_reported(workdir: Path, names: list[str]) -> bool:

@@ -7,6 +7,7 @@ import pytest
 
 from llm3.checkpoints import metadata, stage_checkpoints
 from llm3.checkpoints.orbax_store import DamagedCheckpoint
+from llm3.cli import run as verb
 from llm3.config import load as configfile
 from llm3.distributed.lock import lock
 from llm3.errors import UserError
@@ -116,3 +117,16 @@ def test_metadata_of_a_newer_version_is_refused_and_not_taken_for_damage(tmp_pat
     with pytest.raises(UserError, match=f"has format {FORMAT + 1}, and this llm3 reads up to {FORMAT}") as raised:
         stage_checkpoints.Checkpoints(tmp_path / "checkpoints", read_only=True).newest_meta()
     assert not isinstance(raised.value, DamagedCheckpoint)
+
+
+def test_a_run_is_not_complete_without_a_row_that_the_report_has(run, monkeypatch):
+    directory, config, _ = run
+    for name, result in {"first_rows": ["init"], "unreadable": "", "is_current": True}.items():
+        monkeypatch.setattr(verb, name, lambda *_, result=result: result)
+    rows = [{"stage": name} for name in ("init", "pretrain")]
+    (directory / "matrix.json").write_text(json.dumps({"rows": rows, "baselines": []}))
+    (directory / "report.html").touch()
+    (directory / "init").mkdir()
+    assert not verb.is_complete(config, directory, ["pretrain"])
+    (directory / "init" / "evaluation.json").write_text("{}")
+    assert verb.is_complete(config, directory, ["pretrain"])
