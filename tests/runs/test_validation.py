@@ -152,7 +152,7 @@ def test_evaluations_between_steps_change_no_bit_of_what_is_trained(base, whole)
 def test_a_run_that_dies_around_evaluations_stops_at_the_same_step_with_the_same_bits(base, whole):
     workdir = base / "disturbed"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
-    deaths = [f"SIGKILL@{each}" for each in ("evaluating:pretrain:9", "evaluating:pretrain:18", "commit:pretrain:18")]
+    deaths = [f"SIGKILL@{each}" for each in ("evaluating:pretrain:9", "commit:pretrain:18")]
     # a start traces all stages that it is to train
     tiny.process((*command, "--stages=pretrain"), deaths=deaths, point="SIGKILL@row:pretrain", status=-9)
     last = workdir / "pretrain" / "checkpoints" / str(STOPPED) / "params"
