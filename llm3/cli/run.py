@@ -123,7 +123,8 @@ def run(
             warn_of_others(config, workdir, order, console)
         if processes.is_first() and not bare:
             write_report(config, workdir, console)
-            console.print(f"Ask every stage in a browser: python -m llm3 serve --workdir={workdir}")
+            ask = f"Ask every stage in a browser: python -m llm3 serve --workdir={workdir}"
+            console.print(ask, soft_wrap=True)
     return 0
 
 
