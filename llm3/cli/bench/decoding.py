@@ -23,7 +23,7 @@ from llm3.stages.stage import Stage
 SIZES = (1, 8, 32)  # answers in a batch
 ROWS, PROMPT, LENGTH = 8, 32, 256  # answers that are also recomputed, tokens of a prompt, and with its answer
 STEP = 64  # lengths to which the recomputed text is padded
-ROUNDS = 5
+ROUNDS = 3
 
 
 def measure_decoding(session: Session, stage: Stage, peers: list[str]) -> dict:

@@ -92,7 +92,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], best: str) -> str:
 
 def words(key: str) -> str:
     """What a metric is, without the unit that its value has: step_seconds_min is "step time min"."""
-    return WORDS.get(key) or key.replace("_seconds", "_time").replace("_", " ")
+    return WORDS.get(key) or key.removesuffix("_tokens_per_second").replace("_seconds", "_time").replace("_", " ")
 
 
 def _text(key: str, value: Any) -> str:
