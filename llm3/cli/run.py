@@ -74,11 +74,7 @@ def run(
     order = rules.chosen(config, stages)
     agreement.compare_runs(config, {"stages": order, "bare": bare, "amend": why, "from_step": from_step})
     agreement.see_checkpoints(config, workdir, order)
-    first = [] if bare else first_rows(config, workdir)
-    for line in processes.broadcast_from_first(lambda: mend(workdir, [*first, *config.stages])):
-        console.print(line, style="bold red")
-    for name in first:
-        check_record(workdir, config, name)
+    first = mended_rows(config, workdir, bare, console)
     look = partial(work_to_do, config, workdir, order, why, from_step)
     to_train = (work := look()).to_train
     if not to_train and processes.broadcast_from_first(lambda: is_complete(config, workdir, order, bare)):
@@ -120,12 +116,32 @@ def run(
         check_ancestry(config, workdir, order)
         write_log(log, facts, watch)
         if processes.is_first():
-            warn_of_others(config, workdir, order, console)
-        if processes.is_first() and not bare:
-            write_report(config, workdir, console)
-            ask = f"Ask every stage in a browser: python -m llm3 serve --workdir={workdir}"
-            console.print(ask, soft_wrap=True)
+            conclude(config, workdir, order, bare, console)
     return 0
+
+
+def mended_rows(config: RunConfig, workdir: Path, bare: bool, console: Console) -> list[str]:
+    """The rows before those of the stages, once damaged files are set aside. bare: none.
+
+    Raises UserError for a row of another config.
+    """
+    first = [] if bare else first_rows(config, workdir)
+    for line in processes.broadcast_from_first(lambda: mend(workdir, [*first, *config.stages])):
+        console.print(line, style="bold red")
+    for name in first:
+        check_record(workdir, config, name)
+    return first
+
+
+def conclude(config: RunConfig, workdir: Path, order: list[str], bare: bool, console: Console) -> None:
+    """Print which other stages were trained from what a stage of this command was before; unless `bare`, report."""
+    for name in (each for each in config.stages if each not in order):
+        if changed := changed_parent(config, workdir, name):
+            console.print(f"warning: {changed}", style=WARNING)
+    if not bare:
+        write_report(config, workdir, console)
+        ask = f"Ask every stage in a browser: python -m llm3 serve --workdir={workdir}"
+        console.print(ask, soft_wrap=True)
 
 
 def work_to_do(config: RunConfig, workdir: Path, order: list[str], why: str, from_step: int | None) -> Work:
@@ -147,13 +163,6 @@ def take(locks: StageLocks, config: RunConfig, workdir: Path, work: Work, look: 
         if plans[0] != plans[1] or work.to_train != now.to_train:
             raise UserError(f"{workdir}: another run has finished or changed a stage just now: rerun the command")
         processes.broadcast_from_first(lambda: apply(workdir, config, work.amendments))
-
-
-def warn_of_others(config: RunConfig, workdir: Path, order: list[str], console: Console) -> None:
-    """Print which other stages were trained from what a stage of this command was before."""
-    for name in (each for each in config.stages if each not in order):
-        if changed := changed_parent(config, workdir, name):
-            console.print(f"warning: {changed}", style=WARNING)
 
 
 def stages_to_train(config: RunConfig, workdir: Path, order: list[str], amendments: dict[str, Amendment]) -> list[str]:

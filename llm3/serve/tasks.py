@@ -105,9 +105,9 @@ def embed(stage: Served, texts: Sequence[str]) -> list[list[float]]:
 
 
 def pieces(stage: Served, tokens: Sequence[int]) -> list[Sequence[int]]:
-    """The windows in which a text is scored, as the evaluation `perplexity` reads it: each begins anew.
+    """A text cut into windows of the stage's length, as the evaluation `perplexity` cuts it. A window sees no other.
 
-    A piece has the last token of the piece before, which predicts its first one.
+    Each piece also has the last token of the piece before, which predicts its first one.
     """
     length = stage.trained.length
     return [tokens[first : first + length + 1] for first in range(0, max(1, len(tokens) - 1), length)]
