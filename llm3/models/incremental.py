@@ -35,7 +35,7 @@ def read(
     rotary = angles(config, positions)
 
     def kind(layer: int, buffers: Buffers) -> tuple[int, int]:
-        return config.window * has_window(config, layer), buffers[0].shape[3]
+        return config.window * has_window(config, layer), buffers[1].shape[3]
 
     def attention(window: int, slots: int) -> Attend:
         keys = slot_positions(lengths, slots)
