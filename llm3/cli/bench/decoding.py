@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,25 @@ from llm3.segments import segmented
 from llm3.stages.session import Session
 from llm3.stages.stage import Stage
 
-SIZES = (1, 8, 32)  # answers in a batch
 ROWS, PROMPT, LENGTH = 8, 32, 256  # answers that are also recomputed, tokens of a prompt, and with its answer
 STEP = 64  # lengths to which the recomputed text is padded
 ROUNDS = 3
 
 
+class Load(NamedTuple):
+    """Answers of these numbers of tokens, so many rows at a time."""
+
+    rows: int
+    limits: tuple[int, ...]
+
+
+# batches of full length, and 32 answers of all lengths in a random order, which take the rows of those that end
+LOADS = {f"batch_{size}": Load(size, (LENGTH - PROMPT,) * size) for size in (1, ROWS, 32)}
+LOADS["mixed"] = Load(ROWS, tuple(np.random.default_rng(0).permutation(range(7, LENGTH - PROMPT + 1, 7)).tolist()))
+
+
 def measure_decoding(session: Session, stage: Stage, peers: list[str]) -> dict:
-    """The times are medians over rounds, in turns, of the answers of a batch: `PROMPT` tokens up to `LENGTH`.
+    """The times are medians over rounds, in turns, of all answers of a load, to prompts of `PROMPT` tokens.
 
     Without a cache, the text is padded to the next multiple of `STEP`, and logits are computed at its last token only.
     peers: the libraries that answer the same prompts, also in turns. Raises UserError for a bidirectional model.
@@ -37,39 +48,46 @@ def measure_decoding(session: Session, stage: Stage, peers: list[str]) -> dict:
     if not model.causal:
         raise UserError(f"--decode: {stage.where} is a bidirectional model: expected a causal one")
     check_length(model, LENGTH, "--decode: length")
-    text = np.random.default_rng(0).integers(0, model.vocab_size, (max(SIZES), LENGTH), dtype=np.int32)
+    longest = max(len(load.limits) for load in LOADS.values())
+    text = np.random.default_rng(0).integers(0, model.vocab_size, (longest, LENGTH), dtype=np.int32)
     params = init(model, session.experiment.init_seed, session.mesh)
-    calls: dict[tuple[str, int], Callable[[], float]] = {
-        ("own", size): partial(seconds, _decoding(session, params, model, text[:size, :PROMPT])) for size in SIZES
+    calls: dict[tuple[str, str], Callable[[], float]] = {
+        ("own", name): partial(seconds, _decoding(session, params, model, text, load)) for name, load in LOADS.items()
     }
-    calls["recomputation", ROWS] = partial(_recomputed, session, params, model, text[:ROWS])
-    for name in peers:
+    calls["recomputation", "batch_8"] = partial(_recomputed, session, params, model, text[:ROWS])
+    for peer in peers:
         from llm3.cli.bench.torch_decoding import TorchDecoding  # needs torch
 
         other = TorchDecoding(stage, phase)
-        calls |= {(name, size): partial(seconds, other.answering(text[:size, :PROMPT], LENGTH)) for size in SIZES}
+        calls |= {
+            (peer, name): partial(seconds, other.answering(text[:, :PROMPT], load.limits, load.rows))
+            for name, load in LOADS.items()
+        }
     for call in calls.values():
         call()  # compiles
     found = [{key: call() for key, call in calls.items()} for _ in range(ROUNDS)]
     times = {key: statistics.median(each[key] for each in found) for key in calls}
-    rates = {size: size * (LENGTH - PROMPT) / times["own", size] for size in SIZES}
+    rates = {name: sum(load.limits) / times["own", name] for name, load in LOADS.items()}
+    recomputation = times["recomputation", "batch_8"]
     result = {
         "stage": stage.name,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "batch_size": ROWS,
         "sequence_length": LENGTH,
-        "decoding_seconds": times["own", ROWS],
-        "recomputation_seconds": times["recomputation", ROWS],
-        "recomputation_tokens_per_second": ROWS * (LENGTH - PROMPT) / times["recomputation", ROWS],
-        "speedup": times["recomputation", ROWS] / times["own", ROWS],
-        **{f"batch_{size}_tokens_per_second": rates[size] for size in SIZES},
-        **{f"batch_{size}_speedup": rates[size] / rates[1] for size in SIZES[1:]},
+        "decoding_seconds": times["own", "batch_8"],
+        "recomputation_seconds": recomputation,
+        "recomputation_tokens_per_second": sum(LOADS["batch_8"].limits) / recomputation,
+        "speedup": recomputation / times["own", "batch_8"],
+        **{f"{name}_tokens_per_second": rate for name, rate in rates.items()},
+        **{f"{name}_speedup": rate / rates["batch_1"] for name, rate in rates.items() if name != "batch_1"},
     }
     if peers:
         result["peers"] = {
-            f"{name}, batch {size}": _compared([(each[name, size], each["own", size]) for each in found], other.about)
-            for name in peers
-            for size in SIZES
+            f"{peer}, {name.replace('_', ' ')}": _compared(
+                [(each[peer, name], each["own", name]) for each in found], other.about
+            )
+            for peer in peers
+            for name in LOADS
         }
     return result
 
@@ -88,12 +106,13 @@ def _compared(pairs: list[tuple[float, float]], about: str) -> dict[str, Any]:
     }
 
 
-def _decoding(session: Session, params: dict, model: ModelConfig, prompts: np.ndarray) -> Callable[[], object]:
-    """A function that answers the prompts, int32 [B, T]."""
-    decoder = local_decoder(params, model, Shape(len(prompts), PROMPT, LENGTH - PROMPT))
-    if len(prompts) % axis_size(session.mesh, "batch") == 0:
+def _decoding(session: Session, params: dict, model: ModelConfig, text: np.ndarray, load: Load) -> Callable[[], object]:
+    """A function that answers the first `PROMPT` tokens of the rows of a text, int32 [B, T]."""
+    decoder = local_decoder(params, model, Shape(load.rows, PROMPT, LENGTH - PROMPT))
+    if load.rows % axis_size(session.mesh, "batch") == 0:
         decoder.place = partial(place_batch, session.mesh)
-    requests = [Request(row.tolist(), LENGTH - PROMPT) for row in prompts]
+    prompts = text[:, :PROMPT].tolist()
+    requests = [Request(prompt, limit) for prompt, limit in zip(prompts, load.limits, strict=False)]
     return lambda: list(decoder.answers(enumerate(requests)))
 
 

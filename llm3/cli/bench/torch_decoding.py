@@ -1,6 +1,6 @@
 """`bench --decode --peer=torch`: the same prompts answered by transformers' `generate`, greedily, with its cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,16 +22,22 @@ class TorchDecoding:
         threads = f", {torch.get_num_threads()} threads" if self._device.type == "cpu" else ""
         self.about = f"torch {torch.__version__}, transformers {transformers.__version__}, {self._device.type}{threads}"
 
-    def answering(self, prompts: np.ndarray, length: int) -> Callable[[], object]:
-        """A function that extends the prompts, int32 [B, T], to `length` tokens. No token ends an answer."""
-        tokens = torch.from_numpy(prompts.astype(np.int64)).to(self._device)
-        count = length - prompts.shape[1]
-        exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    def answering(self, prompts: np.ndarray, limits: Sequence[int], rows: int) -> Callable[[], object]:
+        """A function that answers the first len(limits) prompts, int32 [B, T], `rows` at a time.
+
+        A batch goes on until its longest answer is complete. No token ends an answer.
+        """
+        batches = [limits[first : first + rows] for first in range(0, len(limits), rows)]
+        tokens = torch.from_numpy(prompts[: len(limits)].astype(np.int64)).to(self._device).split(rows)
 
         def answer() -> object:
-            with torch.inference_mode():
-                made = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), **exactly)
-            assert made.shape == (len(prompts), length)
-            return made.cpu()
+            return [self._generated(each, max(counts)).cpu() for each, counts in zip(tokens, batches, strict=True)]
 
         return answer
+
+    def _generated(self, tokens: torch.Tensor, count: int) -> torch.Tensor:
+        exactly = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        with torch.inference_mode():
+            made = self._model.generate(tokens, attention_mask=torch.ones_like(tokens), **exactly)
+        assert made.shape == (len(tokens), tokens.shape[1] + count)
+        return made
