@@ -136,10 +136,9 @@ def read_score(body: dict[str, Any]) -> Score:
 def read_classify(body: dict[str, Any]) -> Classify:
     """Raises ApiError."""
     fields = Fields(body)
-    model, one = fields.text("model"), fields.text("text", "")
-    texts = [one] if one else fields.texts("texts", MOST_TEXTS)
+    found = Classify(fields.text("model"), fields.texts("text", MOST_TEXTS))
     fields.end()
-    return Classify(model, texts)
+    return found
 
 
 def read_fill(body: dict[str, Any]) -> Fill:

@@ -66,9 +66,10 @@ def _predicted(stage: Served, asked: Asked, rows: Sequence[dict[str, Any]]) -> l
         length=stage.trained.length,
     )
     found = predict_rows(session, Kind(asked.kind, plugin, options), list(rows), 0, [])
-    for each in found:
+    for number, each in enumerate(found):
         if each["error"] is not None:
-            raise ApiError(f"{asked.field}: {each['error']}", asked.field)
+            which = f"[{number}]" if len(rows) > 1 else ""
+            raise ApiError(f"{asked.field}{which}: {each['error']}", asked.field)
     return found
 
 
@@ -100,7 +101,7 @@ def embed(stage: Served, texts: Sequence[str]) -> list[list[float]]:
     found = _predicted(stage, EMBEDDINGS, [{"text": text} for text in texts])
     for number, each in enumerate(found):
         if each["truncated"]:
-            raise ApiError(f"input: text {number} has more than the {stage.trained.length} tokens of a window", "input")
+            raise ApiError(f"input[{number}]: it has more than the {stage.trained.length} tokens of a window", "input")
     return [each["embedding"] for each in found]
 
 

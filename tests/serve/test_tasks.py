@@ -37,14 +37,34 @@ def post(server, path: str, **body) -> dict:
 
 def test_a_text_has_all_labels_with_their_probabilities_the_likeliest_first(server):
     texts = ["The quick brown fox", "naïve 数学 🙂", "x" * 40]
-    together = post(server, "/classify", model="labels/adapt", texts=texts)["results"]
+    together = post(server, "/classify", model="labels/adapt", text=texts)["results"]
     for text, found in zip(texts, together, strict=True):
         shares = softmax(head("labels", hidden("labels", document(text)))[-1])
         order = np.argsort(-shares)
         assert [each["label"] for each in found["labels"]] == [LABELS[place] for place in order]
         assert [each["probability"] for each in found["labels"]] == pytest.approx(shares[order].tolist(), **CLOSE)
         assert found["predicted"] == [LABELS[order[0]]] and found["truncated"] == (text == "x" * 40)
-    assert server.post("/classify", model="labels/adapt", text=" ").json()["error"]["param"] == "text"
+    (alone,) = post(server, "/classify", model="labels/adapt", text=texts[0])["results"]
+    assert alone["predicted"] == together[0]["predicted"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" ", "text: text is empty"),
+        (["a", " "], "text[1]: text is empty"),
+        ([], "text: expected 1 to 256 strings, not 0"),
+        (["a"] * 257, "text: expected 1 to 256 strings, not 257"),
+        (["a", 3], "text: expected a string or a list of strings, not a list"),
+        (None, "text is missing: expected a string or a list of strings"),
+    ],
+)
+def test_texts_without_an_answer_are_refused(server, text, message):
+    refused = server.post("/classify", model="labels/adapt", text=text)
+    assert refused.status_code == 400
+    assert refused.json()["error"] == {
+        "message": message, "type": "invalid_request_error", "param": "text", "code": None,
+    }  # fmt: skip
 
 
 def test_each_mask_token_has_its_likeliest_tokens(server):
@@ -82,4 +102,5 @@ def test_an_answer_is_the_best_span_of_the_context_with_its_characters(server):
 
 def test_a_text_that_no_window_holds_has_no_embedding(server):
     refused = server.post("/v1/embeddings", model="labels/adapt", input=["a", "x" * 40])
-    assert refused.status_code == 400 and "text 1 has more than the 16 tokens" in refused.json()["error"]["message"]
+    message = "input[1]: it has more than the 16 tokens"
+    assert refused.status_code == 400 and message in refused.json()["error"]["message"]
