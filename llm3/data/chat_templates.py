@@ -140,6 +140,16 @@ def question(prompt: str, template: str, tokenizer: Tokenizer | None = None) -> 
         raise UserError(f"the prompt cannot be written with the chat template: {error}") from None
 
 
+def has_system_role(template: str, tokenizer: Tokenizer | None = None) -> bool:
+    """Whether a template writes a system prompt: some reject it, and some skip it."""
+    names = names_of(tokenizer)
+    try:
+        one, other = (render(template, [("system", each), EXAMPLE[0]], names) for each in ("One.", "Other."))
+    except TemplateError:
+        return False
+    return one != other
+
+
 def end_of_turn(template: str, tokenizer: Tokenizer | None = None) -> Pieces:
     """What ends an answer: the template's end of turn, or <eos>."""
     return split_answers(EXAMPLE, template, tokenizer)[0].end if template else [names_of(tokenizer).eos]

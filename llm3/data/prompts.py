@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llm3.config.model_schema import ModelConfig, check_length
-from llm3.data.chat_templates import end_of_turn, is_written, question, text_of, without_lead, written
+from llm3.data.chat_templates import end_of_turn, has_system_role, is_written, question, text_of, without_lead, written
 from llm3.data.encoding import encode_pieces
 from llm3.data.formats import BadRow, dialogue
 from llm3.data.tokenizer import Pieces, Tokenizer
@@ -57,12 +57,15 @@ def read_prompt(prompt: str, template: str, tokenizer: Tokenizer, raw: bool = Fa
 def read_conversation(messages: Any, template: str, tokenizer: Tokenizer) -> Prompt:
     """The prompt for the assistant's next turn. messages: a list of {role, content}, of which the user has the last.
 
-    Without a template, contents follow each other. Raises UserError.
+    Without a template, contents follow each other. Raises UserError, also for a system prompt that the template would
+    skip.
     """
     try:
         turns = dialogue.read_turns(messages, "messages", answered=False)
         if turns[-1][0] != "user":
             raise BadRow("messages: the last turn is not the user's")
+        if turns[0][0] == "system" and template and not has_system_role(template, tokenizer):
+            raise BadRow("messages: the chat template has no system role; leave the system prompt out")
         document = dialogue.encode_prompt({"turns": turns}, tokenizer, template)
     except BadRow as error:
         raise UserError(str(error)) from None

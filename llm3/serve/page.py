@@ -102,7 +102,9 @@ def form(modes: Sequence[str]) -> str:
     return (
         '<form id="ask" autocomplete="off">\n'
         f'<fieldset class="modes"><legend class="unseen">What to ask</legend>{choices}</fieldset>\n'
-        '<p id="help"></p>\n<ol id="turns" aria-label="Earlier messages" hidden></ol>\n'
+        '<p id="help"></p>\n'
+        '<label class="system" hidden>System prompt (optional) <textarea name="system" rows="2"></textarea></label>\n'
+        '<ol id="turns" aria-label="Earlier messages" hidden></ol>\n'
         '<label class="question" hidden>Question <input name="question"></label>\n'
         '<label class="text"><span>Prompt</span> <textarea name="text" rows="4" spellcheck="false" '
         'aria-keyshortcuts="Control+Enter" aria-describedby="help"></textarea></label>\n'

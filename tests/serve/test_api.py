@@ -17,7 +17,7 @@ from llm3.serve.api import create_app
 from llm3.serve.engine import Engine
 from llm3.serve.service import Service
 from tests.helpers import tiny_serve as tiny
-from tests.helpers.tiny_export import model, tokenizer, write_run
+from tests.helpers.tiny_export import ADDED, model, tokenizer, write_run
 from tests.helpers.tiny_serve import likeliest, logprobs, tokens_of
 
 PLAIN, CHAT = "scores/adapt", "answers/adapt"
@@ -123,10 +123,11 @@ def test_a_stop_string_ends_the_text_before_it(complete):
 
 
 def test_a_chat_is_written_with_the_template_of_the_stage(server, complete):
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    contents = [("system", "Be!"), ("user", "Hi"), ("assistant", "a"), ("user", "b")]
+    turns = [{"role": role, "content": content} for role, content in contents]
     body = {"model": CHAT, "messages": turns, "temperature": 0, "logprobs": True, "top_logprobs": 3}
     response = server.post("/v1/chat/completions", max_completion_tokens=8, **body).json()
-    written = "<user>Hi数学\n<assistant>a数学\n<user>b数学\n<assistant>"
+    written = "<system>Be!数学\n<user>Hi数学\n<assistant>a数学\n<user>b数学\n<assistant>"
     (choice,) = complete(model=CHAT, prompt=tokens_of(written))
     found = response["choices"][0]
     assert found["message"]["content"] == choice["text"] and response["usage"]["prompt_tokens"] == len(
@@ -139,6 +140,25 @@ def test_a_chat_is_written_with_the_template_of_the_stage(server, complete):
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
     assert "".join(each.get("content", "") for each in deltas) == choice["text"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        ADDED.replace("in messages", "in messages if m.role != 'system'"),
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + ADDED,
+    ],
+)
+def test_a_system_prompt_that_the_template_of_the_stage_skips_or_rejects_is_refused(server, monkeypatch, template):
+    stage = server.service.stages[CHAT]
+    changed = stage._replace(trained=stage.trained._replace(template=template))
+    monkeypatch.setitem(server.service.stages, CHAT, changed)
+    turns = [{"role": "system", "content": "Be!"}, {"role": "user", "content": "Hi"}]
+    body = {"model": CHAT, "max_tokens": 8, "logprobs": True}
+    refused = server.post("/v1/chat/completions", messages=turns, **body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages"
+    assert "messages: the chat template has no system role" in refused.json()["error"]["message"]
+    assert server.post("/v1/chat/completions", messages=turns[1:], **body).status_code == 200
 
 
 def test_a_text_is_scored_in_windows_with_the_bits_of_each_token(server):

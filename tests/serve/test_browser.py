@@ -120,7 +120,7 @@ def completed(address: str, seed: int) -> str:
 
 def test_a_prompt_is_answered_by_each_stage_in_its_way_and_tokens_show_their_numbers(browser, address):
     tab, said, asked = opened(browser, address)
-    tab.fill("textarea", PROMPT)
+    tab.fill("textarea[name=text]", PROMPT)
     tab.fill("input[name=max_tokens]", "24")
     tab.keyboard.press("Control+Enter")
     done(tab)
@@ -168,15 +168,37 @@ def test_a_seed_changes_the_answers_and_a_link_brings_them_back(browser, address
 def test_a_chat_goes_on_and_its_link_holds_all_messages(browser, address):
     tab, said, _ = opened(browser, link(address, mode="chat", max_tokens=8, seed=1))
     texts = []
+    tab.get_by_label("System prompt").fill("Be brief.")
     for message in ("Hello?", "And 数学?"):
-        tab.fill("textarea", message)
+        tab.fill("textarea[name=text]", message)
         tab.click("#go")
         done(tab)
         texts = column(tab, "chat").locator(".text-of").all_text_contents()
     assert len(texts) == 2 and column(tab, "chat").locator(".turn").all_text_contents() == ["Hello?", "And 数学?"]
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}
+    settings = {"max_tokens": 8, "temperature": 0.8, "top_p": 1, "seed": 1, "logprobs": True, "top_logprobs": 5}
+    answered = [
+        post(address, "/v1/chat/completions", model="chat", messages=messages, **settings)["choices"][0]["message"]
+        for messages in ([system, user], [user])
+    ]
+    assert texts[0] == answered[0]["content"] != answered[1]["content"]
     assert "without a chat template" in column(tab, "pretrain").text_content()
-    again, _, _ = opened(browser, tab.url)
+    again, _, _ = opened(browser, tab.url, 400)
     assert column(again, "chat").locator(".text-of").all_text_contents() == texts
+    system_prompt = again.get_by_label("System prompt")
+    assert system_prompt.input_value() == "Be brief." and system_prompt.is_visible()
+    assert again.evaluate("document.documentElement.scrollWidth") <= 400
+    again.locator(".modes label", has_text="Continue").click()
+    assert not system_prompt.is_visible()
+    tab.get_by_label("System prompt").fill("")
+    tab.click("#go")
+    done(tab)
+    changed = column(tab, "chat").locator(".text-of").all_text_contents()
+    assert len(changed) == 2 and changed[0] == answered[1]["content"]
+    for go, expected in ((tab.go_back, texts), (tab.go_forward, changed)):
+        go()
+        done(tab)
+        assert column(tab, "chat").locator(".text-of").all_text_contents() == expected
     assert said == []
     tab.close()
     again.close()

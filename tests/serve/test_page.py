@@ -161,4 +161,4 @@ def test_the_keys_of_the_address_are_documented():
     script = (page.STATIC / "state.js").read_text()
     lists = re.findall(r"^const (?:TEXTS|LISTS) = \[(.*)\]$", script, re.MULTILINE)
     keys = [key for each in lists for key in re.findall(r'"(\w+)"', each)]
-    assert len(keys) == 10 and keys == re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)
+    assert len(keys) == 11 and keys == re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)

@@ -55,10 +55,11 @@ function shortened(text, most = 300) {
   return letters.length > most ? `…${letters.slice(-most).join("")}` : text
 }
 
-// Turns that were answered under the same settings stay; the others are asked one after another.
+// Turns that were answered under the same settings and system prompt stay; the others are asked one after another.
 async function chat(column, state, signal) {
   const asked = state.mode === "chat" ? state.turn : [state.text], settings = settingsOf(state)
-  const key = JSON.stringify(settings), old = column.turns
+  const first = state.system.trim() ? [{ role: "system", content: state.system }] : []
+  const key = JSON.stringify([settings, first]), old = column.turns
   let same = 0
   const stays = (turn, at) => turn?.key === key && turn.user === asked[at] && turn.box.isConnected
   while (stays(old[same], same)) same++
@@ -67,9 +68,9 @@ async function chat(column, state, signal) {
   column.body.replaceChildren(...column.turns.flatMap(each => [each.said, each.box]))
   for (const user of asked.slice(same)) {
     const said = paragraph("turn", user), box = tokenBox(column), before = column.turns
-    const messages = before.flatMap(each => [
+    const messages = [...first, ...before.flatMap(each => [
       { role: "user", content: each.user }, { role: "assistant", content: each.text },
-    ])
+    ])]
     column.body.append(said, box)
     const turn = { key, user, said, box, text: "" }
     column.turns = [...before, turn]

@@ -35,6 +35,7 @@ function arrange() {
   document.getElementById("help").textContent = chosen.dataset.help
   area.parentElement.firstElementChild.textContent = chosen.dataset.text
   form.elements.question.parentElement.hidden = how !== "spans"
+  form.elements.system.parentElement.hidden = how !== "chat"
   const draws = columns.some(each => ["completions", "chat"].includes(taskOf(each, how)))
   form.querySelector(".settings").disabled = buttons.again.hidden = !draws
   form.querySelector(".settings").hidden = !draws

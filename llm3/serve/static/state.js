@@ -1,6 +1,6 @@
 // The state of the page is in its address, after "#": a link asks the same again. The keys are in docs/serve.md.
 
-const TEXTS = ["mode", "text", "question", "max_tokens", "temperature", "top_p", "seed", "colour"]
+const TEXTS = ["mode", "text", "question", "system", "max_tokens", "temperature", "top_p", "seed", "colour"]
 const LISTS = ["turn", "without"]
 
 export function written(state) {
@@ -25,11 +25,12 @@ export function ofForm(form, turn) {
   for (const key of TEXTS) state[key] = fields.get(key) ?? ""
   state.colour = document.querySelector("input[name=colour]:checked").value
   if (state.mode !== "spans") state.question = ""
+  if (state.mode !== "chat") state.system = ""
   if (state.mode !== "score") state.colour = ""
   return state
 }
 
-// Let the form show a state; what it does not say stays as it is.
+// Let the form show a state; what it does not say stays as it is, but for the system prompt of a chat.
 export function show(form, state) {
   for (const key of ["mode", "colour"])
     for (const each of all(key)) if (state[key]) each.checked = each.value === state[key]
@@ -37,6 +38,7 @@ export function show(form, state) {
     const field = form.elements[key]
     if (state[key] !== null && field && "value" in field && key !== "mode" && key !== "colour") field.value = state[key]
   }
+  if (state.mode === "chat") form.elements.system.value = state.system ?? ""
   for (const each of all("stage")) each.checked = !state.without.includes(each.value)
 }
 
