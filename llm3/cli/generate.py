@@ -13,7 +13,9 @@ from llm3.config.schema import RunConfig
 from llm3.data.formats import BadRow
 from llm3.data.prompts import read_conversation, read_prompt
 from llm3.data.sources.inputs import open_input
-from llm3.errors import UserError
+from llm3.errors import UserError, to_stderr
+from llm3.predict.kinds import answers
+from llm3.predict.run import choose_kind
 from llm3.predict.trained import open_trained
 from llm3.report.console import new_console
 from llm3.report.units import count
@@ -21,6 +23,8 @@ from llm3.serve.asking import ask_for, longest
 from llm3.serve.engine import Ask, Engine, Update
 from llm3.serve.stages import Served, open_stages
 from llm3.stages.workdir import check_record
+
+WRITING = ("answers", "scores")  # what stages that continue texts predict
 
 
 def generate(
@@ -36,7 +40,7 @@ def generate(
     seed: int = 0,
     **sampling: Any,
 ) -> int:
-    """Print a continuation of the prompt from one stage (default: from each stage of the run), while it is made.
+    """Print a continuation of the prompt from one stage (default: from each of `writing_stages`), while it is made.
 
     A stage that was trained with a chat template takes the prompt for the user's turn and answers it, up to the end of
     its own turn. It only continues a prompt that is written with the template already, or with `raw`. chat: a
@@ -49,7 +53,7 @@ def generate(
         length = longest(open_trained(workdir, stage))
         options = {"sequence_length": length, "max_tokens": max_tokens, "seed": seed} | sampling
         return predict(workdir, stage, prompts, out, "answers", config=config, **columns_of(prompts), **options)
-    names = [stage] if stage else trained_stages(workdir)
+    names = [stage] if stage else writing_stages(workdir)
     if config:
         for name in names:
             check_record(workdir, config, name)
@@ -70,9 +74,25 @@ def generate(
 
 def _opened(workdir: Path, name: str) -> Served:
     (stage,) = open_stages([workdir], [name]).values()
-    if not stage.model.causal:
-        raise UserError(f"{workdir / name} is a bidirectional model: it predicts hidden tokens, not the next one")
+    if why := answers.refusal(stage.trained):
+        raise UserError(f"{workdir / name} cannot continue a text: {why}")
     return stage
+
+
+def writing_stages(workdir: Path) -> list[str]:
+    """The stages that `predict` has write or score texts if nothing else is asked of them, in order; the others, such
+    as classifiers, are named on standard error.
+
+    Raises UserError if there is none.
+    """
+    kinds = {name: choose_kind(open_trained(workdir, name), None)[0] for name in trained_stages(workdir)}
+    found = [name for name, kind in kinds.items() if kind in WRITING]
+    others = ", ".join(f"{name} ({kind})" for name, kind in kinds.items() if kind not in WRITING)
+    if not found:
+        raise UserError(f"{workdir}: no stage was trained to continue texts: {others}; expected --stage=NAME")
+    if others:
+        to_stderr(f"Left out, not trained to continue texts: {others}; --stage=NAME asks a causal one all the same")
+    return found
 
 
 def columns_of(prompts: str) -> dict[str, Any]:

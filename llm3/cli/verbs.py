@@ -108,7 +108,7 @@ VERBS = {
         (
             OPTIONAL_CONFIG,
             WORKDIR,
-            flag("--stage", type=one_name, help="one stage (default: every stage)"),
+            flag("--stage", type=one_name, help="one stage (default: all that were trained to continue texts)"),
             flag("--prompt", metavar="TEXT"),
             flag("--chat", action="store_true", help="a conversation with a stage"),
             flag("--prompts", metavar="FILE", help="a file with a column messages, prompt or text, or of lines"),

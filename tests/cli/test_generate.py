@@ -1,6 +1,7 @@
 """Sampling: the key-value cache changes no result."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from llm3.models.sampling import next_token
 from llm3.models.transformer import abstract
 from llm3.segments import segmented
 from llm3.tree import map_with_path
-from tests.helpers import tiny_export
+from tests.helpers import tiny_export, tiny_predict
 from tests.helpers.tiny_answers import TALK, encoded
 from tests.helpers.tiny_export import tokenizer
 
@@ -122,6 +123,22 @@ def test_a_prompt_goes_through_the_chat_template_that_the_stage_was_trained_with
     same_size = tiny_export.train(tiny_export.TEXTS, 270).extended(["fax", "数学"])
     same_size.save(tmp_path / "tokenizer.json")
     assert main(command) == 2 and "tokenizer.json is not the tokenizer of" in capsys.readouterr().err
+
+
+def test_stages_that_were_not_trained_to_continue_texts_are_asked_by_name_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llm3.cli.generate.answer", lambda engine, ask, say: say(" and on\n"))
+    for kind in ("labels", "proposals", "scores"):
+        tiny_predict.write(tmp_path, kind, stage=kind)
+        (tmp_path / tiny_export.STAGE).rename(tmp_path / kind)
+    ask = lambda *flags: main(["generate", f"--workdir={tmp_path}", "--prompt=hi", *flags])  # noqa: E731
+    assert ask() == 0
+    shown = capsys.readouterr()
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["scores", "hi"]
+    assert "Left out, not trained to continue texts: labels (labels), proposals (proposals)" in shown.err
+    assert ask("--stage=labels") == 0 and capsys.readouterr() == ("hi and on\n", "")
+    assert ask("--stage=proposals") == 2 and "cannot continue a text: it is a bidirectional" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "scores")
+    assert ask() == 2 and "no stage was trained to continue texts: labels (labels)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

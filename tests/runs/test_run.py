@@ -473,10 +473,10 @@ def test_eval_prints_the_figures_of_the_rows(whole, answers):
             assert f"{100 * row['task_accuracy']:.1f} %" in line and f"{100 * row['task_macro_f1']:.1f} %" in line
 
 
-def test_generate_continues_the_prompt_with_every_stage_or_with_one(answers):
+def test_generate_continues_the_prompt_with_every_stage_that_was_trained_to_or_with_one(answers):
     heads = [line.split()[0] for line in answers.generate.splitlines() if "───" in line]
-    assert heads == list(tiny.STAGES)
-    assert answers.generate.count("The president") == len(tiny.STAGES)
+    assert heads == ["pretrain", "posttrain"]
+    assert answers.generate.count("The president") == len(heads)
     assert answers.generate_stage.strip() in answers.generate and "───" not in answers.generate_stage
 
 
