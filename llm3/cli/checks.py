@@ -231,7 +231,7 @@ def check_generate(options: Mapping[str, Any]) -> None:
         raise UserError(f"generate: --{asked[0]}: expected --stage=NAME")
     if not options["max_tokens"] >= 1:
         raise UserError(f"--max_tokens={options['max_tokens']}: expected at least 1")
-    Sampling(*(options[name] for name in Sampling._fields)).check("--{}")
+    Sampling(**{name: options[name] for name in Sampling._fields if name in options}).check("--{}")
 
 
 def check_predict(options: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The flags of the command line that several verbs have, and what a verb is."""
 
+import argparse
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ def path_flag(name: str, **options: Any) -> Flag:
     return flag(name, type=partial(local_path, where=name), **{"metavar": "DIR"} | options)
 
 
-def workdir_flag(**options: Any) -> Flag:
-    """The flag for the directory of a run, on this machine or in a bucket."""
-    return flag("--workdir", type=partial(workdir_path, where="--workdir"), metavar="DIR", **options)
+def workdir_flag(name: str = "--workdir", **options: Any) -> Flag:
+    """A flag for the directory of a run, or of several, on this machine or in a bucket."""
+    return flag(name, type=partial(workdir_path, where=name), metavar="DIR", **options)
 
 
 def names(text: str) -> list[str]:
@@ -54,6 +55,22 @@ RUN = workdir_flag(default="runs/unnamed", help="a run, if it has begun: its tok
 SCRATCH = path_flag("--workdir", default="runs/bench", help="where files are generated, and removed again")
 STAGES = flag("--stages", type=names, metavar="A,B", help="only these stages (default: all)")
 STAGE = flag("--stage", type=one_name, required=True)
+PLANNED = (CONFIG, RUN, STAGES)  # what the verbs read that show a run before it begins
+STEP = flag("--step", default="latest", help="step of the checkpoint (default: the latest)")
+DTYPE = flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16")
+AS_JSON = flag("--json", action="store_true", dest="as_json", help="one line of JSON for each stage")
+WINDOWS = (
+    flag("--batch_size", type=int, metavar="N", help="windows in a batch (default: 16)"),
+    flag("--sequence_length", type=int, metavar="N", help="max tokens of a window (default: as trained)"),
+)
+FILTERS = tuple(  # of the sampled tokens; only those that are given, see `Sampling` for the others
+    flag(name, type=float, default=argparse.SUPPRESS, metavar="X", help=help_)
+    for name, help_ in (
+        ("--top_p", "sample from the likeliest tokens that reach this share (default: 1)"),
+        ("--min_p", "leave out tokens below this share of the likeliest one (default: 0)"),
+        ("--repetition_penalty", "above 1: avoid tokens of the text (default: 1)"),
+    )
+)
 PROCESSES = (
     flag("--coordinator", metavar="HOST:PORT", help="address of process 0, if several processes run together"),
     flag("--processes", type=int, metavar="N", help="number of processes (SLURM, Open MPI and TPUs set it)"),

@@ -1,24 +1,29 @@
 """The verbs of the command line with their flags. Their functions are imported when they are called."""
 
-from functools import partial
 from pathlib import Path
 
 from llm3.cli.flags import (
+    AS_JSON,
     CONFIG,
+    DTYPE,
+    FILTERS,
     OPTIONAL_CONFIG,
+    PLANNED,
     RUN,
     SCRATCH,
     STAGE,
     STAGES,
+    STEP,
+    WINDOWS,
     WORKDIR,
     Verb,
     flag,
     names,
     one_name,
     path_flag,
+    workdir_flag,
 )
 from llm3.files import local_path
-from llm3.remote import workdir_path
 
 VERBS = {
     "init": Verb(
@@ -31,7 +36,7 @@ VERBS = {
             flag("--task", metavar="PATH", help="labelled texts, questions with answers, or conversations"),
             flag("--label", default="", metavar="COLUMN", help="the column of --task with the classes"),
             flag("--text", default="", metavar="COLUMN", help="its column with the text, or '{one} {another}'"),
-            flag("--out", type=partial(local_path, where="--out"), default=Path("my_config.py"), metavar="FILE"),
+            path_flag("--out", default=Path("my_config.py"), metavar="FILE"),
         ),
     ),
     "run": Verb(
@@ -74,9 +79,8 @@ VERBS = {
             flag("--num_fewshot", type=int, metavar="N", help="examples before each question (default: the task's)"),
             flag("--limit", type=float, metavar="N", help="documents of each task, or, below 1, their share"),
             flag("--apply_chat_template", action="store_true", help="write prompts with the chat template"),
-            flag("--batch_size", type=int, metavar="N", help="requests in a batch (default: 16)"),
-            flag("--sequence_length", type=int, metavar="N", help="max tokens of a request (default: as trained)"),
-            flag("--json", action="store_true", dest="as_json", help="a line of JSON for each stage"),
+            *WINDOWS,
+            AS_JSON,
             path_flag("--out", help="a new directory for the rows, with details and predictions"),
         ),
         clustered=True,
@@ -86,13 +90,7 @@ VERBS = {
         "cli.report:report",
         "write the report of a run again, without devices, or one that compares several runs",
         (
-            flag(
-                "dirs",
-                nargs="+",
-                type=partial(workdir_path, where="report"),
-                metavar="DIR",
-                help="the files of a run, or of an ablation",
-            ),
+            workdir_flag("dirs", nargs="+", help="the files of a run, or of an ablation"),
             OPTIONAL_CONFIG,
             path_flag("--out", help="where to write the report of several runs"),
         ),
@@ -100,7 +98,7 @@ VERBS = {
     "compare": Verb(
         "cli.compare:compare",
         "show two runs side by side, and what differs between them",
-        (flag("runs", nargs=2, type=partial(workdir_path, where="compare"), metavar="DIR", help="the files of a run"),),
+        (workdir_flag("runs", nargs=2, help="the files of a run"),),
     ),
     "generate": Verb(
         "cli.generate:generate",
@@ -117,11 +115,7 @@ VERBS = {
             flag("--max_tokens", type=int, default=64),
             flag("--temperature", type=float, default=0.8, help="0: always the most likely token"),
             flag("--top_k", type=int, default=0, help="sample from this many likeliest tokens; 0: all"),
-            flag("--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this share"),
-            flag("--min_p", type=float, default=0.0, help="leave out tokens below this share of the likeliest one"),
-            flag(
-                "--repetition_penalty", type=float, default=1.0, metavar="X", help="above 1: avoid tokens of the text"
-            ),
+            *FILTERS,
             flag("--seed", type=int, default=0),
         ),
         compiles=True,
@@ -169,20 +163,12 @@ VERBS = {
                 metavar="K",
                 help="proposals: for each mask token (default: 5); answers: as generate",
             ),
-            flag("--top_p", type=float, metavar="P", help="answers: as generate, like the next two"),
-            flag("--min_p", type=float, metavar="P"),
-            flag("--repetition_penalty", type=float, metavar="X"),
+            *FILTERS,
             flag("--mask", metavar="TEXT", help="proposals: the mask token in texts (default: its name)"),
             flag("--max_answer_tokens", type=int, metavar="N", help="spans: the longest one (default: 64)"),
-            flag(
-                "--no_answer_threshold",
-                type=float,
-                metavar="X",
-                help="spans: lower: fewer answers (default: 0)",
-            ),
-            flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
-            flag("--batch_size", type=int, metavar="N", help="windows in a batch (default: 16)"),
-            flag("--sequence_length", type=int, metavar="N", help="max tokens of a window (default: as trained)"),
+            flag("--no_answer_threshold", type=float, metavar="X", help="spans: lower: fewer answers (default: 0)"),
+            STEP,
+            *WINDOWS,
         ),
         clustered=True,
         compiles=True,
@@ -200,9 +186,9 @@ VERBS = {
                 default="merged",
                 help="merged (default), base (without adapters) or adapters (for PEFT)",
             ),
-            flag("--step", default="latest", help="step of the checkpoint (default: the latest)"),
+            STEP,
             flag("--base", help="the base model that the adapters name, for --format=adapters"),
-            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+            DTYPE,
             flag("--max_shard_size", default="5GB", help="write several files of at most this size (default: 5GB)"),
             flag("--push", metavar="NAME", help="then upload the directory to this repository on the Hugging Face Hub"),
         ),
@@ -214,7 +200,7 @@ VERBS = {
             CONFIG,
             RUN,
             flag("--stage", type=one_name, required=True, help="the stage whose step is timed"),
-            flag("--json", action="store_true", dest="as_json", help="one line of JSON"),
+            AS_JSON,
             flag("--alone", action="store_true", help="do not compare with full training"),
             flag("--decode", action="store_true", help="time decoding, compared with recomputation without a cache"),
             path_flag("--profile", help="trace some steps, for Perfetto and XProf, and list the costliest operations"),
@@ -233,9 +219,7 @@ VERBS = {
         "cli.data:data",
         "show the documents of each stage as the model sees them, or tokenize a shard of them",
         (
-            CONFIG,
-            RUN,
-            STAGES,
+            *PLANNED,
             flag("--shard", metavar="I/N", help="only tokenize shard I of N of the training documents into the cache"),
         ),
     ),
@@ -243,9 +227,7 @@ VERBS = {
         "cli.overlap:overlap",
         "show the overlap of the evaluations with the training data",
         (
-            CONFIG,
-            RUN,
-            STAGES,
+            *PLANNED,
             flag("--show", type=int, default=3, metavar="N", help="passages per evaluation (default: 3)"),
             path_flag("--drop", metavar="FILE", help="write the training documents to leave out, for sources.*.drop"),
         ),
@@ -275,16 +257,14 @@ VERBS = {
             flag("--model", metavar="NAME", help="a folder, or a name on the Hub (default: a generated model)"),
             flag("--gigabytes", type=float, default=2, help="the size of the generated model (default: 2)"),
             flag("--fsdp", type=int, default=1, metavar="N", help="the devices that share each leaf (default: 1)"),
-            flag("--dtype", default="float32", help="float32 (default), bfloat16 or float16"),
+            DTYPE,
         ),
     ),
     "plan": Verb(
         "cli.plan:plan",
         "show what each stage trains and costs, and what `run` would refuse, without running it",
         (
-            CONFIG,
-            RUN,
-            STAGES,
+            *PLANNED,
             flag("--topology", metavar="NAME", help="memory, FLOPs and step time on v5p:8x8x8, h100x64, ... or cpu"),
             flag("--price", type=float, metavar="N", help="of a device for an hour: what the stages cost"),
             flag(
