@@ -80,8 +80,7 @@ def _opened(workdir: Path, name: str) -> Served:
 
 
 def writing_stages(workdir: Path) -> list[str]:
-    """The stages that `predict` has write or score texts if nothing else is asked of them, in order; the others, such
-    as classifiers, are named on standard error.
+    """The stages that predict texts or their scores by default, in order; standard error names the others.
 
     Raises UserError if there is none.
     """
