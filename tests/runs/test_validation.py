@@ -1,5 +1,6 @@
 """Evaluations while a stage trains: what they measure, that they change no bit, and where they end a stage."""
 
+import json
 import types
 
 import jax
@@ -20,7 +21,8 @@ c.evaluations = dict(
     task=dict(c.evaluations.task, split="validation"),
 )
 fit = dict(
-    c.stages.finetune.to_dict(), frozen="nf4", adapters=dict(x=dict(rank=2, dora=True)), train=["lora", "head/.*"],
+    c.stages.finetune.to_dict(), frozen="nf4", train=["lora", "head/.*"],
+    adapters=dict(x=dict(rank=2, dora=True, dropout=0.1)),
     unfreeze=[[6, "top(1)"]], steps=8, save_every=2, optimizer=dict(fast, ema=0.5),
 )
 c.stages = dict(pretrain=dict(c.stages.pretrain.to_dict(), steps=24, optimizer=fast, save_every=4), finetune=fit)
@@ -152,15 +154,15 @@ def test_evaluations_between_steps_change_no_bit_of_what_is_trained(base, whole)
 def test_a_run_that_dies_around_evaluations_stops_at_the_same_step_with_the_same_bits(base, whole):
     workdir = base / "disturbed"
     command = ("run", f"--config={whole.config}", f"--workdir={workdir}")
-    deaths = [f"SIGKILL@{each}" for each in ("evaluating:pretrain:9", "commit:pretrain:18")]
     # a start traces all stages that it is to train
-    tiny.process((*command, "--stages=pretrain"), deaths=deaths, point="SIGKILL@row:pretrain", status=-9)
+    first = (*command, "--stages=pretrain")
+    tiny.process(first, deaths=["SIGKILL@evaluating:pretrain:9"], point="SIGKILL@row:pretrain", status=-9)
     last = workdir / "pretrain" / "checkpoints" / str(STOPPED) / "params"
     truncate(max((path for path in last.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size))
     said = tiny.process(command, point="SIGTERM@evaluating:finetune:3", status=75).stdout
     assert f"step {STOPPED} is damaged and was skipped" in said and "pretrain: resumes at step 16" in said
     assert checkpoints(workdir, "finetune").latest() == 3, "the step at which the signal came during an evaluation"
-    tiny.process(command, deaths=["SIGKILL@evaluating:finetune:8"])
+    tiny.process(command)
     assert tiny.digests(workdir) == tiny.digests(whole.workdir)
     for stage in ("pretrain", "finetune"):
         assert measured(workdir, stage) == measured(whole.workdir, stage)
@@ -185,62 +187,63 @@ def test_several_processes_stop_at_the_same_step_and_save_during_an_evaluation(b
     assert row["general_bits_per_byte"] == pytest.approx(expected["general_bits_per_byte"], rel=1e-4)
 
 
-@pytest.mark.slow
-def test_evaluations_compile_once_on_any_mesh(base, caplog):
-    config, workdir = tiny.write_config(base / "eight.py", base, SHARED + VALIDATING), base / "eight"
-    options = ("--config.mesh.fsdp=2", "--config.stages.pretrain.steps=3", "--config.stages.pretrain.eval_every=1")
-    with jax.log_compiles():
-        assert main(["run", f"--config={config}", f"--workdir={workdir}", "--stages=pretrain", *options]) == 0
-    assert len(measured(workdir, "pretrain")) == 3
-    compiled = [each for each in caplog.messages if each.startswith("Compiling") and "on_every_host" in each]
-    assert len(compiled) == 1, "for the row of the untrained model"
+# {stage: how it differs, and what is measured for its row}
+TAKEN_OVER = {
+    "plain": ("", []),
+    "sampled": ("eval_documents=3", ["general"]),
+    # its result is the step before the last
+    "best": (
+        "best='few_bits_per_byte', patience=5, optimizer=dict(learning_rate=10.0, warmup_steps=10)",
+        ["general", "few"],
+    ),
+    # its steps compute with rounded parameters
+    "rounded": ("train='top(1)', frozen='int8'", ["general", "few"]),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        ("", []),
-        ("eval_documents=3", ["general"]),
-        # its result is the step before the last
-        (
-            "best='few_bits_per_byte', patience=5, optimizer=dict(learning_rate=1.0, warmup_steps=10)",
-            ["general", "few"],
-        ),
-        # its steps compute with rounded parameters
-        ("train='top(1)', frozen='int8'", ["general", "few"]),
-    ],
-)
-def test_a_row_takes_over_what_was_measured_after_the_last_step(tmp_path, base, monkeypatch, change, again):
-    """If it was measured on all documents, and of the result. A run that dies before its row measures all again."""
-    extra = f"""c.evaluations = dict(general=c.evaluations.general, few=dict(c.evaluations.general, max_documents=3))
+def test_a_row_takes_over_what_was_measured_after_the_last_step(tmp_path, base, monkeypatch, caplog):
+    """If it was measured on all documents, and of the result. A run that dies before its row measures all again.
+
+    All of it is compiled once, also where the parameters lie in pieces.
+    """
+    stages = ", ".join(f"{name}=plain | own | dict({change})" for name, (change, _) in TAKEN_OVER.items())
+    extra = f"""c.mesh = dict(fsdp=2)
+c.evaluations = dict(general=c.evaluations.general, few=dict(c.evaluations.general, max_documents=3))
 plain = c.stages.pretrain.to_dict()
 own = dict(kind="posttrain", start="init", baseline=True, eval_every=5)
-c.stages = dict(pretrain=plain, own=plain | own | dict({change}))"""
+c.stages = dict(pretrain=plain, {stages})"""
     config, evaluate, write_row = tiny.write_config(tmp_path / "config.py", base, extra), *ORIGINALS
     names, measured = {4: "general", 3: "few"}, []
     counting = lambda context: measured.append(names[context.config.max_documents]) or evaluate(context)  # noqa: E731
     monkeypatch.setattr(perplexity, "evaluate", counting)
 
-    def run(workdir, dies=False):
-        """What is measured for the row."""
+    def run(workdir, stages, dies=False):
+        """{stage: what is measured for its row}"""
+        found = {}
 
-        def write(*arguments):
-            measured.clear()
+        def write(session, subject, *rest):
             if dies:
                 raise UserError("dies")
-            write_row(*arguments)
+            measured.clear()
+            write_row(session, subject, *rest)
+            found[subject.name] = list(measured)
 
         monkeypatch.setattr(run_stage, "write_row", write)
-        assert main(["run", f"--config={config}", f"--workdir={tmp_path / workdir}", "--stages=own"]) == (
-            2 if dies else 0
-        )
-        return list(measured)
+        command = ("run", f"--config={config}", f"--workdir={tmp_path / workdir}", f"--stages={','.join(stages)}")
+        assert main(command) == (2 if dies else 0)
+        return found
 
-    assert (run("alone"), run("disturbed", dies=True), run("disturbed")) == (again, [], ["general", "few"])
-    rows = [tiny.rows(tmp_path / name)["own"] for name in ("alone", "disturbed")]
+    with jax.log_compiles():
+        assert run("alone", TAKEN_OVER) == {name: again for name, (_, again) in TAKEN_OVER.items()}
+    compiled = [each for each in caplog.messages if each.startswith("Compiling") and "on_every_host" in each]
+    assert len(compiled) == 1, "for the row of the untrained model"
+    assert run("disturbed", ["plain"], dies=True) == {} and run("disturbed", ["plain"]) == {"plain": ["general", "few"]}
+    results = [tiny.rows(tmp_path / "alone")[name].get("early_stopping") for name in TAKEN_OVER]
+    assert [ended and ended["result_step"] for ended in results] == [None, None, 5, None]
+    stages = [tmp_path / name / "plain" for name in ("alone", "disturbed")]
+    rows = [json.loads((each / "evaluation.json").read_text()) for each in stages]
     metrics = [{key: row[key] for key in row if key.startswith(("general", "few", "params"))} for row in rows]
     assert metrics[0] == metrics[1] and list(rows[0]) == list(rows[1])
-    assert rows[0].get("early_stopping", {}).get("result_step") == (5 if "best" in change else None)
-    kept = [tiny.files(tmp_path / name / "own" / "predictions") for name in ("alone", "disturbed")]
+    kept = [tiny.files(each / "predictions") for each in stages]
     assert len(kept[0]) == 2 and [content for _, content in kept[0].values()] == [each for _, each in kept[1].values()]
