@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import types
 
 import pytest
 
@@ -22,8 +23,10 @@ def free_port():
 def with_variables(variables):
     """A function that runs a command line with these environment variables, and gives what it printed."""
 
-    def llm3(*command, point="", status=0):
-        arguments = [point, json.dumps([[str(each) for each in command]])]
+    def llm3(*command, then=(), point="", status=0):
+        """`then` is another command."""
+        commands = [[str(each) for each in some] for some in (command, then) if some]
+        arguments = [point, json.dumps(commands)]
         fork = forks.Fork(arguments, variables)
         output, error = fork.communicate(tiny.ENDS_WITHIN)
         assert fork.returncode == status, output + error
@@ -48,6 +51,19 @@ def llm3():
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """A run of two stages in a local directory, of which the second one saves delta checkpoints, and its config."""
+    base = tmp_path_factory.mktemp("local")
+    tiny.write_texts(base / "texts")
+    lines = "del c.stages.finetune, c.stages.scratch, c.evaluations.domain, c.evaluations.task\n"
+    lines += "c.stages.posttrain.train = 'layers[-1:]/.*'"
+    command = ("run", f"--config={tiny.write_config(base / 'config.py', base, lines)}")
+    workdir = base / "run"
+    tiny.process((*command, f"--workdir={workdir}"))
+    return types.SimpleNamespace(command=command, workdir=workdir)
+
+
 @pytest.fixture
 def llm3_with_s3():
     """The same with an emulator of S3."""
@@ -64,34 +80,29 @@ def llm3_with_s3():
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_that_is_killed_resumes_and_ends_with_the_bits_of_a_local_one(llm3, tmp_path):
-    """Its second stage saves delta checkpoints, and is amended in the end from an earlier step on."""
-    tiny.write_texts(tmp_path / "texts")
-    lines = "del c.stages.finetune, c.stages.scratch, c.evaluations.domain, c.evaluations.task\n"
-    lines += "c.stages.posttrain.train = 'layers[-1:]/.*'"
-    run = ("run", f"--config={tiny.write_config(tmp_path / 'config.py', tmp_path, lines)}")
-    there, here = f"--workdir=gs://{RUN}", f"--workdir={tmp_path / 'local'}"
+def test_a_run_in_a_bucket_that_is_killed_resumes_and_ends_with_the_bits_of_a_local_one(llm3, local):
+    """Both are amended in the end from an earlier step on."""
+    run, there = local.command, f"--workdir=gs://{RUN}"
     llm3(*run, there, point="SIGKILL@saved:posttrain:8", status=-signal.SIGKILL)
-    again = llm3(*run, there)
+    again = llm3(*run, there, then=(*run, there))
     assert re.search("posttrain: resumes at step 8 ", again), again
     assert f"Report: gs://{RUN}/report.html" in again
-    assert f"Nothing left to do: pretrain, posttrain are finished. See gs://{RUN}" in llm3(*run, there)
+    assert f"Nothing left to do: pretrain, posttrain are finished. See gs://{RUN}" in again
     amended = ("--amend=slower", "--from_step=8", "--config.stages.posttrain.optimizer.learning_rate=0.005")
-    for workdir in (there, here):
-        if workdir == here:
-            llm3(*run, workdir)
+    for workdir in (there, f"--workdir={local.workdir}"):
         llm3(*run, workdir, *amended, "--stages=posttrain")
     matrix = json.loads(llm3.store.cat_file(f"{RUN}/matrix.json"))
-    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == tiny.digests(tmp_path / "local")
-    stage, local = f"{RUN}/posttrain", tmp_path / "local" / "posttrain"
+    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == tiny.digests(local.workdir)
+    stage, here = f"{RUN}/posttrain", local.workdir / "posttrain"
     lines = llm3.store.cat_file(f"{stage}/metrics.jsonl").decode().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [line["step"] for line in tiny.metrics(local)]
-    kept = {name: {each.name for each in (local / name).iterdir()} for name in ("checkpoints", "base")}
+    assert [json.loads(line)["step"] for line in lines] == [line["step"] for line in tiny.metrics(here)]
+    kept = {name: {each.name for each in (here / name).iterdir()} for name in ("checkpoints", "base")}
     kept["set_aside/1/checkpoints"] = {"10"}
     for name, steps in kept.items():
         assert {each.rpartition("/")[2] for each in llm3.store.ls(f"{stage}/{name}", detail=False)} == steps
-    assert f"gs://{RUN}/posttrain step 10" in llm3("lineage", there)
-    assert "2 tokens" in llm3("generate", there, "--stage=posttrain", "--prompt=The", "--max_tokens=2")
+    generate = ("generate", there, "--stage=posttrain", "--prompt=The", "--max_tokens=2")
+    said = llm3("lineage", there, then=generate)
+    assert f"gs://{RUN}/posttrain step 10" in said and "2 tokens" in said
     assert not llm3.store.exists(f"{RUN}/.lock")
 
 
@@ -108,27 +119,24 @@ def test_a_run_elsewhere_starts_from_one_in_a_bucket_and_reads_its_data_there(ll
     lines += "files = {split: f'gs://bucket/texts/task-{split}.jsonl' for split in ('train', 'validation', 'test')}\n"
     lines += "c.sources = dict(task=dict(path='json', data_files=files, label='label'))"
     config = tiny.write_config(tmp_path / "config.py", tmp_path, lines)
-    llm3("run", f"--config={config}", f"--workdir={tmp_path / 'child'}")
-    lineage = llm3("lineage", f"--workdir={tmp_path / 'child'}")
+    workdir = f"--workdir={tmp_path / 'child'}"
+    lineage = llm3("run", f"--config={config}", workdir, then=("lineage", workdir))
     assert f"gs://{RUN}/pretrain step 10" in lineage and f"gs://{RUN}/posttrain step 10" in lineage
     assert "gone" not in lineage
     assert f"right gs://{RUN}" in llm3("compare", tmp_path / "child", f"gs://{RUN}")
 
 
 @pytest.mark.slow
-def test_a_killed_run_in_s3_resumes_and_ends_with_the_bits_of_a_local_one(llm3_with_s3, tmp_path):
-    tiny.write_texts(tmp_path / "texts")
-    lines = "del c.stages.posttrain, c.stages.finetune, c.stages.scratch, c.evaluations.domain, c.evaluations.task"
-    run = ("run", f"--config={tiny.write_config(tmp_path / 'config.py', tmp_path, lines)}")
-    there, here = f"--workdir=s3://{RUN}", f"--workdir={tmp_path / 'local'}"
+def test_a_killed_run_in_s3_resumes_and_ends_with_the_bits_of_a_local_one(llm3_with_s3, local):
+    run, there = (*local.command, "--stages=pretrain"), f"--workdir=s3://{RUN}"
     llm3_with_s3(*run, there, point="SIGKILL@log:pretrain:10", status=-signal.SIGKILL)
-    again = llm3_with_s3(*run, there)
+    again = llm3_with_s3(*run, there, then=("lineage", there))
     assert re.search("pretrain: resumes at step [48] ", again), again
-    llm3_with_s3(*run, here)
+    assert f"s3://{RUN}/pretrain step 10" in again
     matrix = json.loads(llm3_with_s3.store.cat_file(f"{RUN}/matrix.json"))
-    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == tiny.digests(tmp_path / "local")
-    steps = {each.name for each in (tmp_path / "local" / "pretrain" / "checkpoints").iterdir()}
+    expected = {stage: tiny.digests(local.workdir)[stage] for stage in ("init", "pretrain")}
+    assert {row["stage"]: row["params_digest"] for row in matrix["rows"]} == expected
+    steps = {each.name for each in (local.workdir / "pretrain" / "checkpoints").iterdir()}
     kept = llm3_with_s3.store.ls(f"{RUN}/pretrain/checkpoints", detail=False)
     assert {each.rpartition("/")[2] for each in kept} == steps
-    assert f"s3://{RUN}/pretrain step 10" in llm3_with_s3("lineage", there)
     assert not llm3_with_s3.store.exists(f"{RUN}/.lock")
