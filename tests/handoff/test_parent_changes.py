@@ -2,11 +2,11 @@
 
 import re
 import shutil
+import types
 
 import pytest
 
 from llm3.__main__ import main
-from tests.handoff.test_refusals import parent, start  # noqa: F401  (a fixture)
 from tests.helpers import tiny_run as tiny
 from tests.helpers.tiny_damage import edited, in_file, truncate
 
@@ -27,22 +27,29 @@ MEANWHILE = {
 }
 
 
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """A run whose first stage is finished."""
+    base = tmp_path_factory.mktemp("handoff")
+    tiny.write_texts(base / "texts")
+    extra = "c.evaluations = dict(general=c.evaluations.general)"
+    config, run = tiny.write_config(base / "config.py", base, extra), base / "run"
+    tiny.process(("run", f"--config={config}", f"--workdir={run}", "--stages=pretrain", "--config.evaluations={}"))
+    return types.SimpleNamespace(config=config, run=run)
+
+
 @pytest.mark.parametrize("case", MEANWHILE)
 def test_a_parent_that_changes_after_the_preflight_is_rejected_and_no_stage_begins(
-    case,
-    capsys,
-    monkeypatch,
-    tmp_path,
-    parent,  # noqa: F811
+    case, capsys, monkeypatch, tmp_path, parent
 ):
     """It changes after check_before_training found it intact: while the untrained model is evaluated."""
     damage, messages = MEANWHILE[case]
     run, child = tmp_path / "run", tmp_path / "child"
     shutil.copytree(parent.run, run)
-    monkeypatch.setattr("llm3.cli.run.evaluate_first_rows", lambda _: damage(run / "posttrain" / "checkpoints"))
-    override = start("posttrain").replace("RUN", str(run))
+    monkeypatch.setattr("llm3.cli.run.evaluate_first_rows", lambda _: damage(run / "pretrain" / "checkpoints"))
+    start = {"run": str(run), "stage": "pretrain", "fresh": ["head/.*"]}
     command = ["run", f"--config={parent.config}", f"--workdir={child}", "--stages=finetune"]
-    assert main([*command, f"--config.{override}"]) == 2
+    assert main([*command, f"--config.stages.finetune.start={start}"]) == 2
     error = capsys.readouterr().err.replace(str(run), "RUN")
     for part in messages:
         assert re.search(part, error), error
