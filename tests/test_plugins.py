@@ -309,11 +309,11 @@ c.evaluations = dict(held_out=dict(c.evaluations.general.to_dict(), kind="my_pac
         ("eval", *common, "--json"),
         ("generate", common[1], "--prompt=The president", "--max_tokens=4"),
         ("report", workdir),
-        deaths=["SIGKILL@saved:pretrain:4"],
+        deaths=["SIGKILL@saved:pretrain:4", "SIGKILL@log:pretrain:6"],
     )
-    ended = done.stdout.split(tiny.KILLED)[1]
+    *_, killed, ended = done.stdout.split(tiny.KILLED)
     ran, evaluated, generated, reported, _ = ended.split(tiny.NEXT)
-    assert "pretrain: resumes at step 4" in ran
+    assert "pretrain: resumes at step 4" in killed and "pretrain: resumes at step 4" in ran
     assert "hard share" in ran, "the progress line has the objective's own metric"
     shares = {line["step"]: line["hard_share"] for line in tiny.metrics(workdir / "pretrain")}
     assert list(shares) == [2, 4, 6, 8, 10] and 0 < shares[10] < shares[2] <= 1

@@ -111,10 +111,11 @@ def test_a_run_falls_back_to_the_step_before_says_so_and_ends_as_one_that_was_no
     assert tiny.digests(workdir) == tiny.digests(runs.whole)
 
 
-def test_a_run_without_an_intact_base_is_rejected_and_nothing_is_changed(runs):
-    workdir = Path(shutil.copytree(runs.killed, runs.base / "without a base"))
-    stage, part = workdir / "posttrain", "base/0/params"
-    flip(largest(stage / part))
+@pytest.mark.parametrize("part", ["base/0/params", "base/0/meta"])
+def test_a_run_without_an_intact_base_is_rejected_and_nothing_is_changed(runs, part):
+    workdir = Path(shutil.copytree(runs.killed, runs.base / f"without {part.replace('/', ' ')}"))
+    stage = workdir / "posttrain"
+    flip(max(data_files(stage / part), key=lambda path: path.stat().st_size))
     unlocked = lambda: {path: path.read_bytes() for path in data_files(stage) if path.name != LOCK}  # noqa: E731
     before = unlocked()
     error = tiny.process(runs.command(workdir), status=2).stderr

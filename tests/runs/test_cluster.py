@@ -23,7 +23,11 @@ MESHES = {
     "2 x 2": {"data": 1, "fsdp": -1},  # every parameter lies in pieces on both processes
 }
 # (saved on, goes on on, stage): a stage that trains all, and one that trains a part
-MOVES = [("2 x 2", "1 x 8", "pretrain"), ("1 x 8", "2 x 2", "finetune")]
+MOVES = [
+    ("2 x 2", "1 x 1", "pretrain"),
+    ("2 x 2", "1 x 8", "finetune"),
+    ("1 x 8", "2 x 2", "pretrain"),
+]
 
 
 @pytest.fixture(scope="module")
