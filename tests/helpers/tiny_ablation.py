@@ -10,7 +10,6 @@ from typing import Any
 from llm3.ablation import local
 from llm3.ablation.schema import AblationConfig
 from llm3.config import load
-from llm3.files import METRICS
 from tests.helpers import forks
 from tests.helpers import tiny_run as tiny
 
@@ -104,9 +103,10 @@ class Process:
             self.returncode = self._fork.returncode
         return self.returncode
 
-    def metrics(self, stage: str) -> int:
-        """How many lines of metrics a stage has."""
-        return len(tiny.metrics(directory)) if (directory := self._folder / stage).joinpath(METRICS).exists() else 0
+    def stopped(self) -> bool:
+        """Whether SIGSTOP has stopped it."""
+        state = pathlib.Path(f"/proc/{self._fork.pid}/status")
+        return self.returncode is None and "(stopped)" in state.read_text()
 
     def send_signal(self, number: int) -> None:
         self._fork.send_signal(number)
